@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up .venv, then runs the quickstart on the embedded digits (a few minutes on two cores) or,
+# with arguments, singer_jax.main with them:
+#
+#   bash launch/run.sh
+#   bash launch/run.sh --config=configs/singer_vitl_vitt.py --workdir=runs/mine
+source "$(dirname "$0")/common.sh"
+prepare requirements.txt
+if [ $# -eq 0 ]; then
+  echo "quickstart: digits, results in runs/quickstart"
+  set -- --config=configs/quickstart.py --workdir=runs/quickstart
+fi
+exec .venv/bin/python -m singer_jax.main "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up .venv with the development tools, then runs the linter and all tests; arguments go to
+# pytest. PYTHON names another interpreter.
+source "$(dirname "$0")/common.sh"
+prepare requirements-dev.txt
+.venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,195 @@
+"""The configuration: every key with its default, the two protocols, and what may change on resume.
+
+A file in configs/ starts from `default` and sets what its run needs. `None` means that the default
+depends on other keys; the comment says on what.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from singer_jax.errors import unknown
+
+PROTOCOLS = ("recommended", "paper")
+
+# A run may be continued with other values of these; any other difference is another run.
+_RESUMABLE = (
+    "steps",
+    "epochs",
+    "data.path",
+    "data.workers",
+    "data.strict",
+    "mesh.",
+    "checkpoint.",
+    "log.",
+)
+
+
+def default(protocol: str = "recommended") -> ConfigDict:
+    """All keys of the job `distill`.
+
+    Args:
+      protocol: `recommended`, or `paper`: what the official code does, except where it is plainly
+        broken (README, "Differences from the official code").
+
+    Raises:
+      InputError: another protocol.
+    """
+    _check_protocol(protocol)
+    config = ConfigDict()
+    config.job = "distill"  # see singer_jax/main.py
+    config.seed = 0
+    config.steps = placeholder(int)  # None: epochs x ceil(examples / batch_size)
+    config.epochs = 100
+    config.batch_size = 512  # global
+    config.accumulation = 1  # micro-batches a step
+    config.precision = "bfloat16"  # of activations, and of the teacher's parameters; or float32
+
+    config.teacher = _model()
+    config.student = _model()
+    config.student.remat = False  # recompute blocks in the backward pass: less memory, more time
+
+    config.method = ConfigDict()
+    config.method.name = "singer"  # see singer_jax/methods/__init__.py
+    config.method.layers = placeholder(tuple)  # teacher blocks from 0; None: the published depths
+    config.method.append_last = True  # also distil the teacher's last block
+    config.method.matching = "last_to_last"  # or official
+    config.method.rank = 64  # of the refiner
+    config.method.quantile = 0.97  # of an image's patch norms; tokens above it are outliers
+    config.method.weights = ConfigDict()
+    config.method.weights.kd = placeholder(float)  # None: singer 1, fitnet 10
+    config.method.weights.outlier = 0.01
+    config.method.weights.info = 1.0
+    config.method.weights.ce = placeholder(
+        float
+    )  # fitnet: of the cross-entropy; None: no such term
+    config.method.nullspace = ConfigDict()
+    config.method.nullspace.use = "project"  # project, soft, init, random
+    config.method.nullspace.source = "mlp"
+    config.method.nullspace.rule = "quantile"  # how to read threshold: quantile, absolute
+    config.method.nullspace.threshold = 0.5
+    config.method.nullspace.start = placeholder(str)  # identity, official; None: by use
+    config.method.nullspace.order = "most_null"  # of init: most_null, official
+
+    config.data = _data(protocol)
+    config.data.image_size = placeholder(int)  # of both models; None: each one's own
+    config.data.crop_area = (0.08, 1.0)
+    config.data.crop_ratio = (3 / 4, 4 / 3)
+    config.data.flip = 0.5
+    config.data.strict = False  # an unreadable image stops the run
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or sgd
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 1e-4  # of every parameter
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.clip_norm = 0.0  # 0: no clipping
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # or multistep
+    config.schedule.warmup_epochs = 5
+    config.schedule.final_ratio = 1e-4
+    config.schedule.milestones = (30, 60, 90)  # epochs, of multistep
+    config.schedule.gamma = 0.1
+
+    config.mesh = _mesh()
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000  # steps
+    config.checkpoint.keep = 2
+
+    config.log = ConfigDict()
+    config.log.every = 50  # steps
+    config.log.wandb = False
+
+    if protocol == "paper":
+        config.precision = "float32"
+        config.method.matching = "official"
+        config.method.nullspace.use = "init"
+        config.method.nullspace.rule = "absolute"
+        config.method.nullspace.threshold = 0.05
+        config.method.nullspace.order = "official"
+        config.method.weights.ce = 0.0
+    return config
+
+
+def evaluation(protocol: str = "recommended") -> ConfigDict:
+    """All keys of the job `evaluate`; raises as `default`."""
+    _check_protocol(protocol)
+    config = ConfigDict()
+    config.job = "evaluate"
+    config.seed = 0
+    config.run = ""  # a work directory: its student; or else
+    config.weights = ""  # a hub name or file, and
+    config.model = ""  # its timm name, where neither the hub name nor a config.json says it
+    config.precision = "float32"  # of activations; or bfloat16
+    config.data = _data(protocol)
+    config.mesh = _mesh()
+    config.probe = ConfigDict()
+    config.probe.epochs = 150
+    config.probe.batch_size = 64
+    config.probe.learning_rates = (0.5,)  # several: the best on held-out training images is taken
+    config.probe.held_out = 0.1  # share of the training images
+    config.probe.weight_decay = 1e-6
+    config.probe.token = "cls"  # or avg: the mean of the patches
+    config.probe.augment = True  # new crops every epoch; False: features of the centre crop, once
+    config.probe.knn_k = 20
+    config.probe.knn_temperature = 0.07
+    return config
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+
+
+def _data(protocol: str) -> ConfigDict:
+    data = ConfigDict()
+    data.source = "imagenet2012"  # digits, folder (or its path), a TFDS name
+    data.path = ""  # the folder; for TFDS its data directory
+    data.workers = placeholder(int)  # decoding processes; None: one a spare core; 0: a thread
+    # model: each model's own mean and std; imagenet: ImageNet's for both (official code).
+    data.normalisation = "imagenet" if protocol == "paper" else "model"
+    return data
+
+
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()
+    mesh.data = placeholder(int)  # None: all devices / fsdp
+    mesh.fsdp = 1
+    return mesh
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.model = ""  # timm name
+    model.weights = ""  # hub name, file, or run; empty: random
+    model.overrides = ConfigDict()  # of fields of models.vit.Architecture
+    return model
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values; lists as tuples, so that a config equals its JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def differences(config: Any, other: Any) -> list[str]:
+    """Keys whose values make `other` another run than `config`, as `key: value -> value`."""
+    ours, theirs = flatten(config), flatten(other)
+    return [
+        f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
+        for key in sorted(ours | theirs)
+        if ours.get(key) != theirs.get(key) and not key.startswith(_RESUMABLE)
+    ]

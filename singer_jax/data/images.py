@@ -1,0 +1,122 @@
+"""Decoding and cropping of images: bytes in, uint8 [size, size, 3] out, NumPy and Pillow only."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What a damaged or foreign file raises; anything else is a bug of ours.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+# Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
+_REDUCING_GAP = 2.0
+
+
+def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
+    """An image as Pillow sees it, not yet decoded.
+
+    Args:
+      stored: an encoded file, its path, or uint8 pixels [height, width, 3].
+      exif: turn it as its EXIF orientation says.
+
+    Raises:
+      one of `UNREADABLE`.
+    """
+    if isinstance(stored, np.ndarray):
+        return Image.fromarray(stored)
+    image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    if exif and image.getexif().get(0x0112, 1) != 1:
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Grey, CMYK, palette, alpha and 16-bit images as 8-bit RGB; alpha is dropped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow would clip 16-bit grey values at 255 instead of scaling them.
+        grey = np.asarray(image).astype(np.float32)
+        scale = 1 if grey.max(initial=0) <= 255 and image.mode == "F" else 255 / 65535
+        image = Image.fromarray((grey * scale).clip(0, 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop and horizontal flip, as torchvision's of the same names.
+
+    Attributes:
+      size: side of the result in pixels.
+      scale: range of the crop's share of the image's area.
+      ratio: range of the crop's width over height.
+      flip: probability of a horizontal flip.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        left, top, width, height = self._crop(image.size, rng)
+        shrink = _draft(image, min(width, height), self.size)
+        box = (left * shrink[0], top * shrink[1])
+        box += ((left + width) * shrink[0], (top + height) * shrink[1])
+        crop = to_rgb(image).crop(tuple(round(side) for side in box))
+        pixels = np.asarray(crop.resize((self.size, self.size), Image.Resampling.BILINEAR))
+        return pixels[:, ::-1] if rng.random() < self.flip else pixels
+
+    def _crop(
+        self, image_size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Left, top, width, height; the largest central crop of a legal ratio after ten misses."""
+        image_width, image_height = image_size
+        for _ in range(10):
+            area = image_width * image_height * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < width <= image_width and 0 < height <= image_height:
+                left = int(rng.integers(image_width - width + 1))
+                top = int(rng.integers(image_height - height + 1))
+                return left, top, width, height
+        ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])
+        width = min(image_width, round(image_height * ratio))
+        height = min(image_height, round(image_width / ratio))
+        return (image_width - width) // 2, (image_height - height) // 2, width, height
+
+
+@dataclasses.dataclass(frozen=True)
+class TestTransform:
+    """Shorter side to int(size x 256 / 224), then the centre crop; `rng` is not used."""
+
+    size: int
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
+        shorter = int(self.size * 256 / 224)
+        _draft(image, min(image.size), shorter)
+        image = to_rgb(image)
+        width, height = image.size
+        scale = shorter / min(width, height)
+        size = tuple(
+            shorter if side == min(width, height) else int(side * scale) for side in (width, height)
+        )
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def _draft(image: Image.Image, used: int, wanted: int) -> tuple[float, float]:
+    """Lets the JPEG decoder halve an image of which far more pixels are used than wanted.
+
+    Returns:
+      the factors by which width and height have shrunk.
+    """
+    width, height = image.size
+    if image.format == "JPEG" and used > _REDUCING_GAP * wanted:
+        factor = _REDUCING_GAP * wanted / used
+        image.draft(None, (math.ceil(width * factor), math.ceil(height * factor)))
+    return image.size[0] / width, image.size[1] / height

@@ -1,0 +1,229 @@
+"""Where images come from: digits, folders, TFDS; random access by index, picklable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from singer_jax.errors import InputError, unknown
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TFDS_NAMES = ("imagenet2012", "oxford_iiit_pet", "food101", "oxford_flowers102")
+TRAIN, TEST = "train", "test"
+_TEST_FOLDERS = ("val", "validation", "test")
+
+
+class Record(NamedTuple):
+    """An image as stored (encoded bytes, a path, or uint8 pixels) and its class (-1: none)."""
+
+    image: bytes | Path | np.ndarray
+    label: int
+
+
+class Source(Protocol):
+    """A split of a data set.
+
+    Attributes:
+      num_classes: 0 where there are no labels.
+      exif: whether images are to be turned as their EXIF orientation says.
+    """
+
+    num_classes: int
+    exif: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def describe(self, index: int) -> str:
+        """Where record `index` lies, for messages."""
+
+    def fingerprint(self) -> str:
+        """A digest of what the split consists of; equal digests mean the same order of records."""
+
+
+class DigitsSource:
+    """scikit-learn's 1,797 scans of handwritten digits: 1,437 to train, 360 to test."""
+
+    num_classes = 10
+    exif = False
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.images))
+        chosen = order[:1437] if split == TRAIN else order[1437:]
+        grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.images = np.repeat(grey[..., None], 3, axis=-1)
+        self.labels = digits.target[chosen]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.images[index], int(self.labels[index]))
+
+    def describe(self, index: int) -> str:
+        return f"digit {index}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+
+
+class FolderSource:
+    """Every image below a folder, in the order of their paths.
+
+    The folders directly below are the classes, if each image lies in one; otherwise there are no
+    labels. `train/` and `val/` (or `validation/`, `test/`) below the folder are its splits; without
+    them all images are in the train split.
+
+    Raises:
+      InputError: no such folder, no image in it, or no test split.
+    """
+
+    def __init__(self, path: str, split: str, exif: bool = True) -> None:
+        self.exif = exif
+        self.root = _split_folder(Path(path).expanduser(), split)
+        found = []
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            relative = os.path.relpath(folder, self.root)
+            for file in files:
+                if file.lower().endswith(IMAGE_SUFFIXES):
+                    found.append(os.path.normpath(os.path.join(relative, file)))
+        if not found:
+            raise InputError(f"data.path: no image ({', '.join(IMAGE_SUFFIXES)}) below {self.root}")
+        found.sort()
+        # One block of bytes, so that a million paths are cheap to hand to each worker.
+        self.paths = np.array([os.fsencode(file) for file in found])
+        classes = [file.split(os.sep)[0] if os.sep in file else None for file in found]
+        names = sorted(set(classes) - {None})
+        labelled = None not in classes and len(names) > 1
+        self.num_classes = len(names) if labelled else 0
+        index = {name: number for number, name in enumerate(names)}
+        self.labels = np.array([index[name] if labelled else -1 for name in classes], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.paths[index]))
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self._path(index), int(self.labels[index]))
+
+    def describe(self, index: int) -> str:
+        return str(self._path(index))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise InputError(f"data.path: no folder at {root}")
+    if split == TRAIN:
+        return root / "train" if (root / "train").is_dir() else root
+    for name in _TEST_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise InputError(f"data.path: {root} has no test split ({', '.join(_TEST_FOLDERS)})")
+
+
+class TfdsSource:
+    """A split of a prepared TensorFlow Datasets set in ArrayRecord format, without TensorFlow.
+
+    Raises:
+      InputError: unknown name, or not prepared in ArrayRecord format.
+    """
+
+    exif = False
+
+    def __init__(self, name: str, path: str, split: str) -> None:
+        import tensorflow_datasets as tfds
+
+        options: dict[str, Any] = {"data_dir": path} if path else {}
+        try:
+            builder = tfds.builder(name, file_format="array_record", **options)
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise unknown("data.source", name, SOURCES) from error
+        splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
+        split = next((name for name in splits if name in builder.info.splits), splits[0])
+        self.name = f"{name}/{split}"
+        try:
+            self.records = builder.as_data_source(
+                split=split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
+            raise InputError(
+                f"data.source: {name} is not prepared in ArrayRecord format below "
+                f"{builder.data_dir}; run: tfds build {name} --file_format=array_record "
+                "(set data.path to the TFDS data directory)"
+            ) from error
+        self.num_classes = builder.info.features["label"].num_classes
+        self._fingerprint = f"{builder.info.full_name}/{split}/{len(self.records)}"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.records[index]
+        return Record(record["image"], int(record["label"]))
+
+    def describe(self, index: int) -> str:
+        return f"{self.name} record {index}"
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+class Subset:
+    """Some records of a source, in a given order."""
+
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        self.source, self.chosen = source, chosen
+        self.num_classes, self.exif = source.num_classes, source.exif
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.chosen[index])]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.chosen[index]))
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {hashlib.sha256(self.chosen.tobytes()).hexdigest()}"
+
+
+SOURCES = ("digits", "folder", *TFDS_NAMES)
+
+
+def make_source(name: str, path: str, split: str) -> Source:
+    """The source of a name.
+
+    Args:
+      name: `digits`; `folder`, or itself the path of a folder; else a TFDS name.
+      path: the folder; for TFDS the data directory, or a folder with the set's own layout
+        (`train/` and `val/` with class folders).
+      split: `train` or `test`.
+
+    Raises:
+      InputError: unknown name, missing or empty folder, data that is not prepared.
+    """
+    if name == "digits":
+        return DigitsSource(split)
+    if os.sep in name or Path(name).is_dir():
+        return FolderSource(name, split)
+    if name == "folder":
+        if not path:
+            raise InputError("data.path: empty; give the folder of images")
+        return FolderSource(path, split)
+    if path and (Path(path) / "train").is_dir():
+        return FolderSource(path, split, exif=False)
+    return TfdsSource(name, path, split)

@@ -1,0 +1,30 @@
+"""The errors that a command reports in one line, by their exit status."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something given (a key, value, file or folder) is wrong: exit status 2.
+
+    The message is one line that says what, where and what to do; raised before any long work.
+    """
+
+
+class RunError(RuntimeError):
+    """A run failed for a reason that its message names: exit status 1, checkpoints are kept."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved, and can be started again: exit status 75."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An `InputError` for a name that is not in `known`, with the closest names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"closest: {', '.join(close)}; " if close else ""
+    listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."
+    return InputError(f"unknown {kind} {name!r}; {hint}known: {listed}")

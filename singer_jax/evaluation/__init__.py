@@ -1,0 +1,1 @@
+"""Probes, kNN and metrics of frozen backbones."""

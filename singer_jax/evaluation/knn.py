@@ -1,0 +1,64 @@
+"""Weighted k-nearest-neighbour classification of frozen features."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from singer_jax.evaluation.backbone import Features
+
+_CHUNK = 1024  # queries whose similarities to the whole bank are in memory at once
+
+
+def knn_top1(
+    bank: Features,
+    queries: Features,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of queries whose class gets the largest vote of their `k` nearest in the bank.
+
+    A neighbour votes exp(cosine similarity / temperature) for its class.
+
+    Args:
+      bank: of the training split.
+      queries: of the test split.
+      classes: number of labels.
+      k: neighbours that vote.
+      temperature: the smaller, the more the nearest count.
+    """
+    k = min(k, len(bank.labels))
+    values, correct = _unit(bank.values), 0
+    for start in range(0, len(queries.labels), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        query = _unit(queries.values[chunk])
+        predicted = _predict(values, bank.labels, query, classes, k, temperature)
+        correct += int(jnp.sum(predicted == queries.labels[chunk]))
+    return correct / len(queries.labels)
+
+
+def _unit(features: Float[Array, "images dim"]) -> Float[Array, "images dim"]:
+    norms = jnp.linalg.norm(features, axis=1, keepdims=True)
+    return features / jnp.maximum(norms, jnp.finfo(features.dtype).tiny)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _predict(
+    bank: Float[Array, "bank dim"],
+    bank_labels: Int[Array, "bank"],
+    queries: Float[Array, "queries dim"],
+    classes: int,
+    k: int,
+    temperature: float,
+) -> Int[Array, "queries"]:
+    similarity, index = jax.lax.top_k(queries @ bank.T, k)
+    votes = (
+        jax.nn.one_hot(bank_labels[index], classes)
+        * jnp.exp((similarity - 1) / temperature)[..., None]
+    )
+    return jnp.argmax(votes.sum(axis=1), axis=1)

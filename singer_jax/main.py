@@ -1,0 +1,113 @@
+"""The front door: flags, configuration, hosts, one job.
+
+  python -m singer_jax.main --config=configs/NAME.py[:protocol] --workdir=DIR [--config.key=value]
+
+Exit status: 0 done; 1 failed, finished checkpoints are kept; 2 something given is wrong, one line
+says what; 75 stopped on request and saved, the same command continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from singer_jax import config as config_lib
+from singer_jax.errors import InputError, RunError, Stopped, unknown
+
+# No job is imported before it runs: a loader's worker imports this file again, and must not start
+# an accelerator.
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Configuration file, :protocol behind it.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept and continued.")
+
+
+def _distill(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.training.loop import distill
+
+    distill(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.evaluation.job import evaluate
+
+    evaluate(config, workdir)
+
+
+JOBS: dict[str, Callable[[ConfigDict, Path], None]] = {
+    "distill": _distill,
+    "evaluate": _evaluate,
+}
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Runs the job of a configuration and returns the exit status."""
+    try:
+        if config.job not in JOBS:
+            raise unknown("job", config.job, JOBS)
+        from singer_jax import parallel
+
+        parallel.start()
+        JOBS[config.job](config, workdir)
+    except (InputError, RunError, Stopped) as error:
+        print(f"singer_jax: {error}", file=sys.stderr)
+        return {InputError: 2, RunError: 1, Stopped: 75}[type(error)]
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs what the flags say."""
+    if len(argv) > 1:
+        return _refuse(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
+    if not _WORKDIR.value:
+        return _refuse("--workdir: missing; give the folder of the run")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    log = logging.getLogger("singer_jax")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return run(_CONFIG.value, Path(_WORKDIR.value).expanduser().absolute())
+
+
+def _refuse(message: str) -> int:
+    print(f"singer_jax: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The positional arguments; exits with status 2 and one line where a flag is wrong."""
+    try:
+        settings = [argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")]
+        files = [s.removeprefix("config=") for s in settings if s.startswith("config=")]
+        if not files and not {"help", "helpfull", "helpshort"} & set(settings):
+            raise InputError("--config: missing; give a file as --config=configs/NAME.py")
+        if files and not Path(files[-1].split(":")[0]).is_file():
+            raise InputError(f"--config: no file {files[-1].split(':')[0]}")
+        try:
+            return flags.FLAGS(argv)
+        except (AttributeError, KeyError):
+            # An override of a key that is not there.
+            known = config_lib.flatten(flags.FLAGS["config"].parser.parse(files[-1]))
+            keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
+            raise unknown(
+                "configuration key", next(key for key in keys if key not in known), known
+            ) from None
+    except InputError as error:
+        message = str(error)
+    except flags.Error as error:
+        # The last line: the library puts a traceback of the configuration file before it.
+        message = str(error).strip().splitlines()[-1].removeprefix("singer_jax.errors.InputError: ")
+    sys.exit(_refuse(message))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,197 @@
+"""What distillation methods share: the interface, the matching of layers, the adapters.
+
+A method is an NNX module. Its `nnx.Param`s are trained, its `Constant`s are computed once, saved
+and left alone. Adding one is a file with a subclass of `Method` and a line in
+`methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in `models/vit.py`;
+rank is that of a LoRA update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from singer_jax.errors import InputError, unknown
+from singer_jax.models.vit import Architecture, VisionTransformer
+
+Scalars = dict[str, Float[Array, ""]]
+
+
+class Constant(nnx.Variable):
+    """A part of a method that is saved with it and never trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model and its features of one batch: the raw residual stream after each block it ran."""
+
+    model: VisionTransformer
+    features: Sequence[Float[Array, "batch tokens dim"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a method may need of a batch beside the features.
+
+    Attributes:
+      labels: class of each image, where the data has labels.
+      key: for this step's random numbers.
+    """
+
+    labels: Int[Array, "batch"]
+    key: jax.Array
+
+
+class Needs(NamedTuple):
+    """What a method looks at.
+
+    Attributes:
+      teacher: whether there is one.
+      logits: the student's head, and with it every block.
+      labels: of the images.
+    """
+
+    teacher: bool = True
+    logits: bool = False
+    labels: bool = False
+
+
+class Method(nnx.Module):
+    """A distillation loss with trainable parts.
+
+    A subclass is made by `Subclass(teacher, student, config, rngs)`: the teacher (None for a method
+    without one), the student's architecture, the `method` part of the configuration, NNX random
+    streams. It may run under `jax.jit`.
+
+    Attributes:
+      teacher_layers, student_layers: the distilled blocks, matched one to one.
+    """
+
+    teacher_layers: tuple[int, ...] = ()
+    student_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """What `loss` will look at, from the `method` part of the configuration."""
+        return Needs()
+
+    def loss(
+        self, teacher: Forward | None, student: Forward, batch: Batch
+    ) -> tuple[Scalars, Scalars]:
+        """Named loss terms, already weighted, whose sum is minimised, and further metrics."""
+        raise NotImplementedError
+
+    def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """What a user should know when a run starts, as lines with a `logging` level.
+
+        Args:
+          metrics: of the first step.
+        """
+        return []
+
+
+def match_layers(
+    rule: str, teacher_layers: Sequence[int], teacher_depth: int, student_depth: int
+) -> tuple[int, ...]:
+    """The student block that learns from each distilled teacher block.
+
+    The one-to-one assignment with the least sum of distances between relative depths.
+
+    Args:
+      rule: `last_to_last` compares (l + 1) / L of teacher and student, so that the last block
+        learns from the last; `official` compares l / L of the teacher with linspace(0, 1, L) of the
+        student, which for equal depths leaves the student's last block untrained.
+      teacher_layers: block indices.
+      teacher_depth, student_depth: numbers of blocks.
+
+    Raises:
+      InputError: unknown rule, or more layers than the student has blocks.
+    """
+    if len(teacher_layers) > student_depth:
+        raise InputError(
+            f"method.layers: {len(teacher_layers)} distilled layers, but the student has only "
+            f"{student_depth} blocks"
+        )
+    layers = np.asarray(teacher_layers)
+    depths = {
+        "last_to_last": (
+            (layers + 1) / teacher_depth,
+            np.arange(1, student_depth + 1) / student_depth,
+        ),
+        "official": (layers / teacher_depth, np.linspace(0, 1, student_depth)),
+    }
+    if rule not in depths:
+        raise unknown("method.matching", rule, depths)
+    of_teacher, of_student = depths[rule]
+    distance = np.abs(of_teacher[:, None] - of_student[None, :])
+    return tuple(int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1])
+
+
+def distilled_layers(
+    config: Any, relative_depths: Sequence[float], teacher: Architecture, student: Architecture
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Distilled teacher blocks and the student blocks matched to them.
+
+    Args:
+      config: reads `layers` (None: at `relative_depths`), `append_last`, `matching`.
+      relative_depths: of the method's published layers; 0.75 is block 17 of 24.
+      teacher, student: for their depths.
+
+    Raises:
+      InputError: an index out of range or twice, none at all, or more than the student has blocks.
+    """
+    depth = teacher.depth
+    layers = config.layers
+    if layers is None:
+        layers = [max(0, round(relative * depth) - 1) for relative in relative_depths]
+    layers = [int(layer) for layer in layers]
+    if config.append_last and depth - 1 not in layers:
+        layers.append(depth - 1)
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise InputError(
+                f"method.layers: {layer} is out of range, the teacher has blocks 0 to {depth - 1}"
+            )
+    if len(set(layers)) < len(layers) or sorted(layers) != layers or not layers:
+        raise InputError(
+            f"method.layers: {tuple(layers)} must be distinct, ascending and not empty"
+        )
+    return tuple(layers), match_layers(config.matching, layers, depth, student.depth)
+
+
+def linear_adapter(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map from student to teacher width in float32, initialised as PyTorch's `Linear`."""
+    uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    bound = in_features**-0.5
+    return nnx.Linear(
+        in_features,
+        out_features,
+        kernel_init=uniform,
+        bias_init=lambda key, shape, dtype: jax.random.uniform(
+            key, shape, dtype, minval=-bound, maxval=bound
+        ),
+        rngs=rngs,
+    )
+
+
+def mean_squared_error(
+    prediction: Float[Array, "*axes"], target: Float[Array, "*axes"]
+) -> Float[Array, ""]:
+    """Mean over all elements of the squared difference, in float32."""
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of integer labels, in float32."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))

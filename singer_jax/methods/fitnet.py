@@ -1,0 +1,68 @@
+"""FitNet for vision transformers: the student's tokens predict the teacher's.
+
+"FitNets: Hints for Thin Deep Nets", ICLR 2015, as the SiNGER paper uses it for its baseline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from singer_jax.methods.base import (
+    Batch,
+    Forward,
+    Method,
+    Needs,
+    Scalars,
+    cross_entropy,
+    distilled_layers,
+    linear_adapter,
+    mean_squared_error,
+)
+from singer_jax.models.vit import Architecture, VisionTransformer
+
+
+class FitNet(Method):
+    """Sum over layers of the mean squared error of all tokens, optionally with cross-entropy.
+
+    `weights.ce` None leaves the cross-entropy out. 0, as in the official code, keeps it as a term
+    without weight: the student's last blocks, norm and head then get a zero gradient, and with it
+    the optimiser's weight decay.
+    """
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """The head and labels only for the cross-entropy."""
+        return Needs(logits=config.weights.ce is not None, labels=bool(config.weights.ce))
+
+    def __init__(
+        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.teacher_layers, self.student_layers = distilled_layers(
+            config, (0.5, 0.75), teacher.arch, student
+        )
+        self.kd_weight = 10.0 if config.weights.kd is None else config.weights.kd
+        self.ce_weight = config.weights.ce
+        self.adapter = nnx.Dict(
+            {
+                str(layer): linear_adapter(student.embed_dim, teacher.arch.embed_dim, rngs)
+                for layer in self.student_layers
+            }
+        )
+
+    def loss(
+        self, teacher: Forward | None, student: Forward, batch: Batch
+    ) -> tuple[Scalars, Scalars]:
+        """Terms `kd` and, with a weight, `ce`."""
+        kd = sum(
+            mean_squared_error(
+                self.adapter[str(own)](student.features[own]), teacher.features[layer]
+            )
+            for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
+        )
+        terms = {"kd": self.kd_weight * kd}
+        if self.ce_weight is not None:
+            logits = student.model.head_output(student.features[-1])
+            terms["ce"] = self.ce_weight * cross_entropy(logits, batch.labels)
+        return terms, {}

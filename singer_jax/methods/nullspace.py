@@ -1,0 +1,115 @@
+"""The left null space of the next block's MLP: which perturbations it does not see.
+
+All in float32 at the highest matmul precision: the defaults of TPUs and TF32 would spoil singular
+values near the threshold.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Bool, Float, Int
+
+from singer_jax.models.vit import VisionTransformer
+
+
+class NullSpace(NamedTuple):
+    """Left singular vectors (columns) and singular values of W; the values descend."""
+
+    vectors: Float[Array, "dim dim"]
+    values: Float[Array, "dim"]
+
+
+def mlp_map(model: VisionTransformer, layer: int) -> Float[Array, "dim dim"]:
+    """W = W1^T W2^T of the MLP that reads layer `layer`: rows a pass it as a W.
+
+    That of the next block, or of block `layer` itself where it is the last. Biases, activation,
+    norm and LayerScale are ignored, as in the paper.
+    """
+    mlp = model.blocks[min(layer + 1, model.arch.depth - 1)].mlp
+    first, second = (x.kernel[...].astype(jnp.float32) for x in (mlp.fc1, mlp.fc2))
+    return jnp.matmul(first, second, precision=Precision.HIGHEST)
+
+
+def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
+    """The singular value decomposition W = U S V^T without V."""
+    vectors, values, _ = jnp.linalg.svd(linear_map)
+    return NullSpace(vectors, values)
+
+
+def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Array, ""]:
+    """tau: `threshold` itself (`absolute`) or that quantile of the layer's values (`quantile`)."""
+    if rule == "quantile":
+        return jnp.quantile(space.values, threshold)
+    return jnp.asarray(threshold, jnp.float32)
+
+
+def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
+    """How many singular values lie below tau."""
+    return jnp.sum(space.values < tau)
+
+
+def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, "dim"]:
+    """The directions of `projector`: those below tau, or the `rank` smallest if fewer are."""
+    dim = space.values.shape[0]
+    return (space.values < tau) | (jnp.arange(dim) >= dim - rank)
+
+
+def projector(space: NullSpace, tau: Float[Array, ""], rank: int) -> Float[Array, "dim dim"]:
+    """Q = U_n U_n^T, the orthogonal projector on the `selected` directions."""
+    return _weighted(space, selected(space, tau, rank).astype(jnp.float32))
+
+
+def soft_filter(space: NullSpace, tau: Float[Array, ""]) -> Float[Array, "dim dim"]:
+    """Q = U diag(tau^2 / (tau^2 + S^2)) U^T: what is seen less passes more."""
+    return _weighted(space, tau**2 / (tau**2 + space.values**2))
+
+
+def _weighted(space: NullSpace, weights: Float[Array, "dim"]) -> Float[Array, "dim dim"]:
+    return jnp.matmul(space.vectors * weights, space.vectors.T, precision=Precision.HIGHEST)
+
+
+def directions(
+    space: NullSpace, tau: Float[Array, ""], rank: int, order: str, key: jax.Array
+) -> Float[Array, "rank dim"]:
+    """`rank` unit rows to start a refiner from; random ones where fewer lie below tau.
+
+    Args:
+      space: of the layer.
+      tau: directions with a smaller singular value count as null.
+      rank: how many rows.
+      order: `official` takes the first below tau in descending order of S, the least null ones
+        (as the official code); `most_null` the smallest ones.
+      key: for the random rows.
+    """
+    dim = space.values.shape[0]
+    count = null_dim(space, tau)
+    steps = jnp.arange(rank)
+    index = dim - count + steps if order == "official" else dim - 1 - steps
+    rows = space.vectors.T[jnp.clip(index, 0, dim - 1)]
+    return jnp.where((steps < count)[:, None], rows, random_directions(key, rank, dim))
+
+
+def random_directions(key: jax.Array, rank: int, dim: int) -> Float[Array, "rank dim"]:
+    """Random unit rows."""
+    rows = jax.random.normal(key, (rank, dim))
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def energy_share(
+    projection: Float[Array, "dim dim"],
+    patches: Float[Array, "batch patches dim"],
+    outliers: Bool[Array, "batch patches"],
+) -> Float[Array, ""]:
+    """The share of the outlier tokens' energy that Q keeps: sum ||d Q||^2 / sum ||d||^2.
+
+    d is an outlier's difference from the mean patch token of its image. A projected update can
+    only remove what lies in the subspace, so a small share says that it cannot remove much.
+    """
+    patches = patches.astype(jnp.float32)
+    difference = jnp.where(outliers[..., None], patches - patches.mean(1, keepdims=True), 0.0)
+    kept = jnp.sum(jnp.square(difference @ projection))
+    return kept / jnp.maximum(jnp.sum(jnp.square(difference)), jnp.finfo(jnp.float32).tiny)

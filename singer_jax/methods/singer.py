@@ -1,0 +1,265 @@
+"""SiNGER: the teacher's features, refined inside a null space, are what the student learns.
+
+"SiNGER: A Clearer Voice Distills Vision Transformers Further", ICLR 2026, section 3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.lax import Precision
+from jaxtyping import Array, Bool, Float
+
+from singer_jax.errors import InputError, unknown
+from singer_jax.methods import nullspace
+from singer_jax.methods.base import (
+    Batch,
+    Constant,
+    Forward,
+    Method,
+    Scalars,
+    distilled_layers,
+    linear_adapter,
+    mean_squared_error,
+)
+from singer_jax.models.vit import Architecture, VisionTransformer
+
+# Below this share of the outliers' energy in the subspace a run warns.
+SMALL_SHARE = 0.2
+
+USES = ("project", "soft", "init", "random")
+ORDERS = ("most_null", "official")
+STARTS = ("identity", "official")
+RULES = ("absolute", "quantile")
+
+
+class Refiner(nnx.Module):
+    """A low-rank update of the patch tokens: F + F A B Q (paper section 3.1).
+
+    Args:
+      space: singular vectors and values of what reads the layer.
+      config: reads `rank` and `nullspace`.
+      rngs: stream `params` for random directions.
+
+    Attributes:
+      down, up: A [dim, rank] and B [rank, dim].
+      projection: Q [dim, dim] of `project` and `soft`; absent otherwise.
+      singular_values: [dim], kept for reports.
+    """
+
+    def __init__(self, space: nullspace.NullSpace, config: Any, rngs: nnx.Rngs) -> None:
+        settings, rank = config.nullspace, config.rank
+        tau = nullspace.threshold_value(space, settings.rule, settings.threshold)
+        self.singular_values = Constant(space.values)
+        self.null_dim = Constant(nullspace.null_dim(space, tau))
+        self.projected = settings.use in ("project", "soft")
+        dim = space.values.shape[0]
+        if self.projected:
+            rows = space.vectors.T[::-1][:rank]
+            soft = settings.use == "soft"
+            self.projection = Constant(
+                nullspace.soft_filter(space, tau) if soft else nullspace.projector(space, tau, rank)
+            )
+        elif settings.use == "init":
+            rows = nullspace.directions(space, tau, rank, settings.order, rngs.params())
+        else:
+            rows = nullspace.random_directions(rngs.params(), rank, dim)
+        start = settings.start or ("identity" if self.projected else "official")
+        identity = start == "identity"
+        self.down = nnx.Param(rows.T)
+        self.up = nnx.Param(jnp.zeros_like(rows) if identity else rows)
+
+    def update(
+        self, patches: Float[Array, "batch patches dim"]
+    ) -> Float[Array, "batch patches dim"]:
+        """F A B Q in float32, so that it stays in the null space up to float32 rounding."""
+        up = self.up[...]
+        if self.projected:
+            up = jnp.matmul(up, self.projection[...], precision=Precision.HIGHEST)
+        inner = patches.astype(jnp.float32) @ self.down[...]
+        return jnp.matmul(inner, up, precision=Precision.HIGHEST)
+
+
+def refine(
+    refiner: Refiner, features: Float[Array, "batch tokens dim"], num_prefix_tokens: int
+) -> Float[Array, "batch tokens dim"]:
+    """F^: the features with refined patch tokens and untouched prefix tokens, in float32."""
+    update = refiner.update(features[:, num_prefix_tokens:])
+    update = jnp.pad(update, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
+    return features.astype(jnp.float32) + update
+
+
+def token_norms(tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch patches"]:
+    """L2 norm of each token in float32, with a zero gradient at zero."""
+    squared = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
+    return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+
+
+def outlier_threshold(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Float[Array, "batch 1"]:
+    """The quantile of each image's patch norms above which a token is an outlier; no gradient."""
+    return jax.lax.stop_gradient(jnp.quantile(norms, quantile, axis=1, keepdims=True))
+
+
+def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float[Array, ""]:
+    """Mean squared excess of the outlier norms over the batch, 0 without outliers (paper 3.2)."""
+    threshold = outlier_threshold(norms, quantile)
+    outlier = norms > threshold
+    excess = jnp.where(outlier, norms - threshold, 0.0)
+    return jnp.sum(jnp.square(excess)) / jnp.maximum(jnp.sum(outlier), 1)
+
+
+def cosine_similarity_matrix(
+    patches: Float[Array, "batch patches dim"],
+) -> Float[Array, "batch patches patches"]:
+    """Cosine similarity of every two patch tokens of an image."""
+    unit = patches.astype(jnp.float32) / token_norms(patches)[..., None]
+    return jnp.einsum("bpd,bqd->bpq", unit, unit)
+
+
+class Singer(Method):
+    """SiNGER with `project`, `soft`, `init` or `random` refiners."""
+
+    def __init__(
+        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+    ) -> None:
+        check(teacher.arch, config)
+        self.teacher_layers, self.student_layers = distilled_layers(
+            config, (0.75,), teacher.arch, student
+        )
+        self.quantile = config.quantile
+        weights = config.weights
+        self.kd_weight = 1.0 if weights.kd is None else weights.kd
+        self.outlier_weight = weights.outlier
+        self.info_weight = weights.info
+        self.adapter = nnx.Dict()
+        self.refiner = nnx.Dict()
+        for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
+            space = nullspace.decompose(nullspace.mlp_map(teacher, layer))
+            self.refiner[str(layer)] = Refiner(space, config, rngs)
+            self.adapter[str(student_layer)] = linear_adapter(
+                student.embed_dim, teacher.arch.embed_dim, rngs
+            )
+
+    def loss(
+        self, teacher: Forward | None, student: Forward, batch: Batch
+    ) -> tuple[Scalars, Scalars]:
+        """KD, outlier and info terms (paper equations 4 to 8), each averaged over the layers."""
+        prefix, depth = teacher.model.arch.num_prefix_tokens, teacher.model.arch.depth
+        kd = outlier = info = 0.0
+        metrics: Scalars = {}
+        previous = None
+        for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
+            features = teacher.features[layer]
+            refiner = self.refiner[str(layer)]
+            refined = refine(refiner, features, prefix)
+            patches = refined[:, prefix:]
+            norms = token_norms(patches)
+
+            predicted = self.adapter[str(student_layer)](student.features[student_layer])
+            kd += mean_squared_error(predicted, refined)
+            outlier += outlier_loss(norms, self.quantile)
+            if layer + 1 < depth:
+                seen = teacher.model.apply_block(layer + 1, refined)
+                info += mean_squared_error(seen, teacher.features[layer + 1])
+            else:
+                reference = features[:, prefix:] if previous is None else previous
+                info += mean_squared_error(
+                    cosine_similarity_matrix(patches), cosine_similarity_matrix(reference)
+                )
+            previous = patches
+            metrics |= {
+                f"layer_{layer}/{name}": value
+                for name, value in self._diagnose(refiner, features[:, prefix:], norms).items()
+            }
+        layers = len(self.teacher_layers)
+        terms = {
+            "kd": self.kd_weight * kd / layers,
+            "outlier": self.outlier_weight * outlier / layers,
+            "info": self.info_weight * info / layers,
+        }
+        return terms, metrics
+
+    def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """The null space of each layer and the share of the outliers' energy inside it."""
+        lines = []
+        for layer in self.teacher_layers:
+            refiner = self.refiner[str(layer)]
+            values = np.asarray(refiner.singular_values[...])
+            count = int(refiner.null_dim[...])
+            before = {n: metrics[f"layer_{layer}/teacher_norm_{n}"] for n in ("median", "p99")}
+            line = (
+                f"teacher layer {layer}: {count} of {len(values)} singular values below the "
+                f"threshold (smallest {values[-1]:.3g}, largest {values[0]:.3g}); patch norms: "
+                f"median {before['median']:.3g}, 99th percentile {before['p99']:.3g}"
+            )
+            share = metrics.get(f"layer_{layer}/outlier_energy_share")
+            if share is not None:
+                line += f"; share of the outliers' energy inside the subspace {share:.2f}"
+            lines.append((logging.INFO, line))
+            if count == 0:
+                lines.append(
+                    (
+                        logging.WARNING,
+                        f"teacher layer {layer} has no null space at this threshold (smallest "
+                        f"singular value {values[-1]:.3g}): raise method.nullspace.threshold or "
+                        "take method.nullspace.use=soft",
+                    )
+                )
+            if share is not None and share < SMALL_SHARE:
+                lines.append(
+                    (
+                        logging.WARNING,
+                        f"teacher layer {layer}: the subspace holds only {share:.0%} of the "
+                        "outliers' energy, so refinement can remove little: raise "
+                        "method.nullspace.threshold or take method.nullspace.use=soft",
+                    )
+                )
+        return lines
+
+    def _diagnose(
+        self,
+        refiner: Refiner,
+        patches: Float[Array, "batch patches dim"],
+        refined_norms: Float[Array, "batch patches"],
+    ) -> Scalars:
+        norms = token_norms(patches)
+        metrics = {}
+        for when, values in (("teacher", norms), ("refined", jax.lax.stop_gradient(refined_norms))):
+            metrics[f"{when}_norm_median"] = jnp.median(values)
+            metrics[f"{when}_norm_p99"] = jnp.quantile(values, 0.99)
+        if refiner.projected:
+            outliers: Bool[Array, "batch patches"] = norms > outlier_threshold(norms, self.quantile)
+            metrics["outlier_energy_share"] = nullspace.energy_share(
+                refiner.projection[...], patches, outliers
+            )
+        return metrics
+
+
+def check(teacher: Architecture, config: Any) -> None:
+    """Raises `InputError` for settings that SiNGER does not know or that do not fit the teacher."""
+    settings = config.nullspace
+    for key, value, known in (
+        ("use", settings.use, USES),
+        ("order", settings.order, ORDERS),
+        ("rule", settings.rule, RULES),
+        ("start", settings.start or STARTS[0], STARTS),
+        ("source", settings.source, ("mlp",)),
+    ):
+        if value not in known:
+            raise unknown(f"method.nullspace.{key}", value, known)
+    if not 1 <= config.rank <= teacher.embed_dim:
+        raise InputError(f"method.rank: {config.rank} is not in 1..{teacher.embed_dim}")
+    if not 0 < config.quantile < 1:
+        raise InputError(f"method.quantile: {config.quantile} is not between 0 and 1")
+    if settings.rule == "quantile" and not 0 <= settings.threshold <= 1:
+        raise InputError(
+            f"method.nullspace.threshold: the quantile {settings.threshold} is not in 0..1"
+        )

@@ -1,0 +1,31 @@
+"""Training without a teacher: cross-entropy of the student's head with the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars, cross_entropy
+from singer_jax.models.vit import Architecture, VisionTransformer
+
+
+class Supervised(Method):
+    """The quickstart's teacher, and the baseline without distillation."""
+
+    @classmethod
+    def needs(cls, config: Any) -> Needs:
+        """Labels and logits, no teacher."""
+        return Needs(teacher=False, logits=True, labels=True)
+
+    def __init__(
+        self, teacher: VisionTransformer | None, student: Architecture, config: Any, rngs: nnx.Rngs
+    ) -> None:
+        """Has no parts of its own; the arguments are those of every method."""
+
+    def loss(
+        self, teacher: Forward | None, student: Forward, batch: Batch
+    ) -> tuple[Scalars, Scalars]:
+        """Term `ce`."""
+        logits = student.model.head_output(student.features[-1])
+        return {"ce": cross_entropy(logits, batch.labels)}, {}

@@ -1,0 +1,1 @@
+"""Vision transformers, their registry and their weights."""

@@ -1,0 +1,133 @@
+"""Where weights come from: local files, runs, the Hugging Face hub; opened without reading them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from singer_jax.errors import InputError
+from singer_jax.models.torch_file import open_torch_file
+
+WEIGHTS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+
+
+class StoredTensor(Protocol):
+    """A tensor still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> np.ndarray:
+        """Its values, in PyTorch's layout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsTensor:
+    """A tensor still in its `.safetensors` file; `read` returns its values."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_tensor(self.key)
+
+
+def find_weights(weights: str) -> Path:
+    """The local file behind `weights`.
+
+    Args:
+      weights: a `.safetensors`, `.pth` or `.bin` file; a folder that holds `model.safetensors` or
+        is a run with `student/model.safetensors`; or a hub name such as
+        `timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k` (without owner: `timm/`), downloaded once
+        and then read from the Hugging Face cache, also without network.
+
+    Raises:
+      InputError: nothing there, or a hub name that is neither cached nor reachable.
+    """
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    for inside in (path / WEIGHTS_FILE, path / "student" / WEIGHTS_FILE):
+        if inside.is_file():
+            return inside
+    if path.is_dir():
+        raise InputError(f"{path} holds neither {WEIGHTS_FILE} nor student/{WEIGHTS_FILE}")
+    if path.suffix in (".safetensors", ".pth", ".bin") or path.is_absolute() or len(path.parts) > 2:
+        raise InputError(f"no weights file at {path}")
+    return _download(weights if "/" in weights else f"timm/{weights}")
+
+
+def _download(repo: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in (WEIGHTS_FILE, TORCH_FILE):
+        cached = huggingface_hub.try_to_load_from_cache(repo, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        try:
+            path = huggingface_hub.hf_hub_download(repo, WEIGHTS_FILE)
+        except LocalEntryNotFoundError:
+            raise  # no network; the next is its base class: no such file in the repository
+        except EntryNotFoundError:
+            path = huggingface_hub.hf_hub_download(repo, TORCH_FILE)
+        with contextlib.suppress(EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repo, CONFIG_FILE)
+        return Path(path)
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"weights {repo!r}: no local file, not in the cache "
+            f"{huggingface_hub.constants.HF_HUB_CACHE}, and not downloaded ({reason}); give a "
+            f".safetensors file, or fetch them where there is a network: hf download {repo}"
+        ) from error
+
+
+def open_weights(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by timm key, none of them read yet.
+
+    Raises:
+      InputError: unknown suffix, damaged file, or a pickle that would run code.
+    """
+    if path.suffix in (".pth", ".bin", ".pt"):
+        tensors = open_torch_file(path)
+        # As timm does: DeiT-III was published with gamma_1, DistributedDataParallel adds module.
+        return {
+            re.sub(r"gamma_(\d)", r"ls\1.gamma", key.removeprefix("module.")): tensor
+            for key, tensor in tensors.items()
+        }
+    if path.suffix != ".safetensors":
+        raise InputError(f"weights {path}: expected a .safetensors, .pth or .bin file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {
+                key: SafetensorsTensor(path, key, tuple(file.get_slice(key).get_shape()))
+                for key in file.keys()  # noqa: SIM118 - safe_open is not a mapping
+            }
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a complete safetensors file ({error}); download or export it again"
+        ) from error
+
+
+def read_hub_config(folder: Path) -> dict[str, Any]:
+    """timm's `config.json` in `folder`; empty where there is none."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error

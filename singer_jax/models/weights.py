@@ -1,0 +1,225 @@
+"""timm weights into a model and back out.
+
+A timm key and an NNX path differ by one rule: timm's `weight` is `kernel` (linear: transposed,
+convolution: HWIO) or `scale` (LayerNorm). Tensors are read one by one and go straight to their
+sharding and dtype, so that a model is never whole in host memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from singer_jax.errors import InputError
+from singer_jax.models.params import Keys, Params, from_leaves, leaves
+from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
+from singer_jax.models.weight_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    StoredTensor,
+    open_weights,
+    read_hub_config,
+)
+from singer_jax.models.zoo import MODELS, ModelSpec, lookup
+
+
+def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: VisionTransformer(arch, numerics, rngs=nnx.Rngs(jax.random.key(0))))
+    )
+    return graph, nnx.to_pure_dict(state)
+
+
+def timm_key(keys: Keys) -> str:
+    """The timm state-dict key of a parameter."""
+    *parents, name = map(str, keys)
+    return ".".join([*parents, "weight" if name in ("kernel", "scale") else name])
+
+
+def _timm_axes(keys: Keys, ndim: int) -> tuple[int, ...]:
+    """The axes of ours, in the order in which PyTorch stores them."""
+    if keys[-1] != "kernel":
+        return tuple(range(ndim))
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+
+
+def to_timm(params: Params) -> dict[str, np.ndarray]:
+    """Parameters (or gradients) as a timm state dict: timm's keys, PyTorch's layouts."""
+    return {
+        timm_key(keys): np.ascontiguousarray(
+            np.asarray(leaf).transpose(_timm_axes(keys, leaf.ndim))
+        )
+        for keys, leaf in leaves(params)
+    }
+
+
+def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
+    """`spec` with what the weights say of themselves.
+
+    The number of classes is that of the file's head; mean and std come from a `config.json` beside
+    the file (timm's hub layout), where there is one.
+    """
+    head = open_weights(path).get("head.weight")
+    arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head else 0)
+    stated = read_hub_config(path.parent).get("pretrained_cfg", {})
+    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
+    return dataclasses.replace(spec, arch=arch, mean=mean, std=std)
+
+
+def load_model(
+    spec: ModelSpec,
+    path: Path,
+    numerics: Numerics = Numerics(),
+    shardings: Callable[[Params], Params] | None = None,
+) -> tuple[nnx.GraphDef, Params]:
+    """A model with the weights of a file.
+
+    Args:
+      spec: what the model is; `spec_of_weights` adapts it to the file's head and statistics.
+      path: a file as `weight_files.find_weights` gives it.
+      numerics: dtypes of the model; weights are cast to `param_dtype`.
+      shardings: from abstract parameters to a sharding for each; default: one device.
+
+    Returns:
+      graph definition and parameters; `nnx.merge` of the two is the `VisionTransformer`.
+
+    Raises:
+      InputError: with every missing, surplus and mis-shaped key.
+    """
+    graph, abstract = abstract_model(spec.arch, numerics)
+    tensors = open_weights(path)
+    _check_keys(spec, path, abstract, tensors)
+    placement = dict(leaves(shardings(abstract))) if shardings else {}
+
+    def load(keys: Keys, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        array = tensors[timm_key(keys)].read()
+        if keys == ("pos_embed",) and array.shape != leaf.shape:
+            array = resample_pos_embed(array, spec.arch.grid, _pos_embed_prefix(spec.arch))
+        array = array.transpose(np.argsort(_timm_axes(keys, array.ndim))).astype(leaf.dtype)
+        return jax.device_put(np.ascontiguousarray(array), placement.get(keys))
+
+    return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
+
+
+def _check_keys(
+    spec: ModelSpec, path: Path, abstract: Params, tensors: Mapping[str, StoredTensor]
+) -> None:
+    expected = {
+        timm_key(keys): tuple(leaf.shape[axis] for axis in _timm_axes(keys, leaf.ndim))
+        for keys, leaf in leaves(abstract)
+    }
+    missing = [key for key in expected if key not in tensors]
+    surplus = [key for key in tensors if key not in expected]
+    mis_shaped = [
+        f"{key} is {list(tensors[key].shape)}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in tensors
+        and tuple(tensors[key].shape) != shape
+        and not (key == "pos_embed" and _can_resample(tensors[key].shape, spec.arch))
+    ]
+    found = {"missing": missing, "surplus": surplus, "mis-shaped": mis_shaped}
+    if any(found.values()):
+        details = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in found.items() if keys)
+        raise InputError(f"{path} does not hold the weights of {spec.name}: {details}")
+
+
+def _pos_embed_prefix(arch: Architecture) -> int:
+    return 0 if arch.no_embed_class else arch.num_prefix_tokens
+
+
+def _can_resample(shape: tuple[int, ...], arch: Architecture) -> bool:
+    """Whether a stored position embedding is that of a square grid and of the right width."""
+    if len(shape) != 3 or (shape[0], shape[2]) != (1, arch.embed_dim):
+        return False
+    patches = shape[1] - _pos_embed_prefix(arch)
+    return patches > 0 and math.isqrt(patches) ** 2 == patches
+
+
+def resample_pos_embed(
+    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int
+) -> np.ndarray:
+    """Position embeddings of a square grid for another grid (timm `resample_abs_pos_embed`).
+
+    Keys bicubic (a = -0.5), antialiased, weights renormalised at the edges, prefix kept.
+
+    Args:
+      pos_embed: [1, prefix + side * side, dim].
+      grid: rows and columns to resample to.
+      num_prefix_tokens: leading positions that are no patches.
+
+    Returns:
+      [1, prefix + rows * columns, dim] in the dtype of `pos_embed`.
+    """
+    prefix, patches = np.split(pos_embed, [num_prefix_tokens], axis=1)
+    side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
+    image = jnp.asarray(patches, jnp.float32).reshape(1, side, side, dim)
+    image = jax.image.resize(
+        image, (1, *grid, dim), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
+    )
+    patches = np.asarray(image, pos_embed.dtype).reshape(1, -1, dim)
+    return np.concatenate([prefix, patches], axis=1)
+
+
+def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
+    """timm's `config.json` for a model: the timm model it derives from and what differs."""
+    base = MODELS[spec.timm_name].arch
+    changed = {
+        field.name: getattr(spec.arch, field.name)
+        for field in dataclasses.fields(Architecture)
+        if field.name != "num_classes"
+        and getattr(spec.arch, field.name) != getattr(base, field.name)
+    }
+    return {
+        "architecture": spec.timm_name,
+        "num_classes": spec.arch.num_classes,
+        "num_features": spec.arch.embed_dim,
+        "model_args": changed,
+        "pretrained_cfg": {
+            "input_size": [3, *spec.arch.img_size],
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": spec.arch.num_classes,
+        },
+    }
+
+
+def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The inverse of `to_hub_config`; also reads the `config.json` of timm's own models.
+
+    Raises:
+      InputError: an architecture that is not known here.
+    """
+    stated = config.get("pretrained_cfg", {})
+    arguments = dict(config.get("model_args", {}))
+    arguments["num_classes"] = config.get("num_classes", 0)
+    if "input_size" in stated:
+        arguments.setdefault("img_size", tuple(stated["input_size"][1:]))
+    if isinstance(arguments.get("img_size"), list):
+        arguments["img_size"] = tuple(arguments["img_size"])
+    spec = lookup(config["architecture"], arguments)
+    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
+    return dataclasses.replace(spec, mean=mean, std=std)
+
+
+def export_timm(folder: Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -> None:
+    """Writes `model.safetensors` and `config.json` in timm's hub layout.
+
+    Args:
+      folder: is made if it is not there.
+      spec: of the model; its mean and std go into `pretrained_cfg`.
+      tensors: of the model, as `to_timm` gives them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(to_hub_config(spec), indent=2) + "\n")

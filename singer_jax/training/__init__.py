@@ -1,0 +1,1 @@
+"""State, step, optimiser, checkpoints and the loop of a training run."""

@@ -1,0 +1,204 @@
+"""The job `distill`: from a configuration to a trained student."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from singer_jax import config as config_lib
+from singer_jax import parallel
+from singer_jax.data.images import TrainTransform
+from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
+from singer_jax.data.sources import TRAIN, Source, make_source
+from singer_jax.errors import InputError, Stopped
+from singer_jax.models.weights import export_timm, to_hub_config, to_timm
+from singer_jax.telemetry import LOG, MetricsWriter, Recorder
+from singer_jax.training.checkpoints import Checkpoints
+from singer_jax.training.setup import Setup, setup
+from singer_jax.training.step import TrainState, jit_step
+
+
+def distill(config: Any, workdir: Path) -> None:
+    """Trains a student; continues by itself where the work directory holds a checkpoint.
+
+    Args:
+      config: as `singer_jax.config.default` describes it.
+      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
+
+    Raises:
+      InputError: the configuration cannot work, or is not that of the run in `workdir`.
+      Stopped: after SIGTERM or SIGINT, saved.
+      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
+    """
+    source = make_source(config.data.source, config.data.path, TRAIN)
+    run = setup(config, len(source), source.num_classes)
+    claim_workdir(config, workdir)
+    with contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        meta = {
+            "data": source.fingerprint(),
+            "config": config.to_dict(),
+            "student": to_hub_config(run.distillation.student.spec),
+        }
+        if start and checkpoints.meta(start)["data"] != meta["data"]:
+            raise InputError(
+                f"{workdir} was trained on other images than {config.data.source} "
+                f"{config.data.path} now holds; use a new --workdir or the same images"
+            )
+        if start:
+            LOG.info("%s: continuing after step %d of %d", workdir, start, run.steps)
+        if start < run.steps:
+            state = _train(config, workdir, run, source, checkpoints, start, meta)
+        else:
+            state = checkpoints.restore(start, run.state)
+    _export_student(workdir / "student", run, state)
+    LOG.info("%s: %d steps done, student exported", workdir, int(state.step))
+
+
+def _train(
+    config: Any,
+    workdir: Path,
+    run: Setup,
+    source: Source,
+    checkpoints: Checkpoints,
+    start: int,
+    meta: dict[str, Any],
+) -> TrainState:
+    teacher = run.load_teacher()
+    state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
+    unreadable = UnreadableCount(source, LOG.warning)
+    with contextlib.ExitStack() as stack:
+        batches = _batches(config, run, source, start)
+        stack.callback(batches.close)
+
+        def next_batch() -> Any:
+            batch = next(batches)
+            unreadable.add(batch)
+            examples = {key: batch[key] for key in ("image", "label")}
+            return parallel.put_batch(examples, parallel.batch_sharding(run.mesh))
+
+        batch = next_batch()
+        lowered = jit_step(run.distillation, run.mesh, state, teacher).lower(state, teacher, batch)
+        step_fn = lowered.compile()
+
+        writer = MetricsWriter(workdir, start, config.to_dict() if config.log.wandb else None)
+        stack.callback(writer.close)
+        recorder = Recorder(
+            writer,
+            start=start,
+            steps=run.steps,
+            every=config.log.every,
+            batch_size=config.batch_size,
+            flops=lowered.cost_analysis().get("flops"),
+        )
+        stack.callback(recorder.close)
+        stop = stack.enter_context(_stop_requests())
+
+        for step in range(start + 1, run.steps + 1):
+            state, metrics = step_fn(state, teacher, batch)
+            if step == start + 1:
+                _report_start(run, state, metrics)
+            recorder.add(step, metrics | {"unreadable_images": unreadable.unreadable})
+            last = step == run.steps
+            stopping = _agreed(stop, step) and not last
+            if last or stopping or step % config.checkpoint.every == 0:
+                recorder.flush()  # raises, so that no state is saved after a loss that is no number
+                checkpoints.save(state, step, meta)
+            if stopping:
+                raise Stopped(f"stopped after step {step} of {run.steps}, saved in {workdir}")
+            if not last:
+                batch = next_batch()
+    return state
+
+
+def _batches(config: Any, run: Setup, source: Source, start: int) -> Any:
+    data = config.data
+    return train_batches(
+        source,
+        TrainTransform(run.image_size, data.crop_area, data.crop_ratio, data.flip),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start=start,
+        workers=worker_count(data.workers),
+        strict=data.strict,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _report_start(run: Setup, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
+    for level, line in method.report(jax.device_get(metrics)):
+        LOG.log(level, line)
+
+
+def claim_workdir(config: Any, workdir: Path) -> None:
+    """Makes the work directory this configuration's, and writes config.json into it.
+
+    Raises:
+      InputError: it cannot be written, or holds a run of another configuration.
+    """
+    file = workdir / "config.json"
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is damaged ({error}); use a new --workdir") from error
+        changed = config_lib.differences(config, found)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InputError(
+                f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
+                "; use a new --workdir"
+            )
+    if jax.process_index() > 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        partial.replace(file)
+    except OSError as error:
+        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        LOG.warning("%s: saving and stopping after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agreed(stop: list[int], step: int) -> bool:
+    """Whether to stop after this step; the same answer in every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return bool(stop)
+
+
+def _export_student(folder: Path, run: Setup, state: TrainState) -> None:
+    gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.mesh))
+    trained, untouched = gather((state.params["student"], state.constants["student"]))
+    if jax.process_index() == 0:
+        spec = run.distillation.student.spec
+        export_timm(folder, spec, to_timm(trained) | to_timm(untouched))

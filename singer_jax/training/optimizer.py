@@ -1,0 +1,84 @@
+"""Optimisers and learning-rate schedules as the official code runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from singer_jax.errors import InputError, unknown
+
+
+def make_schedule(
+    config: Any, learning_rate: float, steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    Args:
+      config: the `schedule` part: `name` (`cosine`, `multistep`), `warmup_epochs`, `final_ratio`,
+        `milestones` (epochs), `gamma`.
+      learning_rate: the peak.
+      steps: of the whole run.
+      steps_per_epoch: ceil(examples / batch).
+
+    Raises:
+      InputError: unknown schedule, or a warm-up that is not shorter than the run.
+    """
+    if config.name == "cosine":
+        warmup = config.warmup_epochs * steps_per_epoch
+        return cosine_schedule(learning_rate, steps, warmup, config.final_ratio)
+    if config.name == "multistep":
+        boundaries = {epoch * steps_per_epoch: config.gamma for epoch in config.milestones}
+        return optax.piecewise_constant_schedule(learning_rate, boundaries)
+    raise unknown("schedule.name", config.name, ("cosine", "multistep"))
+
+
+def cosine_schedule(
+    learning_rate: float, steps: int, warmup: int, final_ratio: float
+) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then half a cosine to `final_ratio` times it.
+
+    With w = warmup and T = steps - w: lr (s + 1) / w for s < w, else
+    f + (lr - f) (1 + cos(pi (s - w) / T)) / 2 with f = final_ratio lr.
+    """
+    if not 0 <= warmup < steps:
+        raise InputError(
+            f"schedule.warmup_epochs: {warmup} warm-up steps do not fit into a run of {steps}"
+        )
+    final, decay_steps = final_ratio * learning_rate, steps - warmup
+
+    def schedule(step: Any) -> Any:
+        # (1 + cos x) / 2 = sin^2((pi - x) / 2), which does not cancel near the end in float32.
+        remaining = jnp.maximum(steps - step, 0) / decay_steps
+        decayed = final + (learning_rate - final) * jnp.square(jnp.sin(jnp.pi / 2 * remaining))
+        return jnp.where(step < warmup, learning_rate * (step + 1) / max(warmup, 1), decayed)
+
+    return schedule
+
+
+def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW, or SGD with weight decay added to the gradient, equal to PyTorch's.
+
+    Args:
+      config: the `optimizer` part: `name`, `b1`, `b2`, `eps`, `weight_decay` (on every parameter),
+        `momentum`, `clip_norm` (0: no clipping).
+      schedule: learning rate by step.
+
+    Raises:
+      InputError: unknown optimiser.
+    """
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+        )
+    elif config.name == "sgd":
+        update = optax.chain(
+            optax.add_decayed_weights(config.weight_decay),
+            optax.sgd(schedule, config.momentum or None),
+        )
+    else:
+        raise unknown("optimizer.name", config.name, ("adamw", "sgd"))
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return update

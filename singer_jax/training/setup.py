@@ -1,0 +1,207 @@
+"""From a configuration to everything a run needs, failing early and saying why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from singer_jax import methods, parallel
+from singer_jax.errors import InputError, unknown
+from singer_jax.methods import Method
+from singer_jax.models import zoo
+from singer_jax.models.params import Params
+from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.weight_files import find_weights
+from singer_jax.models.weights import abstract_model, load_model, spec_of_weights
+from singer_jax.models.zoo import ModelSpec
+from singer_jax.training.optimizer import make_optimizer, make_schedule
+from singer_jax.training.step import Distillation, Network, TrainState
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NORMALISATIONS = ("model", "imagenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run before its first step; no parameters are in memory yet.
+
+    Attributes:
+      distillation: the static half of the step.
+      mesh: of the devices.
+      steps: of the whole run.
+      steps_per_epoch: ceil(examples / batch size).
+      image_size: side of the crops that the loader makes, in pixels.
+      state: abstract, with shardings: what a checkpoint is restored into.
+      load_teacher: reads the teacher's parameters into their shardings; None without a teacher.
+      init_state: the state before the first step, from the teacher's parameters.
+    """
+
+    distillation: Distillation
+    mesh: Mesh
+    steps: int
+    steps_per_epoch: int
+    image_size: int
+    state: TrainState
+    load_teacher: Callable[[], Params | None]
+    init_state: Callable[[Params | None], TrainState]
+
+
+def setup(config: Any, examples: int, num_classes: int) -> Setup:
+    """Checks a configuration and prepares its run.
+
+    Args:
+      config: as `singer_jax.config.default` describes it.
+      examples: size of the training split.
+      num_classes: of its labels; 0 without labels.
+
+    Raises:
+      InputError: anything in the configuration that cannot work; before any long work.
+    """
+    needs = methods.lookup(config.method.name).needs(config.method)
+    if needs.labels and not num_classes:
+        raise InputError(
+            f"method.name: {config.method.name} needs labels, but the images have none; put them "
+            "into one folder a class"
+        )
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if config.batch_size < 1 or config.batch_size % (mesh.size * config.accumulation):
+        raise InputError(
+            f"batch_size: {config.batch_size} is not divisible by {mesh.size} devices x "
+            f"{config.accumulation} micro-batches"
+        )
+    steps_per_epoch = math.ceil(examples / config.batch_size)
+    steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
+    if steps < 1:
+        raise InputError(f"steps: {steps}; give at least 1")
+    learning_rate = config.optimizer.learning_rate
+    schedule = make_schedule(config.schedule, learning_rate, steps, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+
+    student_spec, student_weights = resolve_model("student", config.student, config)
+    if not student_weights and "num_classes" not in config.student.overrides:
+        arch = dataclasses.replace(student_spec.arch, num_classes=num_classes * needs.logits)
+        student_spec = dataclasses.replace(student_spec, arch=arch)
+    dtype = dtype_of(config.precision)
+    student_numerics = Numerics(dtype, jnp.float32, config.student.remat)
+    student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
+
+    teacher, abstract_teacher, teacher_weights = None, None, None
+    teacher_numerics = Numerics(dtype, dtype)
+    if needs.teacher:
+        teacher_spec, teacher_weights = resolve_model("teacher", config.teacher, config)
+        if not teacher_weights:
+            raise InputError("teacher.weights: empty; give a hub name, a file or a run")
+        _check_grids(teacher_spec, student_spec)
+        graph, abstract_teacher = abstract_model(teacher_spec.arch, teacher_numerics)
+        teacher = Network(teacher_spec, graph)
+
+    def place(abstract: Params) -> Params:
+        return parallel.tree_shardings(mesh, abstract)
+
+    def load(network: Network, weights: Path, numerics: Numerics) -> Params:
+        return load_model(network.spec, weights, numerics, place)[1]
+
+    def make_method(teacher_params: Params | None) -> Method:
+        model = teacher.merge(teacher_params) if teacher else None
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 1))
+        kind = methods.lookup(config.method.name)
+        return kind(model, student_spec.arch, config.method, rngs)
+
+    abstract_method = nnx.eval_shape(make_method, abstract_teacher)
+    distillation = Distillation(
+        student=student,
+        teacher=teacher,
+        method=nnx.graphdef(abstract_method),
+        optimizer=optimizer,
+        schedule=schedule,
+        blocks=student_spec.arch.depth if needs.logits else max(abstract_method.student_layers) + 1,
+        head=needs.logits,
+        seed=config.seed,
+        accumulation=config.accumulation,
+    )
+
+    def init(teacher_params: Params | None, student_params: Params | None) -> TrainState:
+        if student_params is None:
+            rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 0))
+            model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
+            student_params = nnx.to_pure_dict(nnx.state(model))
+        return distillation.init(student_params, make_method(teacher_params))
+
+    abstract_state = jax.eval_shape(init, abstract_teacher, None)
+    shardings = parallel.tree_shardings(mesh, abstract_state)
+
+    def load_teacher() -> Params | None:
+        return load(teacher, teacher_weights, teacher_numerics) if teacher else None
+
+    def init_state(teacher_params: Params | None) -> TrainState:
+        student_params = None
+        if student_weights:
+            student_params = load(student, student_weights, student_numerics)
+        return jax.jit(init, out_shardings=shardings)(teacher_params, student_params)
+
+    return Setup(
+        distillation=distillation,
+        mesh=mesh,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        image_size=student_spec.arch.img_size[0],
+        state=parallel.with_shardings(mesh, abstract_state),
+        load_teacher=load_teacher,
+        init_state=init_state,
+    )
+
+
+def init_key(seed: int) -> jax.Array:
+    """The key of everything drawn before the first step; no step number folds into the same."""
+    return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+
+
+def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path | None]:
+    """A model of the configuration: what it is, and where its weights are.
+
+    Args:
+      role: `teacher` or `student`, for messages.
+      model: the part of the configuration with `model`, `weights` and `overrides`.
+      config: for `data.image_size` and `data.normalisation`.
+
+    Raises:
+      InputError: unknown model, architecture field or normalisation, or weights that are not there.
+    """
+    if not model.model:
+        raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
+    overrides = dict(model.overrides)
+    if config.data.image_size is not None:
+        overrides.setdefault("img_size", config.data.image_size)
+    spec = zoo.lookup(model.model, overrides)
+    weights = find_weights(model.weights) if model.weights else None
+    if weights:
+        spec = spec_of_weights(spec, weights)
+    if config.data.normalisation not in NORMALISATIONS:
+        raise unknown("data.normalisation", config.data.normalisation, NORMALISATIONS)
+    if config.data.normalisation == "imagenet":
+        spec = dataclasses.replace(spec, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
+    return spec, weights
+
+
+def dtype_of(precision: str) -> Any:
+    """The dtype of a `precision`; `InputError` for an unknown one."""
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    return PRECISIONS[precision]
+
+
+def _check_grids(teacher: ModelSpec, student: ModelSpec) -> None:
+    if (teacher.arch.grid, teacher.arch.img_size) != (student.arch.grid, student.arch.img_size):
+        raise InputError(
+            f"teacher {teacher.name} has {teacher.arch.grid} patches of {teacher.arch.img_size} "
+            f"pixels, student {student.name} {student.arch.grid} of {student.arch.img_size}; they "
+            "must be equal (data.image_size sets both)"
+        )

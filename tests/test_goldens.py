@@ -1,0 +1,254 @@
+"""Equality with numbers recorded from the official PyTorch code and from timm (goldens/README.md).
+
+`SINGER_GOLDENS=DIR` runs the cases of another folder; `SINGER_GOLDENS_ALL=1` also those whose kind
+is listed as not yet supported.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from singer_jax import methods, parallel
+from singer_jax.config import default
+from singer_jax.evaluation import probe as probes
+from singer_jax.methods import nullspace
+from singer_jax.models import zoo
+from singer_jax.models.params import Params, leaves
+from singer_jax.models.weights import load_model, timm_key, to_timm
+from singer_jax.training.optimizer import make_optimizer, make_schedule
+from singer_jax.training.step import Distillation, Network, jit_step
+
+FOLDER = Path(os.environ.get("SINGER_GOLDENS", Path(__file__).parent / "goldens"))
+
+METHODS = {"singer": "singer", "fitvit": "fitnet"}
+FAMILIES = {"vit": "vit_tiny_patch16_224", "deit3": "deit3_tiny_patch16_224"}
+
+
+def not_yet_supported(case: dict) -> bool:
+    """The one list of what later work brings."""
+    return (
+        (case["kind"] == "features" and zoo.architecture_name(case["timm_model"]) not in zoo.MODELS)
+        or (case["kind"] == "distill" and case["method"] not in METHODS)
+        or (case["kind"] == "probe" and case["task"] != "classification")
+    )
+
+
+def cases(kind: str) -> list:
+    """The cases of a kind, found by listing the folder."""
+    found = []
+    for file in sorted(FOLDER.glob("*/case.json")):
+        case = json.loads(file.read_text())
+        if case["kind"] == kind and (
+            not not_yet_supported(case) or os.environ.get("SINGER_GOLDENS_ALL")
+        ):
+            found.append(pytest.param(file.parent, case, id=file.parent.name))
+    return found
+
+
+def assert_equal(case: dict, name: str, actual: object, expected: np.ndarray) -> None:
+    """|x - y| <= atol + rtol |y|; an expected NaN is not compared."""
+    actual, compared = np.asarray(actual), ~np.isnan(expected)
+    assert actual.shape == expected.shape, name
+    np.testing.assert_allclose(
+        actual[compared],
+        expected[compared],
+        rtol=case.get("rtol", 0),
+        atol=case.get("atol", 0),
+        err_msg=name,
+    )
+
+
+def test_the_folder_holds_cases():
+    assert len(list(FOLDER.glob("*/case.json"))) > 0
+
+
+@pytest.mark.parametrize(("folder", "case"), cases("features"))
+def test_features(folder: Path, case: dict):
+    size = case["img_size"]
+    overrides = case["overrides"] | {"img_size": size if isinstance(size, int) else tuple(size)}
+    spec = zoo.lookup(case["timm_model"], overrides)
+    graph, params = load_model(spec, folder / "weights.safetensors")
+    model = nnx.merge(graph, params)
+    expected = load_file(folder / "arrays.safetensors")
+    images = jnp.asarray(expected.pop("images").transpose(0, 2, 3, 1))
+    features = model.features(images)
+    actual = {f"block.{index}": feature for index, feature in enumerate(features)}
+    actual |= {"tokens": model.norm(features[-1]), "output": model(images)}
+    assert set(actual) == set(expected)
+    for name, values in expected.items():
+        assert_equal(case, name, actual[name], values)
+
+
+def network(folder: Path, case: dict, role: str) -> tuple[Network, Params]:
+    """Teacher or student of a `distill` case; its images are already normalised."""
+    sizes = dict(case[role])
+    spec = zoo.lookup(FAMILIES[sizes.pop("family")], sizes)
+    spec = dataclasses.replace(spec, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    graph, params = load_model(spec, folder / f"{role}.safetensors")
+    return Network(spec, graph), params
+
+
+def method_config(case: dict) -> object:
+    """The `paper` protocol with the settings of a `distill` case."""
+    config = default("paper").method
+    config.name = METHODS[case["method"]]
+    config.layers = tuple(case["teacher_layers"])
+    config.weights.update(case["weights"])
+    if case["method"] == "singer":
+        config.rank, config.quantile = case["rank"], case["outlier_quantile"]
+        config.nullspace.threshold = case["threshold"]
+    return config
+
+
+def to_golden(parts: Params) -> dict[str, np.ndarray]:
+    """Parts of a method under the goldens' names."""
+    return {
+        timm_key(keys): np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
+        for keys, leaf in leaves(parts)
+    }
+
+
+def set_parts(method: methods.Method, golden: dict[str, np.ndarray]) -> None:
+    """Replaces a method's parts by recorded ones."""
+    _, state = nnx.split(method, nnx.Param, ...)[:2]
+    parts = nnx.to_pure_dict(state)
+    assert set(to_golden(parts)) == set(golden)
+    for keys, _ in leaves(parts):
+        value = golden[timm_key(keys)]
+        tree = functools.reduce(lambda tree, name: tree[name], keys[:-1], parts)
+        tree[keys[-1]] = jnp.asarray(value.T if keys[-1] == "kernel" else value)
+    nnx.update(method, parts)
+
+
+@pytest.mark.parametrize(("folder", "case"), cases("distill"))
+def test_distill(folder: Path, case: dict):
+    expected = load_file(folder / "arrays.safetensors")
+    teacher, teacher_params = network(folder, case, "teacher")
+    student, student_params = network(folder, case, "student")
+    config = method_config(case)
+    kind = methods.lookup(config.name)
+    method = kind(teacher.merge(teacher_params), student.spec.arch, config, nnx.Rngs(0))
+    assert list(method.student_layers) == case["student_layers"]
+    if case["method"] == "singer":
+        check_null_spaces(case, teacher.merge(teacher_params), method, expected)
+    set_parts(method, load_file(folder / "method.safetensors"))
+
+    settings = case["optimizer"]
+    needs = kind.needs(config)
+    distillation = Distillation(
+        student=student,
+        teacher=teacher,
+        method=nnx.graphdef(method),
+        optimizer=make_optimizer(
+            SimpleNamespace(
+                name=settings["name"],
+                b1=settings["betas"][0],
+                b2=settings["betas"][1],
+                eps=settings["eps"],
+                weight_decay=settings["weight_decay"],
+                clip_norm=0,
+            ),
+            lambda step: settings["lr"],
+        ),
+        schedule=lambda step: settings["lr"],
+        blocks=student.spec.arch.depth if needs.logits else max(method.student_layers) + 1,
+        head=needs.logits,
+    )
+    mesh = parallel.make_mesh()
+    state, teacher_params = jax.device_put(
+        (distillation.init(student_params, method), teacher_params), parallel.replicated(mesh)
+    )
+
+    def batch(step: int) -> dict:
+        images = expected["images"][step].transpose(0, 2, 3, 1)
+        return {"image": images, "label": expected["labels"][step].astype(np.int32)}
+
+    _, gradients = jax.jit(distillation.gradients)(state, teacher_params, batch(0))
+    actual = {f"grad.student.{k}": v for k, v in to_timm(gradients["student"]).items()}
+    recorded = {name for name in expected if name.startswith("grad.")}
+    # A tensor of the student without a recorded gradient must not have one here either.
+    assert {name for name in recorded if name.startswith("grad.student")} == set(actual)
+    actual |= {f"grad.{k}": v for k, v in to_golden(gradients["method"]).items()}
+    for name in recorded:
+        assert_equal(case, name, actual[name], expected[name])
+
+    step_fn = jit_step(distillation, mesh, state, teacher_params)
+    for step in range(case["steps"]):
+        state, metrics = step_fn(state, teacher_params, batch(step))
+        for term in case["weights"]:
+            name = f"loss.{term}.{step}"
+            assert_equal(case, name, metrics[f"loss_{term}"], expected[name])
+    final = to_timm(state.params["student"]) | to_timm(state.constants["student"])
+    for part, values in (("student", final), ("method", to_golden(state.params["method"]))):
+        golden = load_file(folder / f"{part}_final.safetensors")
+        assert set(golden) == set(values)
+        for name, value in golden.items():
+            assert_equal(case, f"{part} after {case['steps']} steps: {name}", values[name], value)
+
+
+def check_null_spaces(case: dict, teacher: object, method: methods.Method, expected: dict) -> None:
+    for layer in case["teacher_layers"]:
+        refiner = method.refiner[str(layer)]
+        values = expected[f"singular_values.{layer}"]
+        assert_equal(case, "singular values", refiner.singular_values[...], values)
+        assert int(refiner.null_dim[...]) == expected[f"null_dim.{layer}"]
+        space = nullspace.decompose(nullspace.mlp_map(teacher, layer))
+        projector = nullspace.projector(space, jnp.float32(case["threshold"]), rank=0)
+        assert_equal(case, "projector", projector, expected[f"null_projector.{layer}"])
+
+
+@pytest.mark.parametrize(("folder", "case"), cases("schedule"))
+def test_schedule(folder: Path, case: dict):
+    expected = load_file(folder / "arrays.safetensors")
+    for number, settings in enumerate(case["schedules"]):
+        config = default().schedule
+        config.update(
+            {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in config}
+        )
+        config.name = settings["type"].lower()
+        per_epoch = -(-settings["num_examples"] // settings["batch_size"])
+        assert per_epoch == settings["steps_per_epoch"]
+        steps = settings["epochs"] * per_epoch
+        schedule = make_schedule(config, settings["lr"], steps, per_epoch)
+        rates = [float(schedule(step)) for step in range(steps)]
+        assert_equal(case, f"schedule {number}", np.array(rates), expected[f"lr.{number}"])
+
+
+@pytest.mark.parametrize(("folder", "case"), cases("probe"))
+def test_probe(folder: Path, case: dict):
+    expected = load_file(folder / "arrays.safetensors")
+    head = load_file(folder / "head.safetensors")
+    head = {"kernel": jnp.asarray(head["head.weight"].T), "bias": jnp.asarray(head["head.bias"])}
+    assert case["token"] == "cls"
+    losses = []
+    for step in range(case["steps"]):
+        head, loss = probes.sgd_step(
+            head,
+            jnp.asarray(expected["features"][step][:, 0]),
+            jnp.asarray(expected["labels"][step]),
+            jnp.int32(step),
+            jnp.float32(case["lr"]),
+            steps=case["steps"],
+            weight_decay=case["weight_decay"],
+        )
+        losses.append(loss)
+    assert_equal(case, "losses", np.array(losses), expected["losses"])
+    final = load_file(folder / "head_final.safetensors")
+    assert_equal(case, "head", head["kernel"].T, final["head.weight"])
+    assert_equal(case, "head", head["bias"], final["head.bias"])
+    features = jnp.asarray(expected["eval_features"][:, 0])
+    logits = probes.apply_head(head, features)
+    assert_equal(case, "logits", logits, expected["eval_logits"])
+    scores = probes.score(head, features, jnp.asarray(expected["eval_labels"]))
+    for name, value in case["metrics"].items():
+        assert_equal(case, name, getattr(scores, name), np.float32(value))
