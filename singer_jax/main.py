@@ -41,9 +41,16 @@ def _evaluate(config: ConfigDict, workdir: Path) -> None:
     evaluate(config, workdir)
 
 
+def _quickstart(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.quickstart import quickstart
+
+    quickstart(config, workdir)
+
+
 JOBS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
+    "quickstart": _quickstart,
 }
 
 

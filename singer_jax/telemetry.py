@@ -10,6 +10,7 @@ import collections
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,12 @@ class Recorder:
         self.steps = steps
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not writer.active, dynamic_ncols=True
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not writer.active,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
         self.row_step, self.row_time = start + 1, time.perf_counter()
 

@@ -41,6 +41,7 @@ class Setup:
       image_size: side of the crops that the loader makes, in pixels.
       state: abstract, with shardings: what a checkpoint is restored into.
       load_teacher: reads the teacher's parameters into their shardings; None without a teacher.
+      init_student: the student's parameters before the first step.
       init_state: the state before the first step, from the teacher's parameters.
     """
 
@@ -51,6 +52,7 @@ class Setup:
     image_size: int
     state: TrainState
     load_teacher: Callable[[], Params | None]
+    init_student: Callable[[], Params]
     init_state: Callable[[Params | None], TrainState]
 
 
@@ -128,24 +130,28 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         accumulation=config.accumulation,
     )
 
-    def init(teacher_params: Params | None, student_params: Params | None) -> TrainState:
-        if student_params is None:
-            rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 0))
-            model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
-            student_params = nnx.to_pure_dict(nnx.state(model))
+    def random_student() -> Params:
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 0))
+        model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
+        return nnx.to_pure_dict(nnx.state(model))
+
+    def init_student() -> Params:
+        if student_weights:
+            return load(student, student_weights, student_numerics)
+        out_shardings = place(jax.eval_shape(random_student))
+        return jax.jit(random_student, out_shardings=out_shardings)()
+
+    def init(teacher_params: Params | None, student_params: Params) -> TrainState:
         return distillation.init(student_params, make_method(teacher_params))
 
-    abstract_state = jax.eval_shape(init, abstract_teacher, None)
+    abstract_state = jax.eval_shape(init, abstract_teacher, jax.eval_shape(random_student))
     shardings = parallel.tree_shardings(mesh, abstract_state)
 
     def load_teacher() -> Params | None:
         return load(teacher, teacher_weights, teacher_numerics) if teacher else None
 
     def init_state(teacher_params: Params | None) -> TrainState:
-        student_params = None
-        if student_weights:
-            student_params = load(student, student_weights, student_numerics)
-        return jax.jit(init, out_shardings=shardings)(teacher_params, student_params)
+        return jax.jit(init, out_shardings=shardings)(teacher_params, init_student())
 
     return Setup(
         distillation=distillation,
@@ -155,6 +161,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         image_size=student_spec.arch.img_size[0],
         state=parallel.with_shardings(mesh, abstract_state),
         load_teacher=load_teacher,
+        init_student=init_student,
         init_state=init_state,
     )
 

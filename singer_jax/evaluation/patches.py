@@ -1,0 +1,60 @@
+"""What the patch tokens of a model look like: their norms, their likeness to the teacher's."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from singer_jax.data.images import TestTransform
+from singer_jax.data.loader import eval_batches
+from singer_jax.data.sources import Source
+from singer_jax.evaluation.backbone import Backbone
+
+PatchTokens = Float[np.ndarray, "images patches dim"]
+
+
+def patch_tokens(backbone: Backbone, source: Source) -> PatchTokens:
+    """The last block's patch tokens of every image of a source, in order."""
+    tokens = jax.jit(backbone.tokens)
+    prefix = backbone.network.spec.arch.num_prefix_tokens
+    batches = eval_batches(
+        source, TestTransform(backbone.image_size), batch_size=16 * backbone.mesh.size
+    )
+    with contextlib.closing(batches):
+        found = [
+            np.asarray(tokens(backbone.params, backbone.put(batch)["image"]))[batch["valid"]]
+            for batch in batches
+        ]
+    return np.concatenate(found)[:, prefix:]
+
+
+def norm_ratio(tokens: PatchTokens) -> float:
+    """99th percentile over median of the patch norms: how far the outliers stand out."""
+    norms = np.linalg.norm(tokens, axis=-1)
+    return float(np.quantile(norms, 0.99) / np.median(norms))
+
+
+def linear_map(tokens: PatchTokens, teacher: PatchTokens) -> Float[np.ndarray, "dim_1 teacher_dim"]:
+    """The affine map of least squares from a model's patch tokens to the teacher's.
+
+    So that models of any width are compared with the teacher alike, also those never trained
+    against it.
+    """
+    return np.linalg.lstsq(_affine(tokens), teacher.reshape(-1, teacher.shape[-1]), rcond=None)[0]
+
+
+def cosine_to_teacher(
+    tokens: PatchTokens, teacher: PatchTokens, mapping: Float[np.ndarray, "dim_1 teacher_dim"]
+) -> Float[np.ndarray, "images patches"]:
+    """Cosine similarity of each mapped patch token with the teacher's."""
+    mapped = (_affine(tokens) @ mapping).reshape(teacher.shape)
+    norms = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(teacher, axis=-1)
+    return np.sum(mapped * teacher, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
+def _affine(tokens: PatchTokens) -> Float[np.ndarray, "tokens dim_1"]:
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return np.concatenate([flat, np.ones_like(flat[:, :1])], axis=1)

@@ -1,0 +1,103 @@
+"""The job `quickstart`: everything once, small and from scratch, on the embedded digits.
+
+Trains a teacher, distils it with FitNet and with SiNGER, measures teacher, untrained student and
+both students alike, prints one table and saves one picture a model. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from singer_jax import parallel
+from singer_jax.data.images import TestTransform, open_image
+from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
+from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.job import classify
+from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
+from singer_jax.report.pictures import save_patch_maps
+from singer_jax.telemetry import LOG
+from singer_jax.training.loop import distill
+from singer_jax.training.setup import setup
+
+_SHOWN = 8  # test images in a picture
+_FITTED = 512  # training images that the map to the teacher's features is fitted on
+
+
+def quickstart(config: Any, workdir: Path) -> None:
+    """Runs what configs/quickstart.py describes; raises what `distill` raises.
+
+    Args:
+      config: with `teacher`, `fitnet` and `singer`, each as `singer_jax.config.default`, and
+        `probe`.
+      workdir: one folder a run, results.json, report/.
+    """
+    for name in ("teacher", "fitnet", "singer"):
+        run = config[name]
+        if name != "teacher":
+            run.teacher.weights = str(workdir / "teacher")
+        LOG.info("== %s (%s)", name, workdir / name)
+        distill(run, workdir / name)
+
+    mesh = parallel.make_mesh()
+    backbones = {
+        "teacher": load_backbone(mesh, run=str(workdir / "teacher")),
+        "student, untrained": _untrained(config.singer),
+        "student, FitNet": load_backbone(mesh, run=str(workdir / "fitnet")),
+        "student, SiNGER": load_backbone(mesh, run=str(workdir / "singer")),
+    }
+    LOG.info("== measuring")
+    data = config.singer.data
+    train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
+    fitted = Subset(train, np.arange(_FITTED))
+    teacher_fitted, teacher_test = (
+        patch_tokens(backbones["teacher"], source) for source in (fitted, test)
+    )
+    pixels = _pixels(test, backbones["teacher"].image_size)
+    results = {}
+    for name, backbone in backbones.items():
+        scores = classify(backbone, train, test, config.probe, config.singer.seed, workers=0)
+        tokens = patch_tokens(backbone, test)
+        results[name] = {
+            "linear_top1": scores["linear_top1"],
+            "knn_top1": scores["knn_top1"],
+            "norm_p99_over_median": norm_ratio(tokens),
+        }
+        mapping = linear_map(patch_tokens(backbone, fitted), teacher_fitted)
+        cosine = cosine_to_teacher(tokens, teacher_test, mapping)
+        shape = (-1, *backbone.network.spec.arch.grid)
+        save_patch_maps(
+            workdir / "report" / f"{name.replace(', ', '_').lower()}.png",
+            name,
+            pixels,
+            np.linalg.norm(tokens[:_SHOWN], axis=-1).reshape(shape),
+            cosine[:_SHOWN].reshape(shape),
+        )
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(_table(results))
+    print(f"One picture a model in {workdir / 'report'}")
+
+
+def _untrained(config: Any) -> Backbone:
+    """The student as it was before its first step."""
+    source = make_source(config.data.source, config.data.path, TRAIN)
+    run = setup(config, len(source), source.num_classes)
+    return Backbone(run.distillation.student, run.init_student(), run.mesh)
+
+
+def _pixels(source: Source, size: int) -> np.ndarray:
+    transform = TestTransform(size)
+    return np.stack([transform(open_image(source[index].image)) for index in range(_SHOWN)])
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'':20}{'linear top-1':>14}{'kNN top-1':>12}{'norm p99/median':>18}"]
+    for name, row in results.items():
+        lines.append(
+            f"{name:20}{row['linear_top1']:>12.1f} %{row['knn_top1']:>10.1f} %"
+            f"{row['norm_p99_over_median']:>18.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Maps of patch norms and of the likeness to the teacher, in the manner of the paper's Figure 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+
+
+def save_patch_maps(
+    path: Path,
+    title: str,
+    images: UInt8[np.ndarray, "images height width 3"],
+    norms: Float[np.ndarray, "images rows columns"],
+    cosine: Float[np.ndarray, "images rows columns"],
+) -> None:
+    """One column an image: the input, the patch norms, the cosine similarity to the teacher.
+
+    Args:
+      path: of the PNG; its folder is made.
+      title: the model.
+      images: as the model saw them.
+      norms: of the last block's patch tokens.
+      cosine: of the same tokens with the teacher's, -1 to 1.
+    """
+    figure = Figure(figsize=(1.5 * len(images) + 1.2, 4.9), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(3, len(images), squeeze=False)
+    rows = (
+        ("input", images, {}),
+        ("patch norm", norms, {"vmin": float(norms.min()), "vmax": float(norms.max())}),
+        ("cosine to teacher", cosine, {"vmin": 0.0, "vmax": 1.0, "cmap": "magma"}),
+    )
+    for row, (label, values, options) in zip(axes, rows, strict=True):
+        for axis, value in zip(row, values, strict=True):
+            shown = axis.imshow(value, **options)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label)
+        if options:
+            figure.colorbar(shown, ax=row.tolist(), fraction=0.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
