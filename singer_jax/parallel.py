@@ -133,10 +133,13 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
 def compiler_options() -> dict[str, str] | None:
     """Options for `jax.jit` of a function with a backward pass.
 
-    On the CPU, XLA drops optimization barriers before it fuses, and then recomputes the residual
-    stream in each of its consumers. Keeping them halves the time of a backward pass
-    (benchmarks/RESULTS.md).
+    On the CPU XLA drops optimization barriers before it fuses, and then recomputes the residual
+    stream in each of its consumers; and its YNN library multiplies the narrow matrices of small
+    models at half the speed of Eigen (benchmarks/RESULTS.md has both measurements).
     """
     if jax.default_backend() == "cpu":
-        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        return {
+            "xla_disable_hlo_passes": "cse_barrier_expander",
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        }
     return None

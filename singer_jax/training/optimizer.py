@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from singer_jax.errors import InputError, unknown
+from singer_jax.errors import unknown
 
 
 def make_schedule(
@@ -23,7 +23,7 @@ def make_schedule(
       steps_per_epoch: ceil(examples / batch).
 
     Raises:
-      InputError: unknown schedule, or a warm-up that is not shorter than the run.
+      InputError: unknown schedule.
     """
     if config.name == "cosine":
         warmup = config.warmup_epochs * steps_per_epoch
@@ -40,13 +40,10 @@ def cosine_schedule(
     """Linear warm-up to `learning_rate`, then half a cosine to `final_ratio` times it.
 
     With w = warmup and T = steps - w: lr (s + 1) / w for s < w, else
-    f + (lr - f) (1 + cos(pi (s - w) / T)) / 2 with f = final_ratio lr.
+    f + (lr - f) (1 + cos(pi (s - w) / T)) / 2 with f = final_ratio lr. A run that is shorter than
+    its warm-up ends inside it.
     """
-    if not 0 <= warmup < steps:
-        raise InputError(
-            f"schedule.warmup_epochs: {warmup} warm-up steps do not fit into a run of {steps}"
-        )
-    final, decay_steps = final_ratio * learning_rate, steps - warmup
+    final, decay_steps = final_ratio * learning_rate, max(steps - warmup, 1)
 
     def schedule(step: Any) -> Any:
         # (1 + cos x) / 2 = sin^2((pi - x) / 2), which does not cancel near the end in float32.
