@@ -1,7 +1,15 @@
-"""Fixtures and settings of all tests."""
+"""Settings of all tests: eight virtual CPU devices, exact products, no deadlines."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import jax
+import pytest
+
+from singer_jax import parallel
 
 # Goldens and properties are stated for float32 products, not for TF32 or bfloat16 passes.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -9,3 +17,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Shared machines are slow now and then; a deadline would measure them and not the code.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def mesh() -> jax.sharding.Mesh:
+    """One device."""
+    return parallel.make_mesh(1, 1)

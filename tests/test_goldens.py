@@ -164,7 +164,7 @@ def test_distill(folder: Path, case: dict):
         blocks=student.spec.arch.depth if needs.logits else max(method.student_layers) + 1,
         head=needs.logits,
     )
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(1, 1)
     state, teacher_params = jax.device_put(
         (distillation.init(student_params, method), teacher_params), parallel.replicated(mesh)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -145,28 +146,21 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[I
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    # Inherited by the workers: grain imports jax, which must not take a part of an accelerator.
-    before = os.environ.get("JAX_PLATFORMS")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    try:
-        return iter(dataset.mp_prefetch(processes, worker_init_fn=_leave_with_parent))
-    finally:
-        if before is None:
-            del os.environ["JAX_PLATFORMS"]
-        else:
-            os.environ["JAX_PLATFORMS"] = before
+    return iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
 
 
-def _leave_with_parent(worker: int, workers: int) -> None:
-    """Ends a worker whose parent was killed: nobody else would."""
+def _enter_worker(worker: int, workers: int) -> None:
+    """Keeps a worker off the accelerator, and ends it when its parent was killed."""
+    if "jax" in sys.modules:  # grain imports it; a backend would take a part of the accelerator
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
     parent = os.getppid()
 
-    def watch() -> None:
+    def leave_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 class UnreadableCount:

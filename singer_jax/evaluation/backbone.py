@@ -39,7 +39,7 @@ class Features(NamedTuple):
     """One feature vector and label for each image of a split, in its order."""
 
     values: Float[Array, "images dim"]
-    labels: Int[Array, "images"]
+    labels: Int[Array, " images"]
 
 
 @dataclasses.dataclass(frozen=True)

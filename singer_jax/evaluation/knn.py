@@ -50,12 +50,12 @@ def _unit(features: Float[Array, "images dim"]) -> Float[Array, "images dim"]:
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _predict(
     bank: Float[Array, "bank dim"],
-    bank_labels: Int[Array, "bank"],
+    bank_labels: Int[Array, " bank"],
     queries: Float[Array, "queries dim"],
     classes: int,
     k: int,
     temperature: float,
-) -> Int[Array, "queries"]:
+) -> Int[Array, " queries"]:
     similarity, index = jax.lax.top_k(queries @ bank.T, k)
     votes = (
         jax.nn.one_hot(bank_labels[index], classes)

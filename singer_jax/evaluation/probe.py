@@ -79,7 +79,7 @@ def apply_head(head: Head, features: Float[Array, "batch dim"]) -> Float[Array, 
 def sgd_step(
     head: Head,
     features: Float[Array, "batch dim"],
-    labels: Int[Array, "batch"],
+    labels: Int[Array, " batch"],
     step: Int[Array, ""],
     learning_rate: Float[Array, ""],
     *,
@@ -108,7 +108,9 @@ def sgd_step(
 
 
 @jax.jit
-def score(head: Head, features: Float[Array, "images dim"], labels: Int[Array, "images"]) -> Scores:
+def score(
+    head: Head, features: Float[Array, "images dim"], labels: Int[Array, " images"]
+) -> Scores:
     """Scores of a head, as arrays, on features that hold every image once."""
     logits = apply_head(head, features)
     return Scores(

@@ -46,7 +46,7 @@ class Batch:
       key: for this step's random numbers.
     """
 
-    labels: Int[Array, "batch"]
+    labels: Int[Array, " batch"]
     key: jax.Array
 
 
@@ -190,7 +190,7 @@ def mean_squared_error(
 
 
 def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
 ) -> Float[Array, ""]:
     """Mean cross-entropy of integer labels, in float32."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))

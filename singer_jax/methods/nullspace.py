@@ -20,7 +20,7 @@ class NullSpace(NamedTuple):
     """Left singular vectors (columns) and singular values of W; the values descend."""
 
     vectors: Float[Array, "dim dim"]
-    values: Float[Array, "dim"]
+    values: Float[Array, " dim"]
 
 
 def mlp_map(model: VisionTransformer, layer: int) -> Float[Array, "dim dim"]:
@@ -52,7 +52,7 @@ def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
     return jnp.sum(space.values < tau)
 
 
-def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, "dim"]:
+def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, " dim"]:
     """The directions of `projector`: those below tau, or the `rank` smallest if fewer are."""
     dim = space.values.shape[0]
     return (space.values < tau) | (jnp.arange(dim) >= dim - rank)
@@ -68,7 +68,7 @@ def soft_filter(space: NullSpace, tau: Float[Array, ""]) -> Float[Array, "dim di
     return _weighted(space, tau**2 / (tau**2 + space.values**2))
 
 
-def _weighted(space: NullSpace, weights: Float[Array, "dim"]) -> Float[Array, "dim dim"]:
+def _weighted(space: NullSpace, weights: Float[Array, " dim"]) -> Float[Array, "dim dim"]:
     return jnp.matmul(space.vectors * weights, space.vectors.T, precision=Precision.HIGHEST)
 
 

@@ -1,0 +1,49 @@
+"""A program that loads batches, for tests of its workers: FOLDER REPORTS WORKERS [wait].
+
+Each process that decodes leaves a report of itself; the main process prints digests of six batches.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import app
+
+from singer_jax.data.images import TrainTransform
+from singer_jax.data.loader import train_batches
+from singer_jax.data.sources import TRAIN, FolderSource
+
+
+class Reporting(TrainTransform):
+    """A transform that says in which process it runs."""
+
+    def __call__(self, image: object, rng: np.random.Generator) -> np.ndarray:
+        import jax
+        from jax._src import xla_bridge
+
+        report = {
+            "modules": [name for name in sys.modules if name.startswith("singer_jax")],
+            "backends": list(xla_bridge._backends),
+            "platforms": jax.config.jax_platforms,
+        }
+        (Path(os.environ["REPORTS"]) / f"{os.getpid()}.json").write_text(json.dumps(report))
+        return super().__call__(image, rng)
+
+
+def main(argv: list[str]) -> None:
+    folder, reports, workers, *wait = argv[1:]
+    os.environ["REPORTS"] = reports
+    source = FolderSource(folder, TRAIN)
+    batches = train_batches(source, Reporting(8), batch_size=4, seed=0, workers=int(workers))
+    found = [next(batches)["image"].astype(int).sum(axis=(1, 2, 3)).tolist() for _ in range(6)]
+    print(json.dumps(found), flush=True)
+    if wait:
+        time.sleep(60)
+    batches.close()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,129 @@
+"""Every kind of image becomes RGB; crops are torchvision's."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from singer_jax.data.images import TestTransform as CentreCrop
+from singer_jax.data.images import TrainTransform, open_image, to_rgb
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(stored: bytes, exif: bool = False) -> np.ndarray:
+    return np.asarray(to_rgb(open_image(stored, exif)))
+
+
+def test_lossless_rgb_is_unchanged():
+    image = Image.fromarray(RGB)
+    np.testing.assert_array_equal(pixels(encoded(image, "PNG")), RGB)
+    np.testing.assert_array_equal(pixels(encoded(image, "WEBP", lossless=True)), RGB)
+    np.testing.assert_array_equal(np.asarray(to_rgb(open_image(RGB))), RGB)
+
+
+def test_grey_palette_and_alpha_become_rgb():
+    grey = Image.fromarray(RGB[..., 0])
+    np.testing.assert_array_equal(pixels(encoded(grey, "PNG")), np.repeat(RGB[..., :1], 3, -1))
+    palette = Image.fromarray(RGB).quantize(256)
+    np.testing.assert_array_equal(
+        pixels(encoded(palette, "PNG")), np.asarray(palette.convert("RGB"))
+    )
+    alpha = np.concatenate([RGB, np.full((20, 30, 1), 128, np.uint8)], -1)
+    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(alpha), "PNG")), RGB)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    deep = RGB[..., 0].astype(np.uint16) * 257
+    np.testing.assert_array_equal(
+        pixels(encoded(Image.fromarray(deep), "PNG")), np.repeat(RGB[..., :1], 3, -1)
+    )
+
+
+def test_a_cmyk_jpeg_becomes_rgb():
+    smooth = Image.fromarray(RGB).resize((90, 60), Image.Resampling.BICUBIC)
+    stored = encoded(smooth.convert("CMYK"), "JPEG", quality=100)
+    difference = np.abs(pixels(stored).astype(int) - np.asarray(smooth).astype(int))
+    assert difference.mean() < 6  # JPEG loses a little
+
+
+def test_exif_orientation_is_applied_only_where_asked():
+    image = Image.fromarray(RGB)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    stored = encoded(image, "PNG", exif=exif)
+    np.testing.assert_array_equal(pixels(stored), RGB)
+    np.testing.assert_array_equal(pixels(stored, exif=True), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize(
+    "stored", [b"", b"not an image", encoded(Image.fromarray(RGB), "JPEG")[:200]]
+)
+def test_damaged_images_raise_what_the_loader_expects(stored):
+    from singer_jax.data.images import UNREADABLE
+
+    with pytest.raises(UNREADABLE):
+        pixels(stored)
+
+
+def test_the_test_transform_is_resize_and_centre_crop():
+    image = Image.fromarray(RGB)
+    result = CentreCrop(14)(image.copy())
+    # Shorter side to int(14 x 256 / 224) = 16, the longer one to int(16 x 30 / 20) = 24.
+    expected = np.asarray(image.resize((24, 16), Image.Resampling.BILINEAR))[1:15, 5:19]
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_train_crops_have_the_wanted_area_and_ratio():
+    transform = TrainTransform(8)
+    rng = np.random.default_rng(0)
+    areas, ratios = [], []
+    for _ in range(500):
+        left, top, width, height = transform._crop((300, 200), rng)
+        assert 0 <= left <= 300 - width and 0 <= top <= 200 - height
+        areas.append(width * height / (300 * 200))
+        ratios.append(width / height)
+    assert min(areas) > 0.075 and max(areas) <= 1
+    assert min(ratios) > 0.74 and max(ratios) < 1.35
+    # Uniform in 0.08..1 (mean 0.54), but large areas fit only at few ratios.
+    assert 0.3 < np.mean(areas) < 0.54
+
+
+def test_a_crop_that_never_fits_falls_back_to_the_centre():
+    transform = TrainTransform(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert transform._crop((300, 100), np.random.default_rng(0)) == (100, 0, 100, 100)
+
+
+def test_a_train_crop_is_the_resized_box_flipped_half_the_time():
+    image = Image.fromarray(RGB)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5)}
+    plain = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+    flipped = 0
+    for seed in range(40):
+        result = TrainTransform(8, **whole)(image.copy(), np.random.default_rng(seed))
+        mirrored = np.array_equal(result, plain[:, ::-1])
+        assert mirrored or np.array_equal(result, plain)
+        flipped += mirrored
+    assert 10 < flipped < 30
+    assert TrainTransform(8, **whole, flip=0.0)(image, np.random.default_rng(1)).shape == (8, 8, 3)
+
+
+def test_large_jpegs_are_decoded_smaller_with_the_same_content():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    photo = coarse.resize((1600, 1200), Image.Resampling.BICUBIC)
+    stored = encoded(photo, "JPEG", quality=95)
+    for transform in (TrainTransform(64), CentreCrop(64)):
+        small = transform(open_image(stored), np.random.default_rng(3)).astype(int)
+        exact = transform(photo.copy(), np.random.default_rng(3)).astype(int)
+        assert np.abs(small - exact).mean() < 3
+    opened = open_image(stored)
+    CentreCrop(64)(opened)
+    assert opened.size[0] < 1600  # the decoder itself made it smaller

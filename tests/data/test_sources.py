@@ -1,0 +1,133 @@
+"""Where images come from, in the formats that are really in use."""
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, make_source
+from singer_jax.errors import InputError
+from tests.tiny import write_images
+
+
+def test_digits_are_split_once_and_for_all():
+    train, test = DigitsSource(TRAIN), DigitsSource(TEST)
+    assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
+    rows = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in rows for image in test.images) < 5  # a few scans are alike
+    image, label = test[0]
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and image.max() > 200
+    assert label in range(10)
+    assert train.fingerprint() == DigitsSource(TRAIN).fingerprint() != test.fingerprint()
+
+
+def test_class_folders_are_labels_in_the_order_of_their_names(tmp_path):
+    for name in ("b", "a"):
+        write_images(tmp_path / name, 3)
+    source = FolderSource(str(tmp_path), TRAIN)
+    assert len(source) == 6 and source.num_classes == 2
+    assert [source[i].label for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert source.describe(0) == str(tmp_path / "a" / "000.jpg")
+    assert source[5].image == tmp_path / "b" / "002.jpg"
+    assert source.exif
+
+
+def test_any_tree_of_images_works_without_labels(tmp_path):
+    write_images(tmp_path, 2)
+    write_images(tmp_path / "deep" / "er", 1)
+    (tmp_path / "notes.txt").write_text("no image")
+    source = FolderSource(str(tmp_path), TRAIN)
+    assert len(source) == 3 and source.num_classes == 0
+    assert source[0].label == -1
+    assert pickle.loads(pickle.dumps(source)).describe(2) == source.describe(2)
+
+
+def test_train_and_val_folders_are_splits(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("x", "y"):
+            write_images(tmp_path / split / name, count)
+    assert len(FolderSource(str(tmp_path), TRAIN)) == 6
+    assert len(FolderSource(str(tmp_path), TEST)) == 4
+    # ImageNet in its own layout: by the name of the set, EXIF ignored as torchvision does.
+    imagenet = make_source("imagenet2012", str(tmp_path), TEST)
+    assert (len(imagenet), imagenet.num_classes, imagenet.exif) == (4, 2, False)
+
+
+def test_the_path_of_a_folder_is_a_source(tmp_path):
+    write_images(tmp_path, 2)
+    assert len(make_source(str(tmp_path), "", TRAIN)) == 2
+    assert len(make_source("folder", str(tmp_path), TRAIN)) == 2
+
+
+def test_a_changed_folder_has_another_fingerprint(tmp_path):
+    write_images(tmp_path, 2)
+    before = FolderSource(str(tmp_path), TRAIN).fingerprint()
+    write_images(tmp_path / "more", 1)
+    assert FolderSource(str(tmp_path), TRAIN).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "split", "message"),
+    [
+        ("digitz", "", TRAIN, "unknown data.source 'digitz'; closest: digits"),
+        ("folder", "", TRAIN, "data.path: empty"),
+        ("folder", "{tmp}/none", TRAIN, "no folder at .*none"),
+        ("folder", "{tmp}", TRAIN, "no image .* below"),
+        ("folder", "{tmp}", TEST, r"no test split \(val, validation, test\)"),
+        ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* tfds build imagenet2012"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, name, path, split, message):
+    with pytest.raises(InputError, match=message):
+        make_source(name, path.format(tmp=tmp_path), split)
+
+
+def test_a_subset_keeps_order_and_names():
+    source = DigitsSource(TEST)
+    subset = Subset(source, np.array([7, 3]))
+    assert len(subset) == 2 and subset.num_classes == 10
+    np.testing.assert_array_equal(subset[1].image, source[3].image)
+    assert subset.describe(0) == source.describe(7)
+    assert subset.fingerprint() != Subset(source, np.array([3, 7])).fingerprint()
+
+
+class SingerTestShapes(tfds.core.GeneratorBasedBuilder):
+    """A small set that is prepared for real, without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    NAME = "singer_test_shapes"
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(5), "validation": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (12 + number, 10), (40 * number, 0, 0)).save(buffer, "PNG")
+            yield number, {"image": buffer.getvalue(), "label": number % 3}
+
+
+def test_tfds_is_read_without_tensorflow(tmp_path: Path):
+    import sys
+
+    builder = SingerTestShapes(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    train = make_source("singer_test_shapes", str(tmp_path), TRAIN)
+    test = make_source("singer_test_shapes", str(tmp_path), TEST)
+    assert (len(train), len(test), train.num_classes) == (5, 2, 3)
+    record = pickle.loads(pickle.dumps(train))[0]
+    image = Image.open(io.BytesIO(record.image))
+    assert image.size[0] - 12 == np.asarray(image)[0, 0, 0] // 40
+    assert record.label == (image.size[0] - 12) % 3
+    assert "validation" in test.describe(0)
+    assert "tensorflow" not in sys.modules

@@ -1,0 +1,220 @@
+"""The methods: what they start from, what they match, what reaches which parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from singer_jax import methods
+from singer_jax.config import default
+from singer_jax.errors import InputError
+from singer_jax.methods import singer
+from singer_jax.methods.base import Batch, Forward, distilled_layers, match_layers
+from singer_jax.models.vit import Architecture, VisionTransformer
+
+TEACHER = Architecture(
+    img_size=(16, 16), patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=0
+)
+STUDENT = Architecture(
+    img_size=(16, 16), patch_size=4, embed_dim=12, depth=3, num_heads=2, num_classes=5
+)
+
+
+def config(protocol: str = "recommended", **nullspace: object) -> object:
+    config = default(protocol).method
+    config.rank, config.quantile = 4, 0.8
+    config.nullspace.update(nullspace)
+    return config
+
+
+@pytest.fixture(scope="module")
+def teacher() -> VisionTransformer:
+    return VisionTransformer(TEACHER, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def student() -> VisionTransformer:
+    return VisionTransformer(STUDENT, rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def images() -> jax.Array:
+    return jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
+
+
+def forward(model: VisionTransformer, images: jax.Array) -> Forward:
+    return Forward(model, model.features(images))
+
+
+BATCH = Batch(jnp.zeros(3, jnp.int32), jax.random.key(0))
+
+
+def patches_of(features: jax.Array) -> jax.Array:
+    return features[:, 1:]
+
+
+@pytest.mark.parametrize("use", ["project", "soft"])
+def test_projected_refiners_start_at_the_identity(teacher, images, use):
+    method = singer.Singer(teacher, STUDENT, config(use=use), nnx.Rngs(0))
+    features = teacher.features(images)[2]
+    refined = singer.refine(method.refiner["2"], features, 1)
+    np.testing.assert_array_equal(refined, features)
+
+
+def test_the_official_start_doubles_the_null_components(teacher, images):
+    method = singer.Singer(teacher, STUDENT, config("paper", threshold=10.0), nnx.Rngs(0))
+    refiner, patches = method.refiner["2"], patches_of(teacher.features(images)[2])
+    directions = refiner.up[...]
+    refined = patches + refiner.update(patches)
+    np.testing.assert_allclose(refined @ directions.T, 2 * patches @ directions.T, atol=1e-4)
+
+
+def test_prefix_tokens_pass_unchanged(teacher, images):
+    method = singer.Singer(teacher, STUDENT, config("paper"), nnx.Rngs(0))
+    features = teacher.features(images)[2]
+    refined = singer.refine(method.refiner["2"], features, 1)
+    np.testing.assert_array_equal(refined[:, 0], features[:, 0])
+    assert not np.allclose(refined[:, 1:], features[:, 1:])
+
+
+def test_identical_features_have_no_info_loss(teacher, student, images):
+    method = singer.Singer(teacher, STUDENT, config(), nnx.Rngs(0))
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    # The last layer compares its similarities with those of the layer before it.
+    last, before = (patches_of(teacher.features(images)[layer]) for layer in (3, 2))
+    difference = singer.cosine_similarity_matrix(last) - singer.cosine_similarity_matrix(before)
+    np.testing.assert_allclose(terms["info"], jnp.mean(difference**2) / 2, rtol=1e-4)
+
+
+def test_one_distilled_layer_is_compared_with_itself(teacher, student, images):
+    settings = config()
+    settings.layers = ()
+    method = singer.Singer(teacher, STUDENT, settings, nnx.Rngs(0))
+    assert method.teacher_layers == (3,)
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    assert terms["info"] == 0
+    assert jnp.isfinite(terms["outlier"])
+
+
+@given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.01, 0.99))
+def test_outlier_loss_equals_its_definition(seed, patches, quantile):
+    norms = np.random.default_rng(seed).gamma(2.0, size=(3, patches)).astype(np.float32)
+    threshold = np.quantile(norms, quantile, axis=1, keepdims=True)
+    above = norms > threshold
+    expected = np.mean((norms - threshold)[above] ** 2) if above.any() else 0.0
+    actual = singer.outlier_loss(jnp.asarray(norms), quantile)
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_equal_norms_have_neither_outlier_loss_nor_nan_gradient():
+    def loss(tokens):
+        return singer.outlier_loss(singer.token_norms(tokens), 0.9)
+
+    for tokens in (jnp.ones((2, 6, 3)), jnp.zeros((2, 6, 3))):
+        value, gradient = jax.value_and_grad(loss)(tokens)
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, student, images):
+    method = singer.Singer(teacher, STUDENT, config("paper"), nnx.Rngs(0))
+    graph, parts, constants = nnx.split(method, nnx.Param, methods.Constant)
+    student_graph, student_params = nnx.split(student)
+
+    def loss(parts, student_params):
+        own = nnx.merge(student_graph, student_params)
+        terms, _ = nnx.merge(graph, parts, constants).loss(
+            forward(teacher, images), forward(own, images), BATCH
+        )
+        return sum(terms.values())
+
+    of_parts, of_student = jax.grad(loss, argnums=(0, 1))(parts, student_params)
+    for leaf in jax.tree.leaves(of_parts):
+        assert float(jnp.abs(leaf).max()) > 0
+    assert float(jnp.abs(of_student["patch_embed"]["proj"]["kernel"][...]).max()) > 0
+
+
+def test_fitnet_with_weightless_cross_entropy_reaches_the_head(teacher, student, images):
+    settings = config("paper")
+    kind = methods.lookup("fitnet")
+    assert kind.needs(settings).logits and not kind.needs(settings).labels
+    method = kind(teacher, STUDENT, settings, nnx.Rngs(0))
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    assert terms["ce"] == 0
+    assert not kind.needs(config()).logits
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers", "teacher_depth", "student_depth", "expected"),
+    [
+        ("official", (17, 23), 24, 12, (8, 11)),  # the published ViT-L -> ViT-Ti
+        ("last_to_last", (17, 23), 24, 12, (8, 11)),
+        ("official", (8, 11), 12, 12, (7, 10)),  # the student's last block stays untrained
+        ("last_to_last", (8, 11), 12, 12, (8, 11)),
+        ("last_to_last", (0, 1, 2), 3, 3, (0, 1, 2)),
+    ],
+)
+def test_layers_are_matched(rule, layers, teacher_depth, student_depth, expected):
+    assert match_layers(rule, layers, teacher_depth, student_depth) == expected
+
+
+@given(st.integers(1, 24), st.integers(1, 24), st.data())
+def test_last_block_learns_from_the_last_block(teacher_depth, student_depth, data):
+    count = data.draw(st.integers(1, min(teacher_depth, student_depth)))
+    others = data.draw(st.sets(st.integers(0, teacher_depth - 1), max_size=count - 1))
+    layers = sorted(others | {teacher_depth - 1})
+    matched = match_layers("last_to_last", layers, teacher_depth, student_depth)
+    assert matched[-1] == student_depth - 1
+    assert list(matched) == sorted(set(matched))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((4,), "4 is out of range, the teacher has blocks 0 to 3"),
+        ((-1,), "-1 is out of range"),
+        ((2, 1), "ascending"),
+        ((0, 1, 2), "4 distilled layers, but the student has only 3 blocks"),
+    ],
+)
+def test_bad_layers_are_named(layers, message):
+    settings = config()
+    settings.layers = layers
+    with pytest.raises(InputError, match=message):
+        distilled_layers(settings, (0.75,), TEACHER, STUDENT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("nullspace.use", "projet", "closest: project"),
+        ("nullspace.rule", "absolut", "closest: absolute"),
+        ("nullspace.start", "zero", "unknown method.nullspace.start 'zero'"),
+        ("nullspace.source", "block", "known: mlp"),
+        ("nullspace.threshold", 1.5, "the quantile 1.5 is not in 0..1"),
+        ("rank", 25, "method.rank: 25 is not in 1..24"),
+        ("quantile", 1.0, "method.quantile: 1.0 is not between 0 and 1"),
+    ],
+)
+def test_bad_settings_are_named(teacher, key, value, message):
+    settings = config()
+    settings.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=message):
+        singer.Singer(teacher, STUDENT, settings, nnx.Rngs(0))
+
+
+def test_the_report_warns_where_there_is_no_null_space(teacher, student, images):
+    method = singer.Singer(teacher, STUDENT, config(rule="absolute", threshold=0.0), nnx.Rngs(0))
+    _, metrics = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    lines = [line for _, line in method.report(metrics)]
+    assert any("teacher layer 2: 0 of 24 singular values" in line for line in lines)
+    assert any("layer 2 has no null space" in line and "smallest" in line for line in lines)
+    assert any("share of the outliers' energy inside the subspace" in line for line in lines)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(InputError, match="closest: singer"):
+        methods.lookup("singr")

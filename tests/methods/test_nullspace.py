@@ -1,0 +1,109 @@
+"""The algebra of the null space, over random maps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from singer_jax.methods import nullspace
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def random_map(dim: int, seed: int, decay: float) -> jax.Array:
+    """A map with singular values that fall from 1 by `decay` each."""
+    u, v = (
+        np.linalg.qr(np.random.default_rng(seed + i).standard_normal((dim, dim)))[0] for i in (0, 1)
+    )
+    return jnp.asarray((u * decay ** np.arange(dim)) @ v, jnp.float32)
+
+
+maps = st.builds(
+    random_map,
+    dim=st.integers(4, 24),
+    seed=st.integers(0, 10_000),
+    decay=st.sampled_from([0.99, 0.8, 0.4, 0.1]),
+)
+
+
+def norm(x: jax.Array) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64)))
+
+
+def product(a: jax.Array, b: jax.Array) -> np.ndarray:
+    """In float64, so that the check itself adds no rounding."""
+    return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+
+
+@given(maps, st.integers(1, 4), st.floats(0, 1), st.integers(0, 100))
+def test_a_projected_update_is_seen_no_more_than_its_largest_direction(w, rank, quantile, seed):
+    """||D W|| <= (sigma_max(selected) + c eps sigma_1) ||D|| for D = F A B Q."""
+    space = nullspace.decompose(w)
+    tau = nullspace.threshold_value(space, "quantile", quantile)
+    q = nullspace.projector(space, tau, rank)
+    update = product(jax.random.normal(jax.random.key(seed), (7, w.shape[0])), q)
+    chosen = np.asarray(nullspace.selected(space, tau, rank))
+    largest = float(np.asarray(space.values)[chosen].max())
+    # Rounding: W, the SVD and U U^T are each off by at most a few dim * eps, relative to sigma_1.
+    slack = 10 * w.shape[0] * EPS * float(space.values[0])
+    assert norm(product(update, w)) <= (largest + slack) * norm(update)
+
+
+@given(maps, st.floats(0, 1), st.integers(0, 100))
+def test_a_softly_filtered_update_is_seen_at_most_half_tau(w, quantile, seed):
+    """||(F^ - F) W|| <= tau / 2 ||F A B||."""
+    space = nullspace.decompose(w)
+    tau = nullspace.threshold_value(space, "quantile", quantile)
+    raw = jax.random.normal(jax.random.key(seed), (7, w.shape[0]))
+    slack = 10 * w.shape[0] * EPS * float(space.values[0])
+    filtered = product(raw, nullspace.soft_filter(space, tau))
+    assert norm(product(filtered, w)) <= (float(tau) / 2 + slack) * norm(raw)
+
+
+@given(maps, st.integers(1, 4), st.floats(0, 0.5))
+def test_the_projector_is_an_orthogonal_projector(w, rank, tau):
+    space = nullspace.decompose(w)
+    q = np.asarray(nullspace.projector(space, jnp.float32(tau), rank))
+    np.testing.assert_allclose(q, q.T, atol=1e-6)
+    np.testing.assert_allclose(q @ q, q, atol=1e-5)
+    below = int(nullspace.null_dim(space, jnp.float32(tau)))
+    np.testing.assert_allclose(np.trace(q), max(below, rank), atol=1e-4)
+
+
+@given(maps, st.integers(1, 6), st.sampled_from(["official", "most_null"]))
+def test_directions_are_null_as_far_as_there_are_null_ones(w, rank, order):
+    space = nullspace.decompose(w)
+    tau = nullspace.threshold_value(space, "quantile", 0.5)
+    count = int(nullspace.null_dim(space, tau))
+    rows = np.asarray(nullspace.directions(space, tau, rank, order, jax.random.key(0)))
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    seen = np.linalg.norm(product(rows, w), axis=1)
+    values = np.asarray(space.values)
+    expected = values[len(values) - count :][:rank] if order == "official" else values[::-1][:rank]
+    np.testing.assert_allclose(
+        seen[: min(count, rank)], expected[: min(count, rank)], atol=1e-5 * values[0]
+    )
+
+
+def test_without_null_space_directions_are_random_unit_rows():
+    space = nullspace.decompose(jnp.eye(6))
+    rows = nullspace.directions(space, jnp.float32(0.5), 3, "official", jax.random.key(0))
+    other = nullspace.directions(space, jnp.float32(0.5), 3, "official", jax.random.key(1))
+    np.testing.assert_allclose(jnp.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+    assert not np.allclose(rows, other)
+
+
+@pytest.mark.parametrize(("inside", "expected"), [(True, 1.0), (False, 0.0)])
+def test_energy_share_of_outliers_inside_and_outside_the_subspace(inside, expected):
+    projection = jnp.diag(jnp.array([1.0, 0.0, 0.0]))
+    direction = jnp.array([1.0, 0, 0]) if inside else jnp.array([0, 1.0, 0])
+    patches = jnp.zeros((2, 5, 3)).at[:, 2].set(10 * direction)
+    outliers = jnp.zeros((2, 5), bool).at[:, 2].set(True)
+    assert nullspace.energy_share(projection, patches, outliers) == pytest.approx(expected)
+
+
+def test_energy_share_without_outliers_is_zero_and_not_nan():
+    share = nullspace.energy_share(jnp.eye(3), jnp.ones((2, 5, 3)), jnp.zeros((2, 5), bool))
+    assert share == 0

@@ -1,0 +1,113 @@
+"""The vision transformer: its blocks alone, its dtypes, its sizes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from singer_jax.errors import InputError
+from singer_jax.models import zoo
+from singer_jax.models.params import leaves
+from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
+from singer_jax.models.weights import abstract_model
+
+TINY = Architecture(
+    img_size=(16, 24), patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5
+)
+
+
+def make(numerics: Numerics = Numerics(), **changes: object) -> VisionTransformer:
+    return VisionTransformer(dataclasses.replace(TINY, **changes), numerics, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def images() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
+
+
+def test_features_are_the_chain_of_the_blocks(images):
+    model = make()
+    features = model.features(images)
+    x = model.embed(images)
+    assert x.shape == (2, 1 + 2 * 3, 16)
+    for index, feature in enumerate(features):
+        x = model.apply_block(index, x)
+        np.testing.assert_array_equal(x, feature)
+    np.testing.assert_array_equal(model.features(images, blocks=2)[-1], features[1])
+    assert model(images).shape == (2, 5)
+    assert make(num_classes=0)(images).shape == (2, 16)
+
+
+def test_remat_changes_neither_values_nor_gradients(images):
+    def loss_of(numerics: Numerics):
+        graph, params = nnx.split(make(numerics))
+        return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graph, p)(images) ** 2))(params)
+
+    (kept, kept_gradients), (again, gradients) = loss_of(Numerics()), loss_of(Numerics(remat=True))
+    np.testing.assert_allclose(kept, again, rtol=1e-6)
+    # Float32 rounding in another order of additions.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        kept_gradients,
+        gradients,
+    )
+
+
+def test_bfloat16_computes_and_stores_in_bfloat16_and_stays_close(images):
+    numerics = Numerics(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    low = make(numerics)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(low))} == {jnp.dtype(jnp.bfloat16)}
+    feature = low.features(images)[-1]
+    assert feature.dtype == jnp.bfloat16
+    exact = make()
+    nnx.update(exact, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(low)))
+    error = jnp.linalg.norm(feature.astype(jnp.float32) - exact.features(images)[-1])
+    # bfloat16 keeps 8 bits (relative error 2^-9) and a few dozen operations follow each other.
+    assert error < 0.03 * jnp.linalg.norm(exact.features(images)[-1])
+
+
+# As `sum(p.numel() for p in timm.create_model(name).parameters())` prints them.
+PARAMETERS = {
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_large_patch16_224": 304_326_632,
+    "vit_huge_patch14_224": 632_045_800,
+    "deit3_small_patch16_224": 22_059_496,
+    "deit3_medium_patch16_224": 38_849_512,
+    "deit3_base_patch16_224": 86_585_320,
+    "deit3_large_patch16_224": 304_374_760,
+}
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_model_has_the_parameters_of_timm(name):
+    _, abstract = abstract_model(zoo.lookup(name).arch, Numerics())
+    count = sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
+    if name in PARAMETERS:
+        assert count == PARAMETERS[name]
+    else:
+        assert zoo.MODELS[name].timm_name != name  # not a model of timm
+
+
+def test_lookup_takes_owner_tag_and_overrides():
+    spec = zoo.lookup("timm/vit_tiny_patch16_224.augreg_in21k", {"img_size": 32, "depth": 2})
+    assert (spec.name, spec.arch.img_size, spec.arch.depth) == ("vit_tiny_patch16_224", (32, 32), 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        ("vit_tinny_patch16_224", {}, "closest: vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_224", {"embed_dims": 3}, "closest: embed_dim"),
+        ("vit_tiny_patch16_224", {"img_size": 33}, "not a multiple of patch_size 16"),
+        ("vit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads 5"),
+    ],
+)
+def test_lookup_says_what_is_wrong(model, overrides, message):
+    with pytest.raises(InputError, match=message):
+        zoo.lookup(model, overrides)

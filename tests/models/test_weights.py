@@ -1,0 +1,278 @@
+"""Weights in and out, in the file formats that are really in use."""
+
+import collections
+import json
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from singer_jax.errors import InputError
+from singer_jax.models import zoo
+from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.models.weights import (
+    export_timm,
+    from_hub_config,
+    load_model,
+    spec_of_weights,
+    to_hub_config,
+    to_timm,
+)
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+
+
+def spec(model: str = "deit3_small_patch16_224", **changes: object) -> zoo.ModelSpec:
+    return zoo.lookup(model, SIZES | {"num_classes": 3} | changes)
+
+
+def tensors(model: zoo.ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
+    return to_timm(nnx.to_pure_dict(nnx.state(VisionTransformer(model.arch, rngs=nnx.Rngs(seed)))))
+
+
+def write_torch_file(path: Path, content: object) -> None:
+    """`torch.save` of nested dicts of arrays, in its zip format and without PyTorch."""
+    rebuild = types.ModuleType("torch._utils")
+    torch = types.ModuleType("torch")
+
+    def _rebuild_tensor_v2(*arguments):
+        raise AssertionError("only its name is pickled")
+
+    _rebuild_tensor_v2.__module__ = "torch._utils"
+    _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
+    rebuild._rebuild_tensor_v2 = _rebuild_tensor_v2
+    names = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+    for name in names.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch", "__qualname__": name}))
+
+    class Storage:
+        def __init__(self, array):
+            self.array = array
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def __reduce__(self):
+            shape = self.array.shape
+            strides = tuple(
+                s // self.array.itemsize for s in np.ascontiguousarray(self.array).strides
+            )
+            arguments = (Storage(self.array), 0, shape, strides, False, collections.OrderedDict())
+            return _rebuild_tensor_v2, arguments
+
+    storages = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if not isinstance(value, Storage):
+                return None
+            storages.append(value.array)
+            kind = getattr(torch, names[value.array.dtype.name])
+            return "storage", kind, str(len(storages) - 1), "cpu", value.array.size
+
+    def wrap(value):
+        if isinstance(value, np.ndarray):
+            return Tensor(value)
+        return (
+            type(value)((k, wrap(v)) for k, v in value.items())
+            if isinstance(value, dict)
+            else value
+        )
+
+    sys.modules.update({"torch": torch, "torch._utils": rebuild})
+    try:
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("archive/data.pkl", "w") as file:
+                Pickler(file, protocol=2).dump(wrap(content))
+            for number, array in enumerate(storages):
+                archive.writestr(f"archive/data/{number}", np.ascontiguousarray(array).tobytes())
+    finally:
+        del sys.modules["torch"], sys.modules["torch._utils"]
+
+
+def test_export_and_load_keep_every_bit(tmp_path):
+    model = spec()
+    weights = tensors(model)
+    export_timm(tmp_path, model, weights)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    assert from_hub_config(stated) == model
+    assert stated["architecture"] == "deit3_small_patch16_224"
+    _, params = load_model(model, find_weights(str(tmp_path)))
+    again = to_timm(params)
+    assert set(again) == set(weights)
+    assert all(np.array_equal(again[key], weights[key]) for key in weights)
+
+
+def test_a_variant_is_exported_as_the_timm_model_it_derives_from():
+    model = zoo.lookup("deit3_tiny_patch16_224")
+    stated = to_hub_config(model)
+    assert stated["architecture"] == "deit3_small_patch16_224"
+    assert stated["model_args"] == {"embed_dim": 192, "num_heads": 3}
+    assert from_hub_config(stated).arch == model.arch
+
+
+@pytest.mark.parametrize("wrapped", ["", "model", "state_dict"])
+def test_torch_files_are_read_without_torch(tmp_path, wrapped):
+    model = spec()
+    weights = tensors(model)
+    content = collections.OrderedDict(weights)
+    write_torch_file(
+        tmp_path / "weights.pth", {wrapped: content, "epoch": 3} if wrapped else content
+    )
+    opened = open_weights(tmp_path / "weights.pth")
+    assert set(opened) == set(weights)
+    assert all(np.array_equal(opened[key].read(), weights[key]) for key in weights)
+
+
+def test_published_deit3_and_parallel_keys_are_renamed(tmp_path):
+    weights = {"module.blocks.0.gamma_1": np.ones(3, np.float32)}
+    write_torch_file(tmp_path / "weights.pth", weights)
+    assert list(open_weights(tmp_path / "weights.pth")) == ["blocks.0.ls1.gamma"]
+
+
+def test_weights_are_cast_to_the_parameter_dtype(tmp_path):
+    model = spec()
+    half = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors(model).items()}
+    write_torch_file(tmp_path / "weights.pth", half)
+    save_file(half, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        _, params = load_model(model, tmp_path / name, Numerics(param_dtype=jnp.float32))
+        for key, value in to_timm(params).items():
+            assert value.dtype == np.float32
+            np.testing.assert_array_equal(value, half[key].astype(np.float32))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/singer_jax_was_here",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Hostile()}))
+    with pytest.raises(InputError, match=r"posix\.system.*refused.*safetensors"):
+        open_weights(tmp_path / "evil.pth")
+    assert not Path("/tmp/singer_jax_was_here").exists()
+
+
+def test_one_error_lists_every_wrong_key(tmp_path):
+    model = spec()
+    weights = tensors(model)
+    del weights["norm.bias"], weights["blocks.1.mlp.fc1.weight"]
+    weights["blocks.9.norm1.weight"] = np.ones(8, np.float32)
+    weights["cls_token"] = np.ones((1, 2, 8), np.float32)
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_model(model, tmp_path / "weights.safetensors")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "missing: blocks.1.mlp.fc1.weight, norm.bias" in message
+    assert "surplus: blocks.9.norm1.weight" in message
+    assert "mis-shaped: cls_token is [1, 2, 8], expected [1, 1, 8]" in message
+
+
+def test_a_position_embedding_of_a_rectangle_is_not_resampled(tmp_path):
+    model = spec()
+    weights = tensors(model)
+    weights["pos_embed"] = weights["pos_embed"][:, :12]  # 12 patches are no square
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"mis-shaped: pos_embed is \[1, 12, 8\]"):
+        load_model(model, tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.safetensors", b"\x00" * 40, "not a complete safetensors file"),
+        ("a.pth", b"PK not really", "not a complete PyTorch file"),
+        ("a.npz", b"", "expected a .safetensors, .pth or .bin file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_weights(tmp_path / name)
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path):
+    save_file(tensors(spec()), tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        open_weights(tmp_path / "a.safetensors")
+
+
+def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
+    model = spec()
+    export_timm(tmp_path, model, tensors(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = spec_of_weights(spec(num_classes=1000), tmp_path / "model.safetensors")
+    assert found.arch.num_classes == 3
+    assert found.mean == (0.1, 0.2, 0.3)
+
+
+def fake_hub(cache: Path, repo: str, files: dict[str, bytes]) -> None:
+    """A Hugging Face cache that holds a repository."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for name, content in files.items():
+        (snapshot / name).write_bytes(content)
+
+
+def test_a_cached_hub_name_works_without_network(tmp_path):
+    model = spec()
+    export_timm(tmp_path / "export", model, tensors(model))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+    fake_hub(tmp_path / "hub", "timm/deit3_tiny.test", files)
+    code = (
+        "from singer_jax.models.weight_files import find_weights, read_hub_config\n"
+        "path = find_weights('deit3_tiny.test')\n"
+        "print(path.name, read_hub_config(path.parent)['num_classes'])\n"
+        "find_weights('somebody/something')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["model.safetensors", "3"]
+    assert "InputError" in done.stderr
+    assert f"not in the cache {tmp_path / 'hub'}" in done.stderr
+
+
+def test_weights_land_in_their_sharding(tmp_path):
+    from singer_jax import parallel
+
+    mesh = parallel.make_mesh(1, 2)
+    model = spec()
+    save_file(tensors(model), tmp_path / "a.safetensors")
+    _, params = load_model(
+        model,
+        tmp_path / "a.safetensors",
+        shardings=lambda abstract: parallel.tree_shardings(mesh, abstract),
+    )
+    kernel = params["blocks"][0]["attn"]["qkv"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    assert kernel.addressable_shards[0].data.shape == (8, 12)
+    assert np.array_equal(
+        to_timm(params)["norm.weight"], load_file(tmp_path / "a.safetensors")["norm.weight"]
+    )
