@@ -14,7 +14,7 @@ from singer_jax.config import default
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Teacher blocks 17 and 23 teach student blocks 8 and 11."""
+    """Distils teacher blocks 17 and 23."""
     config = default(protocol)
     config.method.name = "singer"
     config.teacher.model = "vit_large_patch16_224"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from singer_jax import parallel
-from singer_jax.data.images import TestTransform, open_image
+from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.job import classify
@@ -89,7 +89,7 @@ def _untrained(config: Any) -> Backbone:
 
 
 def _pixels(source: Source, size: int) -> np.ndarray:
-    transform = TestTransform(size)
+    transform = EvalTransform(size)
     return np.stack([transform(open_image(source[index].image)) for index in range(_SHOWN)])
 
 

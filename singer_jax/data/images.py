@@ -90,7 +90,7 @@ class TrainTransform:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestTransform:
+class EvalTransform:
     """Shorter side to int(size x 256 / 224), then the centre crop; `rng` is not used."""
 
     size: int

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from singer_jax import parallel
-from singer_jax.data.images import TestTransform
+from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, unknown
@@ -91,7 +91,7 @@ class Backbone:
         pooled = jax.jit(lambda params, images: self.pooled(params, images, token))
         batches = eval_batches(
             source,
-            TestTransform(self.image_size),
+            EvalTransform(self.image_size),
             batch_size=_BATCH_PER_DEVICE * self.mesh.size,
             workers=workers,
         )

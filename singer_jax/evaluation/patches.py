@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from singer_jax.data.images import TestTransform
+from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone
@@ -21,7 +21,7 @@ def patch_tokens(backbone: Backbone, source: Source) -> PatchTokens:
     tokens = jax.jit(backbone.tokens)
     prefix = backbone.network.spec.arch.num_prefix_tokens
     batches = eval_batches(
-        source, TestTransform(backbone.image_size), batch_size=16 * backbone.mesh.size
+        source, EvalTransform(backbone.image_size), batch_size=16 * backbone.mesh.size
     )
     with contextlib.closing(batches):
         found = [

@@ -151,7 +151,7 @@ def distilled_layers(
     depth = teacher.depth
     layers = config.layers
     if layers is None:
-        layers = [max(0, round(relative * depth) - 1) for relative in relative_depths]
+        layers = sorted({max(0, round(relative * depth) - 1) for relative in relative_depths})
     layers = [int(layer) for layer in layers]
     if config.append_last and depth - 1 not in layers:
         layers.append(depth - 1)

@@ -112,6 +112,11 @@ def load_model(
     return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
 
 
+def check_weights(spec: ModelSpec, path: Path) -> None:
+    """Raises `InputError` as `load_model` would, without reading a tensor."""
+    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], open_weights(path))
+
+
 def _check_keys(
     spec: ModelSpec, path: Path, abstract: Params, tensors: Mapping[str, StoredTensor]
 ) -> None:

@@ -6,6 +6,8 @@ compared with a checksum that was taken on the device when it was saved.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,11 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was stored beside the state."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        """What was stored beside the state; raises as `restore`."""
+        with self._reading(step):
+            return self.manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            ).meta
 
     def restore(self, step: int, abstract: Any) -> Any:
         """A saved state, or a part of it, onto the shardings of `abstract`.
@@ -91,33 +96,47 @@ class Checkpoints:
         Raises:
           RunError: a leaf has another shape, dtype or checksum than when it was saved.
         """
-        where = f"checkpoint {step} in {self.manager.directory}"
-        saved = _by_name(self.manager.item_metadata(step).state.tree)
+        saved = self._saved_leaves(step)
         for name, leaf in _by_name(abstract).items():
             # Orbax would cast silently.
-            if name not in saved or (leaf.shape, leaf.dtype) != (
-                saved[name].shape,
-                saved[name].dtype,
-            ):
-                raise RunError(f"{where} holds no {leaf.dtype}{list(leaf.shape)} at {name}")
+            found = saved.get(name)
+            if found is None or (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
+                raise self._damaged(step, f"it holds no {leaf.dtype}{list(leaf.shape)} at {name}")
         arguments = ocp.args.PyTreeRestore(
             abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        try:
+        with self._reading(step):
             state = self.manager.restore(step, args=ocp.args.Composite(state=arguments)).state
-        except (ValueError, OSError) as error:
-            raise RunError(f"{where} cannot be read: {error}") from error
         expected = self.meta(step)["checksums"]
         for name, value in jax.device_get(_checksums(state)).items():
             if int(value) != expected[name]:
-                raise RunError(f"{where}: the checksum of {name} does not match, it is damaged")
+                raise self._damaged(step, f"the checksum of {name} does not match")
         return state
+
+    def _saved_leaves(self, step: int) -> dict[str, Any]:
+        with self._reading(step):
+            return _by_name(self.manager.item_metadata(step).state.tree)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = str(error).split("[tensorstore_spec")[0].strip().splitlines()[0]
+            raise self._damaged(step, reason) from error
+
+    def _damaged(self, step: int, reason: str) -> RunError:
+        folder = self.manager.directory
+        return RunError(
+            f"checkpoint {step} in {folder} is damaged or of another run: {reason}; remove "
+            f"{folder}/{step} to continue from the one before it"
+        )
 
     def restore_student(self, step: int, abstract: Params) -> Params:
         """The student's parameters alone, trained and untouched; raises as `restore`."""
-        saved = _by_name(self.manager.item_metadata(step).state.tree)
+        saved = self._saved_leaves(step)
         trained, untouched = split(
             abstract, lambda keys: f"params/student/{'/'.join(map(str, keys))}" in saved
         )

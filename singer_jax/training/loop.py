@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 from flax import nnx
 from jax.experimental import multihost_utils
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from singer_jax import config as config_lib
 from singer_jax import parallel
@@ -19,6 +22,7 @@ from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.sources import TRAIN, Source, make_source
 from singer_jax.errors import InputError, Stopped
+from singer_jax.models.params import Params
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder
 from singer_jax.training.checkpoints import Checkpoints
@@ -38,6 +42,8 @@ def distill(config: Any, workdir: Path) -> None:
       Stopped: after SIGTERM or SIGINT, saved.
       RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
     """
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     source = make_source(config.data.source, config.data.path, TRAIN)
     run = setup(config, len(source), source.num_classes)
     claim_workdir(config, workdir)
@@ -74,6 +80,7 @@ def _train(
 ) -> TrainState:
     teacher = run.load_teacher()
     state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
+    LOG.info("%s: %s", workdir, _sizes(state, teacher))
     unreadable = UnreadableCount(source, LOG.warning)
     with contextlib.ExitStack() as stack:
         batches = _batches(config, run, source, start)
@@ -100,6 +107,7 @@ def _train(
             flops=lowered.cost_analysis().get("flops"),
         )
         stack.callback(recorder.close)
+        stack.enter_context(logging_redirect_tqdm([LOG]))
         stop = stack.enter_context(_stop_requests())
 
         for step in range(start + 1, run.steps + 1):
@@ -117,6 +125,17 @@ def _train(
             if not last:
                 batch = next_batch()
     return state
+
+
+def _sizes(state: TrainState, teacher: Params | None) -> str:
+    count = parameter_overview.count_parameters
+    counts = {
+        "teacher": count(teacher or {}),
+        "student": count(state.params["student"]),
+        "student, untouched": count(state.constants["student"]),
+        "method": count(state.params["method"]),
+    }
+    return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
 
 
 def _batches(config: Any, run: Setup, source: Source, start: int) -> Any:

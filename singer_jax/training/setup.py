@@ -20,7 +20,12 @@ from singer_jax.models import zoo
 from singer_jax.models.params import Params
 from singer_jax.models.vit import Numerics, VisionTransformer
 from singer_jax.models.weight_files import find_weights
-from singer_jax.models.weights import abstract_model, load_model, spec_of_weights
+from singer_jax.models.weights import (
+    abstract_model,
+    check_weights,
+    load_model,
+    spec_of_weights,
+)
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.step import Distillation, Network, TrainState
@@ -180,7 +185,8 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
       config: for `data.image_size` and `data.normalisation`.
 
     Raises:
-      InputError: unknown model, architecture field or normalisation, or weights that are not there.
+      InputError: unknown model, architecture field or normalisation; weights that are not there or
+        of another architecture.
     """
     if not model.model:
         raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
@@ -191,6 +197,7 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
     weights = find_weights(model.weights) if model.weights else None
     if weights:
         spec = spec_of_weights(spec, weights)
+        check_weights(spec, weights)
     if config.data.normalisation not in NORMALISATIONS:
         raise unknown("data.normalisation", config.data.normalisation, NORMALISATIONS)
     if config.data.normalisation == "imagenet":

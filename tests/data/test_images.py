@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from singer_jax.data.images import TestTransform as CentreCrop
+from singer_jax.data.images import EvalTransform as CentreCrop
 from singer_jax.data.images import TrainTransform, open_image, to_rgb
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singer_jax.data.images import TestTransform as CentreCrop
+from singer_jax.data.images import EvalTransform as CentreCrop
 from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import UnreadableCount, eval_batches, train_batches, worker_count
 from singer_jax.data.sources import TRAIN, DigitsSource, FolderSource, Subset

@@ -1,0 +1,106 @@
+"""A model to measure: from a run, from weights, and every image once."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from singer_jax import main, parallel
+from singer_jax.config import evaluation
+from singer_jax.data.images import EvalTransform, open_image
+from singer_jax.data.sources import TEST, Subset, make_source
+from singer_jax.errors import InputError
+from singer_jax.evaluation import backbone as backbone_lib
+from singer_jax.evaluation.backbone import load_backbone
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run whose student is not at its random start any more."""
+    folder = tmp_path_factory.mktemp("run")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    config = tiny.config(teacher)
+    config.steps = 3
+    assert main.run(config, folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return parallel.make_mesh(2)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return make_source("digits", "", TEST)
+
+
+def test_a_checkpoint_and_its_export_give_the_same_features(run, mesh, digits):
+    few = Subset(digits, np.arange(10))
+    of_run = load_backbone(mesh, run=str(run)).extract(few, "cls")
+    of_export = load_backbone(mesh, weights=str(run)).extract(few, "cls")
+    np.testing.assert_array_equal(of_run.values, of_export.values)
+    assert np.std(of_run.values, axis=0).max() > 0
+
+
+@pytest.mark.parametrize("token", ["cls", "avg"])
+@pytest.mark.parametrize("per_device", [1, 3, 64])
+def test_every_image_counts_once_whatever_the_batch(
+    run, mesh, digits, token, per_device, monkeypatch
+):
+    monkeypatch.setattr(backbone_lib, "_BATCH_PER_DEVICE", per_device)
+    few = Subset(digits, np.arange(11))
+    model = load_backbone(mesh, run=str(run))
+    features = model.extract(few, token)
+    images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(11)])
+    expected = model.pooled(model.params, jnp.asarray(images), token)
+    np.testing.assert_array_equal(features.labels, [few[i].label for i in range(11)])
+    np.testing.assert_allclose(features.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_job_measures_a_run_and_weights_alike(run, tmp_path, monkeypatch):
+    results = {}
+    for name, settings in (("run", {"run": str(run)}), ("weights", {"weights": str(run)})):
+        config = evaluation()
+        config.update(settings)
+        config.data.source, config.data.workers = "digits", 0
+        config.mesh.data = 1
+        config.probe.augment, config.probe.epochs = False, 2
+        config.probe.learning_rates = (0.1, 0.5)
+        assert main.run(config, tmp_path / name) == 0
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert results["run"] == results["weights"]
+    assert results["run"]["test_images"] == 360
+    assert 10 < results["run"]["linear_top1"] <= results["run"]["linear_top5"] <= 100
+    assert set(results["run"]["held_out_top1"]) == {"0.1", "0.5"}
+
+
+def test_the_published_protocol_sees_new_crops(run, tmp_path):
+    config = evaluation("paper")
+    config.run, config.data.source, config.data.workers = str(run), "digits", 0
+    config.mesh.data = 1
+    config.probe.epochs = 1
+    assert main.run(config, tmp_path) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "give --config.run=DIR or --config.weights"),
+        ({"run": "/nowhere"}, "/nowhere holds no checkpoints"),
+        ({"weights": "/nowhere/model.safetensors"}, "/nowhere/model.safetensors"),
+        ({"weights": "vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
+    ],
+)
+def test_what_is_not_there_is_named(mesh, arguments, words):
+    with pytest.raises(InputError, match=words):
+        load_backbone(mesh, **arguments)
+
+
+def test_a_run_without_a_checkpoint_says_so(mesh, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="no finished checkpoint"):
+        load_backbone(mesh, run=str(tmp_path))

@@ -1,0 +1,200 @@
+"""The front door: whatever is wrong is one clear line and exit status 2, before any long work."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from singer_jax import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.write_teacher(tmp_path_factory.mktemp("weights") / "teacher.safetensors")
+
+
+@pytest.fixture
+def config(teacher):
+    config = tiny.config(teacher)
+    config.log.every = config.checkpoint.every = 100
+    return config
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit status and what was printed, of the real command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "singer_jax.main", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir=x"], ["--config", "missing"]),
+        (["--config=configs/singer_vitl_vitt.py"], ["--workdir", "missing"]),
+        (["--config=configs/nothing.py", "--workdir=x"], ["no file configs/nothing.py"]),
+        (
+            ["--config=configs/singer_vitl_vitt.py:papper", "--workdir=x"],
+            ["unknown protocol 'papper'", "closest: paper"],
+        ),
+        (
+            ["--config=configs/singer_vitl_vitt.py", "--workdir=x", "--config.methd.rank=3"],
+            ["unknown configuration key 'methd.rank'", "closest: method.rank"],
+        ),
+        (
+            ["--config=configs/singer_vitl_vitt.py", "--workdir=x", "--config.batch_size=many"],
+            ["config.batch_size", "many"],
+        ),
+        (["--config=configs/quickstart.py", "--workdir=x", "--wokdir=y"], ["wokdir"]),
+        (["--config=configs/quickstart.py", "--workdir=x", "resume"], ["'resume'"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line(arguments, words):
+    status, printed = command(*arguments)
+    assert status == 2, printed
+    assert len(printed.splitlines()) == 1, printed
+    for word in ["singer_jax: ", *words]:
+        assert word in printed
+
+
+def _break(key: str, value: object):
+    def change(config, folder) -> None:
+        parents, name = key.split(".")[:-1], key.split(".")[-1]
+        section = config
+        for parent in parents:
+            section = section[parent]
+        with section.ignore_type():
+            section[name] = value
+
+    return change
+
+
+def _other_architecture(config, folder) -> None:
+    config.teacher.overrides.embed_dim = 32
+
+
+def _missing_folder(config, folder) -> None:
+    config.data.source, config.data.path = "folder", str(folder / "nowhere")
+
+
+def _empty_folder(config, folder) -> None:
+    (folder / "empty").mkdir()
+    config.data.source, config.data.path = "folder", str(folder / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_break("job", "distil"), ["unknown job 'distil'", "closest: distill"]),
+        (_break("teacher.model", "vit_larg_patch16_224"), ["unknown model", "vit_large_patch16"]),
+        (_break("data.source", "imagenet2021"), ["unknown data.source", "imagenet2012"]),
+        (_break("method.name", "singr"), ["unknown method 'singr'", "closest: singer"]),
+        (_break("method.layers", (1, 3)), ["method.layers: 3 is out of range", "0 to 2"]),
+        (_break("method.nullspace.use", "projct"), ["nullspace.use", "closest: project"]),
+        (_break("batch_size", 7), ["batch_size: 7", "2 devices"]),
+        (_break("precision", "float16"), ["unknown precision", "bfloat16"]),
+        (_break("optimizer.name", "adam"), ["unknown optimizer.name", "adamw"]),
+        (_break("teacher.weights", "/nowhere/w.safetensors"), ["/nowhere/w.safetensors"]),
+        (_break("teacher.weights", ""), ["teacher.weights: empty"]),
+        (_break("student.overrides", {"width": 3}), ["unknown architecture field", "'width'"]),
+        (_break("log.wandb", True), ["log.wandb", "pip install wandb"]),
+        (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "expected [1, 1, 32]"]),
+        (_missing_folder, ["data.path: no folder at", "nowhere"]),
+        (_empty_folder, ["no image", "empty"]),
+    ],
+)
+def test_wrong_input_is_one_line(config, tmp_path, capsys, change, words):
+    config.mesh.data = 2
+    change(config, tmp_path)
+    assert main.run(config, tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1, printed
+    for word in ["singer_jax: ", *words]:
+        assert word in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unwritable_work_directory_is_named(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main.run(config, tmp_path / "file" / "run") == 2
+    printed = capsys.readouterr().err
+    assert f"--workdir: cannot write to {tmp_path}/file/run" in printed
+
+
+def test_a_work_directory_of_another_run_is_refused(config, tmp_path, capsys):
+    found = config.to_dict()
+    found["method"]["rank"], found["seed"] = 2, 5
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert main.run(config, tmp_path) == 2
+    printed = capsys.readouterr().err
+    assert "another configuration: method.rank: 2 -> 4; seed: 5 -> 0" in printed
+    # What does not change the result may change.
+    found = config.to_dict()
+    found["steps"], found["checkpoint"]["keep"] = 9, 7
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    config.steps = 1
+    assert main.run(config, tmp_path) == 0
+
+
+def test_the_front_door_starts_no_job_when_imported():
+    """A loader's worker imports `main` again: it must not bring an accelerator up."""
+    code = "import sys, singer_jax.main; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("packages", "forbidden"),
+    [
+        (
+            ["singer_jax.models.weights", "singer_jax.methods"],
+            ["grain", "tensorflow_datasets", "clu", "ml_collections", "singer_jax.data"],
+        ),
+        (
+            ["singer_jax.data.sources", "singer_jax.data.images"],
+            ["jax", "singer_jax.models", "singer_jax.methods"],
+        ),
+    ],
+)
+def test_rooms_know_only_what_they_may(packages, forbidden):
+    """models and methods run where grain, TFDS, clu and ml_collections are not installed."""
+    block = "\n".join(
+        [
+            "import sys",
+            f"for name in {forbidden!r}: sys.modules[name] = None",
+            *(f"import {package}" for package in packages),
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("protocol", ["recommended", "paper"])
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location(file, ROOT / "configs" / file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(protocol)
+    assert config.job in main.JOBS
+    assert f"configs/{file}" in module.__doc__ or "launch/run.sh" in module.__doc__
+    if config.job == "distill":
+        from singer_jax.models.zoo import lookup
+
+        assert lookup(config.teacher.weights).name == lookup(config.teacher.model).name
+        lookup(config.student.model)
+        assert (config.method.matching == "official") == (protocol == "paper")
+        assert (config.data.normalisation == "imagenet") == (protocol == "paper")

@@ -1,0 +1,169 @@
+"""Whole runs in processes of their own: killed, stopped, resumed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import tiny
+
+CONFIG = """
+from tests import tiny
+
+def get_config(protocol="recommended"):
+    config = tiny.config({teacher!r}, protocol=protocol)
+    config.steps = 40
+    config.checkpoint.every = 3
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    (folder / "tiny_run.py").write_text(CONFIG.format(teacher=str(teacher)))
+    return folder / "tiny_run.py"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device and a compilation cache of its own."""
+    inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    cache = tmp_path_factory.mktemp("xla")
+    return inherited | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.getcwd(),
+    }
+
+
+def start(environment: dict, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "singer_jax.main", *map(str, arguments)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, printed = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        if (workdir / "metrics.jsonl").exists():
+            rows = (workdir / "metrics.jsonl").read_text().splitlines()
+            if rows and json.loads(rows[-1])["step"] >= step:
+                return
+        time.sleep(0.01)
+
+
+def student(workdir: Path) -> dict[str, np.ndarray]:
+    return load_file(workdir / "student" / "model.safetensors")
+
+
+def steps(workdir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    status, printed = finish(start(environment, f"--config={config_file}", f"--workdir={workdir}"))
+    assert status == 0, printed
+    return workdir
+
+
+def test_a_work_directory_holds_what_the_readme_says(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student"}
+    assert json.loads((uninterrupted / "config.json").read_text())["method"]["rank"] == 4
+    last = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "loss_kd", "loss_outlier", "loss_info", "images_per_second"):
+        assert np.isfinite(last[f"train/{name}"])
+    assert 0 <= last["train/layer_2/outlier_energy_share"] <= 1
+
+
+@pytest.mark.parametrize("step", [1, 7, 20])
+def test_a_killed_run_ends_with_the_same_bits(
+    config_file, environment, tmp_path, uninterrupted, step
+):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
+    process = start(environment, *arguments)
+    wait_for_step(process, tmp_path, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "student").exists()
+    status, printed = finish(start(environment, *arguments))
+    assert status == 0, printed
+    expected, found = student(uninterrupted), student(tmp_path)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    assert steps(tmp_path) == sorted(set(steps(tmp_path)))  # no row twice
+    assert set(steps(uninterrupted)) <= set(steps(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_says_so_and_continues(
+    config_file, environment, tmp_path, uninterrupted, number
+):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
+    process = start(environment, *arguments)
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(number)
+    status, printed = finish(process)
+    assert status == 75, printed
+    assert "stopped after step" in printed.splitlines()[-1]
+    status, printed = finish(start(environment, *arguments))
+    assert status == 0 and "continuing after step" in printed
+    for key, value in student(uninterrupted).items():
+        np.testing.assert_array_equal(student(tmp_path)[key], value, err_msg=key)
+
+
+def test_more_steps_continue_a_finished_run(config_file, environment, tmp_path):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
+    assert finish(start(environment, *arguments, "--config.steps=3"))[0] == 0
+    status, printed = finish(start(environment, *arguments, "--config.steps=5"))
+    assert status == 0 and "continuing after step 3 of 5" in printed
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
+    config_file, environment, tmp_path
+):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.checkpoint.every=1")
+    blow_up = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd")
+    status, printed = finish(start(environment, *arguments, *blow_up))
+    assert status == 1
+    last = printed.splitlines()[-1]
+    assert "at step" in last and "last good checkpoint is kept" in last
+    bad = int(last.split("at step ")[1].split(";")[0])
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept and max(kept) < bad
+
+
+def test_a_damaged_checkpoint_is_not_continued(config_file, environment, tmp_path):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
+    assert finish(start(environment, *arguments, "--config.steps=3"))[0] == 0
+    files = (tmp_path / "checkpoints" / "3" / "state").glob("**/d/*")
+    data = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    status, printed = finish(start(environment, *arguments, "--config.steps=5"))
+    assert status == 1
+    assert "checkpoint 3" in printed.splitlines()[-1]

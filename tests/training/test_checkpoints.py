@@ -1,0 +1,140 @@
+"""Checkpoints: nothing damaged comes back, and any mesh can go on."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from singer_jax import parallel
+from singer_jax.errors import RunError
+from singer_jax.models.params import leaves
+from singer_jax.training.checkpoints import Checkpoints, checksum
+from singer_jax.training.setup import Setup, setup
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory) -> str:
+    return str(tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def run(teacher_file) -> Setup:
+    return setup(tiny.config(teacher_file), 64, 10)
+
+
+@pytest.fixture
+def saved(tmp_path, run) -> tuple[Path, object]:
+    state = run.init_state(run.load_teacher())
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        checkpoints.save(state, 3, {"data": "abc"})
+    return tmp_path, state
+
+
+def assert_same(one: object, other: object) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_state_comes_back_as_it_was(saved, run):
+    folder, state = saved
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        assert checkpoints.meta(3)["data"] == "abc"
+        assert_same(checkpoints.restore(3, run.state), state)
+
+
+def test_another_mesh_can_go_on(saved, teacher_file):
+    folder, state = saved
+    config = tiny.config(teacher_file)
+    config.mesh.data, config.mesh.fsdp = 4, 2
+    many = setup(config, 64, 10)
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        restored = checkpoints.restore(3, many.state)
+    kernel = restored.params["student"]["blocks"][0]["mlp"]["fc1"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8
+    assert_same(jax.device_get(restored), jax.device_get(state))
+
+
+def test_the_student_comes_back_alone(saved, run):
+    folder, state = saved
+    abstract = parallel.with_shardings(run.mesh, jax.eval_shape(run.init_student))
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        student = checkpoints.restore_student(3, abstract)
+    expected = dict(leaves(state.params["student"])) | dict(leaves(state.constants["student"]))
+    assert set(expected) == {keys for keys, _ in leaves(student)}
+    for keys, leaf in leaves(student):
+        np.testing.assert_array_equal(leaf, expected[keys])
+
+
+def array_files(folder: Path) -> list[Path]:
+    files = [path for path in (folder / "checkpoints" / "3" / "state").rglob("*") if path.is_file()]
+    return [path for path in files if "/d/" in str(path)]
+
+
+def test_a_flipped_bit_is_noticed(saved, run):
+    folder, _ = saved
+    noticed, tried = 0, 0
+    for path in array_files(folder):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content) // 7, len(content), max(1, len(content) // 5)):
+            damaged = content.copy()
+            damaged[place] ^= 16
+            path.write_bytes(damaged)
+            tried += 1
+            with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+                try:
+                    restored = checkpoints.restore(3, run.state)
+                except RunError:
+                    noticed += 1
+                else:
+                    # Bytes that the storage does not read back into any array.
+                    assert_same(jax.device_get(restored), jax.device_get(saved[1]))
+        path.write_bytes(content)
+    assert tried and noticed
+
+
+def test_a_half_written_file_is_noticed(saved, run):
+    folder, _ = saved
+    for path in array_files(folder):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with (
+        contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
+        pytest.raises(
+            RunError, match=r"checkpoint 3 in .* remove .* to continue from the one before"
+        ),
+    ):
+        checkpoints.restore(3, run.state)
+
+
+def test_another_dtype_or_shape_is_refused_and_named(saved, run):
+    folder, _ = saved
+    state = run.state._replace(step=jax.ShapeDtypeStruct((), np.float32))
+    with (
+        contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
+        pytest.raises(RunError, match=r"holds no float32\[\] at step"),
+    ):
+        checkpoints.restore(3, state)
+
+
+@given(
+    st.integers(0, 10_000), st.sampled_from([np.float32, np.int32, np.float16, np.uint8]), st.data()
+)
+def test_any_flipped_bit_changes_the_checksum(seed, dtype, data):
+    values = np.random.default_rng(seed).integers(0, 100, (3, 5)).astype(dtype)
+    raw = bytearray(values.tobytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    flipped = np.frombuffer(bytes(raw), dtype).reshape(3, 5)
+    assert checksum(jax.numpy.asarray(values)) != checksum(jax.numpy.asarray(flipped))
+
+
+def test_the_checksum_does_not_depend_on_the_mesh():
+    mesh = parallel.make_mesh(4, 2)
+    values = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"), None)
+    sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
+    assert jax.jit(checksum)(sharded) == checksum(jax.numpy.asarray(values))
+    assert checksum(jax.numpy.asarray(values[::-1])) != checksum(jax.numpy.asarray(values))
