@@ -5,4 +5,4 @@ source "$(dirname "$0")/common.sh"
 prepare requirements-dev.txt
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "$@"
