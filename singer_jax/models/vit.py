@@ -1,4 +1,4 @@
-"""Vision transformers in Flax NNX, equal to timm's `VisionTransformer`.
+"""Vision transformers in Flax NNX, equal to timm's `VisionTransformer` and, for DINOv3, `Eva`.
 
 Module attributes carry timm's names, so that a timm state-dict key and an NNX path differ only by
 a general rule (`models/weights.py`). Axis names used throughout: batch, height, width, tokens
@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from singer_jax.models.layers import (
+    ACTIVATIONS,
+    MLPS,
+    AttentionPool,
+    Block,
+    PatchEmbed,
+    layer_norm,
+    linear,
+    rotation,
+)
+
+POOLS = ("token", "avg", "map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +42,23 @@ class Architecture:
       num_heads: attention heads; `embed_dim` is a multiple of it.
       mlp_ratio: hidden width of the MLP over `embed_dim`.
       num_classes: outputs of the head; 0 leaves the head out.
-      no_embed_class: the position embedding covers patches only (DeiT-III).
+      class_token: whether there is one.
+      reg_tokens: register tokens, after the class token.
+      no_embed_class: the position embedding covers patches only (DeiT-III, registers).
+      pre_norm: LayerNorm before the first block, and no bias in the patch embedding (CLIP).
       init_values: initial LayerScale factor; None leaves LayerScale out.
       norm_eps: epsilon of every LayerNorm.
+      act_layer: `gelu` or `quick_gelu`.
+      mlp_layer: `mlp`, `swiglu_packed` (DINOv2 giant) or `swiglu` (DINOv3).
+      qkv_bias: whether attention projects with a bias.
+      global_pool: what the head reads after the norm: the class token (`token`), the mean of the
+        patches (`avg`) or attention pooling (`map`, SigLIP).
+      eva: timm's class Eva as DINOv3 configures it: rotary instead of learned positions, no bias of
+        the keys.
 
     Raises:
-      ValueError: if the image is not a whole number of patches or the width of heads.
+      ValueError: if the image is not a whole number of patches, the width not one of heads, or a
+        name is unknown.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -45,9 +68,17 @@ class Architecture:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     num_classes: int = 1000
+    class_token: bool = True
+    reg_tokens: int = 0
     no_embed_class: bool = False
+    pre_norm: bool = False
     init_values: float | None = None
     norm_eps: float = 1e-6
+    act_layer: str = "gelu"
+    mlp_layer: str = "mlp"
+    qkv_bias: bool = True
+    global_pool: str = "token"
+    eva: bool = False
 
     def __post_init__(self) -> None:
         if any(side <= 0 or side % self.patch_size for side in self.img_size):
@@ -58,6 +89,17 @@ class Architecture:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
             )
+        if self.eva and self.embed_dim // self.num_heads % 4:
+            raise ValueError("rotary positions need a head width that is a multiple of 4")
+        for name, known in (
+            ("act_layer", ACTIVATIONS),
+            ("mlp_layer", MLPS),
+            ("global_pool", POOLS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError("global_pool 'token' needs a class token")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -70,8 +112,13 @@ class Architecture:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token."""
-        return 1
+        """Tokens before the patches: class token and registers."""
+        return self.class_token + self.reg_tokens
+
+    @property
+    def num_embedded_prefix_tokens(self) -> int:
+        """Prefix tokens that the learned position embedding covers."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,159 +134,6 @@ class Numerics:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-
-
-class _Linear(nnx.Linear):
-    """`nnx.Linear` on flattened tokens: XLA on the CPU copies less where one axis is contracted."""
-
-    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
-        flat = super().__call__(x.reshape(-1, x.shape[-1]))
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
-
-
-def _linear(in_features: int, out_features: int, numerics: Numerics, rngs: nnx.Rngs) -> nnx.Linear:
-    return _Linear(
-        in_features,
-        out_features,
-        kernel_init=initializers.truncated_normal(0.02),
-        dtype=numerics.dtype,
-        param_dtype=numerics.param_dtype,
-        rngs=rngs,
-    )
-
-
-def _layer_norm(arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        arch.embed_dim,
-        epsilon=arch.norm_eps,
-        dtype=numerics.dtype,
-        param_dtype=numerics.param_dtype,
-        # E[(x - E[x])^2] as in PyTorch: E[x^2] - E[x]^2 cancels on tokens of huge norm.
-        use_fast_variance=False,
-        rngs=rngs,
-    )
-
-
-class PatchEmbed(nnx.Module):
-    """Non-overlapping patches times one matrix (timm `PatchEmbed`)."""
-
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        self.proj = nnx.Conv(
-            3,
-            arch.embed_dim,
-            kernel_size=(arch.patch_size, arch.patch_size),
-            kernel_init=initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            param_dtype=numerics.param_dtype,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, images: Float[Array, "batch height width 3"]
-    ) -> Float[Array, "batch patches dim"]:
-        # A matrix product, because the gradient of the equal convolution is slow on the CPU.
-        kernel = self.proj.kernel[...].astype(images.dtype)
-        size, _, channels, dim = kernel.shape
-        batch, height, width, _ = images.shape
-        x = images.reshape(batch, height // size, size, width // size, size, channels)
-        x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
-        return x @ kernel.reshape(-1, dim) + self.proj.bias[...].astype(x.dtype)
-
-
-def _attention(
-    query: Float[Array, "batch heads tokens head_dim"],
-    key: Float[Array, "batch heads tokens head_dim"],
-    value: Float[Array, "batch heads tokens head_dim"],
-) -> Float[Array, "batch heads tokens head_dim"]:
-    """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
-
-    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`, and
-    twice as fast on the CPU (benchmarks/RESULTS.md).
-    """
-    query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    mixed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
-    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention with one projection for query, key and value (timm `Attention`)."""
-
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        self.num_heads = arch.num_heads
-        self.qkv = _linear(arch.embed_dim, 3 * arch.embed_dim, numerics, rngs)
-        self.proj = _linear(arch.embed_dim, arch.embed_dim, numerics, rngs)
-
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        batch, tokens, dim = x.shape
-        query, key, value = (
-            part.reshape(batch, tokens, self.num_heads, -1).swapaxes(1, 2)
-            for part in jnp.split(self.qkv(x), 3, axis=-1)
-        )
-        x = _attention(query, key, value)
-        return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, dim))
-
-
-@jax.checkpoint
-def _gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Exact GELU, x Phi(x); keeps only x for the backward pass."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-class Mlp(nnx.Module):
-    """Two linear maps around an exact GELU (timm `Mlp`)."""
-
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        hidden = int(arch.embed_dim * arch.mlp_ratio)
-        self.fc1 = _linear(arch.embed_dim, hidden, numerics, rngs)
-        self.fc2 = _linear(hidden, arch.embed_dim, numerics, rngs)
-
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        return self.fc2(_gelu(self.fc1(x)))
-
-
-class LayerScale(nnx.Module):
-    """A learned factor per channel (timm `LayerScale`)."""
-
-    def __init__(self, arch: Architecture, numerics: Numerics) -> None:
-        self.gamma = nnx.Param(jnp.full((arch.embed_dim,), arch.init_values, numerics.param_dtype))
-
-    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-        return x * self.gamma[...].astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """A pre-norm transformer block (timm `Block`)."""
-
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        self.norm1 = _layer_norm(arch, numerics, rngs)
-        self.attn = Attention(arch, numerics, rngs)
-        self.norm2 = _layer_norm(arch, numerics, rngs)
-        self.mlp = Mlp(arch, numerics, rngs)
-        if arch.init_values is not None:
-            self.ls1 = LayerScale(arch, numerics)
-            self.ls2 = LayerScale(arch, numerics)
-        self.scaled = arch.init_values is not None
-
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        attended = self.attn(self.norm1(x))
-        x = _barrier(x + (self.ls1(attended) if self.scaled else attended))
-        mixed = self.mlp(self.norm2(x))
-        return _barrier(x + (self.ls2(mixed) if self.scaled else mixed))
-
-
-def _barrier(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Makes XLA keep the residual stream instead of recomputing it in each of its consumers.
-
-    Without it the backward pass on the CPU adds the whole chain up again for every weight
-    gradient, quadratic in the depth (takes effect with `parallel.compiler_options`).
-    """
-    return jax.lax.optimization_barrier(x)
 
 
 class VisionTransformer(nnx.Module):
@@ -259,35 +153,59 @@ class VisionTransformer(nnx.Module):
     ) -> None:
         self.arch = arch
         self.numerics = numerics
-        dim, dtype = arch.embed_dim, numerics.param_dtype
-        positions = arch.num_patches + (0 if arch.no_embed_class else arch.num_prefix_tokens)
+        dim = arch.embed_dim
+
+        def param(std: float, tokens: int) -> nnx.Param:
+            start = initializers.truncated_normal(std)
+            return nnx.Param(start(rngs.params(), (1, tokens, dim), numerics.param_dtype))
+
         self.patch_embed = PatchEmbed(arch, numerics, rngs)
-        self.cls_token = nnx.Param(initializers.normal(1e-6)(rngs.params(), (1, 1, dim), dtype))
-        self.pos_embed = nnx.Param(
-            initializers.truncated_normal(0.02)(rngs.params(), (1, positions, dim), dtype)
-        )
+        if arch.class_token:
+            self.cls_token = param(1e-6, 1)
+        if arch.reg_tokens:
+            self.reg_token = param(1e-6, arch.reg_tokens)
+        if not arch.eva:
+            self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
+        if arch.pre_norm:
+            self.norm_pre = layer_norm(arch, numerics, rngs)
         self.blocks = nnx.List([Block(arch, numerics, rngs) for _ in range(arch.depth)])
-        self.norm = _layer_norm(arch, numerics, rngs)
+        self.norm = layer_norm(arch, numerics, rngs)
+        if arch.global_pool == "map":
+            self.attn_pool = AttentionPool(arch, numerics, rngs)
         if arch.num_classes:
-            self.head = _linear(dim, arch.num_classes, numerics, rngs)
+            self.head = linear(dim, arch.num_classes, numerics, rngs)
 
     def embed(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"]:
         """The tokens that enter the first block: prefix tokens, patches, position embedding."""
+        arch = self.arch
         x = self.patch_embed(images.astype(self.numerics.dtype))
-        pos_embed = self.pos_embed[...].astype(x.dtype)
-        prefix = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        if self.arch.no_embed_class:
-            return jnp.concatenate([prefix, x + pos_embed], axis=1)
-        return jnp.concatenate([prefix, x], axis=1) + pos_embed
+        prefix = []
+        if arch.class_token:
+            prefix.append(self.cls_token)
+        if arch.reg_tokens:
+            prefix.append(self.reg_token)
+        tokens = [
+            jnp.broadcast_to(token[...].astype(x.dtype), (len(x), *token.shape[1:]))
+            for token in prefix
+        ]
+        if arch.eva:
+            x = jnp.concatenate([*tokens, x], axis=1)
+        elif arch.no_embed_class:
+            x = jnp.concatenate([*tokens, x + self.pos_embed[...].astype(x.dtype)], axis=1)
+        else:
+            x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        return self.norm_pre(x) if arch.pre_norm else x
 
     def apply_block(
         self, index: int, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch tokens dim"]:
         """Block `index` alone, applied to any residual stream."""
+        arch = self.arch
         apply = nnx.remat(Block.__call__) if self.numerics.remat else Block.__call__
-        return apply(self.blocks[index], x.astype(self.numerics.dtype))
+        by = rotation(arch.grid, arch.embed_dim // arch.num_heads) if arch.eva else None
+        return apply(self.blocks[index], x.astype(self.numerics.dtype), by)
 
     def features(
         self, images: Float[Array, "batch height width 3"], blocks: int | None = None
@@ -305,11 +223,20 @@ class VisionTransformer(nnx.Module):
             features.append(x)
         return tuple(features)
 
+    def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
+        """What the head reads, from the last feature: see `Architecture.global_pool`."""
+        x = self.norm(x)
+        if self.arch.global_pool == "map":
+            return self.attn_pool(x)
+        if self.arch.global_pool == "avg":
+            return x[:, self.arch.num_prefix_tokens :].mean(axis=1)
+        return x[:, 0]
+
     def head_output(
         self, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
         """Class logits from the last feature, or its pooled embedding where there is no head."""
-        pooled = self.norm(x)[:, 0]
+        pooled = self.pooled(x)
         return self.head(pooled) if self.arch.num_classes else pooled
 
     def __call__(

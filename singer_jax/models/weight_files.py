@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,11 +104,10 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     """
     if path.suffix in (".pth", ".bin", ".pt"):
         tensors = open_torch_file(path)
-        # As timm does: DeiT-III was published with gamma_1, DistributedDataParallel adds module.
-        return {
-            re.sub(r"gamma_(\d)", r"ls\1.gamma", key.removeprefix("module.")): tensor
-            for key, tensor in tensors.items()
-        }
+        if any(key.startswith("encoder.") for key in tensors):
+            return _of_unic(tensors)
+        # DistributedDataParallel adds module.
+        return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     if path.suffix != ".safetensors":
         raise InputError(f"weights {path}: expected a .safetensors, .pth or .bin file")
     try:
@@ -120,6 +120,17 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}); download or export it again"
         ) from error
+
+
+def _of_unic(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The encoder of a UNIC checkpoint (github.com/naver/unic) under timm's keys."""
+    encoder = {
+        re.sub(r"^blocks\.0\.(\d+)\.", r"blocks.\1.", key.removeprefix("encoder.")): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("encoder.")
+    }
+    encoder.pop("mask_token", None)
+    return encoder
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:

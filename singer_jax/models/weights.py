@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from singer_jax.models.weight_files import (
     read_hub_config,
 )
 from singer_jax.models.zoo import MODELS, ModelSpec, lookup
+
+# Fields of `Architecture` that timm's class Eva calls otherwise.
+_EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
 
 
 def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
@@ -98,14 +102,14 @@ def load_model(
       InputError: with every missing, surplus and mis-shaped key.
     """
     graph, abstract = abstract_model(spec.arch, numerics)
-    tensors = open_weights(path)
+    tensors = _tensors(spec, path)
     _check_keys(spec, path, abstract, tensors)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
     def load(keys: Keys, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array = tensors[timm_key(keys)].read()
         if keys == ("pos_embed",) and array.shape != leaf.shape:
-            array = resample_pos_embed(array, spec.arch.grid, _pos_embed_prefix(spec.arch))
+            array = resample_pos_embed(array, spec.arch.grid, spec.arch.num_embedded_prefix_tokens)
         array = array.transpose(np.argsort(_timm_axes(keys, array.ndim))).astype(leaf.dtype)
         return jax.device_put(np.ascontiguousarray(array), placement.get(keys))
 
@@ -114,7 +118,16 @@ def load_model(
 
 def check_weights(spec: ModelSpec, path: Path) -> None:
     """Raises `InputError` as `load_model` would, without reading a tensor."""
-    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], open_weights(path))
+    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], _tensors(spec, path))
+
+
+def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file under the keys of timm's model, as timm itself renames old ones."""
+    tensors = open_weights(path)
+    if spec.arch.eva:
+        return tensors
+    # DeiT-III was published with gamma_1 and gamma_2.
+    return {re.sub(r"gamma_(\d)$", r"ls\1.gamma", key): t for key, t in tensors.items()}
 
 
 def _check_keys(
@@ -139,15 +152,11 @@ def _check_keys(
         raise InputError(f"{path} does not hold the weights of {spec.name}: {details}")
 
 
-def _pos_embed_prefix(arch: Architecture) -> int:
-    return 0 if arch.no_embed_class else arch.num_prefix_tokens
-
-
 def _can_resample(shape: tuple[int, ...], arch: Architecture) -> bool:
     """Whether a stored position embedding is that of a square grid and of the right width."""
     if len(shape) != 3 or (shape[0], shape[2]) != (1, arch.embed_dim):
         return False
-    patches = shape[1] - _pos_embed_prefix(arch)
+    patches = shape[1] - arch.num_embedded_prefix_tokens
     return patches > 0 and math.isqrt(patches) ** 2 == patches
 
 
@@ -180,10 +189,9 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
     """timm's `config.json` for a model: the timm model it derives from and what differs."""
     base = MODELS[spec.timm_name].arch
     changed = {
-        field.name: getattr(spec.arch, field.name)
-        for field in dataclasses.fields(Architecture)
-        if field.name != "num_classes"
-        and getattr(spec.arch, field.name) != getattr(base, field.name)
+        _EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
+        for name in (field.name for field in dataclasses.fields(Architecture))
+        if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
     }
     return {
         "architecture": spec.timm_name,
@@ -206,7 +214,10 @@ def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
       InputError: an architecture that is not known here.
     """
     stated = config.get("pretrained_cfg", {})
-    arguments = dict(config.get("model_args", {}))
+    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
+    arguments = {
+        ours.get(name, name): value for name, value in config.get("model_args", {}).items()
+    }
     arguments["num_classes"] = config.get("num_classes", 0)
     if "input_size" in stated:
         arguments.setdefault("img_size", tuple(stated["input_size"][1:]))

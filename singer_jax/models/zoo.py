@@ -31,45 +31,120 @@ class ModelSpec:
     std: tuple[float, float, float]
 
 
-def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int = 16) -> dict[str, Any]:
+def _sizes(embed_dim: int, depth: int, num_heads: int) -> dict[str, int]:
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
+
+_TINY, _SMALL, _BASE = _sizes(192, 12, 3), _sizes(384, 12, 6), _sizes(768, 12, 12)
+_LARGE, _HUGE = _sizes(1024, 24, 16), _sizes(1280, 32, 16)
+
+
+def _spec(
+    statistics: tuple[tuple[float, ...], tuple[float, ...]], img_size: int, **arch: Any
+) -> dict[str, Any]:
     return {
-        "arch": Architecture(
-            embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size
-        ),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "arch": Architecture(img_size=(img_size, img_size), **arch),
+        "mean": statistics[0],
+        "std": statistics[1],
     }
 
 
-def _deit3(embed_dim: int, depth: int, num_heads: int) -> dict[str, Any]:
-    return {
-        "arch": Architecture(
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            no_embed_class=True,
-            init_values=1e-6,
-        ),
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-    }
+_IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
+
+def _vit(**arch: Any) -> dict[str, Any]:
+    return _spec(_HALF, 224, **arch)
+
+
+def _deit3(**arch: Any) -> dict[str, Any]:
+    return _spec(_IMAGENET, 224, no_embed_class=True, init_values=1e-6, **arch)
+
+
+def _clip(**arch: Any) -> dict[str, Any]:
+    return _spec(_OPENAI, 224, pre_norm=True, norm_eps=1e-5, **arch)
+
+
+def _dinov2(**arch: Any) -> dict[str, Any]:
+    return _spec(_IMAGENET, 518, patch_size=14, init_values=1e-5, num_classes=0, **arch)
+
+
+def _dinov2_registers(**arch: Any) -> dict[str, Any]:
+    return _dinov2(reg_tokens=4, no_embed_class=True, **arch)
+
+
+def _dinov3(**arch: Any) -> dict[str, Any]:
+    return _spec(
+        _IMAGENET,
+        256,
+        **{
+            "eva": True,
+            "reg_tokens": 4,
+            "qkv_bias": False,
+            "init_values": 1e-5,
+            "norm_eps": 1e-5,
+            "global_pool": "avg",
+            "num_classes": 0,
+        }
+        | arch,
+    )
+
+
+def _siglip(img_size: int, **arch: Any) -> dict[str, Any]:
+    return _spec(_HALF, img_size, class_token=False, global_pool="map", num_classes=0, **arch)
+
+
+_GIANT = _sizes(1536, 40, 24) | {"mlp_ratio": 2.66667 * 2, "mlp_layer": "swiglu_packed"}
+_SO400M = _sizes(1152, 27, 16) | {"mlp_ratio": 3.7362, "patch_size": 14}
+_DINOV3_SIZES = {
+    "small": _SMALL,
+    "small_plus": _SMALL | {"mlp_layer": "swiglu"},
+    "base": _BASE,
+    "large": _LARGE,
+    "huge_plus": _sizes(1280, 32, 20) | {"mlp_layer": "swiglu"},
+    "7b": _sizes(4096, 40, 32) | {"mlp_layer": "swiglu", "mlp_ratio": 2.0},
+}
+_DINOV2_SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE, "giant": _GIANT}
 
 _FIELDS = {
-    "vit_tiny_patch16_224": _vit(192, 12, 3),
-    "vit_small_patch16_224": _vit(384, 12, 6),
-    "vit_base_patch16_224": _vit(768, 12, 12),
-    "vit_large_patch16_224": _vit(1024, 24, 16),
-    "vit_huge_patch14_224": _vit(1280, 32, 16, patch_size=14),
-    "deit3_tiny_patch16_224": _deit3(192, 12, 3),
-    "deit3_small_patch16_224": _deit3(384, 12, 6),
-    "deit3_medium_patch16_224": _deit3(512, 12, 8),
-    "deit3_base_patch16_224": _deit3(768, 12, 12),
-    "deit3_large_patch16_224": _deit3(1024, 24, 16),
+    "vit_tiny_patch16_224": _vit(**_TINY),
+    "vit_small_patch16_224": _vit(**_SMALL),
+    "vit_base_patch16_224": _vit(**_BASE),
+    "vit_large_patch16_224": _vit(**_LARGE),
+    "vit_huge_patch14_224": _vit(patch_size=14, num_classes=0, **_HUGE),
+    "deit3_tiny_patch16_224": _deit3(**_TINY),
+    "deit3_small_patch16_224": _deit3(**_SMALL),
+    "deit3_medium_patch16_224": _deit3(**_sizes(512, 12, 8)),
+    "deit3_base_patch16_224": _deit3(**_BASE),
+    "deit3_large_patch16_224": _deit3(**_LARGE),
+    "vit_base_patch16_clip_224": _clip(**_BASE),
+    "vit_base_patch16_clip_quickgelu_224": _clip(act_layer="quick_gelu", num_classes=512, **_BASE),
+    "vit_xsmall_patch16_clip_224": _clip(num_classes=512, **_sizes(256, 10, 4)),
+    "unic_large_patch14_336": _spec(_IMAGENET, 336, patch_size=14, num_classes=0, **_LARGE),
+    **{f"vit_{name}_patch14_dinov2": _dinov2(**size) for name, size in _DINOV2_SIZES.items()},
+    **{
+        f"vit_{name}_patch14_reg4_dinov2": _dinov2_registers(**size)
+        for name, size in _DINOV2_SIZES.items()
+    },
+    **{f"vit_{name}_patch16_dinov3": _dinov3(**size) for name, size in _DINOV3_SIZES.items()},
+    **{
+        f"vit_{name}_patch16_dinov3_qkvb": _dinov3(qkv_bias=True, **size)
+        for name, size in _DINOV3_SIZES.items()
+        if name != "7b"
+    },
+    **{f"vit_base_patch16_siglip_{size}": _siglip(size, **_BASE) for size in (224, 256, 384, 512)},
+    **{f"vit_large_patch16_siglip_{size}": _siglip(size, **_LARGE) for size in (256, 384)},
+    **{f"vit_so400m_patch14_siglip_{size}": _siglip(size, **_SO400M) for size in (224, 378)},
 }
 
-# Students of the paper that timm does not name.
-_VARIANTS = {"deit3_tiny_patch16_224": "deit3_small_patch16_224"}
+# Models that timm does not name, and the timm model each is a variant of.
+_VARIANTS = {
+    "deit3_tiny_patch16_224": "deit3_small_patch16_224",
+    "vit_tiny_patch14_dinov2": "vit_small_patch14_dinov2",
+    "vit_tiny_patch14_reg4_dinov2": "vit_small_patch14_reg4_dinov2",
+    "unic_large_patch14_336": "vit_large_patch16_224",
+}
 
 MODELS: Mapping[str, ModelSpec] = {
     name: ModelSpec(name, _VARIANTS.get(name, name), **spec) for name, spec in _FIELDS.items()

@@ -138,9 +138,30 @@ def test_torch_files_are_read_without_torch(tmp_path, wrapped):
 
 
 def test_published_deit3_and_parallel_keys_are_renamed(tmp_path):
-    weights = {"module.blocks.0.gamma_1": np.ones(3, np.float32)}
-    write_torch_file(tmp_path / "weights.pth", weights)
-    assert list(open_weights(tmp_path / "weights.pth")) == ["blocks.0.ls1.gamma"]
+    model = spec()
+    published = {
+        f"module.{key.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2')}": value
+        for key, value in tensors(model).items()
+    }
+    assert "module.blocks.0.gamma_1" in published
+    write_torch_file(tmp_path / "weights.pth", published)
+    _, params = load_model(model, tmp_path / "weights.pth")
+    for key, value in to_timm(params).items():
+        np.testing.assert_array_equal(value, tensors(model)[key], err_msg=key)
+
+
+def test_a_unic_checkpoint_is_read_through_its_encoder(tmp_path):
+    model = zoo.lookup(
+        "unic_large_patch14_336", {"img_size": 28, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    )
+    published = {"decoder.weight": np.ones(3, np.float32)}
+    published["encoder.mask_token"] = np.ones(3, np.float32)
+    for key, value in tensors(model).items():
+        published[f"encoder.{key.replace('blocks.', 'blocks.0.')}"] = value
+    write_torch_file(tmp_path / "unic.pth", {"model": published})
+    _, params = load_model(model, tmp_path / "unic.pth")
+    for key, value in to_timm(params).items():
+        np.testing.assert_array_equal(value, tensors(model)[key], err_msg=key)
 
 
 def test_weights_are_cast_to_the_parameter_dtype(tmp_path):

@@ -1,0 +1,327 @@
+"""The parts of a vision transformer, equal to timm's modules of the same names.
+
+Axis names: batch, tokens (prefix tokens first, then patches row by row), patches, dim (the width of
+the residual stream), heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    from singer_jax.models.vit import Architecture, Numerics
+
+Rotation = Float[Array, "2 patches head_dim"]
+"""Sine and cosine of the angle by which each patch turns each pair of channels."""
+
+_ROPE_BASE = 100.0
+_SWIGLU_MULTIPLE = 8
+
+
+class _Linear(nnx.Linear):
+    """`nnx.Linear` on flattened tokens: XLA on the CPU copies less where one axis is contracted."""
+
+    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
+        flat = super().__call__(x.reshape(-1, x.shape[-1]))
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    numerics: Numerics,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A linear map with timm's initialisation."""
+    return _Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=initializers.truncated_normal(0.02),
+        dtype=numerics.dtype,
+        param_dtype=numerics.param_dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the residual stream."""
+    return nnx.LayerNorm(
+        arch.embed_dim,
+        epsilon=arch.norm_eps,
+        dtype=numerics.dtype,
+        param_dtype=numerics.param_dtype,
+        # E[(x - E[x])^2] as in PyTorch: E[x^2] - E[x]^2 cancels on tokens of huge norm.
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches times one matrix (timm `PatchEmbed`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        self.proj = nnx.Conv(
+            3,
+            arch.embed_dim,
+            kernel_size=(arch.patch_size, arch.patch_size),
+            use_bias=not arch.pre_norm,
+            kernel_init=initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            param_dtype=numerics.param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch patches dim"]:
+        # A matrix product, because the gradient of the equal convolution is slow on the CPU.
+        kernel = self.proj.kernel[...].astype(images.dtype)
+        size, _, channels, dim = kernel.shape
+        batch, height, width, _ = images.shape
+        x = images.reshape(batch, height // size, size, width // size, size, channels)
+        x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+        x = x @ kernel.reshape(-1, dim)
+        return x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype)
+
+
+def rotation(grid: tuple[int, int], head_dim: int) -> Rotation:
+    """DINOv3's rotary position embedding in float32 (timm `RotaryEmbeddingDinoV3`).
+
+    Patch centres have coordinates in [-1, 1]; the first quarter of the channels turns with the row,
+    the second with the column, and the other half repeats both.
+    """
+    rows, columns = ((2 * np.arange(side) + 1) / side - 1 for side in grid)
+    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    periods = _ROPE_BASE ** (4 * np.arange(head_dim // 4) / head_dim)
+    angles = np.tile((2 * math.pi * centres / periods).reshape(len(centres), -1), 2)
+    return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)]), jnp.float32)
+
+
+def _rotate(x: Float[Array, "batch heads tokens head_dim"], by: Rotation) -> Array:
+    """Turns the patches by their angles; prefix tokens stay."""
+    prefix, patches = jnp.split(x, [x.shape[2] - by.shape[1]], axis=2)
+    first, second = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first, second], -1) * by[1]
+    turned += jnp.concatenate([-second, first], -1) * by[0]
+    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=2)
+
+
+def attend(
+    query: Float[Array, "batch heads queries head_dim"],
+    key: Float[Array, "batch heads tokens head_dim"],
+    value: Float[Array, "batch heads tokens head_dim"],
+) -> Float[Array, "batch heads queries head_dim"]:
+    """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
+
+    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`, and
+    twice as fast on the CPU (benchmarks/RESULTS.md).
+    """
+    query = query * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+
+def _split_heads(
+    x: Float[Array, "batch tokens dim"], parts: int, num_heads: int
+) -> list[Float[Array, "batch heads tokens head_dim"]]:
+    batch, tokens, _ = x.shape
+    return [
+        part.reshape(batch, tokens, num_heads, -1).swapaxes(1, 2)
+        for part in jnp.split(x, parts, axis=-1)
+    ]
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one projection for query, key and value.
+
+    timm `Attention`; with `arch.eva` `EvaAttention`: rotary positions, and biases (if any) of query
+    and value only.
+    """
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        dim = arch.embed_dim
+        self.num_heads = arch.num_heads
+        self.qkv = linear(dim, 3 * dim, numerics, rngs, use_bias=arch.qkv_bias and not arch.eva)
+        self.separate_bias = arch.qkv_bias and arch.eva
+        if self.separate_bias:
+            self.q_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
+            self.v_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
+        self.proj = linear(dim, dim, numerics, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        qkv = self.qkv(x)
+        if self.separate_bias:
+            q_bias, v_bias = self.q_bias[...], self.v_bias[...]
+            bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+            qkv += bias.astype(qkv.dtype)
+        query, key, value = _split_heads(qkv, 3, self.num_heads)
+        if by is not None:
+            query, key = _rotate(query, by), _rotate(key, by)
+        mixed = attend(query, key, value)
+        return self.proj(mixed.swapaxes(1, 2).reshape(x.shape))
+
+
+@jax.checkpoint
+def _gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Exact GELU, x Phi(x); keeps only x for the backward pass."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+@jax.checkpoint
+def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """x sigmoid(1.702 x), as CLIP was trained."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": _gelu, "quick_gelu": _quick_gelu}
+
+
+class Mlp(nnx.Module):
+    """Two linear maps around an activation (timm `Mlp`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        hidden = int(arch.embed_dim * arch.mlp_ratio)
+        self.activation = ACTIVATIONS[arch.act_layer]
+        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
+
+    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+    def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
+        """The linear maps that read the tokens, one for each factor of the hidden layer."""
+        return (self.fc1.kernel[...],)
+
+
+class SwiGLUPacked(nnx.Module):
+    """silu(first half) x second half of one projection (timm `SwiGLUPacked`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        hidden = int(arch.embed_dim * arch.mlp_ratio)
+        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc2 = linear(hidden // 2, arch.embed_dim, numerics, rngs)
+
+    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+        gate, value = jnp.split(self.fc1(x), 2, axis=-1)
+        return self.fc2(jax.nn.silu(gate) * value)
+
+    def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
+        """Of gate and value."""
+        return tuple(jnp.split(self.fc1.kernel[...], 2, axis=-1))
+
+
+class SwiGLU(nnx.Module):
+    """silu(gate) x value of two projections (timm `SwiGLU`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        hidden = int(arch.embed_dim * arch.mlp_ratio)
+        hidden += -hidden % _SWIGLU_MULTIPLE
+        self.fc1_g = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc1_x = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
+
+    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+        return self.fc2(jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+    def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
+        """Of gate and value."""
+        return self.fc1_g.kernel[...], self.fc1_x.kernel[...]
+
+
+MLPS: dict[str, type[nnx.Module]] = {
+    "mlp": Mlp,
+    "swiglu_packed": SwiGLUPacked,
+    "swiglu": SwiGLU,
+}
+
+
+class LayerScale(nnx.Module):
+    """A learned factor per channel (timm `LayerScale`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics) -> None:
+        self.gamma = nnx.Param(jnp.full((arch.embed_dim,), arch.init_values, numerics.param_dtype))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block (timm `Block`; with `arch.eva` `EvaBlock`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        self.norm1 = layer_norm(arch, numerics, rngs)
+        self.attn = Attention(arch, numerics, rngs)
+        self.norm2 = layer_norm(arch, numerics, rngs)
+        self.mlp = MLPS[arch.mlp_layer](arch, numerics, rngs)
+        if arch.init_values is not None and arch.eva:
+            self.gamma_1 = LayerScale(arch, numerics).gamma
+            self.gamma_2 = LayerScale(arch, numerics).gamma
+        elif arch.init_values is not None:
+            self.ls1 = LayerScale(arch, numerics)
+            self.ls2 = LayerScale(arch, numerics)
+
+    def scales(self) -> tuple[Float[Array, " dim"] | None, Float[Array, " dim"] | None]:
+        """LayerScale factors after attention and after the MLP; None where there is none."""
+        if hasattr(self, "gamma_1"):
+            return self.gamma_1[...], self.gamma_2[...]
+        if hasattr(self, "ls1"):
+            return self.ls1.gamma[...], self.ls2.gamma[...]
+        return None, None
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        first, second = self.scales()
+        x = _barrier(x + _scaled(self.attn(self.norm1(x), by), first))
+        return _barrier(x + _scaled(self.mlp(self.norm2(x)), second))
+
+
+def _scaled(x: Float[Array, "*axes dim"], scale: Float[Array, " dim"] | None) -> Array:
+    return x if scale is None else x * scale.astype(x.dtype)
+
+
+def _barrier(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Makes XLA keep the residual stream instead of recomputing it in each of its consumers.
+
+    Without it the backward pass on the CPU adds the whole chain up again for every weight
+    gradient, quadratic in the depth (takes effect with `parallel.compiler_options`).
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+class AttentionPool(nnx.Module):
+    """One learned query attends to all tokens, then an MLP (timm `AttentionPoolLatent`)."""
+
+    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+        dim = arch.embed_dim
+        self.num_heads = arch.num_heads
+        start = initializers.truncated_normal(dim**-0.5)
+        self.latent = nnx.Param(start(rngs.params(), (1, 1, dim), numerics.param_dtype))
+        self.q = linear(dim, dim, numerics, rngs)
+        self.kv = linear(dim, 2 * dim, numerics, rngs)
+        self.proj = linear(dim, dim, numerics, rngs)
+        self.norm = layer_norm(arch, numerics, rngs)
+        self.mlp = Mlp(arch, numerics, rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
+        latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        (query,) = _split_heads(self.q(latent), 1, self.num_heads)
+        key, value = _split_heads(self.kv(x), 2, self.num_heads)
+        pooled = self.proj(attend(query, key, value).reshape(latent.shape))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
