@@ -54,25 +54,35 @@ def default(protocol: str = "recommended") -> ConfigDict:
 
     config.method = ConfigDict()
     config.method.name = "singer"  # see singer_jax/methods/__init__.py
+    config.method.terms = ConfigDict()  # weights of methods that are summed instead of `name`
+    for name in ("singer", "fitnet", "vitkd", "vitkd_official", "logit_kd", "supervised"):
+        config.method.terms[name] = 0.0
     config.method.layers = placeholder(tuple)  # teacher blocks from 0; None: the published depths
     config.method.append_last = True  # also distil the teacher's last block
     config.method.matching = "last_to_last"  # or official
+    config.method.resample_grids = False  # compare models of other grids on the teacher's
     config.method.rank = 64  # of the refiner
     config.method.quantile = 0.97  # of an image's patch norms; tokens above it are outliers
     config.method.weights = ConfigDict()
-    config.method.weights.kd = placeholder(float)  # None: singer 1, fitnet 10
+    config.method.weights.kd = placeholder(float)  # None: fitnet 10, others 1
     config.method.weights.outlier = 0.01
     config.method.weights.info = 1.0
-    config.method.weights.ce = placeholder(
-        float
-    )  # fitnet: of the cross-entropy; None: no such term
+    config.method.weights.ce = placeholder(float)  # cross-entropy of fitnet; None: no such term
+    config.method.weights.mimic = placeholder(float)  # None: vitkd 1, vitkd_official 3e-5
+    config.method.weights.generation = placeholder(float)  # None: vitkd 1, vitkd_official 3e-6
     config.method.nullspace = ConfigDict()
     config.method.nullspace.use = "project"  # project, soft, init, random
-    config.method.nullspace.source = "mlp"
-    config.method.nullspace.rule = "quantile"  # how to read threshold: quantile, absolute
+    config.method.nullspace.source = "mlp"  # mlp, mlp_norm, block
+    # How threshold is read: quantile, absolute, relative (to the largest), rank.
+    config.method.nullspace.rule = "quantile"
     config.method.nullspace.threshold = 0.5
     config.method.nullspace.start = placeholder(str)  # identity, official; None: by use
     config.method.nullspace.order = "most_null"  # of init: most_null, official
+
+    config.method.mimic_layers = (0, 2)  # of vitkd
+    config.method.mask_ratio = 0.5  # of vitkd
+    config.method.train_generator = True  # of vitkd; the official code leaves it at its start
+    config.method.temperature = 4.0  # of logit_kd
 
     config.data = _data(protocol)
     config.data.image_size = placeholder(int)  # of both models; None: each one's own
@@ -116,6 +126,7 @@ def default(protocol: str = "recommended") -> ConfigDict:
         config.method.nullspace.threshold = 0.05
         config.method.nullspace.order = "official"
         config.method.weights.ce = 0.0
+        config.method.train_generator = False
     return config
 
 

@@ -5,7 +5,6 @@ is listed as not yet supported.
 """
 
 import dataclasses
-import functools
 import json
 import os
 from pathlib import Path
@@ -21,26 +20,27 @@ from safetensors.numpy import load_file
 from singer_jax import methods, parallel
 from singer_jax.config import default
 from singer_jax.evaluation import probe as probes
-from singer_jax.methods import nullspace
+from singer_jax.methods import nullspace, vitkd
 from singer_jax.models import zoo
-from singer_jax.models.params import Params, leaves
-from singer_jax.models.weights import load_model, timm_key, to_timm
+from singer_jax.models.params import Params, from_leaves, leaves
+from singer_jax.models.weights import load_model, timm_axes, timm_key, to_timm
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.step import Distillation, Network, jit_step
 
 FOLDER = Path(os.environ.get("SINGER_GOLDENS", Path(__file__).parent / "goldens"))
 
-METHODS = {"singer": "singer", "fitvit": "fitnet"}
+METHODS = {
+    "singer": "singer",
+    "fitvit": "fitnet",
+    "vitkd": "vitkd",
+    "vitkd_official": "vitkd_official",
+}
 FAMILIES = {"vit": "vit_tiny_patch16_224", "deit3": "deit3_tiny_patch16_224"}
 
 
 def not_yet_supported(case: dict) -> bool:
     """The one list of what later work brings."""
-    return (
-        (case["kind"] == "features" and zoo.architecture_name(case["timm_model"]) not in zoo.MODELS)
-        or (case["kind"] == "distill" and case["method"] not in METHODS)
-        or (case["kind"] == "probe" and case["task"] != "classification")
-    )
+    return case["kind"] == "probe" and case["task"] != "classification"
 
 
 def cases(kind: str) -> list:
@@ -103,48 +103,51 @@ def method_config(case: dict) -> object:
     config = default("paper").method
     config.name = METHODS[case["method"]]
     config.layers = tuple(case["teacher_layers"])
-    config.weights.update(case["weights"])
     if case["method"] == "singer":
         config.rank, config.quantile = case["rank"], case["outlier_quantile"]
         config.nullspace.threshold = case["threshold"]
+    if "mask_ratio" in case:
+        config.mask_ratio = case["mask_ratio"]
+        config.mimic_layers = tuple(case["mimic_teacher_layers"])
+        kd = case["weights"]["kd"]
+        config.weights.mimic = kd * case.get("alpha", 1.0)
+        config.weights.generation = kd * case.get("beta", 1.0)
+    else:
+        config.weights.update(case["weights"])
     return config
 
 
-def to_golden(parts: Params) -> dict[str, np.ndarray]:
-    """Parts of a method under the goldens' names."""
-    return {
-        timm_key(keys): np.asarray(leaf).T if keys[-1] == "kernel" else np.asarray(leaf)
-        for keys, leaf in leaves(parts)
-    }
-
-
-def set_parts(method: methods.Method, golden: dict[str, np.ndarray]) -> None:
-    """Replaces a method's parts by recorded ones."""
-    _, state = nnx.split(method, nnx.Param, ...)[:2]
-    parts = nnx.to_pure_dict(state)
-    assert set(to_golden(parts)) == set(golden)
-    for keys, _ in leaves(parts):
-        value = golden[timm_key(keys)]
-        tree = functools.reduce(lambda tree, name: tree[name], keys[:-1], parts)
-        tree[keys[-1]] = jnp.asarray(value.T if keys[-1] == "kernel" else value)
-    nnx.update(method, parts)
+def recorded_parts(method: methods.Method, golden: dict[str, np.ndarray]) -> Params:
+    """A method's parameters, trained or frozen, with the recorded values."""
+    parts = nnx.to_pure_dict(nnx.state(method))
+    ours = {timm_key(keys): (keys, leaf) for keys, leaf in leaves(parts)}
+    assert set(golden) <= set(ours)
+    trained = to_timm(nnx.to_pure_dict(nnx.state(method, nnx.Param)))
+    assert set(trained) <= set(golden)
+    return from_leaves(
+        {
+            ours[key][0]: jnp.asarray(value.transpose(np.argsort(timm_axes(*ours[key]))))
+            for key, value in golden.items()
+        }
+    )
 
 
 @pytest.mark.parametrize(("folder", "case"), cases("distill"))
-def test_distill(folder: Path, case: dict):
+def test_distill(folder: Path, case: dict, monkeypatch):
     expected = load_file(folder / "arrays.safetensors")
     teacher, teacher_params = network(folder, case, "teacher")
     student, student_params = network(folder, case, "student")
     config = method_config(case)
-    kind = methods.lookup(config.name)
-    method = kind(teacher.merge(teacher_params), student.spec.arch, config, nnx.Rngs(0))
-    assert list(method.student_layers) == case["student_layers"]
+    method = methods.make(teacher.merge(teacher_params), student.spec.arch, config, nnx.Rngs(0))
+    layers = case.get("mimic_student_layers", []) + case["student_layers"]
+    assert list(method.student_layers) == layers
     if case["method"] == "singer":
         check_null_spaces(case, teacher.merge(teacher_params), method, expected)
-    set_parts(method, load_file(folder / "method.safetensors"))
+    recorded_method = load_file(folder / "method.safetensors")
+    nnx.update(method, recorded_parts(method, recorded_method))
 
     settings = case["optimizer"]
-    needs = kind.needs(config)
+    needs = methods.needs(config)
     distillation = Distillation(
         student=student,
         teacher=teacher,
@@ -173,23 +176,37 @@ def test_distill(folder: Path, case: dict):
         images = expected["images"][step].transpose(0, 2, 3, 1)
         return {"image": images, "label": expected["labels"][step].astype(np.int32)}
 
+    def noise(step: int) -> None:
+        """The recorded noise instead of random numbers; a new step is compiled with it."""
+        if "mask_noise" in expected:
+            recorded = jnp.asarray(expected["mask_noise"][step, 0])
+            monkeypatch.setattr(vitkd, "masking_noise", lambda key, shape: recorded)
+            jax.clear_caches()
+
+    noise(0)
     _, gradients = jax.jit(distillation.gradients)(state, teacher_params, batch(0))
     actual = {f"grad.student.{k}": v for k, v in to_timm(gradients["student"]).items()}
     recorded = {name for name in expected if name.startswith("grad.")}
     # A tensor of the student without a recorded gradient must not have one here either.
     assert {name for name in recorded if name.startswith("grad.student")} == set(actual)
-    actual |= {f"grad.{k}": v for k, v in to_golden(gradients["method"]).items()}
+    actual |= {f"grad.{k}": v for k, v in to_timm(gradients["method"]).items()}
     for name in recorded:
         assert_equal(case, name, actual[name], expected[name])
 
     step_fn = jit_step(distillation, mesh, state, teacher_params)
     for step in range(case["steps"]):
+        noise(step)
         state, metrics = step_fn(state, teacher_params, batch(step))
+        if "loss_mimic" in metrics:
+            metrics["loss_kd"] = metrics["loss_mimic"] + metrics["loss_generation"]
         for term in case["weights"]:
             name = f"loss.{term}.{step}"
             assert_equal(case, name, metrics[f"loss_{term}"], expected[name])
     final = to_timm(state.params["student"]) | to_timm(state.constants["student"])
-    for part, values in (("student", final), ("method", to_golden(state.params["method"]))):
+    trained = to_timm(state.params["method"])
+    frozen = to_timm(state.constants["method"])
+    parts = trained | {name: value for name, value in frozen.items() if name in recorded_method}
+    for part, values in (("student", final), ("method", parts)):
         golden = load_file(folder / f"{part}_final.safetensors")
         assert set(golden) == set(values)
         for name, value in golden.items():
@@ -202,7 +219,7 @@ def check_null_spaces(case: dict, teacher: object, method: methods.Method, expec
         values = expected[f"singular_values.{layer}"]
         assert_equal(case, "singular values", refiner.singular_values[...], values)
         assert int(refiner.null_dim[...]) == expected[f"null_dim.{layer}"]
-        space = nullspace.decompose(nullspace.mlp_map(teacher, layer))
+        space = nullspace.decompose(nullspace.linear_map(teacher, layer, "mlp"))
         projector = nullspace.projector(space, jnp.float32(case["threshold"]), rank=0)
         assert_equal(case, "projector", projector, expected[f"null_projector.{layer}"])
 

@@ -53,7 +53,7 @@ class Backbone:
     @property
     def image_size(self) -> int:
         """Side of the images it takes, in pixels."""
-        return self.network.spec.arch.img_size[0]
+        return self.network.image_size
 
     @property
     def dim(self) -> int:
@@ -65,7 +65,7 @@ class Backbone:
     ) -> Float[Array, "batch tokens dim"]:
         """The raw output of the last block, in float32; traceable."""
         model = self.network.merge(params)
-        return model.features(self.network.normalise(images))[-1].astype(jnp.float32)
+        return model.features(self.network.prepare(images))[-1].astype(jnp.float32)
 
     def pooled(
         self, params: Params, images: UInt8[Array, "batch height width 3"], token: str

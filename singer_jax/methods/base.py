@@ -9,6 +9,7 @@ rank is that of a LoRA update.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from singer_jax.errors import InputError, unknown
+from singer_jax.methods.tokens import TokenMatch
 from singer_jax.models.vit import Architecture, VisionTransformer
 
 Scalars = dict[str, Float[Array, ""]]
@@ -57,11 +59,13 @@ class Needs(NamedTuple):
       teacher: whether there is one.
       logits: the student's head, and with it every block.
       labels: of the images.
+      teacher_logits: the teacher's head, with the student's classes.
     """
 
     teacher: bool = True
     logits: bool = False
     labels: bool = False
+    teacher_logits: bool = False
 
 
 class Method(nnx.Module):
@@ -73,10 +77,12 @@ class Method(nnx.Module):
 
     Attributes:
       teacher_layers, student_layers: the distilled blocks, matched one to one.
+      tokens: which tokens are compared; None where no features are.
     """
 
     teacher_layers: tuple[int, ...] = ()
     student_layers: tuple[int, ...] = ()
+    tokens: TokenMatch | None = None
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
@@ -95,7 +101,14 @@ class Method(nnx.Module):
         Args:
           metrics: of the first step.
         """
-        return []
+        if self.tokens is None:
+            return []
+        layers = ", ".join(
+            f"{own} <- {layer}"
+            for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
+        )
+        line = f"student blocks {layers}; compared tokens: {self.tokens.describe()}"
+        return [(logging.INFO, line)]
 
 
 def match_layers(
@@ -165,6 +178,20 @@ def distilled_layers(
             f"method.layers: {tuple(layers)} must be distinct, ascending and not empty"
         )
     return tuple(layers), match_layers(config.matching, layers, depth, student.depth)
+
+
+def freeze(module: nnx.Module, *names: str) -> None:
+    """Turns parameters of a module into constants, which are saved and never trained.
+
+    Args:
+      module: whose attributes `names`, or all parameters in it.
+      names: attributes; none: everything.
+    """
+    for path, node in nnx.iter_modules(module):
+        for name in names or list(vars(node)):
+            value = getattr(node, name, None)
+            if isinstance(value, nnx.Param) and not (names and path):
+                setattr(node, name, Constant(value[...]))
 
 
 def linear_adapter(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -20,6 +20,7 @@ from singer_jax.methods.base import (
     linear_adapter,
     mean_squared_error,
 )
+from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.vit import Architecture, VisionTransformer
 
 
@@ -42,6 +43,7 @@ class FitNet(Method):
         self.teacher_layers, self.student_layers = distilled_layers(
             config, (0.5, 0.75), teacher.arch, student
         )
+        self.tokens = match_tokens(student, teacher.arch, config)
         self.kd_weight = 10.0 if config.weights.kd is None else config.weights.kd
         self.ce_weight = config.weights.ce
         self.adapter = nnx.Dict(
@@ -57,7 +59,8 @@ class FitNet(Method):
         """Terms `kd` and, with a weight, `ce`."""
         kd = sum(
             mean_squared_error(
-                self.adapter[str(own)](student.features[own]), teacher.features[layer]
+                self.adapter[str(own)](self.tokens.of_student(student.features[own])),
+                self.tokens.of_teacher(teacher.features[layer]),
             )
             for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
         )

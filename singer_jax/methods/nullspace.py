@@ -1,4 +1,4 @@
-"""The left null space of the next block's MLP: which perturbations it does not see.
+"""The left null space of the next block: which perturbations it does not see.
 
 All in float32 at the highest matmul precision: the defaults of TPUs and TF32 would spoil singular
 values near the threshold.
@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from singer_jax.models.vit import VisionTransformer
 
+SOURCES = ("mlp", "mlp_norm", "block")
+RULES = ("absolute", "quantile", "relative", "rank")
+
 
 class NullSpace(NamedTuple):
     """Left singular vectors (columns) and singular values of W; the values descend."""
@@ -23,27 +26,61 @@ class NullSpace(NamedTuple):
     values: Float[Array, " dim"]
 
 
-def mlp_map(model: VisionTransformer, layer: int) -> Float[Array, "dim dim"]:
-    """W = W1^T W2^T of the MLP that reads layer `layer`: rows a pass it as a W.
+def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array, "dim out"]:
+    """What reads layer `layer`, as one linear map W of row vectors: rows a pass it as a W.
 
-    That of the next block, or of block `layer` itself where it is the last. Biases, activation,
-    norm and LayerScale are ignored, as in the paper.
+    The reader is the next block, or block `layer` itself where it is the last.
+
+    Args:
+      model: the teacher.
+      layer: the distilled block.
+      source: `mlp` (the paper's): W1^T W2^T of the reader's MLP, for a gated one
+        [W_gate^T W2^T | W_value^T W2^T]; biases, activation, norm and LayerScale are ignored.
+        `mlp_norm`: the same between the norm's scale and the LayerScale. `block`: the input maps
+        of attention and MLP side by side, each behind its norm's scale, so that neither path sees
+        a perturbation in the null space, up to the norms' centring and rescaling.
     """
-    mlp = model.blocks[min(layer + 1, model.arch.depth - 1)].mlp
-    first, second = (x.kernel[...].astype(jnp.float32) for x in (mlp.fc1, mlp.fc2))
-    return jnp.matmul(first, second, precision=Precision.HIGHEST)
+    block = model.blocks[min(layer + 1, model.arch.depth - 1)]
+
+    def read(x: Array) -> Array:
+        return x.astype(jnp.float32)
+
+    first = [read(part) for part in block.mlp.input_maps()]
+    scale = read(block.norm2.scale[...])[:, None]
+    if source == "block":
+        attention = read(block.norm1.scale[...])[:, None] * read(block.attn.qkv.kernel[...])
+        return jnp.concatenate([attention, *(scale * part for part in first)], axis=1)
+    second = read(block.mlp.fc2.kernel[...])
+    if source == "mlp_norm":
+        first = [scale * part for part in first]
+        layer_scale = block.scales()[1]
+        second = second if layer_scale is None else second * read(layer_scale)
+    maps = [jnp.matmul(part, second, precision=Precision.HIGHEST) for part in first]
+    return jnp.concatenate(maps, axis=1)
 
 
 def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
-    """The singular value decomposition W = U S V^T without V."""
-    vectors, values, _ = jnp.linalg.svd(linear_map)
+    """The singular value decomposition W = U S V^T without V; `out` is at least `dim`."""
+    vectors, values, _ = jnp.linalg.svd(linear_map, full_matrices=False)
     return NullSpace(vectors, values)
 
 
 def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Array, ""]:
-    """tau: `threshold` itself (`absolute`) or that quantile of the layer's values (`quantile`)."""
+    """tau, below which a singular value counts as null.
+
+    Args:
+      space: of the layer.
+      rule: how `threshold` is read: `absolute` is tau itself, `quantile` that quantile of the
+        layer's values, `relative` that multiple of the largest, `rank` that many values.
+      threshold: the number.
+    """
     if rule == "quantile":
         return jnp.quantile(space.values, threshold)
+    if rule == "relative":
+        return threshold * space.values[0]
+    if rule == "rank":
+        above = jnp.concatenate([jnp.full(1, jnp.inf), space.values])
+        return above[len(space.values) - int(threshold)]
     return jnp.asarray(threshold, jnp.float32)
 
 

@@ -28,6 +28,7 @@ from singer_jax.methods.base import (
     linear_adapter,
     mean_squared_error,
 )
+from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.vit import Architecture, VisionTransformer
 
 # Below this share of the outliers' energy in the subspace a run warns.
@@ -36,7 +37,6 @@ SMALL_SHARE = 0.2
 USES = ("project", "soft", "init", "random")
 ORDERS = ("most_null", "official")
 STARTS = ("identity", "official")
-RULES = ("absolute", "quantile")
 
 
 class Refiner(nnx.Module):
@@ -50,13 +50,14 @@ class Refiner(nnx.Module):
     Attributes:
       down, up: A [dim, rank] and B [rank, dim].
       projection: Q [dim, dim] of `project` and `soft`; absent otherwise.
-      singular_values: [dim], kept for reports.
+      singular_values, threshold, null_dim: [dim], tau and how many lie below it, for reports.
     """
 
     def __init__(self, space: nullspace.NullSpace, config: Any, rngs: nnx.Rngs) -> None:
         settings, rank = config.nullspace, config.rank
         tau = nullspace.threshold_value(space, settings.rule, settings.threshold)
         self.singular_values = Constant(space.values)
+        self.threshold = Constant(tau)
         self.null_dim = Constant(nullspace.null_dim(space, tau))
         self.projected = settings.use in ("project", "soft")
         dim = space.values.shape[0]
@@ -134,6 +135,7 @@ class Singer(Method):
         self.teacher_layers, self.student_layers = distilled_layers(
             config, (0.75,), teacher.arch, student
         )
+        self.tokens = match_tokens(student, teacher.arch, config)
         self.quantile = config.quantile
         weights = config.weights
         self.kd_weight = 1.0 if weights.kd is None else weights.kd
@@ -142,7 +144,8 @@ class Singer(Method):
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            space = nullspace.decompose(nullspace.mlp_map(teacher, layer))
+            source = nullspace.linear_map(teacher, layer, config.nullspace.source)
+            space = nullspace.decompose(source)
             self.refiner[str(layer)] = Refiner(space, config, rngs)
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
@@ -163,8 +166,9 @@ class Singer(Method):
             patches = refined[:, prefix:]
             norms = token_norms(patches)
 
-            predicted = self.adapter[str(student_layer)](student.features[student_layer])
-            kd += mean_squared_error(predicted, refined)
+            matched = self.tokens.of_student(student.features[student_layer])
+            predicted = self.adapter[str(student_layer)](matched)
+            kd += mean_squared_error(predicted, self.tokens.of_teacher(refined))
             outlier += outlier_loss(norms, self.quantile)
             if layer + 1 < depth:
                 seen = teacher.model.apply_block(layer + 1, refined)
@@ -189,15 +193,16 @@ class Singer(Method):
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
         """The null space of each layer and the share of the outliers' energy inside it."""
-        lines = []
+        lines = super().report(metrics)
         for layer in self.teacher_layers:
             refiner = self.refiner[str(layer)]
             values = np.asarray(refiner.singular_values[...])
+            tau = float(refiner.threshold[...])
             count = int(refiner.null_dim[...])
             before = {n: metrics[f"layer_{layer}/teacher_norm_{n}"] for n in ("median", "p99")}
             line = (
-                f"teacher layer {layer}: {count} of {len(values)} singular values below the "
-                f"threshold (smallest {values[-1]:.3g}, largest {values[0]:.3g}); patch norms: "
+                f"teacher layer {layer}: {count} of {len(values)} singular values below "
+                f"{tau:.3g} (smallest {values[-1]:.3g}, largest {values[0]:.3g}); patch norms: "
                 f"median {before['median']:.3g}, 99th percentile {before['p99']:.3g}"
             )
             share = metrics.get(f"layer_{layer}/outlier_energy_share")
@@ -208,9 +213,9 @@ class Singer(Method):
                 lines.append(
                     (
                         logging.WARNING,
-                        f"teacher layer {layer} has no null space at this threshold (smallest "
-                        f"singular value {values[-1]:.3g}): raise method.nullspace.threshold or "
-                        "take method.nullspace.use=soft",
+                        f"teacher layer {layer} has no null space: no singular value lies below "
+                        f"the threshold {tau:.3g}, the smallest is {values[-1]:.3g}; raise "
+                        "method.nullspace.threshold or take method.nullspace.use=soft",
                     )
                 )
             if share is not None and share < SMALL_SHARE:
@@ -249,9 +254,9 @@ def check(teacher: Architecture, config: Any) -> None:
     for key, value, known in (
         ("use", settings.use, USES),
         ("order", settings.order, ORDERS),
-        ("rule", settings.rule, RULES),
+        ("rule", settings.rule, nullspace.RULES),
         ("start", settings.start or STARTS[0], STARTS),
-        ("source", settings.source, ("mlp",)),
+        ("source", settings.source, nullspace.SOURCES),
     ):
         if value not in known:
             raise unknown(f"method.nullspace.{key}", value, known)
@@ -259,7 +264,10 @@ def check(teacher: Architecture, config: Any) -> None:
         raise InputError(f"method.rank: {config.rank} is not in 1..{teacher.embed_dim}")
     if not 0 < config.quantile < 1:
         raise InputError(f"method.quantile: {config.quantile} is not between 0 and 1")
-    if settings.rule == "quantile" and not 0 <= settings.threshold <= 1:
+    limit = {"quantile": 1, "relative": 1, "rank": teacher.embed_dim}.get(settings.rule)
+    if settings.threshold < 0 or (limit is not None and settings.threshold > limit):
+        upper = "" if limit is None else f"..{limit}"
         raise InputError(
-            f"method.nullspace.threshold: the quantile {settings.threshold} is not in 0..1"
+            f"method.nullspace.threshold: {settings.threshold} is not in 0{upper}, the range of "
+            f"the rule {settings.rule}"
         )

@@ -51,19 +51,17 @@ def timm_key(keys: Keys) -> str:
     return ".".join([*parents, "weight" if name in ("kernel", "scale") else name])
 
 
-def _timm_axes(keys: Keys, ndim: int) -> tuple[int, ...]:
-    """The axes of ours, in the order in which PyTorch stores them."""
+def timm_axes(keys: Keys, leaf: Any) -> tuple[int, ...]:
+    """The axes of a parameter of ours, in the order in which PyTorch stores them."""
     if keys[-1] != "kernel":
-        return tuple(range(ndim))
-    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+        return tuple(range(leaf.ndim))
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[leaf.ndim]
 
 
 def to_timm(params: Params) -> dict[str, np.ndarray]:
     """Parameters (or gradients) as a timm state dict: timm's keys, PyTorch's layouts."""
     return {
-        timm_key(keys): np.ascontiguousarray(
-            np.asarray(leaf).transpose(_timm_axes(keys, leaf.ndim))
-        )
+        timm_key(keys): np.ascontiguousarray(np.asarray(leaf).transpose(timm_axes(keys, leaf)))
         for keys, leaf in leaves(params)
     }
 
@@ -110,7 +108,7 @@ def load_model(
         array = tensors[timm_key(keys)].read()
         if keys == ("pos_embed",) and array.shape != leaf.shape:
             array = resample_pos_embed(array, spec.arch.grid, spec.arch.num_embedded_prefix_tokens)
-        array = array.transpose(np.argsort(_timm_axes(keys, array.ndim))).astype(leaf.dtype)
+        array = array.transpose(np.argsort(timm_axes(keys, array))).astype(leaf.dtype)
         return jax.device_put(np.ascontiguousarray(array), placement.get(keys))
 
     return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
@@ -134,7 +132,7 @@ def _check_keys(
     spec: ModelSpec, path: Path, abstract: Params, tensors: Mapping[str, StoredTensor]
 ) -> None:
     expected = {
-        timm_key(keys): tuple(leaf.shape[axis] for axis in _timm_axes(keys, leaf.ndim))
+        timm_key(keys): tuple(leaf.shape[axis] for axis in timm_axes(keys, leaf))
         for keys, leaf in leaves(abstract)
     }
     missing = [key for key in expected if key not in tensors]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from singer_jax import methods, parallel
 from singer_jax.errors import InputError, unknown
-from singer_jax.methods import Method
+from singer_jax.methods import Method, Needs
 from singer_jax.models import zoo
 from singer_jax.models.params import Params
 from singer_jax.models.vit import Numerics, VisionTransformer
@@ -43,7 +43,7 @@ class Setup:
       mesh: of the devices.
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch size).
-      image_size: side of the crops that the loader makes, in pixels.
+      image_size: side of the crops that the loader makes, in pixels; the larger model's.
       state: abstract, with shardings: what a checkpoint is restored into.
       load_teacher: reads the teacher's parameters into their shardings; None without a teacher.
       init_student: the student's parameters before the first step.
@@ -72,7 +72,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
     Raises:
       InputError: anything in the configuration that cannot work; before any long work.
     """
-    needs = methods.lookup(config.method.name).needs(config.method)
+    needs = methods.needs(config.method)
     if needs.labels and not num_classes:
         raise InputError(
             f"method.name: {config.method.name} needs labels, but the images have none; put them "
@@ -92,23 +92,24 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
     schedule = make_schedule(config.schedule, learning_rate, steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
 
-    student_spec, student_weights = resolve_model("student", config.student, config)
-    if not student_weights and "num_classes" not in config.student.overrides:
-        arch = dataclasses.replace(student_spec.arch, num_classes=num_classes * needs.logits)
-        student_spec = dataclasses.replace(student_spec, arch=arch)
     dtype = dtype_of(config.precision)
-    student_numerics = Numerics(dtype, jnp.float32, config.student.remat)
-    student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
-
     teacher, abstract_teacher, teacher_weights = None, None, None
     teacher_numerics = Numerics(dtype, dtype)
     if needs.teacher:
         teacher_spec, teacher_weights = resolve_model("teacher", config.teacher, config)
         if not teacher_weights:
             raise InputError("teacher.weights: empty; give a hub name, a file or a run")
-        _check_grids(teacher_spec, student_spec)
         graph, abstract_teacher = abstract_model(teacher_spec.arch, teacher_numerics)
         teacher = Network(teacher_spec, graph)
+
+    student_spec, student_weights = resolve_model("student", config.student, config)
+    if not student_weights and "num_classes" not in config.student.overrides:
+        classes = teacher.spec.arch.num_classes if needs.teacher_logits else num_classes
+        arch = dataclasses.replace(student_spec.arch, num_classes=classes * needs.logits)
+        student_spec = dataclasses.replace(student_spec, arch=arch)
+    _check_heads(needs, student_spec, teacher, num_classes)
+    student_numerics = Numerics(dtype, jnp.float32, config.student.remat)
+    student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
 
     def place(abstract: Params) -> Params:
         return parallel.tree_shardings(mesh, abstract)
@@ -119,8 +120,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
     def make_method(teacher_params: Params | None) -> Method:
         model = teacher.merge(teacher_params) if teacher else None
         rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 1))
-        kind = methods.lookup(config.method.name)
-        return kind(model, student_spec.arch, config.method, rngs)
+        return methods.make(model, student_spec.arch, config.method, rngs)
 
     abstract_method = nnx.eval_shape(make_method, abstract_teacher)
     distillation = Distillation(
@@ -163,7 +163,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         mesh=mesh,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
-        image_size=student_spec.arch.img_size[0],
+        image_size=max(network.image_size for network in (student, teacher) if network),
         state=parallel.with_shardings(mesh, abstract_state),
         load_teacher=load_teacher,
         init_student=init_student,
@@ -212,10 +212,21 @@ def dtype_of(precision: str) -> Any:
     return PRECISIONS[precision]
 
 
-def _check_grids(teacher: ModelSpec, student: ModelSpec) -> None:
-    if (teacher.arch.grid, teacher.arch.img_size) != (student.arch.grid, student.arch.img_size):
+def _check_heads(
+    needs: Needs, student: ModelSpec, teacher: Network | None, num_classes: int
+) -> None:
+    classes = student.arch.num_classes
+    if needs.teacher_logits and not teacher.spec.arch.num_classes:
         raise InputError(
-            f"teacher {teacher.name} has {teacher.arch.grid} patches of {teacher.arch.img_size} "
-            f"pixels, student {student.name} {student.arch.grid} of {student.arch.img_size}; they "
-            "must be equal (data.image_size sets both)"
+            f"method.name: the weights of the teacher {teacher.spec.name} hold no head, and "
+            "logit_kd needs its logits; take weights that were trained to classify"
+        )
+    if needs.teacher_logits and teacher.spec.arch.num_classes != classes:
+        raise InputError(
+            f"the teacher {teacher.spec.name} has {teacher.spec.arch.num_classes} classes, the "
+            f"student {student.name} {classes}; logit_kd needs the same"
+        )
+    if needs.labels and classes < num_classes:
+        raise InputError(
+            f"the student {student.name} has {classes} classes, the images {num_classes}"
         )

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
 from singer_jax import parallel
+from singer_jax.errors import InputError
 from singer_jax.methods import Batch, Constant, Forward, Method
 from singer_jax.models.params import Keys, Params, split
 from singer_jax.models.zoo import ModelSpec
@@ -42,10 +43,26 @@ class Network:
     spec: ModelSpec
     graph: nnx.GraphDef
 
-    def normalise(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
-        """Images in 0..255, by the model's own mean and standard deviation."""
+    @property
+    def image_size(self) -> int:
+        """Side of its square input, in pixels.
+
+        Raises:
+          InputError: the input is not square.
+        """
+        height, width = self.spec.arch.img_size
+        if height != width:
+            raise InputError(f"{self.spec.name}: img_size {height} x {width} must be square")
+        return height
+
+    def prepare(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
+        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
+        size = (len(images), *self.spec.arch.img_size, 3)
+        images = images.astype(jnp.float32)
+        if images.shape != size:
+            images = jax.image.resize(images, size, "linear")
         mean, std = jnp.asarray(self.spec.mean), jnp.asarray(self.spec.std)
-        return (images.astype(jnp.float32) / 255 - mean) / std
+        return (images / 255 - mean) / std
 
     def merge(self, *params: Params) -> Any:
         """The model with its parameters."""
@@ -82,12 +99,12 @@ class Distillation:
         """The sum of the method's terms, and the metrics with each term as `loss_<name>`."""
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
-        images = self.student.normalise(batch["image"])
+        images = self.student.prepare(batch["image"])
         seen = Forward(student, student.features(images, self.blocks))
         taught = None
         if self.teacher is not None:
             model = self.teacher.merge(teacher)
-            features = model.features(self.teacher.normalise(batch["image"]))
+            features = model.features(self.teacher.prepare(batch["image"]))
             taught = Forward(model, jax.lax.stop_gradient(features))
         terms, metrics = method.loss(taught, seen, Batch(batch["label"], key))
         total = sum(terms.values())
@@ -162,7 +179,7 @@ class Distillation:
         def on_path(keys: Keys) -> bool:
             if keys[0] == "blocks":
                 return keys[1] < self.blocks
-            return self.head or keys[0] not in ("norm", "head")
+            return self.head or keys[0] not in ("norm", "attn_pool", "head")
 
         return split(student, on_path)
 

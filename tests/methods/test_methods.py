@@ -139,7 +139,7 @@ def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, st
 
 def test_fitnet_with_weightless_cross_entropy_reaches_the_head(teacher, student, images):
     settings = config("paper")
-    kind = methods.lookup("fitnet")
+    kind = methods.METHODS["fitnet"]
     assert kind.needs(settings).logits and not kind.needs(settings).labels
     method = kind(teacher, STUDENT, settings, nnx.Rngs(0))
     terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
@@ -193,8 +193,8 @@ def test_bad_layers_are_named(layers, message):
         ("nullspace.use", "projet", "closest: project"),
         ("nullspace.rule", "absolut", "closest: absolute"),
         ("nullspace.start", "zero", "unknown method.nullspace.start 'zero'"),
-        ("nullspace.source", "block", "known: mlp"),
-        ("nullspace.threshold", 1.5, "the quantile 1.5 is not in 0..1"),
+        ("nullspace.source", "blok", "closest: block"),
+        ("nullspace.threshold", 1.5, r"1.5 is not in 0..1, the range of the rule quantile"),
         ("rank", 25, "method.rank: 25 is not in 1..24"),
         ("quantile", 1.0, "method.quantile: 1.0 is not between 0 and 1"),
     ],
@@ -216,5 +216,7 @@ def test_the_report_warns_where_there_is_no_null_space(teacher, student, images)
 
 
 def test_an_unknown_method_is_named():
+    settings = config()
+    settings.name = "singr"
     with pytest.raises(InputError, match="closest: singer"):
-        methods.lookup("singr")
+        methods.needs(settings)

@@ -115,7 +115,7 @@ def test_the_null_space_guarantee_holds_after_real_steps(teacher_file, use, rule
     rng = np.random.default_rng(0)
     for layer in method.teacher_layers:
         refiner = method.refiner[str(layer)]
-        w = nullspace.mlp_map(model, layer)
+        w = nullspace.linear_map(model, layer, "mlp")
         space = nullspace.decompose(w)
         tau = nullspace.threshold_value(space, rule, threshold)
         patches = rng.standard_normal((2, 16, 24)).astype(np.float32)
