@@ -42,6 +42,7 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config = ConfigDict({"job": "quickstart"})
     config.teacher = _run(protocol, embed_dim=96, depth=4, num_heads=3)
     config.teacher.method.name = "supervised"
+    config.teacher.epochs = 80
     for name in ("fitnet", "singer"):
         config[name] = _run(protocol, embed_dim=64, depth=3, num_heads=2)
         config[name].method.name = name

@@ -155,6 +155,38 @@ def evaluation(protocol: str = "recommended") -> ConfigDict:
     return config
 
 
+def export() -> ConfigDict:
+    """All keys of the job `export`."""
+    config = ConfigDict()
+    config.job = "export"
+    config.run = ""  # a work directory: its student; empty: --workdir itself; or else
+    config.weights = ""  # a hub name or file, and
+    config.model = ""  # its timm name, where neither the hub name nor a config.json says it
+    config.step = placeholder(int)  # of the checkpoint; None: the latest
+    config.stablehlo = True  # also write features.stablehlo
+    return config
+
+
+def null_spaces(protocol: str = "recommended") -> ConfigDict:
+    """All keys of the job `nullspace`; raises as `default`."""
+    distillation = default(protocol)
+    config = ConfigDict()
+    config.job = "nullspace"
+    config.teacher = distillation.teacher
+    config.precision = distillation.precision
+    config.layers = placeholder(tuple)  # teacher blocks from 0; None: the published depths
+    config.append_last = True
+    config.rank = distillation.method.rank
+    config.quantile = distillation.method.quantile
+    config.images = 64  # of the training split, to measure the outliers on
+    config.sources = ("mlp", "mlp_norm", "block")
+    config.thresholds = ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1")
+    config.data = _data(protocol)
+    config.data.image_size = placeholder(int)
+    config.mesh = _mesh()
+    return config
+
+
 def _check_protocol(protocol: str) -> None:
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
@@ -179,7 +211,7 @@ def _mesh() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    model.model = ""  # timm name
+    model.model = ""  # timm name; empty: as the config.json beside the weights says
     model.weights = ""  # hub name, file, or run; empty: random
     model.overrides = ConfigDict()  # of fields of models.vit.Architecture
     return model

@@ -47,11 +47,33 @@ def _quickstart(config: ConfigDict, workdir: Path) -> None:
     quickstart(config, workdir)
 
 
+def _export(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.export import export
+
+    export(config, workdir)
+
+
+def _nullspace(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.evaluation.null_spaces import analyse
+
+    analyse(config, workdir)
+
+
+def _models(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.models.summary import print_models
+
+    print_models(config)
+
+
 JOBS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "quickstart": _quickstart,
+    "export": _export,
+    "nullspace": _nullspace,
+    "models": _models,
 }
+_WITHOUT_WORKDIR = ("models",)
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -73,7 +95,7 @@ def main(argv: list[str]) -> int:
     """Runs what the flags say."""
     if len(argv) > 1:
         return _refuse(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
-    if not _WORKDIR.value:
+    if not _WORKDIR.value and _CONFIG.value.get("job") not in _WITHOUT_WORKDIR:
         return _refuse("--workdir: missing; give the folder of the run")
     absl_logging.set_verbosity(absl_logging.WARNING)
     log = logging.getLogger("singer_jax")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,13 @@ def _select(values: jax.Array, valid: np.ndarray) -> np.ndarray:
 
 
 def load_backbone(
-    mesh: Mesh, *, run: str = "", weights: str = "", model: str = "", dtype: Any = jnp.float32
+    mesh: Mesh,
+    *,
+    run: str = "",
+    weights: str = "",
+    model: str = "",
+    step: int | None = None,
+    numerics: Numerics = Numerics(),
 ) -> Backbone:
     """The model to measure.
 
@@ -121,13 +127,14 @@ def load_backbone(
       run: a work directory: the student of its latest checkpoint; or else
       weights: a hub name or file, and
       model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
-      dtype: of activations.
+      step: of the checkpoint of a run; None: the latest.
+      numerics: dtypes of the model.
 
     Raises:
       InputError: nothing given, nothing there, or weights of another architecture.
     """
     if run:
-        return _of_run(mesh, Path(run).expanduser(), Numerics(dtype))
+        return _of_run(mesh, Path(run).expanduser(), step, numerics)
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -139,18 +146,21 @@ def load_backbone(
     else:
         spec = spec_of_weights(lookup(model or weights), path)
     graph, params = load_model(
-        spec, path, Numerics(dtype), lambda abstract: parallel.tree_shardings(mesh, abstract)
+        spec, path, numerics, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
     return Backbone(Network(spec, graph), params, mesh)
 
 
-def _of_run(mesh: Mesh, run: Path, numerics: Numerics) -> Backbone:
+def _of_run(mesh: Mesh, run: Path, step: int | None, numerics: Numerics) -> Backbone:
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
     with contextlib.closing(Checkpoints(run)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
+        finished = checkpoints.manager.all_steps()
+        if not finished:
             raise InputError(f"run: {run} has no finished checkpoint yet")
+        if step is not None and step not in finished:
+            raise InputError(f"step: {run} holds checkpoints {sorted(finished)}, not {step}")
+        step = max(finished) if step is None else step
         spec = from_hub_config(checkpoints.meta(step)["student"])
         graph, abstract = abstract_model(spec.arch, numerics)
         params = checkpoints.restore_student(step, parallel.with_shardings(mesh, abstract))

@@ -13,6 +13,7 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, probe
+from singer_jax.models.vit import Numerics
 from singer_jax.telemetry import LOG
 from singer_jax.training.setup import dtype_of
 
@@ -36,7 +37,7 @@ def evaluate(config: Any, workdir: Path) -> None:
         run=config.run,
         weights=config.weights,
         model=config.model,
-        dtype=dtype_of(config.precision),
+        numerics=Numerics(dtype_of(config.precision)),
     )
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -148,18 +148,18 @@ def match_layers(
     return tuple(int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1])
 
 
-def distilled_layers(
-    config: Any, relative_depths: Sequence[float], teacher: Architecture, student: Architecture
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Distilled teacher blocks and the student blocks matched to them.
+def teacher_layers(
+    config: Any, relative_depths: Sequence[float], teacher: Architecture
+) -> tuple[int, ...]:
+    """Distilled teacher blocks, ascending.
 
     Args:
-      config: reads `layers` (None: at `relative_depths`), `append_last`, `matching`.
+      config: reads `layers` (None: at `relative_depths`) and `append_last`.
       relative_depths: of the method's published layers; 0.75 is block 17 of 24.
-      teacher, student: for their depths.
+      teacher: for its depth.
 
     Raises:
-      InputError: an index out of range or twice, none at all, or more than the student has blocks.
+      InputError: an index out of range or twice, or none at all.
     """
     depth = teacher.depth
     layers = config.layers
@@ -177,7 +177,24 @@ def distilled_layers(
         raise InputError(
             f"method.layers: {tuple(layers)} must be distinct, ascending and not empty"
         )
-    return tuple(layers), match_layers(config.matching, layers, depth, student.depth)
+    return tuple(layers)
+
+
+def distilled_layers(
+    config: Any, relative_depths: Sequence[float], teacher: Architecture, student: Architecture
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Distilled teacher blocks and the student blocks matched to them.
+
+    Args:
+      config: as for `teacher_layers`, and `matching`.
+      relative_depths: of the method's published layers.
+      teacher, student: for their depths.
+
+    Raises:
+      InputError: as `teacher_layers` and `match_layers`.
+    """
+    layers = teacher_layers(config, relative_depths, teacher)
+    return layers, match_layers(config.matching, layers, teacher.depth, student.depth)
 
 
 def freeze(module: nnx.Module, *names: str) -> None:

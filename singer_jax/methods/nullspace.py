@@ -79,7 +79,7 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
     if rule == "relative":
         return threshold * space.values[0]
     if rule == "rank":
-        above = jnp.concatenate([jnp.full(1, jnp.inf), space.values])
+        above = jnp.concatenate([2 * space.values[:1], space.values])
         return above[len(space.values) - int(threshold)]
     return jnp.asarray(threshold, jnp.float32)
 
@@ -102,7 +102,8 @@ def projector(space: NullSpace, tau: Float[Array, ""], rank: int) -> Float[Array
 
 def soft_filter(space: NullSpace, tau: Float[Array, ""]) -> Float[Array, "dim dim"]:
     """Q = U diag(tau^2 / (tau^2 + S^2)) U^T: what is seen less passes more."""
-    return _weighted(space, tau**2 / (tau**2 + space.values**2))
+    tiny = jnp.finfo(jnp.float32).tiny  # a map without any singular value passes nothing
+    return _weighted(space, tau**2 / jnp.maximum(tau**2 + space.values**2, tiny))
 
 
 def _weighted(space: NullSpace, weights: Float[Array, " dim"]) -> Float[Array, "dim dim"]:

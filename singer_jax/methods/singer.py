@@ -31,6 +31,9 @@ from singer_jax.methods.base import (
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.vit import Architecture, VisionTransformer
 
+# Of the published distilled layers, beside the last: block 17 of 24.
+DEPTHS = (0.75,)
+
 # Below this share of the outliers' energy in the subspace a run warns.
 SMALL_SHARE = 0.2
 
@@ -133,7 +136,7 @@ class Singer(Method):
     ) -> None:
         check(teacher.arch, config)
         self.teacher_layers, self.student_layers = distilled_layers(
-            config, (0.75,), teacher.arch, student
+            config, DEPTHS, teacher.arch, student
         )
         self.tokens = match_tokens(student, teacher.arch, config)
         self.quantile = config.quantile

@@ -40,7 +40,7 @@ class Generator(nnx.Module):
     def __call__(
         self, patches: Float[Array, "batch patches dim"], grid: tuple[int, int]
     ) -> Float[Array, "batch patches dim"]:
-        image = patches.reshape(len(patches), *grid, -1)
+        image = patches.reshape(patches.shape[0], *grid, patches.shape[-1])
         return self.conv2(nnx.relu(self.conv1(image))).reshape(patches.shape)
 
 

@@ -320,7 +320,7 @@ class AttentionPool(nnx.Module):
         self.mlp = Mlp(arch, numerics, rngs)
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
-        latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         (query,) = _split_heads(self.q(latent), 1, self.num_heads)
         key, value = _split_heads(self.kv(x), 2, self.num_heads)
         pooled = self.proj(attend(query, key, value).reshape(latent.shape))

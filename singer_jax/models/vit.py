@@ -89,6 +89,10 @@ class Architecture:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
             )
+        if self.mlp_layer == "swiglu_packed" and int(self.embed_dim * self.mlp_ratio) % 2:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} x mlp_ratio {self.mlp_ratio} gives an odd hidden width"
+            )
         if self.eva and self.embed_dim // self.num_heads % 4:
             raise ValueError("rotary positions need a head width that is a multiple of 4")
         for name, known in (
@@ -187,7 +191,7 @@ class VisionTransformer(nnx.Module):
         if arch.reg_tokens:
             prefix.append(self.reg_token)
         tokens = [
-            jnp.broadcast_to(token[...].astype(x.dtype), (len(x), *token.shape[1:]))
+            jnp.broadcast_to(token[...].astype(x.dtype), (x.shape[0], *token.shape[1:]))
             for token in prefix
         ]
         if arch.eva:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes  # noqa: F401 - teaches NumPy the name bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +28,9 @@ class StoredTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def dtype(self) -> np.dtype: ...
+
     def read(self) -> np.ndarray:
         """Its values, in PyTorch's layout."""
 
@@ -38,6 +42,7 @@ class SafetensorsTensor:
     path: Path
     key: str
     shape: tuple[int, ...]
+    dtype: np.dtype
 
     def read(self) -> np.ndarray:
         with safe_open(self.path, framework="numpy") as file:
@@ -113,13 +118,24 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="numpy") as file:
             return {
-                key: SafetensorsTensor(path, key, tuple(file.get_slice(key).get_shape()))
+                key: SafetensorsTensor(
+                    path,
+                    key,
+                    tuple(file.get_slice(key).get_shape()),
+                    _dtype(file.get_slice(key).get_dtype()),
+                )
                 for key in file.keys()  # noqa: SIM118 - safe_open is not a mapping
             }
     except SafetensorError as error:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}); download or export it again"
         ) from error
+
+
+def _dtype(name: str) -> np.dtype:
+    """A safetensors dtype such as F32 or BF16."""
+    kind = {"F": "float", "I": "int", "U": "uint", "B": "bfloat"}[name[0]]
+    return np.dtype("bool" if name == "BOOL" else f"{kind}{name.lstrip('BFIU')}")
 
 
 def _of_unic(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

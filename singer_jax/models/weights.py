@@ -205,23 +205,29 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
+    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
+    arguments = {
+        ours.get(name, name): value for name, value in config.get("model_args", {}).items()
+    }
+    arguments["num_classes"] = config.get("num_classes", 0)
+    stated = config.get("pretrained_cfg", {})
+    if "input_size" in stated:
+        arguments.setdefault("img_size", tuple(stated["input_size"][1:]))
+    if isinstance(arguments.get("img_size"), list):
+        arguments["img_size"] = tuple(arguments["img_size"])
+    return arguments
+
+
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
     """The inverse of `to_hub_config`; also reads the `config.json` of timm's own models.
 
     Raises:
       InputError: an architecture that is not known here.
     """
+    spec = lookup(config["architecture"], model_arguments(config))
     stated = config.get("pretrained_cfg", {})
-    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
-    arguments = {
-        ours.get(name, name): value for name, value in config.get("model_args", {}).items()
-    }
-    arguments["num_classes"] = config.get("num_classes", 0)
-    if "input_size" in stated:
-        arguments.setdefault("img_size", tuple(stated["input_size"][1:]))
-    if isinstance(arguments.get("img_size"), list):
-        arguments["img_size"] = tuple(arguments["img_size"])
-    spec = lookup(config["architecture"], arguments)
     mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
     return dataclasses.replace(spec, mean=mean, std=std)
 
@@ -236,4 +242,5 @@ def export_timm(folder: Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
     (folder / CONFIG_FILE).write_text(json.dumps(to_hub_config(spec), indent=2) + "\n")

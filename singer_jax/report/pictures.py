@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -40,5 +42,36 @@ def save_patch_maps(
         row[0].set_ylabel(label)
         if options:
             figure.colorbar(shown, ax=row.tolist(), fraction=0.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def save_spectra(
+    path: Path,
+    title: str,
+    curves: Mapping[int, Mapping[str, Float[np.ndarray, " dim"]]],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Singular values of each layer, a line a source, with the thresholds where they are crossed.
+
+    Args:
+      path: of the PNG; its folder is made.
+      title: the model.
+      curves: by layer and source, descending.
+      rows: with `layer`, `source`, `tau`, `null_dim` and `dim`.
+    """
+    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+    figure.suptitle(title)
+    for axis, (layer, of_layer) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        for source, values in of_layer.items():
+            (line,) = axis.semilogy(values, label=source)
+            for row in rows:
+                if (row["layer"], row["source"]) == (layer, source):
+                    crossed = row["dim"] - row["null_dim"]
+                    axis.plot(crossed, row["tau"], "o", color=line.get_color(), markersize=4)
+        axis.set(title=f"layer {layer}", xlabel="index", ylabel="singular value")
+        axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -19,11 +19,12 @@ from singer_jax.methods import Method, Needs
 from singer_jax.models import zoo
 from singer_jax.models.params import Params
 from singer_jax.models.vit import Numerics, VisionTransformer
-from singer_jax.models.weight_files import find_weights
+from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import (
     abstract_model,
     check_weights,
     load_model,
+    model_arguments,
     spec_of_weights,
 )
 from singer_jax.models.zoo import ModelSpec
@@ -181,20 +182,25 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
 
     Args:
       role: `teacher` or `student`, for messages.
-      model: the part of the configuration with `model`, `weights` and `overrides`.
+      model: the part of the configuration with `model` (empty: as the `config.json` beside the
+        weights says), `weights` and `overrides`.
       config: for `data.image_size` and `data.normalisation`.
 
     Raises:
       InputError: unknown model, architecture field or normalisation; weights that are not there or
         of another architecture.
     """
-    if not model.model:
-        raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
-    overrides = dict(model.overrides)
+    weights = find_weights(model.weights) if model.weights else None
+    name, overrides = model.model, dict(model.overrides)
     if config.data.image_size is not None:
         overrides.setdefault("img_size", config.data.image_size)
-    spec = zoo.lookup(model.model, overrides)
-    weights = find_weights(model.weights) if model.weights else None
+    stated = read_hub_config(weights.parent) if weights else {}
+    if not name and "architecture" in stated:
+        name = stated["architecture"]
+        overrides = model_arguments(stated) | overrides
+    if not name:
+        raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
+    spec = zoo.lookup(name, overrides)
     if weights:
         spec = spec_of_weights(spec, weights)
         check_weights(spec, weights)

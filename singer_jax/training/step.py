@@ -57,7 +57,7 @@ class Network:
 
     def prepare(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
         """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
-        size = (len(images), *self.spec.arch.img_size, 3)
+        size = (images.shape[0], *self.spec.arch.img_size, 3)
         images = images.astype(jnp.float32)
         if images.shape != size:
             images = jax.image.resize(images, size, "linear")

@@ -1,9 +1,12 @@
 """The methods: what they start from, what they match, what reaches which parameter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -220,3 +223,79 @@ def test_an_unknown_method_is_named():
     settings.name = "singr"
     with pytest.raises(InputError, match="closest: singer"):
         methods.needs(settings)
+
+
+@pytest.mark.parametrize("name", ["vitkd", "vitkd_official"])
+@pytest.mark.parametrize("protocol", ["recommended", "paper"])
+def test_the_generator_is_trained_or_saved_as_it_is(teacher, student, images, name, protocol):
+    settings = config(protocol)
+    settings.name, settings.mimic_layers = name, (0,)
+    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    trained = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, nnx.Param))}
+    saved = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, methods.Constant))}
+    generating = {"generator", "mask_token"}
+    adapting = {"adapter"} if name == "vitkd" else {"mimic", "align"}
+    if protocol == "recommended":
+        assert trained == generating | adapting and not saved
+    else:
+        frozen = generating if name == "vitkd" else generating | adapting
+        assert saved == frozen and trained == (generating | adapting) - frozen
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    assert all(float(value) > 0 for value in terms.values())
+
+
+def test_masking_differs_from_step_to_step(teacher, student, images):
+    settings = config()
+    settings.name, settings.mimic_layers = "vitkd", (0,)
+    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    seen = (forward(teacher, images), forward(student, images))
+    losses = [
+        float(method.loss(*seen, Batch(BATCH.labels, jax.random.key(step)))[0]["generation"])
+        for step in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("layers", [(3,), (-1,), (0, 1, 2)])
+def test_vitkd_layers_that_cannot_work_are_named(teacher, layers):
+    """Block 3 is the last; three blocks leave the student none to generate from."""
+    settings = config()
+    settings.name, settings.mimic_layers = "vitkd", layers
+    with pytest.raises(InputError, match=r"method\.mimic_layers"):
+        methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+
+
+def test_logit_kd_is_the_divergence_at_its_temperature(images):
+    heads = dataclasses.replace(TEACHER, num_classes=5)
+    teacher = VisionTransformer(heads, rngs=nnx.Rngs(0))
+    student = VisionTransformer(STUDENT, rngs=nnx.Rngs(1))
+    settings = config()
+    settings.name = "logit_kd"
+    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), BATCH)
+    taught, own = (
+        scipy.special.softmax(np.asarray(model(images), np.float64) / 4, axis=1)
+        for model in (teacher, student)
+    )
+    expected = 16 * np.mean(np.sum(taught * np.log(taught / own), axis=1))
+    # Differences of log-probabilities near 1.6 cancel in float32: 16 x 1e-7 x 1.6.
+    np.testing.assert_allclose(terms["kd"], expected, rtol=1e-5, atol=3e-6)
+    terms, _ = method.loss(forward(teacher, images), forward(teacher, images), BATCH)
+    np.testing.assert_allclose(terms["kd"], 0, atol=1e-6)
+
+
+def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
+    settings = config()
+    settings.terms.singer, settings.terms.fitnet = 1.0, 0.25
+    both = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    seen = (forward(teacher, images), forward(student, images), BATCH)
+    terms, metrics = both.loss(*seen)
+    singly, _ = both.methods["singer"].loss(*seen)
+    fitnet, _ = both.methods["fitnet"].loss(*seen)
+    expected = {f"singer_{name}": value for name, value in singly.items()}
+    expected |= {f"fitnet_{name}": 0.25 * value for name, value in fitnet.items()}
+    assert {name: float(x) for name, x in terms.items()} == pytest.approx(
+        {name: float(x) for name, x in expected.items()}
+    )
+    assert any("fitnet: student blocks" in line for _, line in both.report(metrics))
+    assert set(both.student_layers) >= set(both.methods["fitnet"].student_layers)

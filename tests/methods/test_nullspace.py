@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from singer_jax.methods import nullspace
+from singer_jax.models.vit import Architecture, VisionTransformer
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -107,3 +109,109 @@ def test_energy_share_of_outliers_inside_and_outside_the_subspace(inside, expect
 def test_energy_share_without_outliers_is_zero_and_not_nan():
     share = nullspace.energy_share(jnp.eye(3), jnp.ones((2, 5, 3)), jnp.zeros((2, 5), bool))
     assert share == 0
+
+
+def model(mlp_layer: str) -> VisionTransformer:
+    """Two blocks with random norms and LayerScale, so that folding them in matters."""
+    arch = Architecture(
+        img_size=(8, 8),
+        patch_size=4,
+        embed_dim=12,
+        depth=2,
+        num_heads=2,
+        mlp_layer=mlp_layer,
+        init_values=0.5,
+        num_classes=0,
+    )
+    made = VisionTransformer(arch, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    nnx.update(
+        made,
+        jax.tree.map(
+            lambda x: x + 0.3 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32),
+            nnx.state(made),
+        ),
+    )
+    return made
+
+
+MODELS = {mlp: model(mlp) for mlp in ("mlp", "swiglu_packed", "swiglu")}
+THRESHOLDS = [("absolute", 0.5), ("quantile", 0.3), ("relative", 0.2), ("rank", 3)]
+
+
+@pytest.mark.parametrize(("rule", "threshold"), THRESHOLDS)
+@pytest.mark.parametrize("mlp", MODELS)
+@given(st.integers(0, 10_000))
+def test_no_input_map_of_the_next_block_sees_an_update_in_the_block_space(
+    mlp, rule, threshold, seed
+):
+    """||(F^ - F) W_k|| is bounded for the map of attention and for each of the MLP."""
+    block = MODELS[mlp].blocks[1]
+    space = nullspace.decompose(nullspace.linear_map(MODELS[mlp], 0, "block"))
+    tau = nullspace.threshold_value(space, rule, threshold)
+    q = nullspace.projector(space, tau, rank=2)
+    update = product(np.random.default_rng(seed).standard_normal((5, 12)), q)
+    largest = float(space.values[np.asarray(nullspace.selected(space, tau, 2))].max())
+    slack = 10 * 12 * EPS * float(space.values[0])
+    maps = [block.norm1.scale[...][:, None] * block.attn.qkv.kernel[...]]
+    maps += [block.norm2.scale[...][:, None] * part for part in block.mlp.input_maps()]
+    for w in maps:
+        assert norm(product(update, w)) <= (largest + slack) * norm(update)
+
+
+@pytest.mark.parametrize(("rule", "threshold"), THRESHOLDS)
+@pytest.mark.parametrize("source", nullspace.SOURCES)
+@pytest.mark.parametrize("mlp", MODELS)
+@given(st.integers(0, 10_000))
+def test_every_source_and_rule_keeps_its_guarantee(mlp, source, rule, threshold, seed):
+    w = nullspace.linear_map(MODELS[mlp], 0, source)
+    space = nullspace.decompose(w)
+    tau = nullspace.threshold_value(space, rule, threshold)
+    raw = np.random.default_rng(seed).standard_normal((5, 12))
+    slack = 10 * 12 * EPS * float(space.values[0])
+    projected = product(raw, nullspace.projector(space, tau, rank=2))
+    largest = float(space.values[np.asarray(nullspace.selected(space, tau, 2))].max())
+    assert norm(product(projected, w)) <= (largest + slack) * norm(projected)
+    filtered = product(raw, nullspace.soft_filter(space, tau))
+    assert norm(product(filtered, w)) <= (float(tau) / 2 + slack) * norm(raw)
+
+
+@pytest.mark.parametrize("mlp", MODELS)
+def test_the_mlp_sources_are_the_mlp_without_its_activation(mlp):
+    """By hand: what a row vector becomes on its way through the linear maps."""
+    block = MODELS[mlp].blocks[1].mlp
+    scale, gamma = MODELS[mlp].blocks[1].norm2.scale[...], MODELS[mlp].blocks[1].ls2.gamma[...]
+    a = np.random.default_rng(0).standard_normal((4, 12))
+    second = block.fc2.kernel[...]
+    for source, before, after in (("mlp", 1.0, 1.0), ("mlp_norm", scale, gamma)):
+        expected = np.concatenate(
+            [
+                product(product(a * np.asarray(before), part), second) * np.asarray(after)
+                for part in block.input_maps()
+            ],
+            axis=1,
+        )
+        w = nullspace.linear_map(MODELS[mlp], 0, source)
+        np.testing.assert_allclose(product(a, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_is_read_by_its_own_block():
+    last = nullspace.linear_map(MODELS["mlp"], 1, "mlp")
+    np.testing.assert_array_equal(last, nullspace.linear_map(MODELS["mlp"], 0, "mlp"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "expected"),
+    [
+        ("absolute", 2.5, 2),
+        ("quantile", 0.5, 2),
+        ("relative", 0.6, 2),
+        ("rank", 3, 3),
+        ("rank", 4, 4),
+        ("rank", 0, 0),
+    ],
+)
+def test_threshold_rules_select_what_they_say(rule, threshold, expected):
+    space = nullspace.NullSpace(jnp.eye(4), jnp.array([4.0, 3.0, 2.0, 1.0]))
+    tau = nullspace.threshold_value(space, rule, threshold)
+    assert int(nullspace.null_dim(space, tau)) == expected

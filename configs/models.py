@@ -1,0 +1,11 @@
+"""The table of all models: name, parameters, GFLOPs, input size and statistics, use.
+
+python -m singer_jax.main --config=configs/models.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(protocol: str = "recommended") -> ConfigDict:
+    """Nothing to choose."""
+    return ConfigDict({"job": "models"})

@@ -1,0 +1,156 @@
+"""The job `nullspace`: whether a teacher has a null space and whether its outliers lie in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from singer_jax import parallel
+from singer_jax.data.images import EvalTransform
+from singer_jax.data.loader import eval_batches, worker_count
+from singer_jax.data.sources import TRAIN, Subset, make_source
+from singer_jax.errors import InputError, unknown
+from singer_jax.methods import nullspace
+from singer_jax.methods.base import teacher_layers
+from singer_jax.methods.singer import DEPTHS, outlier_threshold, token_norms
+from singer_jax.models.vit import Numerics
+from singer_jax.models.weights import load_model
+from singer_jax.training.setup import dtype_of, resolve_model
+from singer_jax.training.step import Network
+
+
+def analyse(config: Any, workdir: Path) -> None:
+    """Prints the table and writes nullspace.json and nullspace.png.
+
+    Args:
+      config: as `singer_jax.config.null_spaces` describes it.
+      workdir: for both files.
+
+    Raises:
+      InputError: unknown source or rule, a layer out of range, no teacher, no images.
+    """
+    thresholds = [_parse(text) for text in config.thresholds]
+    for source in config.sources:
+        if source not in nullspace.SOURCES:
+            raise unknown("source", source, nullspace.SOURCES)
+    spec, weights = resolve_model("teacher", config.teacher, config)
+    if not weights:
+        raise InputError("teacher.weights: empty; give a hub name, a file or a run")
+    layers = teacher_layers(config, DEPTHS, spec.arch)
+    images = make_source(config.data.source, config.data.path, TRAIN)
+    few = Subset(images, np.arange(min(config.images, len(images))))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    dtype = dtype_of(config.precision)
+    graph, params = load_model(
+        spec,
+        weights,
+        Numerics(dtype, dtype),
+        lambda abstract: parallel.tree_shardings(mesh, abstract),
+    )
+    network = Network(spec, graph)
+
+    @jax.jit
+    def patches_of(params: Any, images: jax.Array) -> dict[int, jax.Array]:
+        features = network.merge(params).features(network.prepare(images), max(layers) + 1)
+        prefix = spec.arch.num_prefix_tokens
+        return {layer: features[layer][:, prefix:].astype(jnp.float32) for layer in layers}
+
+    patches: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    batches = eval_batches(
+        few,
+        EvalTransform(network.image_size),
+        batch_size=8 * mesh.size,
+        workers=min(worker_count(config.data.workers), 2),
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            put = parallel.put_batch({"image": batch["image"]}, parallel.batch_sharding(mesh))
+            for layer, value in patches_of(params, put["image"]).items():
+                patches[layer].append(np.asarray(value)[batch["valid"]])
+
+    rows: list[dict[str, Any]] = []
+    curves: dict[int, dict[str, np.ndarray]] = {}
+    for layer in layers:
+        tokens = jnp.asarray(np.concatenate(patches[layer]))
+        norms = token_norms(tokens)
+        outliers = norms > outlier_threshold(norms, config.quantile)
+        curves[layer] = {}
+        for source in config.sources:
+            space = jax.jit(
+                lambda params, layer=layer, source=source: nullspace.decompose(
+                    nullspace.linear_map(network.merge(params), layer, source)
+                )
+            )(params)
+            curves[layer][source] = np.asarray(space.values)
+            for rule, threshold in thresholds:
+                tau = nullspace.threshold_value(space, rule, threshold)
+                rank = min(config.rank, spec.arch.embed_dim)
+                filters = {
+                    "project": nullspace.projector(space, tau, rank),
+                    "soft": nullspace.soft_filter(space, tau),
+                }
+                rows.append(
+                    {
+                        "layer": layer,
+                        "source": source,
+                        "threshold": f"{rule}={threshold:g}",
+                        "tau": float(tau),
+                        "smallest": float(space.values[-1]),
+                        "median": float(jnp.median(space.values)),
+                        "largest": float(space.values[0]),
+                        "null_dim": int(nullspace.null_dim(space, tau)),
+                        "dim": spec.arch.embed_dim,
+                    }
+                    | {
+                        f"share_{use}": float(nullspace.energy_share(q, tokens, outliers))
+                        for use, q in filters.items()
+                    }
+                )
+    print(_table(rows))
+    spectra = {
+        layer: {source: values.tolist() for source, values in of_layer.items()}
+        for layer, of_layer in curves.items()
+    }
+    content = {"images": len(few), "rows": rows, "singular_values": spectra}
+    (workdir / "nullspace.json").write_text(json.dumps(content, indent=1) + "\n")
+    from singer_jax.report.pictures import save_spectra
+
+    save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
+
+
+def _parse(text: str) -> tuple[str, float]:
+    rule, _, number = text.partition("=")
+    if rule not in nullspace.RULES:
+        raise unknown("rule in thresholds", rule, nullspace.RULES)
+    try:
+        return rule, float(number)
+    except ValueError:
+        raise InputError(f"thresholds: {text!r} is not rule=number") from None
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{'layer':>5}  {'source':9} {'threshold':15}{'tau':>9}{'null dim':>12}"
+        f"{'smallest':>10}{'median':>10}{'largest':>10}{'project':>9}{'soft':>7}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['layer']:>5}  {row['source']:9} {row['threshold']:15}{row['tau']:>9.3g}"
+            f"{row['null_dim']:>7}/{row['dim']:<4}{row['smallest']:>10.3g}{row['median']:>10.3g}"
+            f"{row['largest']:>10.3g}{row['share_project']:>9.2f}{row['share_soft']:>7.2f}"
+        )
+    lines.append(
+        "project, soft: share of the outlier tokens' energy that the refinement could remove"
+    )
+    return "\n".join(lines)

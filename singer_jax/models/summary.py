@@ -1,0 +1,63 @@
+"""How large models are: parameters and operations, and the table of all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from singer_jax.models.params import leaves
+from singer_jax.models.vit import Architecture, Numerics
+from singer_jax.models.weights import abstract_model
+from singer_jax.models.zoo import MODELS
+
+
+def num_parameters(arch: Architecture) -> int:
+    """Parameters, head included."""
+    _, abstract = abstract_model(arch, Numerics())
+    return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
+
+
+def forward_flops(arch: Architecture) -> int:
+    """Operations of the matrix products of one image's forward pass, two a multiply-add."""
+    tokens, dim = arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
+    _, abstract = abstract_model(arch, Numerics())
+    blocks = sum(
+        math.prod(leaf.shape) for keys, leaf in leaves(abstract["blocks"]) if keys[-1] == "kernel"
+    )
+    attention = arch.depth * 2 * tokens**2 * dim
+    embedding = arch.num_patches * 3 * arch.patch_size**2 * dim
+    return 2 * (tokens * blocks + attention + embedding + dim * arch.num_classes)
+
+
+def models_table() -> str:
+    """Every model: parameters, GFLOPs a forward pass, input, and what it can be used for."""
+    rows = [("model", "parameters", "GFLOPs", "input", "mean", "std", "tokens", "use")]
+    for name, spec in MODELS.items():
+        arch = spec.arch
+        prefix = f"{arch.num_prefix_tokens} + " if arch.num_prefix_tokens else ""
+        rows.append(
+            (
+                name,
+                f"{num_parameters(arch) / 1e6:.1f} M",
+                f"{forward_flops(arch) / 1e9:.1f}",
+                f"{arch.img_size[0]} px",
+                _numbers(spec.mean),
+                _numbers(spec.std),
+                f"{prefix}{arch.num_patches}",
+                "teacher, student" if arch.class_token else "teacher, student (patches only)",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def print_models(config: Any) -> None:
+    """The job `models`."""
+    print(models_table())
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

@@ -1,0 +1,58 @@
+"""The analysis before training: what it prints is what training would find."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from singer_jax import main
+from singer_jax.config import null_spaces
+from tests import tiny
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = null_spaces()
+    config.teacher.model = "vit_tiny_patch16_224"
+    config.teacher.overrides = dict(tiny.TEACHER)
+    config.teacher.weights = str(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.data.source, config.data.path = "folder", str(tiny.write_images(tmp_path / "i", 10))
+    config.data.workers, config.mesh.data, config.precision = 0, 1, "float32"
+    config.rank, config.quantile = 2, 0.8
+    return config
+
+
+def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
+    config.thresholds = ("quantile=0.5", "rank=24", "absolute=0")
+    assert main.run(config, tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "nullspace.json").read_text())
+    assert found["images"] == 10
+    assert len(found["rows"]) == 2 * 3 * 3
+    for row in found["rows"]:
+        assert 0 <= row["share_soft"] <= 1.0001
+        expected = {"quantile=0.5": 12, "rank=24": 24, "absolute=0": 0}[row["threshold"]]
+        assert row["null_dim"] == expected
+        if row["threshold"] == "rank=24":  # the whole space
+            np.testing.assert_allclose(row["share_project"], 1, atol=1e-4)
+        values = found["singular_values"][str(row["layer"])][row["source"]]
+        assert values == sorted(values, reverse=True) and values[-1] == row["smallest"]
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 1 + 18 + 1 and "project, soft:" in printed
+    assert min(Image.open(tmp_path / "out" / "nullspace.png").size) > 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("thresholds", ("absolut=1",), "closest: absolute"),
+        ("thresholds", ("rank=many",), "not rule=number"),
+        ("sources", ("mpl",), "closest: mlp"),
+        ("layers", (7,), "7 is out of range"),
+    ],
+)
+def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words):
+    config[key] = value
+    assert main.run(config, tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert words in printed and len(printed.splitlines()) == 1

@@ -1,0 +1,99 @@
+"""Students that leave: for timm, bit for bit, and as a program that needs nothing of ours."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from singer_jax import main
+from singer_jax.config import export
+from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.models import zoo
+from singer_jax.models.weights import to_hub_config
+from tests import tiny
+
+LOAD_WITHOUT_US = """
+import sys
+sys.modules["singer_jax"] = None
+import jax.export, numpy
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+numpy.savez(sys.argv[3], **program.call(numpy.load(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "vit_tiny_patch16_224",
+        "vit_tiny_patch14_reg4_dinov2",
+        "vit_small_plus_patch16_dinov3_qkvb",
+        "vit_base_patch16_siglip_224",
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_export_of_imported_weights_returns_the_same_bytes(tmp_path, model, dtype):
+    import ml_dtypes  # noqa: F401 - names bfloat16
+
+    sizes = {**tiny.TEACHER, "num_classes": 0}
+    given = tiny.write_teacher(tmp_path / "model.safetensors", model)
+    tensors = {key: value.astype(dtype) for key, value in load_file(given).items()}
+    save_file(tensors, given)
+    spec = zoo.lookup(model, sizes)
+    (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
+    config = export()
+    config.weights, config.stablehlo = str(given), False
+    assert main.run(config, tmp_path / "out") == 0
+    exported = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert set(exported) == set(tensors)
+    for key, value in tensors.items():
+        assert exported[key].dtype == value.dtype
+        assert exported[key].tobytes() == value.tobytes(), key
+    stated = json.loads((tmp_path / "out" / "student" / "config.json").read_text())
+    assert stated == json.loads(json.dumps(to_hub_config(spec)))
+    assert stated["num_features"] == 24
+    assert stated["pretrained_cfg"]["input_size"] == [3, 16, 16]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
+    config.steps = 4
+    assert main.run(config, folder / "run") == 0
+    return folder / "run"
+
+
+def test_the_program_runs_without_this_package(run, mesh, tmp_path):
+    config = export()
+    assert main.run(config, run) == 0  # the run itself is exported where nothing else is named
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    program = run / "student" / "features.stablehlo"
+    command = [sys.executable, "-c", LOAD_WITHOUT_US, program, tmp_path / "images.npy"]
+    subprocess.run([*map(str, command), str(tmp_path / "out.npz")], check=True)
+    found = np.load(tmp_path / "out.npz")
+    backbone = load_backbone(mesh, run=str(run))
+    model = backbone.network.merge(backbone.params)
+    tokens = backbone.tokens(backbone.params, images)
+    np.testing.assert_allclose(found["tokens"], tokens, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["pooled"], model.pooled(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
+    config = export()
+    config.run, config.step, config.stablehlo = str(run), 2, False
+    assert main.run(config, tmp_path / "two") == 0
+    config.step = None
+    assert main.run(config, tmp_path / "last") == 0
+    two, last, trained = (
+        load_file(folder / "student" / "model.safetensors")
+        for folder in (tmp_path / "two", tmp_path / "last", run)
+    )
+    assert all(np.array_equal(last[key], trained[key]) for key in trained)
+    assert not np.array_equal(two["cls_token"], last["cls_token"])
+    config.step = 3
+    assert main.run(config, tmp_path / "three") == 2
+    assert "holds checkpoints [2, 4], not 3" in capsys.readouterr().err
