@@ -44,8 +44,8 @@ def main(folder: Path) -> None:
         _, blocks = theirs.forward_intermediates(
             pixels, indices=1, output_fmt="NLC", return_prefix_tokens=True
         )
-        patches, prefix = blocks[-1]
-        tokens = torch.cat([prefix, patches], dim=1).numpy() if prefix is not None else patches
+        patches, *prefix = blocks[-1] if spec.arch.num_prefix_tokens else (blocks[-1],)
+        tokens = torch.cat([*prefix, patches], dim=1).numpy()
         output = theirs(pixels).numpy()
     feature = ours.features(jnp.asarray(images))[-1]
     difference = {

@@ -148,7 +148,8 @@ def evaluation(protocol: str = "recommended") -> ConfigDict:
     config.probe.learning_rates = (0.5,)  # several: the best on held-out training images is taken
     config.probe.held_out = 0.1  # share of the training images
     config.probe.weight_decay = 1e-6
-    config.probe.token = "cls"  # or avg: the mean of the patches
+    # cls, avg (mean of the patches), pooled (the model's own); None: cls where there is one.
+    config.probe.token = placeholder(str)
     config.probe.augment = True  # new crops every epoch; False: features of the centre crop, once
     config.probe.knn_k = 20
     config.probe.knn_temperature = 0.07

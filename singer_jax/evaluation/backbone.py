@@ -31,7 +31,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.training.checkpoints import Checkpoints
 from singer_jax.training.step import Network
 
-TOKENS = ("cls", "avg")
+TOKENS = ("cls", "avg", "pooled")
 _BATCH_PER_DEVICE = 64
 
 
@@ -67,11 +67,36 @@ class Backbone:
         model = self.network.merge(params)
         return model.features(self.network.prepare(images))[-1].astype(jnp.float32)
 
+    def choose_token(self, token: str | None) -> str:
+        """The configured token, or for None the class token where there is one, else `pooled`.
+
+        Raises:
+          InputError: unknown token, or the class token of a model that has none.
+        """
+        has_class = self.network.spec.arch.class_token
+        token = token or ("cls" if has_class else "pooled")
+        if token not in TOKENS:
+            raise unknown("probe.token", token, TOKENS)
+        if token == "cls" and not has_class:
+            raise InputError(
+                f"probe.token: {self.network.spec.name} has no class token; take avg or pooled"
+            )
+        return token
+
     def pooled(
         self, params: Params, images: UInt8[Array, "batch height width 3"], token: str
     ) -> Float[Array, "batch dim"]:
-        """The class token (`cls`) or the mean of the patch tokens (`avg`); traceable."""
+        """One feature an image, in float32; traceable.
+
+        Args:
+          params: of the network.
+          images: of its size.
+          token: the raw class token of the last block (`cls`), the mean of its raw patch tokens
+            (`avg`), or what the model's own head reads (`pooled`).
+        """
         tokens = self.tokens(params, images)
+        if token == "pooled":
+            return self.network.merge(params).pooled(tokens).astype(jnp.float32)
         prefix = self.network.spec.arch.num_prefix_tokens
         return tokens[:, 0] if token == "cls" else tokens[:, prefix:].mean(axis=1)
 
@@ -80,14 +105,13 @@ class Backbone:
         examples = {key: batch[key] for key in ("image", "label")}
         return parallel.put_batch(examples, parallel.batch_sharding(self.mesh))
 
-    def extract(self, source: Source, token: str, workers: int = 0) -> Features:
+    def extract(self, source: Source, token: str | None, workers: int = 0) -> Features:
         """Centre-crop features of every image of a split, each exactly once.
 
         Raises:
-          InputError: unknown token.
+          InputError: as `choose_token`.
         """
-        if token not in TOKENS:
-            raise unknown("probe.token", token, TOKENS)
+        token = self.choose_token(token)
         pooled = jax.jit(lambda params, images: self.pooled(params, images, token))
         batches = eval_batches(
             source,

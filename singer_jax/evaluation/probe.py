@@ -259,7 +259,8 @@ class CropTrainer(_Trainer):
 
     def train(self, chosen: np.ndarray, rates: Sequence[float]) -> Iterator[Head]:
         """Heads after each epoch; batches cross the end of an epoch."""
-        backbone, token = self.backbone, self.config.token
+        backbone = self.backbone
+        token = backbone.choose_token(self.config.token)
         all_rates, steps = self.step(len(chosen), rates), self.steps_per_epoch(len(chosen))
 
         @jax.jit

@@ -13,6 +13,8 @@ from singer_jax.data.sources import TEST, Subset, make_source
 from singer_jax.errors import InputError
 from singer_jax.evaluation import backbone as backbone_lib
 from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.models import zoo
+from singer_jax.models.weights import to_hub_config
 from tests import tiny
 
 
@@ -104,3 +106,21 @@ def test_a_run_without_a_checkpoint_says_so(mesh, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="no finished checkpoint"):
         load_backbone(mesh, run=str(tmp_path))
+
+
+def test_a_model_without_class_token_is_probed_on_its_pooled_output(mesh, digits, tmp_path):
+    model = "vit_base_patch16_siglip_224"
+    path = tiny.write_teacher(tmp_path / "model.safetensors", model)
+    spec = zoo.lookup(model, {**tiny.TEACHER, "num_classes": 0})
+    (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
+    backbone = load_backbone(mesh, weights=str(path))
+    few = Subset(digits, np.arange(5))
+    np.testing.assert_array_equal(
+        backbone.extract(few, None).values, backbone.extract(few, "pooled").values
+    )
+    images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(5)])
+    network = backbone.network
+    expected = network.merge(backbone.params)(network.prepare(jnp.asarray(images)))
+    np.testing.assert_allclose(backbone.extract(few, None).values, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="has no class token"):
+        backbone.extract(few, "cls")
