@@ -9,7 +9,7 @@ tell the methods apart. This shows that everything works, not what SiNGER is goo
 
 from ml_collections import ConfigDict
 
-from singer_jax.config import default, evaluation
+from singer_jax.config import default, probe
 
 
 def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDict:
@@ -50,8 +50,8 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
         config[name].method.quantile = 0.9  # of 16 patches
         config[name].teacher.model = config.teacher.student.model
         config[name].teacher.overrides = config.teacher.student.overrides.to_dict()
-    config.probe = evaluation(protocol).probe
-    config.probe.augment = False
+    config.probe = probe(protocol)
+    config.probe.protocol = "fast"
     config.probe.epochs = 100
     config.probe.learning_rates = (0.1, 0.5, 2.0)
     return config

@@ -141,18 +141,29 @@ def evaluation(protocol: str = "recommended") -> ConfigDict:
     config.model = ""  # its timm name, where neither the hub name nor a config.json says it
     config.precision = "float32"  # of activations; or bfloat16
     config.data = _data(protocol)
+    config.data.source = "table1"  # or any one labelled source: digits, folder, a TFDS name
+    config.tasks = ()  # of table1; empty: all whose data are below data.path
     config.mesh = _mesh()
-    config.probe = ConfigDict()
-    config.probe.epochs = 150
-    config.probe.batch_size = 64
-    config.probe.learning_rates = (0.5,)  # several: the best on held-out training images is taken
-    config.probe.held_out = 0.1  # share of the training images
-    config.probe.weight_decay = 1e-6
+    config.probe = probe(protocol)
+    return config
+
+
+def probe(protocol: str = "recommended") -> ConfigDict:
+    """The keys of a probe."""
+    config = ConfigDict()
+    config.epochs = placeholder(int)  # None: the published ones, 150 (ADE20K and NYUd 200)
+    config.batch_size = 64
+    config.learning_rates = (0.5,)  # several: the best on held-out training images is taken
+    config.held_out = 0.1  # share of the training images
+    config.weight_decay = 1e-6
     # cls, avg (mean of the patches), pooled (the model's own); None: cls where there is one.
-    config.probe.token = placeholder(str)
-    config.probe.augment = True  # new crops every epoch; False: features of the centre crop, once
-    config.probe.knn_k = 20
-    config.probe.knn_temperature = 0.07
+    config.token = placeholder(str)
+    # paper: new crops in every epoch, through the backbone; fast: features are extracted once.
+    config.protocol = "paper"
+    config.views = 0  # of fast: augmented views beside the centre crop; 0 trains on the latter
+    config.depth_zero_as_bin = protocol == "paper"  # pixels without depth train the first bin
+    config.knn_k = 20
+    config.knn_temperature = 0.07
     return config
 
 

@@ -16,7 +16,7 @@ from singer_jax import parallel
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
 from singer_jax.evaluation.backbone import Backbone, load_backbone
-from singer_jax.evaluation.job import classify
+from singer_jax.evaluation.job import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
 from singer_jax.report.pictures import save_patch_maps
 from singer_jax.telemetry import LOG
@@ -59,10 +59,11 @@ def quickstart(config: Any, workdir: Path) -> None:
     pixels = _pixels(test, backbones["teacher"].image_size)
     results = {}
     for name, backbone in backbones.items():
-        scores = classify(backbone, train, test, config.probe, config.singer.seed, workers=0)
+        split = Split(train, test)
+        _, scores = probe_task(backbone, "classification", split, config.probe, config.singer.seed)
         tokens = patch_tokens(backbone, test)
         results[name] = {
-            "linear_top1": scores["linear_top1"],
+            "linear_top1": scores["top1"],
             "knn_top1": scores["knn_top1"],
             "norm_p99_over_median": norm_ratio(tokens),
         }

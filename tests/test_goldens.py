@@ -1,11 +1,12 @@
 """Equality with numbers recorded from the official PyTorch code and from timm (goldens/README.md).
 
-`SINGER_GOLDENS=DIR` runs the cases of another folder; `SINGER_GOLDENS_ALL=1` also those whose kind
-is listed as not yet supported.
+`SINGER_GOLDENS=DIR` runs the cases of another folder.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from safetensors.numpy import load_file
 
 from singer_jax import methods, parallel
 from singer_jax.config import default
+from singer_jax.evaluation import heads
 from singer_jax.evaluation import probe as probes
 from singer_jax.methods import nullspace, vitkd
 from singer_jax.models import zoo
 from singer_jax.models.params import Params, from_leaves, leaves
+from singer_jax.models.vit import Architecture
 from singer_jax.models.weights import load_model, timm_axes, timm_key, to_timm
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.step import Distillation, Network, jit_step
@@ -38,19 +41,12 @@ METHODS = {
 FAMILIES = {"vit": "vit_tiny_patch16_224", "deit3": "deit3_tiny_patch16_224"}
 
 
-def not_yet_supported(case: dict) -> bool:
-    """The one list of what later work brings."""
-    return case["kind"] == "probe" and case["task"] != "classification"
-
-
 def cases(kind: str) -> list:
     """The cases of a kind, found by listing the folder."""
     found = []
     for file in sorted(FOLDER.glob("*/case.json")):
         case = json.loads(file.read_text())
-        if case["kind"] == kind and (
-            not not_yet_supported(case) or os.environ.get("SINGER_GOLDENS_ALL")
-        ):
+        if case["kind"] == kind:
             found.append(pytest.param(file.parent, case, id=file.parent.name))
     return found
 
@@ -241,31 +237,76 @@ def test_schedule(folder: Path, case: dict):
         assert_equal(case, f"schedule {number}", np.array(rates), expected[f"lr.{number}"])
 
 
+def probe_task(case: dict) -> heads.Task:
+    if case["task"] == "classification":
+        return heads.Classification(case["num_classes"], case["token"])
+    if case["task"] == "segmentation":
+        return heads.Segmentation(case["num_classes"], case["ignore_label"])
+    # The recorded probe trains pixels without depth as the first bin.
+    return heads.Depth(case["num_bins"], case["max_depth"], ignore_missing=False)
+
+
+def probe_labels(case: dict, labels: np.ndarray) -> np.ndarray:
+    """Recorded depths are shares of the largest; ours are metres."""
+    return labels * case["max_depth"] if case["task"] == "depth" else labels.astype(np.int32)
+
+
 @pytest.mark.parametrize(("folder", "case"), cases("probe"))
 def test_probe(folder: Path, case: dict):
     expected = load_file(folder / "arrays.safetensors")
-    head = load_file(folder / "head.safetensors")
-    head = {"kernel": jnp.asarray(head["head.weight"].T), "bias": jnp.asarray(head["head.bias"])}
-    assert case["token"] == "cls"
+    recorded = load_file(folder / "head.safetensors")
+    weight = recorded["head.weight"]
+    head = {
+        "kernel": jnp.asarray(weight.reshape(len(weight), -1).T),
+        "bias": jnp.asarray(recorded["head.bias"]),
+    }
+    task = probe_task(case)
+    tokens, dim = expected["features"].shape[-2:]
+    side = math.isqrt(tokens - 1)
+    arch = Architecture(img_size=(side, side), patch_size=1, embed_dim=dim, num_heads=1)
+    features_of = functools.partial(task.features, SimpleNamespace(arch=arch))
+    step_fn = jax.jit(
+        functools.partial(
+            probes.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
+        )
+    )
     losses = []
     for step in range(case["steps"]):
-        head, loss = probes.sgd_step(
+        head, loss = step_fn(
             head,
-            jnp.asarray(expected["features"][step][:, 0]),
-            jnp.asarray(expected["labels"][step]),
+            features_of(jnp.asarray(expected["features"][step])),
+            jnp.asarray(probe_labels(case, expected["labels"][step])),
             jnp.int32(step),
             jnp.float32(case["lr"]),
-            steps=case["steps"],
-            weight_decay=case["weight_decay"],
         )
         losses.append(loss)
     assert_equal(case, "losses", np.array(losses), expected["losses"])
     final = load_file(folder / "head_final.safetensors")
-    assert_equal(case, "head", head["kernel"].T, final["head.weight"])
+    kernel = final["head.weight"].reshape(len(weight), -1).T
+    assert_equal(case, "head", head["kernel"], kernel)
     assert_equal(case, "head", head["bias"], final["head.bias"])
-    features = jnp.asarray(expected["eval_features"][:, 0])
-    logits = probes.apply_head(head, features)
-    assert_equal(case, "logits", logits, expected["eval_logits"])
-    scores = probes.score(head, features, jnp.asarray(expected["eval_labels"]))
-    for name, value in case["metrics"].items():
-        assert_equal(case, name, getattr(scores, name), np.float32(value))
+
+    features = features_of(jnp.asarray(expected["eval_features"]))
+    labels = probe_labels(case, expected["eval_labels"])
+    logits = heads.apply_head(head, features)
+    if case["task"] == "classification":
+        assert_equal(case, "logits", logits, expected["eval_logits"])
+    else:
+        full = jax.vmap(lambda x: heads.upsample(x, labels.shape[1:]))(logits)
+        assert_equal(case, "logits", full.transpose(0, 3, 1, 2), expected["eval_logits"])
+    if case["task"] == "depth":
+        for temperature, metrics in case["metrics_by_temperature"].items():
+            depth = task.depth(full, float(temperature))
+            recorded_depth = expected[f"eval_depth_{temperature.replace('.', '')}"]
+            assert_equal(case, f"depth at {temperature}", depth, recorded_depth)
+            everywhere = np.ones(labels.shape, bool)
+            counts = heads.depth_counts(recorded_depth, labels, everywhere, case["max_depth"])
+            found = heads.depth_metrics(counts)
+            for name, value in metrics.items():
+                assert_equal(case, name, found[name], np.float32(value))
+        return
+    valid = np.ones(len(labels), bool)
+    counts = jax.device_get(task.count(head, features, jnp.asarray(labels), valid))
+    found = task.metrics(counts)
+    for name, value in case["metrics"].items():  # shares; ours are percent
+        assert_equal(case, name, found[name] / 100, np.float32(value))

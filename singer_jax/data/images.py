@@ -62,7 +62,7 @@ class TrainTransform:
     flip: float = 0.5
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        left, top, width, height = self._crop(image.size, rng)
+        left, top, width, height = random_crop(image.size, self.scale, self.ratio, rng)
         shrink = _draft(image, min(width, height), self.size)
         box = (left * shrink[0], top * shrink[1])
         box += ((left + width) * shrink[0], (top + height) * shrink[1])
@@ -70,23 +70,35 @@ class TrainTransform:
         pixels = np.asarray(crop.resize((self.size, self.size), Image.Resampling.BILINEAR))
         return pixels[:, ::-1] if rng.random() < self.flip else pixels
 
-    def _crop(
-        self, image_size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[int, int, int, int]:
-        """Left, top, width, height; the largest central crop of a legal ratio after ten misses."""
-        image_width, image_height = image_size
-        for _ in range(10):
-            area = image_width * image_height * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < width <= image_width and 0 < height <= image_height:
-                left = int(rng.integers(image_width - width + 1))
-                top = int(rng.integers(image_height - height + 1))
-                return left, top, width, height
-        ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])
-        width = min(image_width, round(image_height * ratio))
-        height = min(image_height, round(image_width / ratio))
-        return (image_width - width) // 2, (image_height - height) // 2, width, height
+
+def random_crop(
+    image_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Left, top, width, height of a random crop (torchvision `RandomResizedCrop.get_params`).
+
+    Args:
+      image_size: width and height.
+      scale: range of the crop's share of the area.
+      ratio: range of its width over height; the largest central crop of a legal ratio after ten
+        misses.
+      rng: of the draw.
+    """
+    image_width, image_height = image_size
+    for _ in range(10):
+        area = image_width * image_height * rng.uniform(*scale)
+        drawn = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            left = int(rng.integers(image_width - width + 1))
+            top = int(rng.integers(image_height - height + 1))
+            return left, top, width, height
+    legal = min(max(image_width / image_height, ratio[0]), ratio[1])
+    width = min(image_width, round(image_height * legal))
+    height = min(image_height, round(image_width / legal))
+    return (image_width - width) // 2, (image_height - height) // 2, width, height
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,12 @@ import numpy as np
 
 from singer_jax.data.images import UNREADABLE, open_image
 from singer_jax.data.sources import Source
-from singer_jax.errors import RunError
+from singer_jax.errors import InputError, RunError
 
 ImageBatch = dict[str, np.ndarray]
-"""`image` uint8 [batch, size, size, 3], `label` int32 [batch], and of the same length
-`unreadable`: the index of the record that could not be read and was replaced, or -1."""
+"""`image` uint8 [batch, size, size, 3], `label` int32 [batch] (or [batch, size, size] where each
+pixel has one), and of the same length `unreadable`: the index of the record that could not be read
+and was replaced, or -1."""
 
 _MOST_REPLACEMENTS = 100
 
@@ -37,12 +38,13 @@ class LoadExample:
 
     Attributes:
       source: of the records.
-      transform: from a Pillow image and a generator to uint8 pixels.
+      transform: from a Pillow image and a generator to uint8 pixels; for labels that are not
+        numbers from image, label and generator to pixels and label.
       strict: raise instead of replacing.
     """
 
     source: Source
-    transform: Callable[[Any, np.random.Generator], np.ndarray]
+    transform: Callable[..., Any]
     strict: bool = False
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -51,7 +53,13 @@ class LoadExample:
             candidate = (int(index) + offset) % len(self.source)
             record = self.source[candidate]
             try:
-                pixels = self.transform(open_image(record.image, self.source.exif), rng)
+                image = open_image(record.image, self.source.exif)
+                if isinstance(record.label, int):
+                    pixels, label = self.transform(image, rng), np.int32(record.label)
+                else:  # a label for each pixel, which is cropped with the image
+                    pixels, label = self.transform(image, record.label, rng)
+            except InputError as error:
+                raise InputError(f"{self.source.describe(candidate)}: {error}") from error
             except UNREADABLE as error:
                 if self.strict:
                     raise RunError(
@@ -61,7 +69,7 @@ class LoadExample:
                 continue
             return {
                 "image": pixels,
-                "label": np.int32(record.label),
+                "label": label,
                 "unreadable": np.int32(unreadable),
             }
         raise RunError(
@@ -80,7 +88,7 @@ def worker_count(workers: int | None) -> int:
 
 def train_batches(
     source: Source,
-    transform: Callable[[Any, np.random.Generator], np.ndarray],
+    transform: Callable[..., Any],
     *,
     batch_size: int,
     seed: int,
@@ -118,16 +126,20 @@ def train_batches(
 
 def eval_batches(
     source: Source,
-    transform: Callable[[Any, np.random.Generator], np.ndarray],
+    transform: Callable[..., Any],
     *,
     batch_size: int,
     workers: int = 0,
     strict: bool = False,
+    seed: int = 0,
 ) -> grain.DatasetIterator[ImageBatch]:
-    """Every record once in order; the last batch is padded, and `valid` [batch] says where."""
+    """Every record once in order; the last batch is padded, and `valid` [batch] says where.
+
+    Args as `train_batches`; `seed` matters where the transform draws from its generator.
+    """
     dataset = (
         grain.MapDataset.range(len(source))
-        .seed(0)
+        .seed(seed)
         .random_map(LoadExample(source, transform, strict))
         .batch(batch_size, batch_fn=lambda examples: _pad(examples, batch_size))
     )

@@ -18,10 +18,13 @@ _TEST_FOLDERS = ("val", "validation", "test")
 
 
 class Record(NamedTuple):
-    """An image as stored (encoded bytes, a path, or uint8 pixels) and its class (-1: none)."""
+    """An image as stored (encoded bytes, a path, or uint8 pixels) and its label.
+
+    The label is a class (-1: none), or for dense tasks a stored mask or a depth map in metres.
+    """
 
     image: bytes | Path | np.ndarray
-    label: int
+    label: int | bytes | Path | np.ndarray
 
 
 class Source(Protocol):
@@ -154,9 +157,11 @@ class TfdsSource:
         splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
         split = next((name for name in splits if name in builder.info.splits), splits[0])
         self.name = f"{name}/{split}"
+        self.dense = "annotation" in builder.info.features
+        encoded = ("image", "annotation") if self.dense else ("image",)
         try:
             self.records = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
+                split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
             )
         except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
             raise InputError(
@@ -164,7 +169,8 @@ class TfdsSource:
                 f"{builder.data_dir}; run: tfds build {name} --file_format=array_record "
                 "(set data.path to the TFDS data directory)"
             ) from error
-        self.num_classes = builder.info.features["label"].num_classes
+        # scene_parse150 is the only one with masks.
+        self.num_classes = 150 if self.dense else builder.info.features["label"].num_classes
         self._fingerprint = f"{builder.info.full_name}/{split}/{len(self.records)}"
 
     def __len__(self) -> int:
@@ -172,7 +178,8 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Record:
         record = self.records[index]
-        return Record(record["image"], int(record["label"]))
+        label = record["annotation"] if self.dense else int(record["label"])
+        return Record(record["image"], label)
 
     def describe(self, index: int) -> str:
         return f"{self.name} record {index}"
@@ -208,14 +215,17 @@ def make_source(name: str, path: str, split: str) -> Source:
     """The source of a name.
 
     Args:
-      name: `digits`; `folder`, or itself the path of a folder; else a TFDS name.
+      name: `digits`; `folder`, or itself the path of a folder; a data set of `benchmarks`; else a
+        TFDS name.
       path: the folder; for TFDS the data directory, or a folder with the set's own layout
-        (`train/` and `val/` with class folders).
+        (`train/` and `val/` with class folders), or one that holds the official archives' folders.
       split: `train` or `test`.
 
     Raises:
       InputError: unknown name, missing or empty folder, data that is not prepared.
     """
+    from singer_jax.data import benchmarks
+
     if name == "digits":
         return DigitsSource(split)
     if os.sep in name or Path(name).is_dir():
@@ -226,4 +236,6 @@ def make_source(name: str, path: str, split: str) -> Source:
         return FolderSource(path, split)
     if path and (Path(path) / "train").is_dir():
         return FolderSource(path, split, exif=False)
+    if name in benchmarks.BENCHMARKS:
+        return benchmarks.open_benchmark(name, path, split)
     return TfdsSource(name, path, split)

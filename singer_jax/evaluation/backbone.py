@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from singer_jax import parallel
-from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, unknown
+from singer_jax.evaluation.heads import Classification, Task
 from singer_jax.models.params import Params
-from singer_jax.models.vit import Numerics
+from singer_jax.models.vit import Architecture, Numerics
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import (
     abstract_model,
@@ -35,11 +36,23 @@ TOKENS = ("cls", "avg", "pooled")
 _BATCH_PER_DEVICE = 64
 
 
-class Features(NamedTuple):
-    """One feature vector and label for each image of a split, in its order."""
+class Examples(NamedTuple):
+    """Features and labels of a split, in its order: arrays, or memory-mapped files.
 
-    values: Float[Array, "images dim"]
-    labels: Int[Array, " images"]
+    With several views, view v of image i is at v x images + i; view 0 is the centre crop.
+    """
+
+    features: Any
+    labels: Any
+    views: int = 1
+
+    @property
+    def images(self) -> int:
+        return len(self.labels) // self.views
+
+    def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Some rows, features in float32."""
+        return np.asarray(self.features[index], np.float32), np.asarray(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +69,9 @@ class Backbone:
         return self.network.image_size
 
     @property
-    def dim(self) -> int:
-        """Width of its features."""
-        return self.network.spec.arch.embed_dim
+    def arch(self) -> Architecture:
+        """What it is."""
+        return self.network.spec.arch
 
     def tokens(
         self, params: Params, images: UInt8[Array, "batch height width 3"]
@@ -67,72 +80,76 @@ class Backbone:
         model = self.network.merge(params)
         return model.features(self.network.prepare(images))[-1].astype(jnp.float32)
 
-    def choose_token(self, token: str | None) -> str:
-        """The configured token, or for None the class token where there is one, else `pooled`.
+    def classification(self, classes: int, token: str | None) -> Classification:
+        """The task of classifying its features.
+
+        Args:
+          classes: number of labels.
+          token: `cls`, `avg` or `pooled`; None: the class token where there is one, else `pooled`.
 
         Raises:
           InputError: unknown token, or the class token of a model that has none.
         """
-        has_class = self.network.spec.arch.class_token
-        token = token or ("cls" if has_class else "pooled")
+        token = token or ("cls" if self.arch.class_token else "pooled")
         if token not in TOKENS:
             raise unknown("probe.token", token, TOKENS)
-        if token == "cls" and not has_class:
+        if token == "cls" and not self.arch.class_token:
             raise InputError(
                 f"probe.token: {self.network.spec.name} has no class token; take avg or pooled"
             )
-        return token
+        return Classification(classes, token)
 
-    def pooled(
-        self, params: Params, images: UInt8[Array, "batch height width 3"], token: str
-    ) -> Float[Array, "batch dim"]:
-        """One feature an image, in float32; traceable.
-
-        Args:
-          params: of the network.
-          images: of its size.
-          token: the raw class token of the last block (`cls`), the mean of its raw patch tokens
-            (`avg`), or what the model's own head reads (`pooled`).
-        """
-        tokens = self.tokens(params, images)
-        if token == "pooled":
-            return self.network.merge(params).pooled(tokens).astype(jnp.float32)
-        prefix = self.network.spec.arch.num_prefix_tokens
-        return tokens[:, 0] if token == "cls" else tokens[:, prefix:].mean(axis=1)
+    def features(
+        self, params: Params, images: UInt8[Array, "batch height width 3"], task: Task
+    ) -> Float[Array, "batch ..."]:
+        """What the head of a task reads, in float32; traceable."""
+        model = self.network.merge(params)
+        return task.features(model, self.tokens(params, images)).astype(jnp.float32)
 
     def put(self, batch: ImageBatch) -> dict[str, jax.Array]:
         """The images and labels of a batch, onto the mesh."""
         examples = {key: batch[key] for key in ("image", "label")}
         return parallel.put_batch(examples, parallel.batch_sharding(self.mesh))
 
-    def extract(self, source: Source, token: str | None, workers: int = 0) -> Features:
-        """Centre-crop features of every image of a split, each exactly once.
-
-        Raises:
-          InputError: as `choose_token`.
-        """
-        token = self.choose_token(token)
-        pooled = jax.jit(lambda params, images: self.pooled(params, images, token))
+    def batches(
+        self,
+        source: Source,
+        task: Task,
+        transform: Callable[..., Any],
+        workers: int = 0,
+        seed: int = 0,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features and labels of every image of a split in order, each exactly once, in batches."""
+        compute = jax.jit(lambda params, images: self.features(params, images, task))
         batches = eval_batches(
             source,
-            EvalTransform(self.image_size),
+            transform,
             batch_size=_BATCH_PER_DEVICE * self.mesh.size,
             workers=workers,
+            seed=seed,
         )
-        values, labels = [], []
+        pending = None  # the device works on a batch while the one before is taken away
         with contextlib.closing(batches):
             for batch in batches:
                 valid = batch["valid"]
-                labels.append(batch["label"][valid])
-                values.append((pooled(self.params, self.put(batch)["image"]), valid))
-                if len(values) > 1:  # while the device works on the last batch
-                    values[-2] = _select(*values[-2])
-        values[-1] = _select(*values[-1])
-        return Features(jnp.concatenate(values), jnp.concatenate(labels))
+                computed = compute(self.params, self.put(batch)["image"])
+                if pending:
+                    yield _select(*pending)
+                pending = (computed, batch["label"], valid)
+        yield _select(*pending)
+
+    def extract(
+        self, source: Source, task: Task, transform: Callable[..., Any], workers: int = 0
+    ) -> Examples:
+        """All of `batches` in memory."""
+        features, labels = zip(*self.batches(source, task, transform, workers), strict=True)
+        return Examples(np.concatenate(features), np.concatenate(labels))
 
 
-def _select(values: jax.Array, valid: np.ndarray) -> np.ndarray:
-    return np.asarray(values)[valid]
+def _select(
+    features: jax.Array, labels: np.ndarray, valid: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(features)[valid], labels[valid]
 
 
 def load_backbone(

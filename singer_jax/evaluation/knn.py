@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from singer_jax.evaluation.backbone import Features
+from singer_jax.evaluation.backbone import Examples
 
 _CHUNK = 1024  # queries whose similarities to the whole bank are in memory at once
 
 
 def knn_top1(
-    bank: Features,
-    queries: Features,
+    bank: Examples,
+    queries: Examples,
     *,
     classes: int,
     k: int = 20,
@@ -33,11 +33,11 @@ def knn_top1(
       temperature: the smaller, the more the nearest count.
     """
     k = min(k, len(bank.labels))
-    values, correct = _unit(bank.values), 0
+    values, correct = _unit(jnp.asarray(bank.features)), 0
     for start in range(0, len(queries.labels), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        query = _unit(queries.values[chunk])
-        predicted = _predict(values, bank.labels, query, classes, k, temperature)
+        query = _unit(jnp.asarray(queries.features[chunk]))
+        predicted = _predict(values, jnp.asarray(bank.labels), query, classes, k, temperature)
         correct += int(jnp.sum(predicted == queries.labels[chunk]))
     return correct / len(queries.labels)
 

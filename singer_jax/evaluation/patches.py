@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 
-import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone
+from singer_jax.models.vit import VisionTransformer
 
 PatchTokens = Float[np.ndarray, "images patches dim"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Patches:
+    """A task whose features are the raw patch tokens themselves."""
+
+    def features(
+        self, model: VisionTransformer, tokens: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch patches dim"]:
+        return tokens[:, model.arch.num_prefix_tokens :]
+
+
 def patch_tokens(backbone: Backbone, source: Source) -> PatchTokens:
     """The last block's patch tokens of every image of a source, in order."""
-    tokens = jax.jit(backbone.tokens)
-    prefix = backbone.network.spec.arch.num_prefix_tokens
-    batches = eval_batches(
-        source, EvalTransform(backbone.image_size), batch_size=16 * backbone.mesh.size
-    )
-    with contextlib.closing(batches):
-        found = [
-            np.asarray(tokens(backbone.params, backbone.put(batch)["image"]))[batch["valid"]]
-            for batch in batches
-        ]
-    return np.concatenate(found)[:, prefix:]
+    return backbone.extract(source, _Patches(), EvalTransform(backbone.image_size)).features
 
 
 def norm_ratio(tokens: PatchTokens) -> float:

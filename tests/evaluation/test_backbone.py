@@ -13,6 +13,7 @@ from singer_jax.data.sources import TEST, Subset, make_source
 from singer_jax.errors import InputError
 from singer_jax.evaluation import backbone as backbone_lib
 from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.heads import Classification
 from singer_jax.models import zoo
 from singer_jax.models.weights import to_hub_config
 from tests import tiny
@@ -41,10 +42,12 @@ def digits():
 
 def test_a_checkpoint_and_its_export_give_the_same_features(run, mesh, digits):
     few = Subset(digits, np.arange(10))
-    of_run = load_backbone(mesh, run=str(run)).extract(few, "cls")
-    of_export = load_backbone(mesh, weights=str(run)).extract(few, "cls")
-    np.testing.assert_array_equal(of_run.values, of_export.values)
-    assert np.std(of_run.values, axis=0).max() > 0
+    of_run, of_export = (
+        load_backbone(mesh, **where).extract(few, Classification(10), EvalTransform(16)).features
+        for where in ({"run": str(run)}, {"weights": str(run)})
+    )
+    np.testing.assert_array_equal(of_run, of_export)
+    assert np.std(of_run, axis=0).max() > 0
 
 
 @pytest.mark.parametrize("token", ["cls", "avg"])
@@ -55,11 +58,12 @@ def test_every_image_counts_once_whatever_the_batch(
     monkeypatch.setattr(backbone_lib, "_BATCH_PER_DEVICE", per_device)
     few = Subset(digits, np.arange(11))
     model = load_backbone(mesh, run=str(run))
-    features = model.extract(few, token)
+    task = model.classification(10, token)
+    found = model.extract(few, task, EvalTransform(16))
     images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(11)])
-    expected = model.pooled(model.params, jnp.asarray(images), token)
-    np.testing.assert_array_equal(features.labels, [few[i].label for i in range(11)])
-    np.testing.assert_allclose(features.values, expected, rtol=1e-4, atol=1e-5)
+    expected = model.features(model.params, jnp.asarray(images), task)
+    np.testing.assert_array_equal(found.labels, [few[i].label for i in range(11)])
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_job_measures_a_run_and_weights_alike(run, tmp_path, monkeypatch):
@@ -69,14 +73,15 @@ def test_the_job_measures_a_run_and_weights_alike(run, tmp_path, monkeypatch):
         config.update(settings)
         config.data.source, config.data.workers = "digits", 0
         config.mesh.data = 1
-        config.probe.augment, config.probe.epochs = False, 2
+        config.probe.protocol, config.probe.epochs = "fast", 2
         config.probe.learning_rates = (0.1, 0.5)
         assert main.run(config, tmp_path / name) == 0
         results[name] = json.loads((tmp_path / name / "results.json").read_text())
-    assert results["run"] == results["weights"]
-    assert results["run"]["test_images"] == 360
-    assert 10 < results["run"]["linear_top1"] <= results["run"]["linear_top5"] <= 100
-    assert set(results["run"]["held_out_top1"]) == {"0.1", "0.5"}
+    of_run, of_weights = (results[name]["tasks"]["digits"] for name in ("run", "weights"))
+    assert of_run == of_weights
+    assert of_run["test_images"] == 360
+    assert 10 < of_run["top1"] <= of_run["top5"] <= 100 and 10 < of_run["knn_top1"] <= 100
+    assert set(of_run["held_out"]) == {"0.1", "0.5"}
 
 
 def test_the_published_protocol_sees_new_crops(run, tmp_path):
@@ -85,7 +90,8 @@ def test_the_published_protocol_sees_new_crops(run, tmp_path):
     config.mesh.data = 1
     config.probe.epochs = 1
     assert main.run(config, tmp_path) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["learning_rate"] == 0.5
+    found = json.loads((tmp_path / "results.json").read_text())["tasks"]["digits"]
+    assert found["learning_rate"] == 0.5 and found["top1"] > 10
 
 
 @pytest.mark.parametrize(
@@ -115,12 +121,12 @@ def test_a_model_without_class_token_is_probed_on_its_pooled_output(mesh, digits
     (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
     backbone = load_backbone(mesh, weights=str(path))
     few = Subset(digits, np.arange(5))
-    np.testing.assert_array_equal(
-        backbone.extract(few, None).values, backbone.extract(few, "pooled").values
-    )
+    task = backbone.classification(10, None)
+    assert task.token == "pooled"
+    found = backbone.extract(few, task, EvalTransform(16)).features
     images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(5)])
     network = backbone.network
     expected = network.merge(backbone.params)(network.prepare(jnp.asarray(images)))
-    np.testing.assert_allclose(backbone.extract(few, None).values, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="has no class token"):
-        backbone.extract(few, "cls")
+        backbone.classification(10, "cls")

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singer_jax.evaluation import knn
-from singer_jax.evaluation.backbone import Features
+from singer_jax.evaluation.backbone import Examples
 
 
-def direct(bank: Features, queries: Features, classes: int, k: int, temperature: float) -> float:
+def direct(bank: Examples, queries: Examples, classes: int, k: int, temperature: float) -> float:
     correct = 0
-    units = bank.values / np.linalg.norm(bank.values, axis=1, keepdims=True)
-    for query, label in zip(queries.values, queries.labels, strict=True):
+    units = bank.features / np.linalg.norm(bank.features, axis=1, keepdims=True)
+    for query, label in zip(queries.features, queries.labels, strict=True):
         similarity = units @ (query / np.linalg.norm(query))
         votes = np.zeros(classes)
         for index in np.argsort(-similarity)[:k]:
@@ -21,9 +21,9 @@ def direct(bank: Features, queries: Features, classes: int, k: int, temperature:
     return correct / len(queries.labels)
 
 
-def random_features(rng: np.random.Generator, images: int, classes: int) -> Features:
+def random_features(rng: np.random.Generator, images: int, classes: int) -> Examples:
     labels = rng.integers(0, classes, images).astype(np.int32)
-    return Features(rng.standard_normal((images, 5)).astype(np.float32), labels)
+    return Examples(rng.standard_normal((images, 5)).astype(np.float32), labels)
 
 
 @settings(max_examples=15, deadline=None)

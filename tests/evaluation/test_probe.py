@@ -3,32 +3,37 @@
 import numpy as np
 import pytest
 
-from singer_jax.config import evaluation
+from singer_jax import config as config_lib
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Features
+from singer_jax.evaluation import probe as probe_lib
+from singer_jax.evaluation.backbone import Examples
+from singer_jax.evaluation.heads import Classification
 from singer_jax.evaluation.probe import FeatureTrainer, probe
 
 
 @pytest.fixture
 def config():
-    config = evaluation().probe
+    config = config_lib.probe()
     config.epochs, config.batch_size = 5, 16
     return config
 
 
-def clusters(images: int, seed: int, classes: int = 4, dim: int = 6) -> Features:
-    """Features of classes that overlap a little."""
+TASK, SHAPE = Classification(4), (6, 4)
+
+
+def clusters(images: int, seed: int, classes: int = 4, dim: int = 6) -> Examples:
+    """Examples of classes that overlap a little."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images).astype(np.int32)
     centres = 2 * np.random.default_rng(0).standard_normal((classes, dim))
     values = centres[labels] + rng.standard_normal((images, dim))
-    return Features(values.astype(np.float32), labels)
+    return Examples(values.astype(np.float32), labels)
 
 
 def test_rates_trained_together_are_those_trained_alone(config):
     train, chosen = clusters(70, 1), np.arange(70)
     rates = (0.01, 0.5, 3.0)
-    trainer = FeatureTrainer(train, 4, config, seed=3)
+    trainer = FeatureTrainer(TASK, train, SHAPE, config, seed=3)
     *_, together = trainer.train(chosen, rates)
     for index, rate in enumerate(rates):
         *_, alone = trainer.train(chosen, (rate,))
@@ -41,14 +46,14 @@ def test_rates_trained_together_are_those_trained_alone(config):
 
 def test_the_rate_is_chosen_without_a_look_at_the_test_split(config):
     config.learning_rates = (1e-6, 0.5)
-    trainer = FeatureTrainer(clusters(200, 1), 4, config)
+    trainer = FeatureTrainer(TASK, clusters(200, 1), SHAPE, config)
     test = clusters(100, 2)
     result = probe(trainer, test, config)
     assert result.learning_rate == 0.5
     assert result.held_out[0.5] > result.held_out[1e-6]
-    assert result.last.top1 > 0.8
+    assert result.last["top1"] > 80
     # On a test split whose labels are wrong the untrained head would win; the choice stays.
-    wrong = probe(trainer, Features(test.values, (test.labels + 1) % 4), config)
+    wrong = probe(trainer, Examples(test.features, (test.labels + 1) % 4), config)
     assert wrong.held_out == result.held_out and wrong.learning_rate == 0.5
 
 
@@ -61,11 +66,11 @@ def test_held_out_images_are_not_trained_on_while_choosing(config):
             seen.append((len(rates), set(chosen.tolist())))
             return super().train(chosen, rates)
 
-        def features(self, chosen):
+        def centre(self, chosen):
             seen.append((0, set(chosen.tolist())))
-            return super().features(chosen)
+            return super().centre(chosen)
 
-    probe(Watched(clusters(50, 1), 4, config), clusters(10, 2), config)
+    probe(Watched(TASK, clusters(50, 1), SHAPE, config), clusters(10, 2), config)
     (both, choosing), (_, held_out), (one, final) = seen
     assert (both, one) == (2, 1) and final == set(range(50))
     assert len(held_out) == 5 and not held_out & choosing and held_out | choosing == final
@@ -74,17 +79,17 @@ def test_held_out_images_are_not_trained_on_while_choosing(config):
 def test_a_head_learns_what_can_be_learnt(config):
     config.epochs = 30
     train, test = clusters(400, 1), clusters(400, 2)
-    result = probe(FeatureTrainer(train, 4, config), test, config)
+    result = probe(FeatureTrainer(TASK, train, SHAPE, config), test, config)
     nearest = np.argmin(
         [
-            np.square(test.values - train.values[train.labels == label].mean(0)).sum(1)
+            np.square(test.features - train.features[train.labels == label].mean(0)).sum(1)
             for label in range(4)
         ],
         axis=0,
     )
     # Nearest class mean is the best there is for these clusters, up to the noise of the means.
-    assert result.last.top1 > np.mean(nearest == test.labels) - 0.03
-    assert result.best.top1 >= result.last.top1 and 1 <= result.best_epoch <= 30
+    assert result.last["top1"] > 100 * np.mean(nearest == test.labels) - 3
+    assert result.best["top1"] >= result.last["top1"] and 1 <= result.best_epoch <= 30
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,32 @@ def test_a_head_learns_what_can_be_learnt(config):
 def test_settings_that_cannot_work_are_named(config, key, value):
     config[key] = value
     with pytest.raises(InputError, match=rf"probe\.{key}"):
-        probe(FeatureTrainer(clusters(50, 1), 4, config), clusters(10, 2), config)
+        probe(FeatureTrainer(TASK, clusters(50, 1), SHAPE, config), clusters(10, 2), config)
 
 
 def test_images_without_labels_cannot_be_probed(config):
     with pytest.raises(InputError, match="labels"):
-        FeatureTrainer(clusters(50, 1), 0, config)
+        FeatureTrainer(TASK, clusters(50, 1), (6, 0), config)
+
+
+def test_views_are_trained_in_turn_and_the_centre_crop_chooses(config, monkeypatch):
+    config.epochs, config.batch_size = 4, 10
+    one, two, three = (clusters(20, seed) for seed in (1, 2, 3))
+    views = Examples(
+        np.concatenate([v.features for v in (one, two, three)]),
+        np.concatenate([v.labels for v in (one, two, three)]),
+        3,
+    )
+    trainer = FeatureTrainer(TASK, views, SHAPE, config)
+    assert trainer.images == 20
+    np.testing.assert_array_equal(trainer.centre(np.arange(20)).features, one.features)
+    whole = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+    # The same, streamed from the file in batches instead of as one program an epoch.
+    monkeypatch.setattr(probe_lib, "_ON_DEVICE", 0)
+    streamed = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+    for a, b in zip(whole, streamed, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # Without the centre crop's features nothing changes: epochs see views 1 and 2 only.
+    views.features[:20] = 0
+    again = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+    np.testing.assert_array_equal(streamed[-1], again[-1])

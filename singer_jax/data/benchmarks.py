@@ -1,0 +1,327 @@
+"""The data sets of the paper's Table 1: their official layouts on disk, and their TFDS form.
+
+`open_benchmark(name, root, split)` looks below `root` for the folder that the official archive
+unpacks to, then for a prepared TFDS set. Images are read as the archives hold them (no EXIF
+rotation, as torchvision).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from singer_jax.data.dense import ADE20K_CLASSES
+from singer_jax.data.sources import (
+    IMAGE_SUFFIXES,
+    TEST,
+    TRAIN,
+    FolderSource,
+    Record,
+    Source,
+    TfdsSource,
+)
+from singer_jax.errors import InputError, unknown
+
+
+class NotInstalled(InputError):
+    """A data set is not there at all."""
+
+
+class ListedSource:
+    """Files below a root, each with a class or a label file.
+
+    Args:
+      root: folder of the data set.
+      files: paths below it.
+      labels: a class for each, or the path of a mask below the root.
+      num_classes: of the task.
+    """
+
+    exif = False
+
+    def __init__(
+        self, root: Path, files: Sequence[str], labels: Sequence[int | str], num_classes: int
+    ) -> None:
+        self.root, self.num_classes = root, num_classes
+        self.files = np.array([file.encode() for file in files])
+        dense = bool(labels) and isinstance(labels[0], str)
+        self.labels = np.array([label.encode() for label in labels] if dense else labels)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _path(self, stored: np.bytes_) -> Path:
+        return self.root / bytes(stored).decode()
+
+    def __getitem__(self, index: int) -> Record:
+        label = self.labels[index]
+        dense = isinstance(label, np.bytes_)
+        return Record(self._path(self.files[index]), self._path(label) if dense else int(label))
+
+    def describe(self, index: int) -> str:
+        return str(self._path(self.files[index]))
+
+    def fingerprint(self) -> str:
+        parts = (self.files, self.labels)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+class NyuSource:
+    """NYU Depth v2's labelled frames: `nyu_depth_v2_labeled.mat` (HDF5) and `splits.mat`.
+
+    The arrays in the file are stored transposed, [frame, (3,) width, height]; depths are metres.
+    """
+
+    exif = False
+    num_classes = 0
+
+    def __init__(self, root: Path, split: str) -> None:
+        import scipy.io
+
+        _require(root, ["nyu_depth_v2_labeled.mat", "splits.mat"])
+        self.path = root / "nyu_depth_v2_labeled.mat"
+        key = {TRAIN: "trainNdxs", TEST: "testNdxs"}[split]
+        self.frames = scipy.io.loadmat(root / "splits.mat")[key].ravel().astype(np.int64) - 1
+        self._file: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # each process opens the file itself
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Record:
+        import h5py
+
+        if self._file is None:
+            self._file = h5py.File(self.path, "r")
+        frame = int(self.frames[index])
+        image = np.ascontiguousarray(self._file["images"][frame].transpose(2, 1, 0))
+        return Record(image, np.ascontiguousarray(self._file["depths"][frame].T))
+
+    def describe(self, index: int) -> str:
+        return f"{self.path} frame {self.frames[index] + 1}"
+
+    def fingerprint(self) -> str:
+        size = self.path.stat().st_size
+        return hashlib.sha256(self.frames.tobytes() + str(size).encode()).hexdigest()
+
+
+def _require(root: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (root / name).exists()]
+    if missing:
+        raise InputError(
+            f'{root} is not completely unpacked: missing {", ".join(missing)} (README, "Data")'
+        )
+
+
+def _lines(path: Path) -> list[list[str]]:
+    rows = (line.split() for line in path.read_text().splitlines())
+    return [row for row in rows if row and not row[0].startswith("#")]
+
+
+def _require_images(root: Path, files: Sequence[str]) -> None:
+    """The first and last listed file: a list without its images is the usual half-unpacked set."""
+    _require(root, sorted({files[0], files[-1]}) if files else [])
+
+
+def _imagenet(root: Path, split: str) -> Source:
+    _require(root, ["train", "val"])
+    return _wnid_folders(root / {TRAIN: "train", TEST: "val"}[split])
+
+
+def _imagenet_v2(root: Path, split: str) -> Source:
+    names = sorted((path.name for path in root.iterdir() if path.name.isdigit()), key=int)
+    inner = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    if not names and len(inner) == 1:  # the archive's own folder inside
+        return _imagenet_v2(inner[0], split)
+    if not names:
+        raise InputError(f"{root} is not completely unpacked: missing the folders 0 to 999")
+    files = [(f"{name}/{file}", int(name)) for name in names for file in _images(root / name)]
+    return ListedSource(root, *_columns(files), num_classes=len(imagenet_wnids()))
+
+
+def _imagenet_r(root: Path, split: str) -> Source:
+    inner = root / "imagenet-r"
+    return _wnid_folders(inner if inner.is_dir() else root)
+
+
+def _wnid_folders(root: Path) -> Source:
+    """Class folders named by WordNet id; a label is its place among ImageNet's 1,000."""
+    index = {wnid: number for number, wnid in enumerate(imagenet_wnids())}
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    foreign = [name for name in names if name not in index]
+    if foreign or not names:
+        found = f"folder {foreign[0]} is" if foreign else "no folder there is"
+        raise InputError(f"{root}: {found} named by a WordNet id of ImageNet-1k's classes")
+    files = [(f"{name}/{file}", index[name]) for name in names for file in _images(root / name)]
+    return ListedSource(root, *_columns(files), num_classes=len(index))
+
+
+def imagenet_wnids() -> list[str]:
+    """The 1,000 WordNet ids in the order of the labels (from tensorflow_datasets)."""
+    package = importlib.resources.files("tensorflow_datasets")
+    return (package / "datasets" / "imagenet2012" / "labels.txt").read_text().split()
+
+
+def _images(folder: Path) -> list[str]:
+    return sorted(file for file in os.listdir(folder) if file.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _columns(rows: Sequence[tuple[str, Any]]) -> tuple[list[str], list[Any]]:
+    return [file for file, _ in rows], [label for _, label in rows]
+
+
+def _ade20k(root: Path, split: str) -> Source:
+    part = {TRAIN: "training", TEST: "validation"}[split]
+    _require(root, [f"{kind}/{part}" for kind in ("images", "annotations")])
+    files = [f"images/{part}/{file}" for file in _images(root / "images" / part)]
+    masks = [f"annotations/{part}/{Path(file).stem}.png" for file in files]
+    if not files:
+        raise InputError(f"{root} is not completely unpacked: no image in images/{part}")
+    lacking = [mask for mask in masks if not (root / mask).exists()]
+    if lacking:
+        raise InputError(
+            f"{root} is not completely unpacked: missing {len(lacking)} masks, the first "
+            f"{lacking[0]}"
+        )
+    return ListedSource(root, files, masks, ADE20K_CLASSES)
+
+
+def _inat19(root: Path, split: str) -> Source:
+    name = {TRAIN: "train2019.json", TEST: "val2019.json"}[split]
+    if not (root / name).exists() and (root / "train").is_dir():
+        return FolderSource(str(root), split, exif=False)
+    _require(root, [name])
+    content = json.loads((root / name).read_text())
+    labels = {row["image_id"]: row["category_id"] for row in content["annotations"]}
+    files = [(row["file_name"], labels[row["id"]]) for row in content["images"]]
+    _require_images(root, [file for file, _ in files])
+    return ListedSource(root, *_columns(files), num_classes=len(content["categories"]))
+
+
+def _aircraft(root: Path, split: str) -> Source:
+    data = root / "data" if (root / "data").is_dir() else root
+    part = {TRAIN: "train", TEST: "val"}[split]
+    _require(data, ["variants.txt", f"images_variant_{part}.txt", "images"])
+    names = (data / "variants.txt").read_text().splitlines()
+    index = {name.strip(): number for number, name in enumerate(names) if name.strip()}
+    rows = (
+        line.split(" ", 1)
+        for line in (data / f"images_variant_{part}.txt").read_text().splitlines()
+        if line.strip()
+    )
+    files = [(f"images/{image}.jpg", index[variant.strip()]) for image, variant in rows]
+    _require_images(data, [file for file, _ in files])
+    return ListedSource(data, *_columns(files), num_classes=len(index))
+
+
+def _pet(root: Path, split: str) -> Source:
+    part = {TRAIN: "trainval", TEST: "test"}[split]
+    _require(root, [f"annotations/{part}.txt", "images"])
+    rows = _lines(root / "annotations" / f"{part}.txt")
+    files = [(f"images/{row[0]}.jpg", int(row[1]) - 1) for row in rows]
+    _require_images(root, [file for file, _ in files])
+    return ListedSource(root, *_columns(files), num_classes=max(label for _, label in files) + 1)
+
+
+def _food(root: Path, split: str) -> Source:
+    _require(root, ["meta/classes.txt", f"meta/{split}.txt", "images"])
+    index = {name: n for n, (name, *_) in enumerate(_lines(root / "meta" / "classes.txt"))}
+    names = [row[0] for row in _lines(root / "meta" / f"{split}.txt")]
+    files = [(f"images/{name}.jpg", index[name.split("/")[0]]) for name in names]
+    _require_images(root, [file for file, _ in files])
+    return ListedSource(root, *_columns(files), num_classes=len(index))
+
+
+def _flowers(root: Path, split: str) -> Source:
+    import scipy.io
+
+    _require(root, ["setid.mat", "imagelabels.mat", "jpg"])
+    labels = scipy.io.loadmat(root / "imagelabels.mat")["labels"].ravel().astype(int)
+    key = {TRAIN: "trnid", TEST: "valid"}[split]
+    numbers = scipy.io.loadmat(root / "setid.mat")[key].ravel().astype(int)
+    files = [(f"jpg/image_{n:05}.jpg", int(labels[n - 1]) - 1) for n in numbers]
+    _require_images(root, [file for file, _ in files])
+    return ListedSource(root, *_columns(files), num_classes=int(labels.max()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A data set of Table 1.
+
+    Attributes:
+      folders: what its official archive may unpack to, below the root of all data.
+      read: from such a folder and a split to a source.
+      tfds: its TFDS name; empty where there is none.
+      test_only: whether it has no training split.
+    """
+
+    folders: tuple[str, ...]
+    read: Callable[[Path, str], Source]
+    tfds: str = ""
+    test_only: bool = False
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "imagenet2012": Benchmark(
+        ("imagenet", "imagenet2012", "ILSVRC2012"), _imagenet, "imagenet2012"
+    ),
+    "imagenet_v2": Benchmark(
+        ("imagenetv2-matched-frequency-format-val", "imagenet_v2", "imagenetv2"),
+        _imagenet_v2,
+        "imagenet_v2",
+        test_only=True,
+    ),
+    "imagenet_r": Benchmark(
+        ("imagenet-r", "imagenet_r"), _imagenet_r, "imagenet_r", test_only=True
+    ),
+    "ade20k": Benchmark(("ADEChallengeData2016", "ade20k"), _ade20k, "scene_parse150"),
+    "nyud": Benchmark(("nyu_depth_v2", "nyud"), NyuSource),
+    "inat19": Benchmark(("inaturalist2019", "inat19", "iNaturalist2019"), _inat19),
+    "aircraft": Benchmark(("fgvc-aircraft-2013b", "aircraft"), _aircraft),
+    "pet": Benchmark(("oxford-iiit-pet", "pet"), _pet, "oxford_iiit_pet"),
+    "food": Benchmark(("food-101", "food"), _food, "food101"),
+    "flowers": Benchmark(("flowers-102", "flowers"), _flowers, "oxford_flowers102"),
+}
+
+
+def open_benchmark(name: str, root: str, split: str) -> Source:
+    """A split of a data set of Table 1.
+
+    Args:
+      name: a key of `BENCHMARKS`.
+      root: folder that holds the data sets' own folders, or TFDS's; empty: TFDS's default.
+      split: `train` or `test`.
+
+    Raises:
+      NotInstalled: nothing there; the message says where it was looked for.
+      InputError: unknown name, or a data set that is there in part.
+    """
+    if name not in BENCHMARKS:
+        raise unknown("data set", name, BENCHMARKS)
+    benchmark = BENCHMARKS[name]
+    if benchmark.test_only and split == TRAIN:
+        raise InputError(f"{name} has no training split")
+    candidates = [Path(root).expanduser() / folder for folder in benchmark.folders] if root else []
+    for folder in candidates:
+        if folder.is_dir():
+            source = benchmark.read(folder, split)
+            if not len(source):
+                raise InputError(f"{folder} holds no image of the {split} split")
+            return source
+    looked = f"no folder {' or '.join(map(str, candidates))}" if candidates else "no data.path"
+    if benchmark.tfds:
+        try:
+            return TfdsSource(benchmark.tfds, root, split)
+        except InputError as error:
+            raise NotInstalled(f"{name}: {looked}, and {error}") from error
+    raise NotInstalled(f'{name}: {looked} (README, "Data")')

@@ -1,0 +1,91 @@
+"""Features that are extracted once: memory-mapped float16 files with checksums."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from singer_jax.data.sources import Source
+from singer_jax.evaluation.backbone import Backbone, Examples
+from singer_jax.evaluation.heads import Task
+from singer_jax.telemetry import LOG
+
+_FILES = ("features.npy", "labels.npy")
+_CHUNK = 2**24
+
+
+def stored_examples(
+    folder: Path,
+    key: str,
+    backbone: Backbone,
+    source: Source,
+    task: Task,
+    transforms: Sequence[Callable[..., Any]],
+    workers: int = 0,
+) -> Examples:
+    """Features of all images, one view a transform; extracted now or read back.
+
+    Args:
+      folder: of `features.npy`, `labels.npy` and `meta.json`.
+      key: of everything the features depend on; files of another key are made again.
+      backbone, source, task: what is extracted.
+      transforms: of each view; a random one draws other numbers in each view.
+      workers: of the loader.
+
+    Returns:
+      memory-mapped float16 features and their labels.
+    """
+    meta = folder / "meta.json"
+    if not _intact(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        meta.unlink(missing_ok=True)
+        LOG.info("extracting %d view(s) of %d images to %s", len(transforms), len(source), folder)
+        arrays: list[np.memmap] = []
+        rows, row = len(source) * len(transforms), 0
+        for view, transform in enumerate(transforms):
+            for batch in backbone.batches(source, task, transform, workers, seed=view):
+                parts = (batch[0].astype(np.float16), batch[1])
+                if not arrays:
+                    arrays = [
+                        np.lib.format.open_memmap(
+                            folder / name, "w+", part.dtype, (rows, *part.shape[1:])
+                        )
+                        for name, part in zip(_FILES, parts, strict=True)
+                    ]
+                for array, part in zip(arrays, parts, strict=True):
+                    array[row : row + len(part)] = part
+                row += len(parts[1])
+        for array in arrays:
+            array.flush()
+        checksums = {name: _checksum(folder / name) for name in _FILES}
+        meta.write_text(json.dumps({"key": key, "checksums": checksums}) + "\n")
+    features, labels = (np.load(folder / name, mmap_mode="r") for name in _FILES)
+    return Examples(features, labels, len(transforms))
+
+
+def _intact(folder: Path, key: str) -> bool:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    if meta["key"] != key:
+        return False
+    if any(_checksum(folder / name) != meta["checksums"][name] for name in _FILES):
+        LOG.warning("%s is damaged; its features are extracted again", folder)
+        return False
+    return True
+
+
+def _checksum(file: Path) -> int | None:
+    if not file.exists():
+        return None
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
