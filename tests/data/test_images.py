@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from singer_jax.data.images import EvalTransform as CentreCrop
-from singer_jax.data.images import TrainTransform, open_image, to_rgb
+from singer_jax.data.images import TrainTransform, open_image, random_crop, to_rgb
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -86,7 +86,7 @@ def test_train_crops_have_the_wanted_area_and_ratio():
     rng = np.random.default_rng(0)
     areas, ratios = [], []
     for _ in range(500):
-        left, top, width, height = transform._crop((300, 200), rng)
+        left, top, width, height = random_crop((300, 200), transform.scale, transform.ratio, rng)
         assert 0 <= left <= 300 - width and 0 <= top <= 200 - height
         areas.append(width * height / (300 * 200))
         ratios.append(width / height)
@@ -98,7 +98,12 @@ def test_train_crops_have_the_wanted_area_and_ratio():
 
 def test_a_crop_that_never_fits_falls_back_to_the_centre():
     transform = TrainTransform(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    assert transform._crop((300, 100), np.random.default_rng(0)) == (100, 0, 100, 100)
+    assert random_crop((300, 100), transform.scale, transform.ratio, np.random.default_rng(0)) == (
+        100,
+        0,
+        100,
+        100,
+    )
 
 
 def test_a_train_crop_is_the_resized_box_flipped_half_the_time():
