@@ -34,6 +34,7 @@ def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDic
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_epochs = 4
     config.checkpoint.every = 500
+    config.evals.every = 230
     return config
 
 

@@ -25,6 +25,7 @@ _RESUMABLE = (
     "mesh.",
     "checkpoint.",
     "log.",
+    "evals.",
 )
 
 
@@ -114,6 +115,10 @@ def default(protocol: str = "recommended") -> ConfigDict:
     config.checkpoint.every = 1000  # steps
     config.checkpoint.keep = 2
 
+    config.evals = ConfigDict()
+    config.evals.every = 0  # steps; kNN and held-out losses on the test split; 0: never
+    config.evals.images = 1000  # of the test split, and of the training split for kNN
+
     config.log = ConfigDict()
     config.log.every = 50  # steps
     config.log.wandb = False
@@ -176,6 +181,34 @@ def export() -> ConfigDict:
     config.model = ""  # its timm name, where neither the hub name nor a config.json says it
     config.step = placeholder(int)  # of the checkpoint; None: the latest
     config.stablehlo = True  # also write features.stablehlo
+    return config
+
+
+def report() -> ConfigDict:
+    """All keys of the job `report`."""
+    config = ConfigDict()
+    config.job = "report"
+    config.run = ""  # a work directory; empty: --workdir itself
+    config.baselines = ()  # other runs, whose students are shown beside
+    config.images = 6  # shown
+    return config
+
+
+def compare() -> ConfigDict:
+    """All keys of the job `compare`."""
+    config = ConfigDict()
+    config.job = "compare"
+    config.runs = ()  # work directories with an evaluation/
+    return config
+
+
+def check_data() -> ConfigDict:
+    """All keys of the job `check_data`."""
+    config = ConfigDict()
+    config.job = "check_data"
+    config.data = _data("recommended")
+    config.data.source = "table1"  # all data sets of Table 1, or one
+    config.images = 16  # of each split on the contact sheet
     return config
 
 

@@ -59,6 +59,24 @@ def _nullspace(config: ConfigDict, workdir: Path) -> None:
     analyse(config, workdir)
 
 
+def _report(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.report.job import report
+
+    report(config, workdir)
+
+
+def _compare(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.report.job import compare
+
+    compare(config, workdir)
+
+
+def _check_data(config: ConfigDict, workdir: Path) -> None:
+    from singer_jax.data.check import check_data
+
+    check_data(config, workdir)
+
+
 def _models(config: ConfigDict, workdir: Path) -> None:
     from singer_jax.models.summary import print_models
 
@@ -71,6 +89,9 @@ JOBS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "quickstart": _quickstart,
     "export": _export,
     "nullspace": _nullspace,
+    "report": _report,
+    "compare": _compare,
+    "check_data": _check_data,
     "models": _models,
 }
 _WITHOUT_WORKDIR = ("models",)

@@ -18,6 +18,8 @@ from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.job import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
+from singer_jax.report.collect import collect
+from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_patch_maps
 from singer_jax.telemetry import LOG
 from singer_jax.training.loop import distill
@@ -78,8 +80,12 @@ def quickstart(config: Any, workdir: Path) -> None:
             cosine[:_SHOWN].reshape(shape),
         )
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = workdir / "report" / "index.html"
+    baselines = {"student, fitnet": workdir / "fitnet"}
+    columns = {name: _columns(row) for name, row in results.items()}
+    write_page(page, collect(workdir / "singer", config.singer, baselines, _SHOWN, columns))
     print(_table(results))
-    print(f"One picture a model in {workdir / 'report'}")
+    print(f"One picture a model in {page.parent}, and the report: {page}")
 
 
 def _untrained(config: Any) -> Backbone:
@@ -92,6 +98,14 @@ def _untrained(config: Any) -> Backbone:
 def _pixels(source: Source, size: int) -> np.ndarray:
     transform = EvalTransform(size)
     return np.stack([transform(open_image(source[index].image)) for index in range(_SHOWN)])
+
+
+def _columns(row: dict[str, float]) -> dict[str, float]:
+    return {
+        "linear top-1": row["linear_top1"],
+        "kNN top-1": row["knn_top1"],
+        "norm p99/median": row["norm_p99_over_median"],
+    }
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,12 +75,13 @@ class Backbone:
         """What it is."""
         return self.network.spec.arch
 
-    def tokens(
-        self, params: Params, images: UInt8[Array, "batch height width 3"]
-    ) -> Float[Array, "batch tokens dim"]:
-        """The raw output of the last block, in float32; traceable."""
-        model = self.network.merge(params)
-        return model.features(self.network.prepare(images))[-1].astype(jnp.float32)
+    def digest(self) -> str:
+        """Of its parameters, of what it is and of how it computes."""
+        described = repr((self.network.spec, self.network.merge(self.params).numerics))
+        digest = hashlib.blake2b(described.encode(), digest_size=16)
+        for leaf in jax.tree.leaves(self.params):
+            digest.update(np.ascontiguousarray(leaf))
+        return digest.hexdigest()
 
     def classification(self, classes: int, token: str | None) -> Classification:
         """The task of classifying its features.
@@ -104,12 +107,13 @@ class Backbone:
     ) -> Float[Array, "batch ..."]:
         """What the head of a task reads, in float32; traceable."""
         model = self.network.merge(params)
-        return task.features(model, self.tokens(params, images)).astype(jnp.float32)
+        tokens = model.features(self.network.prepare(images))[-1].astype(jnp.float32)
+        return task.features(model, tokens).astype(jnp.float32)
 
     def put(self, batch: ImageBatch) -> dict[str, jax.Array]:
-        """The images and labels of a batch, onto the mesh."""
-        examples = {key: batch[key] for key in ("image", "label")}
-        return parallel.put_batch(examples, parallel.batch_sharding(self.mesh))
+        """The images and labels of a batch that every process holds, onto the mesh."""
+        sharding = parallel.batch_sharding(self.mesh)
+        return {key: parallel.put(batch[key], sharding) for key in ("image", "label")}
 
     def batches(
         self,
@@ -120,7 +124,7 @@ class Backbone:
         seed: int = 0,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features and labels of every image of a split in order, each exactly once, in batches."""
-        compute = jax.jit(lambda params, images: self.features(params, images, task))
+        compute = functools.partial(_features, self.network, task, self.mesh)
         batches = eval_batches(
             source,
             transform,
@@ -144,6 +148,15 @@ class Backbone:
         """All of `batches` in memory."""
         features, labels = zip(*self.batches(source, task, transform, workers), strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _features(
+    network: Network, task: Task, mesh: Mesh, params: Params, images: UInt8[Array, "batch ..."]
+) -> Float[Array, "batch ..."]:
+    """`Backbone.features`, compiled once for all backbones of a network, on every device."""
+    features = Backbone(network, params, mesh).features(params, images, task)
+    return jax.lax.with_sharding_constraint(features, parallel.replicated(mesh))
 
 
 def _select(

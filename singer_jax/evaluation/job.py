@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -68,7 +67,7 @@ def evaluate(config: Any, workdir: Path) -> None:
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
 
-    identity = _digest_of(backbone)
+    identity = backbone.digest()
     results: dict[str, dict[str, Any]] = {}
     for name, split in splits.items():
         benchmark = benchmarks[name]
@@ -81,7 +80,7 @@ def evaluate(config: Any, workdir: Path) -> None:
         found = _finished(file, key)
         if found is None:
             LOG.info("== %s", name)
-            found = _measure(name, benchmark, measured, split, config, workdir, key)
+            found = _measure(name, benchmark, measured, split, config, workdir)
             _write(file, {"key": key, "metrics": found})
         results[name] = found
         LOG.info("%s: %s", name, _brief(found))
@@ -161,7 +160,6 @@ def _measure(
     split: Split,
     config: Any,
     workdir: Path,
-    key: str,
 ) -> dict[str, Any]:
     workers = worker_count(config.data.workers)
     head_file = workdir / "tasks" / f"{name}.npz"
@@ -179,7 +177,13 @@ def _measure(
     settings = ConfigDict(config.probe)
     settings.epochs = benchmark.epochs if settings.epochs is None else settings.epochs
     result, metrics = probe_task(
-        backbone, benchmark.kind, split, settings, config.seed, workers, workdir / "features", key
+        backbone,
+        benchmark.kind,
+        split,
+        settings,
+        config.seed,
+        workers,
+        workdir / "features" / name,
     )
     np.savez(head_file, **result.head)
     return metrics
@@ -193,7 +197,6 @@ def probe_task(
     seed: int = 0,
     workers: int = 0,
     store: Path | None = None,
-    key: str = "",
 ) -> tuple[ProbeResult, dict[str, Any]]:
     """Trains and tests a probe; kNN too where the task is a classification.
 
@@ -205,7 +208,6 @@ def probe_task(
       seed: of head, order and crops.
       workers: of the loader.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
-      key: of everything that the stored features depend on.
 
     Returns:
       the probe's result, and its metrics as `results.json` holds them.
@@ -220,8 +222,7 @@ def probe_task(
     if config.protocol == "fast":
         views = [centre] + [augment] * config.views
         if store:
-            folder = store / f"{kind}-{key[:12]}"
-            train = stored_examples(folder, key, backbone, split.train, task, views, workers)
+            train = stored_examples(store, backbone, split.train, task, views, workers)
         else:
             train = extract(split.train)
         trainer = FeatureTrainer(task, train, head_shape, config, seed)
@@ -261,14 +262,6 @@ def task_of(
         return Depth(ignore_missing=not config.depth_zero_as_bin), *transforms
     task = backbone.classification(classes, config.token)
     return task, TrainTransform(size), EvalTransform(size)
-
-
-def _digest_of(backbone: Backbone) -> str:
-    """Of the parameters and of what the model is."""
-    digest = hashlib.blake2b(repr(backbone.network.spec).encode(), digest_size=16)
-    for leaf in jax.tree.leaves(backbone.params):
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
 
 
 def _key(config: Any, benchmark: table1.Benchmark, identity: str, split: Split) -> str:

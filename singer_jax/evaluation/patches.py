@@ -46,10 +46,12 @@ def linear_map(tokens: PatchTokens, teacher: PatchTokens) -> Float[np.ndarray, "
 
 
 def cosine_to_teacher(
-    tokens: PatchTokens, teacher: PatchTokens, mapping: Float[np.ndarray, "dim_1 teacher_dim"]
+    tokens: PatchTokens,
+    teacher: PatchTokens,
+    mapping: Float[np.ndarray, "dim_1 teacher_dim"] | None = None,
 ) -> Float[np.ndarray, "images patches"]:
-    """Cosine similarity of each mapped patch token with the teacher's."""
-    mapped = (_affine(tokens) @ mapping).reshape(teacher.shape)
+    """Cosine similarity of each patch token to the teacher's, mapped to its width where given."""
+    mapped = tokens if mapping is None else (_affine(tokens) @ mapping).reshape(teacher.shape)
     norms = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(teacher, axis=-1)
     return np.sum(mapped * teacher, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ _CHUNK = 2**24
 
 def stored_examples(
     folder: Path,
-    key: str,
     backbone: Backbone,
     source: Source,
     task: Task,
@@ -31,8 +31,8 @@ def stored_examples(
     """Features of all images, one view a transform; extracted now or read back.
 
     Args:
-      folder: of `features.npy`, `labels.npy` and `meta.json`.
-      key: of everything the features depend on; files of another key are made again.
+      folder: of `features.npy`, `labels.npy` and `meta.json`; made again where they are of another
+        model, task, source or transform.
       backbone, source, task: what is extracted.
       transforms: of each view; a random one draws other numbers in each view.
       workers: of the loader.
@@ -41,6 +41,8 @@ def stored_examples(
       memory-mapped float16 features and their labels.
     """
     meta = folder / "meta.json"
+    parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms))
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
     if not _intact(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         meta.unlink(missing_ok=True)
@@ -49,17 +51,17 @@ def stored_examples(
         rows, row = len(source) * len(transforms), 0
         for view, transform in enumerate(transforms):
             for batch in backbone.batches(source, task, transform, workers, seed=view):
-                parts = (batch[0].astype(np.float16), batch[1])
+                halves = (batch[0].astype(np.float16), batch[1])
                 if not arrays:
                     arrays = [
                         np.lib.format.open_memmap(
                             folder / name, "w+", part.dtype, (rows, *part.shape[1:])
                         )
-                        for name, part in zip(_FILES, parts, strict=True)
+                        for name, part in zip(_FILES, halves, strict=True)
                     ]
-                for array, part in zip(arrays, parts, strict=True):
+                for array, part in zip(arrays, halves, strict=True):
                     array[row : row + len(part)] = part
-                row += len(parts[1])
+                row += len(batch[1])
         for array in arrays:
             array.flush()
         checksums = {name: _checksum(folder / name) for name in _FILES}

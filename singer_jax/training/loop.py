@@ -26,6 +26,7 @@ from singer_jax.models.params import Params
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder
 from singer_jax.training.checkpoints import Checkpoints
+from singer_jax.training.evals import Evaluator
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import TrainState, jit_step
 
@@ -80,6 +81,7 @@ def _train(
 ) -> TrainState:
     teacher = run.load_teacher()
     state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
+    evaluate = Evaluator(config, run, source) if config.evals.every else None
     LOG.info("%s: %s", workdir, _sizes(state, teacher))
     unreadable = UnreadableCount(source, LOG.warning)
     with contextlib.ExitStack() as stack:
@@ -117,6 +119,9 @@ def _train(
             recorder.add(step, metrics | {"unreadable_images": unreadable.unreadable})
             last = step == run.steps
             stopping = _agreed(stop, step) and not last
+            if evaluate and (last or step % config.evals.every == 0):
+                recorder.flush()
+                writer.write(step, evaluate(state, teacher))
             if last or stopping or step % config.checkpoint.every == 0:
                 recorder.flush()  # raises, so that no state is saved after a loss that is no number
                 checkpoints.save(state, step, meta)

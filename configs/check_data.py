@@ -1,0 +1,17 @@
+"""Is a data set installed as it should be? Counts, classes, and a contact sheet of each split.
+
+  python -m singer_jax.main --config=configs/check_data.py --workdir=runs/data \
+      --config.data.path=/data
+
+looks for every data set of Table 1 below /data; `--config.data.source=ade20k` (or a folder) checks
+one.
+"""
+
+from ml_collections import ConfigDict
+
+from singer_jax.config import check_data
+
+
+def get_config(protocol: str = "recommended") -> ConfigDict:
+    """All of Table 1."""
+    return check_data()

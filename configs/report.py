@@ -1,0 +1,16 @@
+"""The page of a run, report/index.html: training, norms, maps of patches, null space, results.
+
+  python -m singer_jax.main --config=configs/report.py --workdir=runs/singer_vitl_vitt \
+      --config.baselines="('runs/fitnet_vitl_vitt',)"
+
+Results are those of `evaluate` in RUN/evaluation. The page needs no network and no other file.
+"""
+
+from ml_collections import ConfigDict
+
+from singer_jax.config import report
+
+
+def get_config(protocol: str = "recommended") -> ConfigDict:
+    """The run in the work directory."""
+    return report()

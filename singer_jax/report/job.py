@@ -1,0 +1,150 @@
+"""The jobs `report` and `compare`: the page of a run, and of several runs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from singer_jax.config import default, flatten
+from singer_jax.errors import InputError
+from singer_jax.evaluation import table1
+from singer_jax.report.collect import collect, column_order, read_metrics
+from singer_jax.report.page import format_text, write_comparison, write_page
+from singer_jax.telemetry import LOG
+
+
+def report(config: Any, workdir: Path) -> None:
+    """Writes `report/index.html` below the work directory.
+
+    Args:
+      config: as `singer_jax.config.report` describes it.
+      workdir: of the page; without `run` also the run itself.
+
+    Raises:
+      InputError: not a run, or one without a finished checkpoint.
+    """
+    run = Path(config.run).expanduser() if config.run else workdir
+    settings = read_config(run)
+    baselines = {}
+    for folder in config.baselines:
+        other = read_config(Path(folder).expanduser())
+        baselines[f"student, {other.method.name} ({Path(folder).name})"] = Path(folder)
+    rows, note = results_of(run, settings)
+    file = workdir / "report" / "index.html"
+    write_page(file, collect(run, settings, baselines, config.images, rows, note))
+    LOG.info("%s written", file)
+
+
+def read_config(run: Path) -> ConfigDict:
+    """The configuration of a run.
+
+    Raises:
+      InputError: the folder is not a run.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise InputError(f"run: {run} is not the work directory of a run: no config.json")
+    config = default()
+    with config.ignore_type():
+        config.update(json.loads(file.read_text()))  # keys that are newer than the run keep theirs
+    return config
+
+
+def results_of(run: Path, settings: Any) -> tuple[dict[str, dict[str, float | None]], str]:
+    """Rows of the results table from RUN/evaluation/results.json, published ones beside, a note."""
+    file = run / "evaluation" / "results.json"
+    rows: dict[str, dict[str, float | None]] = {}
+    note = ""
+    if file.is_file():
+        content = json.loads(file.read_text())
+        measured = content["table1"]
+        if any(value is not None for value in measured.values()):
+            rows["measured here"] = measured
+        else:
+            rows["measured here"] = {
+                f"{task} {metric}": metrics[metric]
+                for task, metrics in content["tasks"].items()
+                for metric in ("top1", "knn_top1", "miou", "rmse")
+                if metric in metrics
+            }
+    paper = table1.published(settings.to_dict(), "")
+    if paper:
+        rows[f"published: {paper[0]}"] = paper[1]
+        note = table1.NOTE
+    return rows, note
+
+
+def compare(config: Any, workdir: Path) -> None:
+    """Several runs in one table: methods by tasks, mean and standard deviation over seeds.
+
+    Writes compare.json and compare/index.html below the work directory, and prints the table.
+
+    Args:
+      config: as `singer_jax.config.compare` describes it.
+      workdir: of what is written.
+
+    Raises:
+      InputError: fewer than two runs, not a run, or one that is not evaluated.
+    """
+    if len(config.runs) < 2:
+        raise InputError("runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\"")
+    groups: dict[str, list[dict[str, float]]] = {}
+    seeds: dict[str, list[int]] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    for folder in map(Path, config.runs):
+        settings = read_config(folder.expanduser())
+        rows, _ = results_of(folder.expanduser(), settings)
+        if "measured here" not in rows:
+            raise InputError(
+                f"runs: {folder} is not evaluated; run the job evaluate with "
+                f"--workdir={folder}/evaluation"
+            )
+        name = _describe(settings)
+        groups.setdefault(name, []).append(rows["measured here"])
+        seeds.setdefault(name, []).append(settings.seed)
+        curves.setdefault(name, read_metrics(folder.expanduser()))
+    table = {name: _over_seeds(rows) for name, rows in groups.items()}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"seeds": seeds, "rows": table}
+        (workdir / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
+        text = {name: _in_words(row) for name, row in table.items()}
+        write_comparison(workdir / "compare" / "index.html", text, curves)
+    except OSError as error:
+        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+    print(format_text(text))
+
+
+def _describe(settings: Any) -> str:
+    """What runs of different seeds have in common."""
+    flat = flatten(settings.to_dict())
+    base = flatten(default().to_dict())
+    name = f"{settings.method.name} {settings.teacher.model} -> {settings.student.model}"
+    own = [
+        f"{key.removeprefix('method.')}={value}"
+        for key, value in flat.items()
+        if key.startswith("method.") and key != "method.name" and value != base.get(key)
+    ]
+    return f"{name} ({', '.join(own)})" if own else name
+
+
+def _over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for column in column_order(rows):
+        values = [row[column] for row in rows if row.get(column) is not None]
+        if values:
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            found[column] = {"mean": float(np.mean(values)), "std": spread, "runs": len(values)}
+    return found
+
+
+def _in_words(row: dict[str, dict[str, float]]) -> dict[str, str]:
+    return {
+        column: f"{cell['mean']:.4g}"
+        + (f" +- {cell['std']:.2g} ({cell['runs']})" if cell["std"] is not None else "")
+        for column, cell in row.items()
+    }

@@ -1,0 +1,273 @@
+"""The report of a run: one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_order
+
+_FOLDER = Path(__file__).parent
+# Readable on white and on black.
+_INK = "#808890"
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "singer_jax",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.facecolor": "none",
+    "legend.framealpha": 0.0,
+    "font.size": 9,
+}
+
+
+def write_page(file: Path, report: Report) -> None:
+    """Writes the page; it needs no network and no other file.
+
+    Args:
+      file: index.html; its folder is made.
+      report: what it shows.
+    """
+    sections = [
+        _section("Results", _table(report.results) + _paragraph(report.note)),
+        _section("Patches", _maps()) if report.models else "",
+        _section("Training", _training(report.rows)) if report.rows else "",
+        _section("Norms before and after refinement", _histograms(report)) if report.layers else "",
+        _section("Null space", _spectra(report)) if report.layers else "",
+        _section("Configuration", _config(report.config)),
+    ]
+    _write(file, report.title, sections, _data(report))
+
+
+def write_comparison(
+    file: Path,
+    rows: Mapping[str, Mapping[str, str]],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+) -> None:
+    """Writes the page of several runs: one table, and the curves of the first run of each row.
+
+    Args:
+      file: index.html; its folder is made.
+      rows: cells in words, by row and column.
+      curves: rows of metrics.jsonl, by row of the table.
+    """
+    names = column_order([row for of_run in curves.values() for row in of_run])
+    shown = ["train/loss", *(name for name in names if name.startswith("eval/"))]
+
+    def panel(axis: Axes, metric: str) -> None:
+        for name, of_run in curves.items():
+            points = [(row["step"], row[metric]) for row in of_run if metric in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name.split(" (")[0])
+        axis.set(title=metric, xlabel="step")
+        axis.legend(fontsize=6)
+
+    plots = _plots([functools.partial(panel, metric=metric) for metric in shown])
+    sections = [_section("Results", _table(rows)), _section("Training", plots)]
+    _write(file, "Comparison of runs", sections, {})
+
+
+def _write(file: Path, title: str, sections: Sequence[str], data: dict[str, Any]) -> None:
+    page = (_FOLDER / "page.html").read_text().replace("{{title}}", html.escape(title))
+    page = page.replace("{{style}}", (_FOLDER / "page.css").read_text())
+    page = page.replace("{{script}}", (_FOLDER / "page.js").read_text())
+    page = page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
+    page = page.replace("{{sections}}", "\n".join(filter(None, sections)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(page)
+    partial.replace(file)
+
+
+def format_text(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """The table for a terminal."""
+    columns = column_order(list(rows.values()))
+    cells = [["", *columns]]
+    cells += [[name, *(row.get(column, "-") for column in columns)] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _section(title: str, body: str) -> str:
+    anchor = title.lower().replace(" ", "-")
+    return f'<section id="{anchor}"><h2>{html.escape(title)}</h2>{body}</section>'
+
+
+def _paragraph(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+
+
+def _table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    if not rows:
+        return _paragraph("Not evaluated yet: run the job evaluate into RUN/evaluation.")
+    columns = column_order(list(rows.values()))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = ""
+    for name, row in rows.items():
+        cells = ""
+        for column in columns:
+            value = row.get(column)
+            text = value if isinstance(value, str) else "-" if value is None else f"{value:.4g}"
+            cells += f"<td>{html.escape(text)}</td>"
+        body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+
+
+def _maps() -> str:
+    """Filled in by page.js from the data."""
+    return (
+        '<p class="note">Click a patch of any picture to see which patches are similar to it. '
+        "Patch norms are divided by each model's median, so that one scale fits all.</p>"
+        '<div id="images" role="group" aria-label="image"></div>'
+        '<div id="quantities" role="group" aria-label="quantity"></div>'
+        '<div id="maps"></div><p id="scale" class="note"></p>'
+    )
+
+
+def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
+    """A drawing a panel, so that they flow on a narrow screen."""
+    drawings = ""
+    with matplotlib.rc_context(_STYLE):
+        for panel in panels:
+            figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+            figure.patch.set_alpha(0)
+            panel(figure.subplots())
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            drawing = buffer.getvalue()
+            drawings += drawing[drawing.index("<svg") :]
+    return f'<div class="plots">{drawings}</div>'
+
+
+def _training(rows: Sequence[Mapping[str, float]]) -> str:
+    """Loss terms and learning rate over the steps, and what was evaluated on the way."""
+    names = column_order(list(rows))
+    losses = [n for n in names if n == "train/loss" or n.startswith("train/loss_")]
+    groups = [(losses, "log"), (["train/learning_rate"], "linear")]
+    groups += [([name], "linear") for name in names if name.startswith("eval/")]
+
+    def panel(axis: Axes, shown: list[str], scale: str) -> None:
+        for name in shown:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            marker = "o" if len(points) < 20 else ""
+            label = name.removeprefix("train/").removeprefix("eval/")
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
+        axis.set(yscale=scale, xlabel="step")
+        axis.legend()
+
+    return _plots([functools.partial(panel, shown=s, scale=scale) for s, scale in groups if s])
+
+
+def _histograms(report: Report) -> str:
+    def panel(axis: Axes, layer: LayerNorms) -> None:
+        bins = np.linspace(0, max(layer.before.max(), layer.after.max()), 60)
+        for values, label in ((layer.before, "teacher"), (layer.after, "refined")):
+            axis.hist(values, bins, histtype="step", label=label)
+        axis.set(yscale="log", xlabel="patch norm", title=f"layer {layer.layer}")
+        axis.legend()
+
+    return _plots([functools.partial(panel, layer=layer) for layer in report.layers])
+
+
+def _spectra(report: Report) -> str:
+    def panel(axis: Axes, layer: LayerNorms) -> None:
+        axis.semilogy(layer.singular_values)
+        axis.axhline(layer.threshold, linestyle="--", color=_INK)
+        axis.set(xlabel="index", ylabel="singular value", title=f"layer {layer.layer}")
+
+    lines = [
+        f"Layer {layer.layer}: {layer.null_dim} of {len(layer.singular_values)} singular values "
+        f"lie below the threshold {layer.threshold:.3g}."
+        for layer in report.layers
+    ]
+    plots = _plots([functools.partial(panel, layer=layer) for layer in report.layers])
+    return plots + _paragraph(" ".join(lines))
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    text = html.escape(json.dumps(config, indent=2))
+    return f"<details><summary>config.json</summary><pre>{text}</pre></details>"
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """What page.js draws: bytes in base64, one map after the other."""
+    if not report.models:
+        return {}
+    norms = {m.name: np.linalg.norm(m.tokens, axis=-1) for m in report.models}
+    relative = {name: values / np.median(values) for name, values in norms.items()}
+    largest = max(float(np.quantile(values, 0.999)) for values in relative.values())
+    lookup = {
+        name: _bytes(matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3])
+        for name in ("viridis", "magma")
+    }
+    models = []
+    for model in report.models:
+        unit = model.tokens / np.maximum(
+            np.linalg.norm(model.tokens, axis=-1, keepdims=True), np.finfo(np.float32).tiny
+        )
+        similarity = np.einsum("ipd,iqd->ipq", unit, unit)
+        models.append(
+            {
+                "name": model.name,
+                "grid": list(model.grid),
+                "norm": _bytes(_scaled(relative[model.name], 0, largest)),
+                "cosine": None if model.cosine is None else _bytes(_scaled(model.cosine, 0, 1)),
+                "similarity": _bytes(_scaled(similarity, 0, 1)),
+                "pca": _bytes(_principal_colours(model)),
+            }
+        )
+    images = report.images
+    return {
+        "images": len(images),
+        "size": list(images.shape[1:3]),
+        "pixels": [_png(image) for image in images],
+        "largest": largest,
+        "colours": lookup,
+        "models": models,
+    }
+
+
+def _principal_colours(model: ModelMaps) -> np.ndarray:
+    """The first three principal components of all shown patches as red, green and blue."""
+    from sklearn.decomposition import PCA
+
+    images, patches, dim = model.tokens.shape
+    flat = model.tokens.reshape(-1, dim)
+    components = PCA(min(3, dim, len(flat))).fit_transform(flat)
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    return _scaled(components, low, np.maximum(high, low + 1e-12)).reshape(images, patches, 3)
+
+
+def _scaled(values: Float[np.ndarray, "..."], low: Any, high: Any) -> np.ndarray:
+    return np.clip((values - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
+
+
+def _bytes(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, np.uint8).tobytes()).decode()
+
+
+def _png(image: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
