@@ -108,7 +108,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         JOBS[config.job](config, workdir)
     except (InputError, RunError, Stopped) as error:
         print(f"singer_jax: {error}", file=sys.stderr)
-        return {InputError: 2, RunError: 1, Stopped: 75}[type(error)]
+        statuses = {InputError: 2, RunError: 1, Stopped: 75}
+        return next(status for kind, status in statuses.items() if isinstance(error, kind))
     return 0
 
 

@@ -22,6 +22,7 @@ from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_orde
 _FOLDER = Path(__file__).parent
 # Readable on white and on black.
 _INK = "#808890"
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "singer_jax",
@@ -151,7 +152,7 @@ def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
             figure.patch.set_alpha(0)
             panel(figure.subplots())
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
             drawing = buffer.getvalue()
             drawings += drawing[drawing.index("<svg") :]
     return f'<div class="plots">{drawings}</div>'

@@ -1,0 +1,126 @@
+"""The fast probe against the published way, and what many learning rates cost.
+
+  python -m benchmarks.probe --model vit_tiny_patch16_224 --images 256 --epochs 10
+
+On random weights and random JPEGs in eight classes: times (extraction included) of the fast probe
+with one rate and with sixteen, in turn; of the published probe, which runs the backbone at every
+epoch; and the images/s of the extraction beside those of the input pipeline alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.make_inputs import write_images, write_weights
+from benchmarks.results import report
+from singer_jax import config as config_lib
+from singer_jax import parallel
+from singer_jax.data.images import EvalTransform
+from singer_jax.data.loader import eval_batches, worker_count
+from singer_jax.data.sources import TEST, TRAIN, make_source
+from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.job import Split, probe_task
+
+RATES = tuple(np.geomspace(0.01, 10, 16).round(4).tolist())
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measures everything once to warm up, then `rounds` times in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for split, count in (("train", arguments.images), ("val", arguments.images // 4)):
+            for label in range(8):
+                write_images(count // 8, root / split / str(label))
+        write_weights(arguments.model, root / "weights.safetensors")
+        backbone = load_backbone(
+            parallel.make_mesh(), weights=str(root / "weights.safetensors"), model=arguments.model
+        )
+        split = Split(*(make_source("folder", str(root), part) for part in (TRAIN, TEST)))
+        workers = worker_count(None)
+
+        def run(protocol: str, rates: tuple[float, ...], epochs: int) -> None:
+            config = config_lib.probe()
+            config.protocol, config.learning_rates, config.epochs = protocol, rates, epochs
+            store = root / "features"
+            shutil.rmtree(store, ignore_errors=True)  # extraction is part of the measurement
+            probe_task(backbone, "classification", split, config, 0, workers, store)
+
+        def extract() -> None:
+            task, transform = backbone.classification(8, None), EvalTransform(backbone.image_size)
+            backbone.extract(split.train, task, transform, workers)
+
+        def read() -> None:
+            batches = eval_batches(
+                split.train, EvalTransform(backbone.image_size), batch_size=64, workers=workers
+            )
+            with contextlib.closing(batches):
+                for _ in batches:
+                    pass
+
+        measured: dict[str, Callable[[], None]] = {
+            "fast, 1 rate": lambda: run("fast", (0.5,), arguments.epochs),
+            "fast, 16 rates": lambda: run("fast", RATES, arguments.epochs),
+            "published, 1 rate": lambda: run("paper", (0.5,), arguments.epochs),
+            "extraction": extract,
+            "input pipeline": read,
+        }
+        times: dict[str, list[float]] = {name: [] for name in measured}
+        for number in range(1 + arguments.rounds):
+            for name, function in measured.items():
+                taken = seconds(function)
+                if number:
+                    times[name].append(taken)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows = []
+        for name, median in medians.items():
+            extracted = name in ("extraction", "input pipeline")
+            base = "input pipeline" if extracted else "fast, 1 rate"
+            rate = f"{len(split.train) / median:.0f}" if extracted else ""
+            rows.append(
+                {
+                    "what": name,
+                    "median s": f"{median:.2f}",
+                    "min..max": f"{min(times[name]):.2f}..{max(times[name]):.2f}",
+                    "ratio": f"{median / medians[base]:.2f} x {base}",
+                    "images/s": rate,
+                }
+            )
+    report(
+        f"Probe of {arguments.model}, {arguments.images} training images, "
+        f"{arguments.epochs} epochs",
+        f"python -m benchmarks.probe --model {arguments.model} --images {arguments.images} "
+        f"--epochs {arguments.epochs}",
+        rows,
+        jax.devices()[0].device_kind,
+        ("jax", "flax", "grain"),
+    )
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    # absl's flags must be parsed before grain starts its workers.
+    app.run(lambda argv: main(given), argv=["probe"])

@@ -1,0 +1,187 @@
+"""The page of a run, in a real browser; several runs side by side; evaluation while training."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from singer_jax import main
+from singer_jax.config import check_data, compare, evaluation, report
+from tests import tiny
+from tests.data import official
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two seeds of SiNGER and one of FitNet, evaluated while training and afterwards."""
+    folder = tmp_path_factory.mktemp("runs")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    for name, method, seed in (("a", "singer", 0), ("b", "singer", 1), ("c", "fitnet", 0)):
+        config = tiny.config(teacher, method)
+        config.steps, config.seed, config.evals.every, config.evals.images = 4, seed, 2, 40
+        assert main.run(config, folder / name) == 0
+        measure = evaluation()
+        measure.run, measure.data.source, measure.data.workers = str(folder / name), "digits", 0
+        measure.mesh.data = 1
+        measure.probe.protocol, measure.probe.epochs = "fast", 1
+        assert main.run(measure, folder / name / "evaluation") == 0
+    return folder
+
+
+def test_evaluation_while_training_is_in_the_metrics(runs):
+    rows = [json.loads(line) for line in (runs / "a" / "metrics.jsonl").open()]
+    evaluated = {row["step"]: row for row in rows if "eval/knn/top1" in row}
+    assert set(evaluated) == {2, 4}
+    for row in evaluated.values():
+        assert 0 <= row["eval/knn/top1"] <= 100
+        terms = [row[f"eval/held_out/loss_{name}"] for name in ("kd", "outlier", "info")]
+        np.testing.assert_allclose(row["eval/held_out/loss"], sum(terms), rtol=1e-4)
+    assert evaluated[2]["eval/held_out/loss"] != evaluated[4]["eval/held_out/loss"]
+
+
+def test_evaluation_changes_nothing_in_the_run(runs, tmp_path):
+    config = tiny.config(runs / "teacher.safetensors")
+    config.steps = 4
+    assert main.run(config, tmp_path) == 0
+    alone, watched = (
+        (folder / "student" / "model.safetensors").read_bytes() for folder in (tmp_path, runs / "a")
+    )
+    assert alone == watched
+
+
+def test_evaluation_needs_a_test_split(runs, tmp_path, capsys):
+    config = tiny.config(runs / "teacher.safetensors")
+    config.data.source = str(tiny.write_images(tmp_path / "images", 9))
+    config.evals.every = 1
+    assert main.run(config, tmp_path / "run") == 2
+    assert "evals.every" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def page(runs) -> Path:
+    config = report()
+    config.baselines, config.images = (str(runs / "c"),), 3
+    assert main.run(config, runs / "a") == 0
+    return runs / "a" / "report" / "index.html"
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "") and "src=" not in text
+    for heading in ("Results", "Patches", "Training", "Norms", "Null space", "Configuration"):
+        assert f"<h2>{heading}" in text
+    assert "digits top1" in text and "held_out/loss" in text
+    assert len(text) < 2_000_000
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
+)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_click_on_a_patch_redraws_the_maps(page, scheme):
+    """In headless Chromium, at the width of a phone, without an error on the console."""
+    from playwright.sync_api import sync_playwright
+
+    errors: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(
+            color_scheme=scheme, viewport={"width": 390, "height": 800}, offline=True
+        )
+        tab = context.new_page()
+        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("requestfailed", lambda request: errors.append(request.url))
+        tab.goto(page.as_uri())
+
+        def drawn(model: str) -> str:
+            return tab.eval_on_selector(f'canvas[data-model="{model}"]', "c => c.toDataURL()")
+
+        models = tab.eval_on_selector_all("canvas", "all => all.map(c => c.dataset.model)")
+        assert models == [
+            "input",
+            "teacher",
+            "teacher, refined",
+            "student, singer",
+            "student, fitnet (c)",
+        ]
+        before = {model: drawn(model) for model in models}
+        tab.click('canvas[data-model="input"]', position={"x": 5, "y": 5})
+        corner = {model: drawn(model) for model in models}
+        assert all(corner[model] != before[model] for model in models)
+        width = tab.eval_on_selector("canvas", "c => c.clientWidth")
+        tab.click('canvas[data-model="teacher"]', position={"x": width - 5, "y": width - 5})
+        other = {model: drawn(model) for model in models}
+        assert all(other[model] != corner[model] for model in models)
+        # The chosen patch is as similar to itself as can be: the brightest colour, last corner.
+        brightest = tab.eval_on_selector(
+            'canvas[data-model="student, singer"]',
+            "c => Array.from(c.getContext('2d').getImageData(3, 3, 1, 1).data.slice(0, 3))",
+        )
+        np.testing.assert_allclose(brightest, [252, 253, 191], atol=3)
+        for label in ("cosine to the teacher", "principal components", "patch norm"):
+            tab.get_by_role("button", name=label).click()
+        assert {model: drawn(model) for model in models} == before
+        tab.locator("#images button").nth(1).click()
+        assert drawn("input") != before["input"]
+        # Nothing is wider than the phone.
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert errors == []
+
+
+def test_a_run_without_a_checkpoint_has_no_report(tmp_path, capsys):
+    assert main.run(report(), tmp_path) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_the_seed_share_a_row(runs, tmp_path, capsys):
+    config = compare()
+    config.runs = tuple(str(runs / name) for name in "abc")
+    assert main.run(config, tmp_path) == 0
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert sorted(found["seeds"].values()) == [[0], [0, 1]]
+    tops = [
+        json.loads((runs / name / "evaluation" / "results.json").read_text())["tasks"]["digits"]
+        for name in "ab"
+    ]
+    (singer,) = (row for name, row in found["rows"].items() if name.startswith("singer"))
+    values = [row["top1"] for row in tops]
+    assert singer["digits top1"]["mean"] == pytest.approx(np.mean(values))
+    assert singer["digits top1"]["std"] == pytest.approx(np.std(values, ddof=1))
+    printed = capsys.readouterr().out
+    assert "+-" in printed and "fitnet" in printed
+    assert "<table>" in (tmp_path / "compare" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"), [(("a",), "at least two"), (("a", "nothing"), "no config.json")]
+)
+def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys, chosen, words):
+    config = compare()
+    config.runs = tuple(str(runs / name) for name in chosen)
+    assert main.run(config, tmp_path) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_installed_data_are_counted_and_shown(tmp_path, capsys):
+    official.ade20k(tmp_path / "data")
+    official.pet(tmp_path / "data")
+    config = check_data()
+    config.data.path = str(tmp_path / "data")
+    assert main.run(config, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "ade20k train: 4 images (the official split has 20,210)" in printed
+    assert "pet test: 3 images" in printed and "3 classes" in printed
+    assert "nyud: not installed" in printed
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "ade20k_train.png",
+        "ade20k_test.png",
+        "pet_train.png",
+        "pet_test.png",
+    }
