@@ -72,7 +72,10 @@
     return canvas.getContext("2d");
   };
 
-  const input = figure("input", data.size[0], data.size[1]);
+  // Small inputs are enlarged, so that the frame around the chosen patch stays thin.
+  const zoom = Math.ceil(224 / data.size[0]);
+  const [inputHeight, inputWidth] = data.size.map((side) => side * zoom);
+  const input = figure("input", inputHeight, inputWidth);
   const contexts = data.models.map((model) => figure(model.name, model.grid[0], model.grid[1]));
   const pictures = data.pixels.map((source) => {
     const picture = new Image();
@@ -98,14 +101,15 @@
 
     const picture = pictures[state.image];
     const show = () => {
-      input.drawImage(picture, 0, 0, data.size[1], data.size[0]);
+      input.imageSmoothingEnabled = false;
+      input.drawImage(picture, 0, 0, inputWidth, inputHeight);
       if (state.quantity !== "similarity") return;
       const [rows, columns] = data.models[0].grid;
       const patch = patchOf(data.models[0]);
-      const height = data.size[0] / rows;
-      const width = data.size[1] / columns;
+      const height = inputHeight / rows;
+      const width = inputWidth / columns;
       input.strokeStyle = "#ff2d55";
-      input.lineWidth = Math.max(1, data.size[0] / 112);
+      input.lineWidth = inputHeight / 75;
       input.strokeRect((patch % columns) * width, Math.floor(patch / columns) * height, width, height);
     };
     if (picture.complete) show(); else picture.addEventListener("load", show, { once: true });
