@@ -8,9 +8,9 @@ says what; 75 stopped on request and saved, the same command continues.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
@@ -29,70 +29,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept and continued.")
 
 
-def _distill(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.training.loop import distill
-
-    distill(config, workdir)
-
-
-def _evaluate(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.evaluation.job import evaluate
-
-    evaluate(config, workdir)
-
-
-def _quickstart(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.quickstart import quickstart
-
-    quickstart(config, workdir)
-
-
-def _export(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.export import export
-
-    export(config, workdir)
-
-
-def _nullspace(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.evaluation.null_spaces import analyse
-
-    analyse(config, workdir)
-
-
-def _report(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.report.job import report
-
-    report(config, workdir)
-
-
-def _compare(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.report.job import compare
-
-    compare(config, workdir)
-
-
-def _check_data(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.data.check import check_data
-
-    check_data(config, workdir)
-
-
-def _models(config: ConfigDict, workdir: Path) -> None:
-    from singer_jax.models.summary import print_models
-
-    print_models(config)
-
-
-JOBS: dict[str, Callable[[ConfigDict, Path], None]] = {
-    "distill": _distill,
-    "evaluate": _evaluate,
-    "quickstart": _quickstart,
-    "export": _export,
-    "nullspace": _nullspace,
-    "report": _report,
-    "compare": _compare,
-    "check_data": _check_data,
-    "models": _models,
+# Each is called with the configuration and the work directory.
+JOBS = {
+    "distill": "singer_jax.training.loop:distill",
+    "evaluate": "singer_jax.evaluation.job:evaluate",
+    "report": "singer_jax.report.job:report",
+    "compare": "singer_jax.report.job:compare",
+    "export": "singer_jax.export:export",
+    "nullspace": "singer_jax.evaluation.null_spaces:analyse",
+    "check_data": "singer_jax.data.check:check_data",
+    "models": "singer_jax.models.summary:print_models",
+    "quickstart": "singer_jax.quickstart:quickstart",
 }
 _WITHOUT_WORKDIR = ("models",)
 
@@ -105,7 +52,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         from singer_jax import parallel
 
         parallel.start()
-        JOBS[config.job](config, workdir)
+        module, function = JOBS[config.job].split(":")
+        getattr(importlib.import_module(module), function)(config, workdir)
     except (InputError, RunError, Stopped) as error:
         print(f"singer_jax: {error}", file=sys.stderr)
         statuses = {InputError: 2, RunError: 1, Stopped: 75}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from singer_jax.models.params import leaves
@@ -54,8 +55,8 @@ def models_table() -> str:
     )
 
 
-def print_models(config: Any) -> None:
-    """The job `models`."""
+def print_models(config: Any, workdir: Path) -> None:
+    """The job `models`; neither argument matters."""
     print(models_table())
 
 
