@@ -19,6 +19,7 @@ from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.telemetry import LOG
 
 PROGRAM_FILE = "features.stablehlo"
+_LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -44,6 +45,12 @@ def export(config: Any, workdir: Path) -> None:
         step=config.step,
         numerics=numerics,
     )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
+    if config.stablehlo and size > _LARGEST_PROGRAM:
+        raise InputError(
+            f"{size / 2**30:.1f} GiB of parameters do not fit into one StableHLO file (2 GiB); "
+            "set --config.stablehlo=False"
+        )
     folder = workdir / "student"
     try:
         export_timm(folder, backbone.network.spec, to_timm(backbone.params))

@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
             raise unknown("job", config.job, JOBS)
         from singer_jax import parallel
 
-        parallel.start()
+        parallel.start(config.get("precision"))
         module, function = JOBS[config.job].split(":")
         getattr(importlib.import_module(module), function)(config, workdir)
     except (InputError, RunError, Stopped) as error:

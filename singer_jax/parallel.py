@@ -27,9 +27,15 @@ SHARDING_RULES = (
 )
 
 
-def start() -> None:
-    """Joins the other hosts, and keeps compiled programs between runs."""
+def start(precision: str | None = None) -> None:
+    """Joins the other hosts, and keeps compiled programs between runs.
+
+    Args:
+      precision: of the run; `float32` means it: no TF32, no bfloat16 passes.
+    """
     _join_hosts()
+    if precision == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "singer_jax" / "xla"))

@@ -97,3 +97,10 @@ def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
     config.step = 3
     assert main.run(config, tmp_path / "three") == 2
     assert "holds checkpoints [2, 4], not 3" in capsys.readouterr().err
+
+
+def test_a_student_that_timm_could_not_be_told_is_refused(tmp_path, capsys):
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.student.overrides.norm_eps = 1e-3
+    assert main.run(config, tmp_path / "run") == 2
+    assert "norm_eps" in capsys.readouterr().err

@@ -185,3 +185,26 @@ def test_installed_data_are_counted_and_shown(tmp_path, capsys):
         "pet_train.png",
         "pet_test.png",
     }
+
+
+def test_runs_that_differ_in_more_than_the_seed_do_not_share_a_row(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "b", other)
+    content = json.loads((other / "config.json").read_text())
+    content["optimizer"]["learning_rate"] = 0.5
+    (other / "config.json").write_text(json.dumps(content))
+    config = compare()
+    config.runs = (str(runs / "a"), str(other))
+    assert main.run(config, tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert len(found) == 2 and any("optimizer.learning_rate=0.5" in name for name in found)
+    config.runs = (str(runs / "a"), str(runs / "a"))
+    assert main.run(config, tmp_path / "twice") == 2
+
+
+def test_a_run_of_other_devices_can_be_shown(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content["mesh"] = {"data": 64, "fsdp": 4}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    assert main.run(report(), tmp_path / "run") == 0

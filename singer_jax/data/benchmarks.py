@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.io.matlab import MatReadError
 
 from singer_jax.data.dense import ADE20K_CLASSES
 from singer_jax.data.sources import (
@@ -84,12 +85,20 @@ class NyuSource:
     num_classes = 0
 
     def __init__(self, root: Path, split: str) -> None:
+        import h5py
         import scipy.io
 
         _require(root, ["nyu_depth_v2_labeled.mat", "splits.mat"])
         self.path = root / "nyu_depth_v2_labeled.mat"
         key = {TRAIN: "trainNdxs", TEST: "testNdxs"}[split]
         self.frames = scipy.io.loadmat(root / "splits.mat")[key].ravel().astype(np.int64) - 1
+        with h5py.File(self.path, "r") as file:
+            stored = min(len(file["images"]), len(file["depths"]))
+        if self.frames.max(initial=0) >= stored:
+            raise InputError(
+                f"{self.path} holds {stored} frames, {root / 'splits.mat'} asks for "
+                f"frame {self.frames.max() + 1}"
+            )
         self._file: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,8 +138,21 @@ def _lines(path: Path) -> list[list[str]]:
 
 
 def _require_images(root: Path, files: Sequence[str]) -> None:
-    """The first and last listed file: a list without its images is the usual half-unpacked set."""
-    _require(root, sorted({files[0], files[-1]}) if files else [])
+    """Raises `InputError` unless every listed file is there."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in present:
+            path = root / folder
+            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
+        if name not in present[folder]:
+            missing.append(file)
+    if missing:
+        raise InputError(
+            f"{root} is not completely unpacked: missing {len(missing)} of {len(files)} listed "
+            f"files, the first {missing[0]}"
+        )
 
 
 def _imagenet(root: Path, split: str) -> Source:
@@ -187,12 +209,7 @@ def _ade20k(root: Path, split: str) -> Source:
     masks = [f"annotations/{part}/{Path(file).stem}.png" for file in files]
     if not files:
         raise InputError(f"{root} is not completely unpacked: no image in images/{part}")
-    lacking = [mask for mask in masks if not (root / mask).exists()]
-    if lacking:
-        raise InputError(
-            f"{root} is not completely unpacked: missing {len(lacking)} masks, the first "
-            f"{lacking[0]}"
-        )
+    _require_images(root, masks)
     return ListedSource(root, files, masks, ADE20K_CLASSES)
 
 
@@ -294,6 +311,11 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+def _of_tfds(folder: Path) -> bool:
+    """Whether TFDS prepared it: its folders of `imagenet2012` and others have the same names."""
+    return any(any(folder.glob(f"{depth}dataset_info.json")) for depth in ("*/", "*/*/"))
+
+
 def open_benchmark(name: str, root: str, split: str) -> Source:
     """A split of a data set of Table 1.
 
@@ -313,8 +335,13 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
         raise InputError(f"{name} has no training split")
     candidates = [Path(root).expanduser() / folder for folder in benchmark.folders] if root else []
     for folder in candidates:
-        if folder.is_dir():
-            source = benchmark.read(folder, split)
+        if folder.is_dir() and not _of_tfds(folder):  # not TFDS's own
+            try:
+                source = benchmark.read(folder, split)
+            except InputError:
+                raise
+            except (OSError, ValueError, KeyError, MatReadError) as error:
+                raise InputError(f"{folder} holds a damaged list or file: {error}") from error
             if not len(source):
                 raise InputError(f"{folder} holds no image of the {split} split")
             return source

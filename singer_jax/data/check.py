@@ -48,7 +48,7 @@ def check_data(config: Any, workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
-    found = 0
+    found, wrong = 0, []
     for name in names:
         benchmark = BENCHMARKS.get(name)
         for split in (TRAIN, TEST):
@@ -63,11 +63,16 @@ def check_data(config: Any, workdir: Path) -> None:
             except NotInstalled as error:
                 print(f"{name}: not installed: {error}")
                 break
+            except InputError as error:
+                wrong.append(f"{name} {split}: {error}")
+                continue
             found += 1
             label = Path(name).name
             sheet = workdir / f"{label}_{split}.png"
             contact_sheet(source, config.images).save(sheet)
             print(_line(label, split, source, sheet))
+    if wrong:
+        raise InputError("; ".join(wrong))
     if not found:
         raise InputError('data.path: no data set found (README, "Data")')
 

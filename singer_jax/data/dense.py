@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -73,6 +74,8 @@ class SegmentationTransform:
     train: bool
     jitter: ColorJitter = ColorJitter()
 
+    takes_label: ClassVar[bool] = True
+
     def __call__(
         self, image: Image.Image, label: bytes | Path, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,6 +122,8 @@ class DepthTransform:
     size: int
     train: bool
     jitter: ColorJitter = ColorJitter()
+
+    takes_label: ClassVar[bool] = True
 
     def __call__(
         self, image: Image.Image, label: np.ndarray, rng: np.random.Generator

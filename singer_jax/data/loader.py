@@ -38,8 +38,8 @@ class LoadExample:
 
     Attributes:
       source: of the records.
-      transform: from a Pillow image and a generator to uint8 pixels; for labels that are not
-        numbers from image, label and generator to pixels and label.
+      transform: from a Pillow image and a generator to uint8 pixels; with `takes_label` from
+        image, label and generator to pixels and label.
       strict: raise instead of replacing.
     """
 
@@ -54,10 +54,12 @@ class LoadExample:
             record = self.source[candidate]
             try:
                 image = open_image(record.image, self.source.exif)
-                if isinstance(record.label, int):
-                    pixels, label = self.transform(image, rng), np.int32(record.label)
-                else:  # a label for each pixel, which is cropped with the image
+                if getattr(self.transform, "takes_label", False):
+                    # A label for each pixel, which is cropped with the image.
                     pixels, label = self.transform(image, record.label, rng)
+                else:
+                    number = record.label if isinstance(record.label, int) else -1
+                    pixels, label = self.transform(image, rng), np.int32(number)
             except InputError as error:
                 raise InputError(f"{self.source.describe(candidate)}: {error}") from error
             except UNREADABLE as error:

@@ -106,6 +106,14 @@ class FolderSource:
         classes = [file.split(os.sep)[0] if os.sep in file else None for file in found]
         names = sorted(set(classes) - {None})
         labelled = None not in classes and len(names) > 1
+        train = Path(path).expanduser() / "train"
+        if labelled and self.root != train and train.is_dir():
+            # Both splits number the classes of the training split.
+            trained = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+            foreign = [name for name in names if name not in trained]
+            if foreign:
+                raise InputError(f"data.path: {self.root / foreign[0]} is no class of {train}")
+            names = trained
         self.num_classes = len(names) if labelled else 0
         index = {name: number for number, name in enumerate(names)}
         self.labels = np.array([index[name] if labelled else -1 for name in classes], np.int32)
@@ -206,6 +214,12 @@ class Subset:
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()} {hashlib.sha256(self.chosen.tobytes()).hexdigest()}"
+
+
+def evenly(source: Source, count: int) -> Subset:
+    """`count` records at even distances (all, if there are fewer): sources are sorted by class."""
+    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    return Subset(source, np.unique(chosen))
 
 
 SOURCES = ("digits", "folder", *TFDS_NAMES)

@@ -123,13 +123,18 @@ class Backbone:
         workers: int = 0,
         seed: int = 0,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Features and labels of every image of a split in order, each exactly once, in batches."""
+        """Features and labels of every image of a split in order, each exactly once, in batches.
+
+        Raises:
+          RunError: an image cannot be read.
+        """
         compute = functools.partial(_features, self.network, task, self.mesh)
         batches = eval_batches(
             source,
             transform,
             batch_size=_BATCH_PER_DEVICE * self.mesh.size,
             workers=workers,
+            strict=True,  # a replaced image would be scored as another
             seed=seed,
         )
         pending = None  # the device works on a batch while the one before is taken away
@@ -143,10 +148,16 @@ class Backbone:
         yield _select(*pending)
 
     def extract(
-        self, source: Source, task: Task, transform: Callable[..., Any], workers: int = 0
+        self,
+        source: Source,
+        task: Task,
+        transform: Callable[..., Any],
+        workers: int = 0,
+        seed: int = 0,
     ) -> Examples:
         """All of `batches` in memory."""
-        features, labels = zip(*self.batches(source, task, transform, workers), strict=True)
+        batches = self.batches(source, task, transform, workers, seed)
+        features, labels = zip(*batches, strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
 
 
@@ -208,7 +219,7 @@ def load_backbone(
 def _of_run(mesh: Mesh, run: Path, step: int | None, numerics: Numerics) -> Backbone:
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
-    with contextlib.closing(Checkpoints(run)) as checkpoints:
+    with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         finished = checkpoints.manager.all_steps()
         if not finished:
             raise InputError(f"run: {run} has no finished checkpoint yet")

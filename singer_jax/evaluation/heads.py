@@ -144,7 +144,7 @@ class Classification:
     ) -> Counts:
         logits = apply_head(head, features)
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        above = jnp.sum(logits > own, axis=1)  # ties count for the label
+        above = jnp.sum(~(logits <= own), axis=1)  # ties count for the label, NaN does not
         return {
             "images": jnp.sum(valid),
             "top1": jnp.sum(valid & (above < 1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,43 +67,64 @@ def evaluate(config: Any, workdir: Path) -> None:
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
 
-    identity = backbone.digest()
-    results: dict[str, dict[str, Any]] = {}
+    identity = {
+        "model": backbone.digest(),
+        "settings": _settings_digest(config),
+    }
+    finished = {
+        name: found
+        for name in (*table1.TASKS, *splits)
+        if (found := _finished(workdir / "tasks" / f"{name}.json", identity))
+    }
     for name, split in splits.items():
         benchmark = benchmarks[name]
-        if benchmark.kind == "transfer" and "imagenet" not in results:
-            skipped[name] = "needs the head of the task imagenet, which is not measured"
+        head = finished.get("imagenet", {}).get("key")
+        if benchmark.kind == "transfer" and not head:
+            reason = "needs the head of the task imagenet, which is not measured"
+            if config.tasks:
+                raise InputError(f"tasks: {name} {reason}; add imagenet")
+            skipped[name] = reason
             continue
-        measured = _with_statistics(backbone, benchmark, config.data.normalisation)
-        key = _key(config, benchmark, identity, split)
-        file = workdir / "tasks" / f"{name}.json"
-        found = _finished(file, key)
-        if found is None:
+        key = _key(benchmark, split, head)
+        if finished.get(name, {}).get("key") != key:
             LOG.info("== %s", name)
-            found = _measure(name, benchmark, measured, split, config, workdir)
-            _write(file, {"key": key, "metrics": found})
-        results[name] = found
-        LOG.info("%s: %s", name, _brief(found))
+            measured = _with_statistics(backbone, benchmark, config.data.normalisation)
+            metrics = _measure(name, benchmark, measured, split, config, workdir)
+            finished[name] = {**identity, "key": key, "metrics": metrics}
+            _write(workdir / "tasks" / f"{name}.json", finished[name])
+        LOG.info("%s: %s", name, _brief(finished[name]["metrics"]))
+        _summarise(config, workdir, backbone, finished, skipped)
+    rows, note = _summarise(config, workdir, backbone, finished, skipped)
+    if config.data.source == "table1":
+        print(table1.format_rows(rows))
+        print(note)
 
+
+def _summarise(
+    config: Any,
+    workdir: Path,
+    backbone: Backbone,
+    finished: dict[str, dict[str, Any]],
+    skipped: dict[str, str],
+) -> tuple[dict[str, Any], str]:
+    """Writes results.json of what is finished; returns the rows of the table and its note."""
+    results = {name: found["metrics"] for name, found in finished.items()}
     run = _config_of(config.run)
-    row = table1.row({k: v for k, v in results.items() if k in table1.TASKS})
+    rows: dict[str, Any] = {"measured here": table1.row(results)}
     content = {
         "model": backbone.network.spec.name,
         "run": {k: run[k] for k in ("seed", "method", "teacher", "student")} if run else None,
         "protocol": config.probe.protocol,
         "tasks": results,
-        "skipped": skipped,
-        "table1": row,
+        "skipped": {name: reason for name, reason in skipped.items() if name not in results},
+        "table1": rows["measured here"],
     }
-    if config.data.source == "table1":
-        rows: dict[str, Any] = {"measured here": row}
-        paper = table1.published(run, backbone.network.spec.name)
-        if paper:
-            rows[f"published: {paper[0]}"] = paper[1]
-            content["published"] = {"of": paper[0], "row": paper[1]}
-        print(table1.format_rows(rows))
-        print(table1.NOTE)
+    paper = table1.published(run, backbone.network.spec.name)
+    if paper:
+        rows[f"published: {paper[0]}"] = paper[1]
+        content["published"] = {"of": paper[0], "row": paper[1]}
     _write(workdir / "results.json", content)
+    return rows, table1.NOTE
 
 
 def _find_data(
@@ -111,26 +132,35 @@ def _find_data(
 ) -> tuple[dict[str, table1.Benchmark], dict[str, Split], dict[str, str]]:
     """The tasks, the data of those that have some, and why the others are skipped."""
     data = config.data
-    if data.source != "table1":
-        train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
-        if not train.num_classes:
-            raise InputError(f"data.source: {data.source} has no labels to probe")
-        name = Path(data.source).name
-        return {name: table1.Benchmark(data.source)}, {name: Split(train, test)}, {}
+    named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
     chosen = tuple(config.tasks) or tuple(table1.TASKS)
     for name in chosen:
         if name not in table1.TASKS:
             raise unknown("task", name, table1.TASKS)
+    if data.source in named and table1.TASKS[named[data.source]].kind != "classification":
+        chosen = (named[data.source],)
+    elif data.source != "table1":
+        train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
+        if not train.num_classes:
+            raise InputError(f"data.source: {data.source} has no labels to probe")
+        if train.num_classes != test.num_classes:
+            raise InputError(
+                f"data.source: {data.source} has {train.num_classes} classes to train and "
+                f"{test.num_classes} to test"
+            )
+        name = Path(data.source).name
+        return {name: table1.Benchmark(data.source)}, {name: Split(train, test)}, {}
     splits, skipped = {}, {}
-    for name in chosen:
-        benchmark = table1.TASKS[name]
+    for name, benchmark in table1.TASKS.items():  # imagenet before what needs its head
+        if name not in chosen:
+            continue
         try:
             test = open_benchmark(benchmark.data, data.path, TEST)
             transfer = benchmark.kind == "transfer"
             train = None if transfer else open_benchmark(benchmark.data, data.path, TRAIN)
             splits[name] = Split(train, test)
         except NotInstalled as error:
-            if config.tasks:
+            if name in config.tasks or data.source != "table1":
                 raise
             skipped[name] = str(error)
     if not splits:
@@ -162,7 +192,6 @@ def _measure(
     workdir: Path,
 ) -> dict[str, Any]:
     workers = worker_count(config.data.workers)
-    head_file = workdir / "tasks" / f"{name}.npz"
     if benchmark.kind == "transfer":
         head = dict(np.load(workdir / "tasks" / "imagenet.npz"))
         classes = head["bias"].shape[0]
@@ -185,7 +214,9 @@ def _measure(
         workers,
         workdir / "features" / name,
     )
-    np.savez(head_file, **result.head)
+    partial = workdir / "tasks" / f"{name}.partial.npz"
+    np.savez(partial, **result.head)
+    partial.replace(workdir / "tasks" / f"{name}.npz")
     return metrics
 
 
@@ -221,32 +252,51 @@ def probe_task(
     train: Examples | None = None
     if config.protocol == "fast":
         views = [centre] + [augment] * config.views
-        if store:
-            train = stored_examples(store, backbone, split.train, task, views, workers)
-        else:
-            train = extract(split.train)
+        of_views = (backbone, split.train, task, views, workers, seed)
+        train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
         trainer = FeatureTrainer(task, train, head_shape, config, seed)
     else:
         trainer = CropTrainer(task, backbone, split.train, augment, extract, config, seed, workers)
-    result = probe(trainer, test, config, seed)
-    metrics: dict[str, Any] = {
-        **result.last,
-        "learning_rate": result.learning_rate,
-        "held_out": {str(rate): value for rate, value in result.held_out.items()},
-        "best": result.best,
-        "best_epoch": result.best_epoch,
-        "test_images": test.images,
-    }
+    nearest = {}
     if kind == "classification":
-        bank = extract(split.train) if train is None else train
-        metrics["knn_top1"] = 100 * knn_top1(
+        bank = train or extract(split.train)
+        top1 = knn_top1(
             Examples(*bank.take(np.arange(bank.images))),
             test,
             classes=split.test.num_classes,
             k=config.knn_k,
             temperature=config.knn_temperature,
         )
+        nearest = {"knn_top1": 100 * top1}
+        del bank
+    result = probe(trainer, test, config, seed)
+    metrics: dict[str, Any] = {
+        **result.last,
+        **nearest,
+        "learning_rate": result.learning_rate,
+        "held_out": {str(rate): value for rate, value in result.held_out.items()},
+        "best": result.best,
+        "best_epoch": result.best_epoch,
+        "test_images": test.images,
+    }
     return result, metrics
+
+
+def _in_memory(
+    backbone: Backbone,
+    source: Source,
+    task: Task,
+    views: Sequence[Callable[..., Any]],
+    workers: int,
+    seed: int,
+) -> Examples:
+    """As `stored_examples`, in float32 and without files."""
+    extracted = [
+        backbone.extract(source, task, transform, workers, seed + view)
+        for view, transform in enumerate(views)
+    ]
+    features, labels = (np.concatenate([e[part] for e in extracted]) for part in (0, 1))
+    return Examples(features, labels, len(views))
 
 
 def task_of(
@@ -264,25 +314,35 @@ def task_of(
     return task, TrainTransform(size), EvalTransform(size)
 
 
-def _key(config: Any, benchmark: table1.Benchmark, identity: str, split: Split) -> str:
-    parts = {
-        "model": identity,
-        "task": repr(benchmark),
+def _settings_digest(config: Any) -> str:
+    settings = {
         "probe": config.probe.to_dict(),
         "seed": config.seed,
         "precision": config.precision,
         "normalisation": config.data.normalisation,
-        "data": [source.fingerprint() for source in split if source is not None],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(file: Path, key: str) -> dict[str, Any] | None:
+def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str:
+    """Of the task and its data; of a transfer also of the head that it takes."""
+    parts = [repr(benchmark), *(source.fingerprint() for source in split if source is not None)]
+    if benchmark.kind == "transfer":
+        parts.append(imagenet)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _finished(file: Path, identity: dict[str, str]) -> dict[str, Any] | None:
+    """A task that was measured with this model and these settings; its head is there too."""
     try:
         content = json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return content["metrics"] if content["key"] == key else None
+    known = table1.TASKS.get(file.stem)
+    headless = known is not None and known.kind == "transfer"
+    if not headless and not file.with_suffix(".npz").is_file():
+        return None
+    return content if all(content.get(k) == v for k, v in identity.items()) else None
 
 
 def _write(file: Path, content: Any) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from singer_jax.evaluation.backbone import Examples
 
-_CHUNK = 1024  # queries whose similarities to the whole bank are in memory at once
+_CHUNK = 2**28  # similarities in memory at once
 
 
 def knn_top1(
@@ -34,8 +34,9 @@ def knn_top1(
     """
     k = min(k, len(bank.labels))
     values, correct = _unit(jnp.asarray(bank.features)), 0
-    for start in range(0, len(queries.labels), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    step = max(1, _CHUNK // len(bank.labels))
+    for start in range(0, len(queries.labels), step):
+        chunk = slice(start, start + step)
         query = _unit(jnp.asarray(queries.features[chunk]))
         predicted = _predict(values, jnp.asarray(bank.labels), query, classes, k, temperature)
         correct += int(jnp.sum(predicted == queries.labels[chunk]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches, worker_count
-from singer_jax.data.sources import TRAIN, Subset, make_source
+from singer_jax.data.sources import TRAIN, evenly, make_source
 from singer_jax.errors import InputError, unknown
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
@@ -43,8 +44,15 @@ def analyse(config: Any, workdir: Path) -> None:
     if not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     layers = teacher_layers(config, DEPTHS, spec.arch)
+    for rule, threshold in thresholds:
+        nullspace.check_threshold(rule, threshold, spec.arch.embed_dim)
+    for key in ("images", "rank"):
+        if config[key] < 1:
+            raise InputError(f"{key}: {config[key]}; give at least 1")
+    if not 0 < config.quantile < 1:
+        raise InputError(f"quantile: {config.quantile} is not between 0 and 1")
     images = make_source(config.data.source, config.data.path, TRAIN)
-    few = Subset(images, np.arange(min(config.images, len(images))))
+    few = evenly(images, config.images)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,7 +68,7 @@ def analyse(config: Any, workdir: Path) -> None:
     )
     network = Network(spec, graph)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Any, images: jax.Array) -> dict[int, jax.Array]:
         features = network.merge(params).features(network.prepare(images), max(layers) + 1)
         prefix = spec.arch.num_prefix_tokens
@@ -75,8 +83,8 @@ def analyse(config: Any, workdir: Path) -> None:
     )
     with contextlib.closing(batches):
         for batch in batches:
-            put = parallel.put_batch({"image": batch["image"]}, parallel.batch_sharding(mesh))
-            for layer, value in patches_of(params, put["image"]).items():
+            put = parallel.put(batch["image"], parallel.batch_sharding(mesh))
+            for layer, value in patches_of(params, put).items():
                 patches[layer].append(np.asarray(value)[batch["valid"]])
 
     rows: list[dict[str, Any]] = []
@@ -90,7 +98,8 @@ def analyse(config: Any, workdir: Path) -> None:
             space = jax.jit(
                 lambda params, layer=layer, source=source: nullspace.decompose(
                     nullspace.linear_map(network.merge(params), layer, source)
-                )
+                ),
+                out_shardings=parallel.replicated(mesh),
             )(params)
             curves[layer][source] = np.asarray(space.values)
             for rule, threshold in thresholds:
@@ -117,6 +126,8 @@ def analyse(config: Any, workdir: Path) -> None:
                         for use, q in filters.items()
                     }
                 )
+    if jax.process_index() > 0:
+        return
     print(_table(rows))
     spectra = {
         layer: {source: values.tolist() for source, values in of_layer.items()}

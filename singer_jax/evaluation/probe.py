@@ -311,6 +311,11 @@ class CropTrainer(_Trainer):
         workers: int = 0,
     ) -> None:
         super().__init__(task, len(source), task.head_shape(backbone.arch), config, seed)
+        if config.batch_size % backbone.mesh.size:
+            raise InputError(
+                f"probe.batch_size: {config.batch_size} is not divisible by "
+                f"{backbone.mesh.size} devices; set mesh.data"
+            )
         self.backbone, self.source, self.transform = backbone, source, transform
         self.centre_of, self.workers = centre_of, workers
 
@@ -334,6 +339,7 @@ class CropTrainer(_Trainer):
             batch_size=self.config.batch_size,
             seed=self.seed,
             workers=self.workers,
+            strict=True,
         )
         with contextlib.closing(batches):
             for number in range(self.config.epochs * steps):

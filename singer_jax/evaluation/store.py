@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from singer_jax.data.sources import Source
+from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Task
 from singer_jax.telemetry import LOG
@@ -27,6 +28,7 @@ def stored_examples(
     task: Task,
     transforms: Sequence[Callable[..., Any]],
     workers: int = 0,
+    seed: int = 0,
 ) -> Examples:
     """Features of all images, one view a transform; extracted now or read back.
 
@@ -36,12 +38,13 @@ def stored_examples(
       backbone, source, task: what is extracted.
       transforms: of each view; a random one draws other numbers in each view.
       workers: of the loader.
+      seed: of random transforms.
 
     Returns:
       memory-mapped float16 features and their labels.
     """
     meta = folder / "meta.json"
-    parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms))
+    parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms), seed)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     if not _intact(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +53,8 @@ def stored_examples(
         arrays: list[np.memmap] = []
         rows, row = len(source) * len(transforms), 0
         for view, transform in enumerate(transforms):
-            for batch in backbone.batches(source, task, transform, workers, seed=view):
-                halves = (batch[0].astype(np.float16), batch[1])
+            for batch in backbone.batches(source, task, transform, workers, seed + view):
+                halves = (_halved(batch[0], folder), batch[1])
                 if not arrays:
                     arrays = [
                         np.lib.format.open_memmap(
@@ -68,6 +71,18 @@ def stored_examples(
         meta.write_text(json.dumps({"key": key, "checksums": checksums}) + "\n")
     features, labels = (np.load(folder / name, mmap_mode="r") for name in _FILES)
     return Examples(features, labels, len(transforms))
+
+
+def _halved(features: np.ndarray, folder: Path) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        halves = features.astype(np.float16)
+    if not np.isfinite(halves).all():
+        largest = np.abs(features).max()
+        raise RunError(
+            f"{folder}: features up to {largest:g} do not fit into float16; take "
+            "probe.protocol=paper"
+        )
+    return halves
 
 
 def _intact(folder: Path, key: str) -> bool:

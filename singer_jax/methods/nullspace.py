@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
+from singer_jax.errors import InputError
 from singer_jax.models.vit import VisionTransformer
 
 SOURCES = ("mlp", "mlp_norm", "block")
@@ -82,6 +83,17 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
         above = jnp.concatenate([2 * space.values[:1], space.values])
         return above[len(space.values) - int(threshold)]
     return jnp.asarray(threshold, jnp.float32)
+
+
+def check_threshold(rule: str, threshold: float, dim: int) -> None:
+    """Raises `InputError` where a threshold is outside the range of its rule."""
+    limit = {"quantile": 1, "relative": 1, "rank": dim}.get(rule)
+    if threshold < 0 or (limit is not None and threshold > limit):
+        upper = "" if limit is None else f"..{limit}"
+        raise InputError(
+            f"method.nullspace.threshold: {threshold} is not in 0{upper}, the range of the rule "
+            f"{rule}"
+        )
 
 
 def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:

@@ -243,6 +243,13 @@ class Singer(Method):
         for when, values in (("teacher", norms), ("refined", jax.lax.stop_gradient(refined_norms))):
             metrics[f"{when}_norm_median"] = jnp.median(values)
             metrics[f"{when}_norm_p99"] = jnp.quantile(values, 0.99)
+        if patches.dtype != jnp.float32:
+            # What the student's dtype adds to the update D, which itself stays in the null space.
+            update = refiner.update(patches)
+            refined = patches.astype(jnp.float32) + update
+            rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
+            size = jnp.linalg.norm(update)
+            metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
         if refiner.projected:
             outliers: Bool[Array, "batch patches"] = norms > outlier_threshold(norms, self.quantile)
             metrics["outlier_energy_share"] = nullspace.energy_share(
@@ -267,10 +274,4 @@ def check(teacher: Architecture, config: Any) -> None:
         raise InputError(f"method.rank: {config.rank} is not in 1..{teacher.embed_dim}")
     if not 0 < config.quantile < 1:
         raise InputError(f"method.quantile: {config.quantile} is not between 0 and 1")
-    limit = {"quantile": 1, "relative": 1, "rank": teacher.embed_dim}.get(settings.rule)
-    if settings.threshold < 0 or (limit is not None and settings.threshold > limit):
-        upper = "" if limit is None else f"..{limit}"
-        raise InputError(
-            f"method.nullspace.threshold: {settings.threshold} is not in 0{upper}, the range of "
-            f"the rule {settings.rule}"
-        )
+    nullspace.check_threshold(settings.rule, settings.threshold, teacher.embed_dim)

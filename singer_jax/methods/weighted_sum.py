@@ -10,7 +10,10 @@ from singer_jax.methods.base import Batch, Forward, Method, Scalars
 
 
 class WeightedSum(Method):
-    """Methods by name with their weights; terms and metrics are named `<method>_<term>`."""
+    """Methods by name with their weights; terms and metrics are named `<method>_<term>`.
+
+    Methods may read the same student block: each has adapters of its own.
+    """
 
     def __init__(self, methods: Mapping[str, Method], weights: Mapping[str, float]) -> None:
         self.methods = nnx.Dict(methods)

@@ -182,14 +182,16 @@ class Attention(nnx.Module):
 
 @jax.checkpoint
 def _gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Exact GELU, x Phi(x); keeps only x for the backward pass."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+    """Exact GELU, x Phi(x), in float32 (1 + erf cancels); keeps only x for the backward pass."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 @jax.checkpoint
 def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """x sigmoid(1.702 x), as CLIP was trained."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    """x sigmoid(1.702 x), as CLIP was trained, in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": _gelu, "quick_gelu": _quick_gelu}

@@ -81,6 +81,10 @@ class Architecture:
     eva: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "embed_dim", "depth", "num_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r} is not a positive number")
         if any(side <= 0 or side % self.patch_size for side in self.img_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"

@@ -126,6 +126,8 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
                 )
                 for key in file.keys()  # noqa: SIM118 - safe_open is not a mapping
             }
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} holds tensors of a kind that is not read: {error}") from error
     except SafetensorError as error:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}); download or export it again"

@@ -36,6 +36,8 @@ from singer_jax.models.zoo import MODELS, ModelSpec, lookup
 # Fields of `Architecture` that timm's class Eva calls otherwise.
 _EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
 
+_UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
+
 
 def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
@@ -184,13 +186,25 @@ def resample_pos_embed(
 
 
 def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
-    """timm's `config.json` for a model: the timm model it derives from and what differs."""
+    """timm's `config.json` for a model: the timm model it derives from and what differs.
+
+    Raises:
+      InputError: a difference that timm's model could not be told.
+    """
     base = MODELS[spec.timm_name].arch
-    changed = {
+    for name in _UNKNOWN_TO_TIMM:
+        if getattr(spec.arch, name) != getattr(base, name):
+            raise InputError(
+                f"overrides: {name} of {spec.name} cannot be changed, timm's model has no such "
+                "argument and could not load it"
+            )
+    changed: dict[str, Any] = {
         _EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
         for name in (field.name for field in dataclasses.fields(Architecture))
         if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
     }
+    if "global_pool" in changed and not spec.arch.eva:
+        changed["fc_norm"] = False  # the norm stays before the pooling
     return {
         "architecture": spec.timm_name,
         "num_classes": spec.arch.num_classes,
@@ -209,7 +223,9 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
     ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
     arguments = {
-        ours.get(name, name): value for name, value in config.get("model_args", {}).items()
+        ours.get(name, name): value
+        for name, value in config.get("model_args", {}).items()
+        if name != "fc_norm"
     }
     arguments["num_classes"] = config.get("num_classes", 0)
     stated = config.get("pretrained_cfg", {})

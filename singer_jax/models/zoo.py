@@ -179,5 +179,5 @@ def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
         overrides["img_size"] = (overrides["img_size"],) * 2
     try:
         return dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **overrides))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be built: {error}") from error

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
-from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
+from singer_jax.data.sources import TEST, TRAIN, Source, evenly, make_source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_tokens
@@ -94,8 +94,12 @@ def restore(run: Path, config: Any) -> tuple[Setup, TrainState, Params | None, i
       InputError: no finished checkpoint.
     """
     source = make_source(config.data.source, config.data.path, TRAIN)
+    # On the devices that are here, not those of the training.
+    config = config.copy_and_resolve_references()
+    config.mesh.data, config.mesh.fsdp = None, 1
+    config.batch_size = jax.device_count() * config.accumulation
     prepared = setup(config, len(source), source.num_classes)
-    with contextlib.closing(Checkpoints(run)) as checkpoints:
+    with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"run: {run} has no finished checkpoint yet")
@@ -133,11 +137,9 @@ def collect(
         raise InputError(f"run: {run} has no teacher to compare with ({config.method.name})")
     train = make_source(config.data.source, config.data.path, TRAIN)
     source = _test_or_train(config, train)
-    few = Subset(source, np.linspace(0, len(source) - 1, min(shown, len(source))).astype(int))
-    fitted = Subset(train, np.arange(min(_FITTED, len(train))))
+    few, fitted = evenly(source, shown), evenly(train, _FITTED)
 
     arch = network.spec.arch
-    teacher = network.merge(teacher_params)
     method = nnx.merge(
         prepared.distillation.method, state.params["method"], state.constants["method"]
     )
@@ -146,8 +148,8 @@ def collect(
     layers = singer.teacher_layers if singer else ()
 
     @jax.jit
-    def patches_of(images: jax.Array) -> dict[str, dict[int, jax.Array]]:
-        features = teacher.features(network.prepare(images))
+    def patches_of(params: Params, images: jax.Array) -> dict[str, dict[int, jax.Array]]:
+        features = network.merge(params).features(network.prepare(images))
         prefix = arch.num_prefix_tokens
         found = {"teacher": {layer: features[layer] for layer in {*layers, last}}}
         if singer:
@@ -164,7 +166,7 @@ def collect(
             for batch in batches:
                 put = parallel.put_batch({"image": batch["image"]}, parallel.batch_sharding(mesh))
                 valid = batch["valid"]
-                of_batch = jax.device_get(patches_of(put["image"]))
+                of_batch = jax.device_get(patches_of(teacher_params, put["image"]))
                 parts.append(jax.tree.map(lambda x, valid=valid: x[valid], of_batch))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

@@ -61,16 +61,14 @@ def results_of(run: Path, settings: Any) -> tuple[dict[str, dict[str, float | No
     note = ""
     if file.is_file():
         content = json.loads(file.read_text())
-        measured = content["table1"]
-        if any(value is not None for value in measured.values()):
-            rows["measured here"] = measured
-        else:
-            rows["measured here"] = {
-                f"{task} {metric}": metrics[metric]
-                for task, metrics in content["tasks"].items()
-                for metric in ("top1", "knn_top1", "miou", "rmse")
-                if metric in metrics
-            }
+        measured = {k: v for k, v in content["table1"].items() if v is not None}
+        measured |= {
+            f"{task} {metric}": metrics[metric]
+            for task, metrics in content["tasks"].items()
+            for metric in ("top1", "knn_top1", "miou", "rmse")
+            if metric in metrics
+        }
+        rows["measured here"] = measured
     paper = table1.published(settings.to_dict(), "")
     if paper:
         rows[f"published: {paper[0]}"] = paper[1]
@@ -92,22 +90,32 @@ def compare(config: Any, workdir: Path) -> None:
     """
     if len(config.runs) < 2:
         raise InputError("runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\"")
-    groups: dict[str, list[dict[str, float]]] = {}
-    seeds: dict[str, list[int]] = {}
-    curves: dict[str, list[dict[str, float]]] = {}
-    for folder in map(Path, config.runs):
-        settings = read_config(folder.expanduser())
-        rows, _ = results_of(folder.expanduser(), settings)
+    described: list[dict[str, Any]] = []
+    for folder in (Path(run).expanduser() for run in config.runs):
+        settings = read_config(folder)
+        rows, _ = results_of(folder, settings)
         if "measured here" not in rows:
             raise InputError(
                 f"runs: {folder} is not evaluated; run the job evaluate with "
                 f"--workdir={folder}/evaluation"
             )
-        name = _describe(settings)
-        groups.setdefault(name, []).append(rows["measured here"])
-        seeds.setdefault(name, []).append(settings.seed)
-        curves.setdefault(name, read_metrics(folder.expanduser()))
-    table = {name: _over_seeds(rows) for name, rows in groups.items()}
+        flat = flatten(settings.to_dict()) | {"probe": _protocol(folder)}
+        described.append(
+            {
+                "kind": {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_METHOD)},
+                "seed": settings.seed,
+                "row": rows["measured here"],
+                "curve": read_metrics(folder),
+            }
+        )
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry, name in zip(described, _names([e["kind"] for e in described]), strict=True):
+        if entry["seed"] in (other["seed"] for other in groups.get(name, [])):
+            raise InputError(f"runs: {name} is given twice with seed {entry['seed']}")
+        groups.setdefault(name, []).append(entry)
+    table = {name: _over_seeds([e["row"] for e in of]) for name, of in groups.items()}
+    seeds = {name: [e["seed"] for e in of] for name, of in groups.items()}
+    curves = {name: of[0]["curve"] for name, of in groups.items()}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         content = {"seeds": seeds, "rows": table}
@@ -119,17 +127,33 @@ def compare(config: Any, workdir: Path) -> None:
     print(format_text(text))
 
 
-def _describe(settings: Any) -> str:
-    """What runs of different seeds have in common."""
-    flat = flatten(settings.to_dict())
-    base = flatten(default().to_dict())
-    name = f"{settings.method.name} {settings.teacher.model} -> {settings.student.model}"
-    own = [
-        f"{key.removeprefix('method.')}={value}"
-        for key, value in flat.items()
-        if key.startswith("method.") and key != "method.name" and value != base.get(key)
-    ]
-    return f"{name} ({', '.join(own)})" if own else name
+# Keys in which two runs of a method may differ.
+_NOT_THE_METHOD = (
+    "seed",
+    "data.path",
+    "data.workers",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "evals.",
+)
+
+
+def _names(kinds: list[dict[str, Any]]) -> list[str]:
+    """A name for each run: method, models, and the keys in which not all runs agree."""
+    shown = ("method.name", "teacher.model", "student.model")
+    keys = sorted(set().union(*kinds) - set(shown))
+    differing = [key for key in keys if len({repr(kind.get(key)) for kind in kinds}) > 1]
+    names = []
+    for kind in kinds:
+        method, teacher, student = (kind[key] for key in shown)
+        own = ", ".join(f"{key}={kind.get(key)}" for key in differing)
+        names.append(f"{method} {teacher} -> {student}" + (f" ({own})" if own else ""))
+    return names
+
+
+def _protocol(run: Path) -> str:
+    return json.loads((run / "evaluation" / "results.json").read_text())["protocol"]
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -48,12 +48,16 @@ class Checkpoints:
     Args:
       folder: of the work directory; `checkpoints/` below it is made.
       keep: how many of the latest ones stay; None: all.
+      read_only: nothing is made or removed, so that a run in progress can be read.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+    def __init__(self, folder: Path, keep: int | None = None, *, read_only: bool = False) -> None:
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
         self.manager = ocp.CheckpointManager(
             (folder / "checkpoints").absolute(),
             options=options,

@@ -11,7 +11,7 @@ import numpy as np
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches, worker_count
-from singer_jax.data.sources import TEST, Source, Subset, make_source
+from singer_jax.data.sources import TEST, Source, evenly, make_source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone
 from singer_jax.evaluation.knn import knn_top1
@@ -41,10 +41,7 @@ class Evaluator:
                 "set evals.every=0 or add a test split"
             ) from error
         self.run, self.workers = run, worker_count(config.data.workers)
-        self.test, self.bank = (
-            Subset(source, np.arange(min(config.evals.images, len(source))))
-            for source in (test, train)
-        )
+        self.test, self.bank = (evenly(source, config.evals.images) for source in (test, train))
         devices = run.mesh.size
         self.batch_size = min(config.batch_size, len(self.test) // devices * devices)
         if not self.batch_size:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -29,6 +30,8 @@ from singer_jax.training.checkpoints import Checkpoints
 from singer_jax.training.evals import Evaluator
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import TrainState, jit_step
+
+_ASK_EVERY = 10  # steps between two questions of several processes whether to stop
 
 
 def distill(config: Any, workdir: Path) -> None:
@@ -214,10 +217,16 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _agreed(stop: list[int], step: int) -> bool:
-    """Whether to stop after this step; the same answer in every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
-    return bool(stop)
+    """Whether to stop after this step; the same answer in every process.
+
+    Several processes ask each other now and then: a signal may have reached only one of them, and
+    asking waits for the device.
+    """
+    if jax.process_count() == 1:
+        return bool(stop)
+    if step % _ASK_EVERY:
+        return False
+    return bool(multihost_utils.process_allgather(np.array(bool(stop))).any())
 
 
 def _export_student(folder: Path, run: Setup, state: TrainState) -> None:

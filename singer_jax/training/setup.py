@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -73,14 +74,17 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
     Raises:
       InputError: anything in the configuration that cannot work; before any long work.
     """
+    for key in ("batch_size", "accumulation", "checkpoint.every", "checkpoint.keep", "log.every"):
+        value = functools.reduce(lambda part, name: part[name], key.split("."), config)
+        if value < 1:
+            raise InputError(f"{key}: {value}; give at least 1")
     needs = methods.needs(config.method)
     if needs.labels and not num_classes:
         raise InputError(
-            f"method.name: {config.method.name} needs labels, but the images have none; put them "
-            "into one folder a class"
+            "the method needs labels, but the images have none; put them into one folder a class"
         )
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if config.batch_size < 1 or config.batch_size % (mesh.size * config.accumulation):
+    if config.batch_size % (mesh.size * config.accumulation):
         raise InputError(
             f"batch_size: {config.batch_size} is not divisible by {mesh.size} devices x "
             f"{config.accumulation} micro-batches"
@@ -203,6 +207,12 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
     spec = zoo.lookup(name, overrides)
     if weights:
         spec = spec_of_weights(spec, weights)
+        classes = dict(model.overrides).get("num_classes", spec.arch.num_classes)
+        if classes != spec.arch.num_classes:
+            raise InputError(
+                f"{role}.overrides: num_classes {classes}, but the head in {weights} has "
+                f"{spec.arch.num_classes}"
+            )
         check_weights(spec, weights)
     if config.data.normalisation not in NORMALISATIONS:
         raise unknown("data.normalisation", config.data.normalisation, NORMALISATIONS)

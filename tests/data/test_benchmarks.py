@@ -11,7 +11,7 @@ from PIL import Image
 
 from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
 from singer_jax.data.dense import ColorJitter, DepthTransform, SegmentationTransform
-from singer_jax.data.images import open_image
+from singer_jax.data.images import TrainTransform, open_image
 from singer_jax.data.loader import eval_batches, train_batches
 from singer_jax.data.sources import TEST, TRAIN, TfdsSource
 from singer_jax.errors import InputError
@@ -202,3 +202,35 @@ def test_masks_of_a_tfds_set_are_read(tmp_path):
     )
     assert pixels.shape == (8, 8, 3)
     assert np.unique(labels).size == 1 and labels[0, 0] in (-1, 0)
+
+
+def test_a_tfds_folder_of_the_same_name_is_not_an_official_one(tmp_path):
+    prepared = tmp_path / "imagenet2012" / "5.1.0"
+    prepared.mkdir(parents=True)
+    (prepared / "dataset_info.json").write_text("{}")
+    with pytest.raises(NotInstalled, match="imagenet2012"):  # asked of TFDS, which finds no data
+        open_benchmark("imagenet2012", str(tmp_path), TEST)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "nyu_depth_v2/nyu_depth_v2_labeled.mat",
+        "nyu_depth_v2/splits.mat",
+        "inaturalist2019/val2019.json",
+        "flowers-102/setid.mat",
+    ],
+)
+def test_a_damaged_list_is_named(root, tmp_path, file):
+    shutil.copytree(root, tmp_path / "data")
+    damaged = tmp_path / "data" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    name = {"nyu_depth_v2": "nyud", "inaturalist2019": "inat19", "flowers-102": "flowers"}
+    with pytest.raises(InputError, match="damaged"):
+        open_benchmark(name[file.split("/")[0]], str(tmp_path / "data"), TEST)
+
+
+def test_images_with_masks_can_be_distilled_on(root):
+    source = open_benchmark("ade20k", root, TRAIN)
+    batch = next(train_batches(source, TrainTransform(8), batch_size=2, seed=0))
+    assert batch["image"].shape == (2, 8, 8, 3) and list(batch["label"]) == [-1, -1]

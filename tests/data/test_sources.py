@@ -9,7 +9,15 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, make_source
+from singer_jax.data.sources import (
+    TEST,
+    TRAIN,
+    DigitsSource,
+    FolderSource,
+    Subset,
+    evenly,
+    make_source,
+)
 from singer_jax.errors import InputError
 from tests.tiny import write_images
 
@@ -131,3 +139,22 @@ def test_tfds_is_read_without_tensorflow(tmp_path: Path):
     assert record.label == (image.size[0] - 12) % 3
     assert "validation" in test.describe(0)
     assert "tensorflow" not in sys.modules
+
+
+def test_the_test_split_numbers_the_classes_of_the_training_split(tmp_path):
+    for folder in ("train/a", "train/b", "train/c", "val/a", "val/c"):
+        write_images(tmp_path / folder, 2)
+    train, test = (make_source("folder", str(tmp_path), split) for split in (TRAIN, TEST))
+    assert [test[i].label for i in range(4)] == [0, 0, 2, 2]
+    assert train.num_classes == test.num_classes == 3
+    write_images(tmp_path / "val" / "d", 1)
+    with pytest.raises(InputError, match="d is no class of"):
+        make_source("folder", str(tmp_path), TEST)
+
+
+def test_evenly_chosen_records_cover_all_classes(tmp_path):
+    for name in "abcd":
+        write_images(tmp_path / name, 5)
+    few = evenly(FolderSource(str(tmp_path), TRAIN), 8)
+    assert len(few) == 8 and {few[i].label for i in range(8)} == {0, 1, 2, 3}
+    assert len(evenly(few, 100)) == 8

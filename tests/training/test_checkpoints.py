@@ -138,3 +138,11 @@ def test_the_checksum_does_not_depend_on_the_mesh():
     sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
     assert jax.jit(checksum)(sharded) == checksum(jax.numpy.asarray(values))
     assert checksum(jax.numpy.asarray(values[::-1])) != checksum(jax.numpy.asarray(values))
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
+    half_written = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    half_written.mkdir(parents=True)
+    with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as checkpoints:
+        assert checkpoints.latest_step() is None
+    assert half_written.is_dir()
