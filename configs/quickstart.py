@@ -34,7 +34,7 @@ def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDic
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_epochs = 4
     config.checkpoint.every = 500
-    config.evals.every = 230
+    config.evals.every = 460
     return config
 
 

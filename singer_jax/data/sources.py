@@ -160,23 +160,22 @@ class TfdsSource:
         options: dict[str, Any] = {"data_dir": path} if path else {}
         try:
             builder = tfds.builder(name, file_format="array_record", **options)
-        except tfds.core.registered.DatasetNotFoundError as error:
-            raise unknown("data.source", name, SOURCES) from error
-        splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
-        split = next((name for name in splits if name in builder.info.splits), splits[0])
-        self.name = f"{name}/{split}"
-        self.dense = "annotation" in builder.info.features
-        encoded = ("image", "annotation") if self.dense else ("image",)
-        try:
+            splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
+            split = next((name for name in splits if name in builder.info.splits), splits[0])
+            self.dense = "annotation" in builder.info.features
+            encoded = ("image", "annotation") if self.dense else ("image",)
             self.records = builder.as_data_source(
                 split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
             )
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise unknown("data.source", name, SOURCES) from error
         except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
-                f"{builder.data_dir}; run: tfds build {name} --file_format=array_record "
-                "(set data.path to the TFDS data directory)"
+                f"{path or 'the TFDS data directory'}; run: tfds build {name} "
+                "--file_format=array_record (set data.path to the TFDS data directory)"
             ) from error
+        self.name = f"{name}/{split}"
         # scene_parse150 is the only one with masks.
         self.num_classes = 150 if self.dense else builder.info.features["label"].num_classes
         self._fingerprint = f"{builder.info.full_name}/{split}/{len(self.records)}"

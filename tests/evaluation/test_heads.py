@@ -153,7 +153,7 @@ def test_top_k_are_those_of_scikit_learn(classes, images, seed):
 
 
 def test_a_head_that_is_not_a_number_is_never_right():
-    task, labels, valid = Classification(4), np.array([0, 1, 2]), np.ones(3, bool)
-    head = {"kernel": np.full((DIM, 4), np.nan, np.float32), "bias": np.zeros(4, np.float32)}
+    task, labels, valid = Classification(8), np.array([0, 1, 2]), np.ones(3, bool)
+    head = {"kernel": np.full((DIM, 8), np.nan, np.float32), "bias": np.zeros(8, np.float32)}
     counts = jax.device_get(task.count(head, np.ones((3, DIM), np.float32), labels, valid))
     assert task.metrics(counts)["top1"] == task.metrics(counts)["top5"] == 0
