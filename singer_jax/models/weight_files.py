@@ -78,6 +78,9 @@ def _download(repo: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    # Without network it warns a dozen times; the error below says it once.
+    huggingface_hub.utils.logging.set_verbosity_error()
+
     for name in (WEIGHTS_FILE, TORCH_FILE):
         cached = huggingface_hub.try_to_load_from_cache(repo, name)
         if isinstance(cached, str):
