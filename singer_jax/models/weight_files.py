@@ -77,9 +77,10 @@ def find_weights(weights: str) -> Path:
 def _download(repo: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
     # Without network it warns a dozen times; the error below says it once.
-    huggingface_hub.utils.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
 
     for name in (WEIGHTS_FILE, TORCH_FILE):
         cached = huggingface_hub.try_to_load_from_cache(repo, name)
