@@ -141,7 +141,7 @@ def compiler_options() -> dict[str, str] | None:
 
     On the CPU XLA drops optimization barriers before it fuses, and then recomputes the residual
     stream in each of its consumers; and its YNN library multiplies the narrow matrices of small
-    models at half the speed of Eigen (benchmarks/RESULTS.md has both measurements).
+    models more slowly than Eigen (benchmarks/choices.py measures both).
     """
     if jax.default_backend() == "cpu":
         return {

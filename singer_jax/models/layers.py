@@ -123,8 +123,8 @@ def attend(
 ) -> Float[Array, "batch heads queries head_dim"]:
     """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
 
-    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`, and
-    twice as fast on the CPU (benchmarks/RESULTS.md).
+    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`
+    (benchmarks/choices.py measures what it is worth).
     """
     query = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)

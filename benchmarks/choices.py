@@ -1,0 +1,88 @@
+"""What our own attention and the compiler options of `parallel.compiler_options` are worth here.
+
+  python -m benchmarks.choices --model vit_small_patch16_224 --batch 16
+
+Forward and backward pass of a model through all blocks, jitted once for each choice and then timed
+in turn: as it is; with `jax.nn.dot_product_attention`; with either compiler option left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.results import report
+from singer_jax import parallel
+from singer_jax.models import layers
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.models.zoo import lookup
+
+
+def library_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`layers.attend` by the library."""
+    swapped = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*swapped).swapaxes(1, 2)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Times every choice."""
+    model = VisionTransformer(lookup(arguments.model).arch, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    images = np.random.default_rng(0).standard_normal((arguments.batch, 224, 224, 3))
+    images = jnp.asarray(images, jnp.float32)
+
+    def compiled(options: dict[str, str] | None, attend: Callable = layers.attend) -> Any:
+        def loss(params: Any, images: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.square(nnx.merge(graph, params).features(images)[-1]))
+
+        with mock.patch.object(layers, "attend", attend):
+            step = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+            return step.lower(params, images).compile()
+
+    options = parallel.compiler_options() or {}
+    choices = {"as it is": compiled(options)}
+    choices["jax.nn.dot_product_attention"] = compiled(options, library_attention)
+    for left_out in options:
+        others = {name: value for name, value in options.items() if name != left_out}
+        choices[f"without {left_out}"] = compiled(others or None)
+    times: dict[str, list[float]] = {name: [] for name in choices}
+    for number in range(1 + arguments.rounds):
+        for name, step in choices.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, images))
+            if number:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = [
+        {
+            "choice": name,
+            "median s": f"{median:.3f}",
+            "min..max": f"{min(times[name]):.3f}..{max(times[name]):.3f}",
+            "ratio": f"{median / medians['as it is']:.2f}",
+        }
+        for name, median in medians.items()
+    ]
+    report(
+        f"Forward and backward of {arguments.model}, batch {arguments.batch}, float32",
+        f"python -m benchmarks.choices --model {arguments.model} --batch {arguments.batch}",
+        rows,
+        jax.devices()[0].device_kind,
+        ("jax", "flax"),
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    main(parser.parse_args())
