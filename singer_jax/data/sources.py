@@ -12,7 +12,6 @@ import numpy as np
 from singer_jax.errors import InputError, unknown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-TFDS_NAMES = ("imagenet2012", "oxford_iiit_pet", "food101", "oxford_flowers102")
 TRAIN, TEST = "train", "test"
 _TEST_FOLDERS = ("val", "validation", "test")
 
@@ -221,7 +220,21 @@ def evenly(source: Source, count: int) -> Subset:
     return Subset(source, np.unique(chosen))
 
 
-SOURCES = ("digits", "folder", *TFDS_NAMES)
+# Named in messages; any other TFDS name is read too.
+SOURCES = (
+    "digits",
+    "folder",
+    "imagenet2012",
+    "imagenet_v2",
+    "imagenet_r",
+    "ade20k",
+    "nyud",
+    "inat19",
+    "aircraft",
+    "pet",
+    "food",
+    "flowers",
+)
 
 
 def make_source(name: str, path: str, split: str) -> Source:

@@ -103,7 +103,6 @@ def score(
     task: Task,
     heads: Head,
     examples: Examples,
-    chosen: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> list[dict[str, float]]:
     """The metrics of stacked heads on a split, every image counted once.
@@ -112,14 +111,13 @@ def score(
       task: of the heads.
       heads: with a leading axis.
       examples: of the split.
-      chosen: images to score; None: all.
       batch_size: images at once; the last batch is padded and the padding left out.
     """
-    chosen = np.arange(examples.images) if chosen is None else chosen
-    batch_size = min(batch_size, max(1, len(chosen)))
+    images = np.arange(examples.images)
+    batch_size = min(batch_size, len(images))
     total: dict[str, np.ndarray] = {}
-    for start in range(0, len(chosen), batch_size):
-        index = chosen[start : start + batch_size]
+    for start in range(0, len(images), batch_size):
+        index = images[start : start + batch_size]
         valid = np.arange(batch_size) < len(index)
         features, labels = examples.take(np.resize(index, batch_size))
         counts = jax.device_get(_count(task, heads, features, labels, valid))

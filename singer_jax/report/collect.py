@@ -164,9 +164,9 @@ def collect(
         parts = []
         with contextlib.closing(batches):
             for batch in batches:
-                put = parallel.put_batch({"image": batch["image"]}, parallel.batch_sharding(mesh))
+                put = parallel.put(batch["image"], parallel.batch_sharding(mesh))
                 valid = batch["valid"]
-                of_batch = jax.device_get(patches_of(teacher_params, put["image"]))
+                of_batch = jax.device_get(patches_of(teacher_params, put))
                 parts.append(jax.tree.map(lambda x, valid=valid: x[valid], of_batch))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

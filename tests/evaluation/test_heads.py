@@ -110,7 +110,7 @@ def test_pixels_without_depth_train_a_bin_only_where_asked():
     upper = half.loss(head, features, truth)
     everything = whole.loss(head, features, truth)
     empty = np.zeros_like(truth)
-    lower = whole.loss(head, features, np.where(truth > 0, 0.0, 0.0))
+    lower = whole.loss(head, features, empty)
     assert half.loss(head, features, empty) == 0  # nothing to learn from, and no NaN
     assert upper != everything and jnp.isfinite(lower)
 
@@ -149,7 +149,6 @@ def test_top_k_are_those_of_scikit_learn(classes, images, seed):
         labels[valid], scipy.special.softmax(logits.astype(np.float64), 1), labels=range(classes)
     )
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
-    assert np.argmax(logits, 1).shape == (valid.sum(),)
 
 
 def test_a_head_that_is_not_a_number_is_never_right():
