@@ -1,4 +1,4 @@
-"""What our own attention and the compiler options of `parallel.compiler_options` are worth here.
+"""What our own attention and the compiler options of `backends` are worth here.
 
   python -m benchmarks.choices --model vit_small_patch16_224 --batch 16
 
@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.results import report
-from singer_jax import parallel
+from singer_jax import backends
 from singer_jax.models import layers
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
             step = jax.jit(jax.value_and_grad(loss), compiler_options=options)
             return step.lower(params, images).compile()
 
-    options = parallel.compiler_options() or {}
+    options = dict(backends.choices().compiler_options)
     choices = {"as it is": compiled(options)}
     choices["jax.nn.dot_product_attention"] = compiled(options, library_attention)
     for left_out in options:

@@ -7,8 +7,10 @@ timm's layout and a folder of JPEGs.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +18,9 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
-from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import to_timm
+from singer_jax.models.params import leaves
+from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.weights import abstract_model, timm_axes, timm_key, to_timm
 from singer_jax.models.zoo import lookup
 
 
@@ -26,6 +29,21 @@ def write_weights(model: str, path: Path) -> None:
     network = VisionTransformer(lookup(model).arch, rngs=nnx.Rngs(0))
     tensors = to_timm(nnx.to_pure_dict(nnx.state(network)))
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_blank_weights(path: Path, model: str, **overrides: Any) -> Path:
+    """Zeros for every weight, as a file that takes no space: for what only looks at shapes."""
+    _, abstract = abstract_model(lookup(model, overrides).arch, Numerics())
+    header, end = {}, 0
+    for keys, leaf in leaves(abstract):
+        begin, end = end, end + 4 * leaf.size
+        shape = [leaf.shape[axis] for axis in timm_axes(keys, leaf)]
+        header[timm_key(keys)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+    return path
 
 
 def write_images(count: int, folder: Path, size: tuple[int, int] = (500, 375)) -> None:

@@ -6,12 +6,15 @@ depends on other keys; the comment says on what.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from singer_jax.errors import unknown
+from singer_jax import ranges
+from singer_jax.allowed import ARCHITECTURE, CONFIGURATION, METHODS
+from singer_jax.errors import InputError, unknown
 
 PROTOCOLS = ("recommended", "paper")
 
@@ -56,7 +59,7 @@ def default(protocol: str = "recommended") -> ConfigDict:
     config.method = ConfigDict()
     config.method.name = "singer"  # see singer_jax/methods/__init__.py
     config.method.terms = ConfigDict()  # weights of methods that are summed instead of `name`
-    for name in ("singer", "fitnet", "vitkd", "vitkd_official", "logit_kd", "supervised"):
+    for name in METHODS:
         config.method.terms[name] = 0.0
     config.method.layers = placeholder(tuple)  # teacher blocks from 0; None: the published depths
     config.method.append_last = True  # also distil the teacher's last block
@@ -230,6 +233,58 @@ def null_spaces(protocol: str = "recommended") -> ConfigDict:
     config.data.image_size = placeholder(int)
     config.mesh = _mesh()
     return config
+
+
+_QUICKSTART_RUNS = ("teacher", "fitnet", "singer")
+_DEFAULTS: dict[str, Callable[[], ConfigDict]] = {
+    "distill": default,
+    "evaluate": evaluation,
+    "export": export,
+    "report": report,
+    "compare": compare,
+    "check_data": check_data,
+    "nullspace": null_spaces,
+    "models": lambda: ConfigDict({"job": "models"}),
+    "quickstart": lambda: ConfigDict(
+        {"job": "quickstart", "probe": probe()} | {name: default() for name in _QUICKSTART_RUNS}
+    ),
+}
+
+
+def allowed_of(job: str) -> dict[str, ranges.Allowed]:
+    """What every key of a job may be; the keys of `overrides` are not all given."""
+    allowed = {}
+    for key in flatten(_DEFAULTS[job]()):
+        run, _, rest = key.partition(".")
+        own = rest if job == "quickstart" and run in _QUICKSTART_RUNS else key
+        allowed[key] = CONFIGURATION[own]
+        if own in ("teacher.model", "student.model"):
+            overrides = key.removesuffix("model") + "overrides"
+            allowed |= {f"{overrides}.{field}": value for field, value in ARCHITECTURE.items()}
+    return allowed
+
+
+def check(config: Any) -> None:
+    """Checks every key and value of a configuration whose `job` is known.
+
+    Raises:
+      InputError: the first key that is unknown, missing or has a value that it may not have; its
+        name, the value and what is allowed.
+    """
+    allowed, given = allowed_of(config.job), flatten(config)
+    for key, value in given.items():
+        section, _, field = key.rpartition(".")
+        if key not in allowed and section.endswith("overrides"):
+            raise unknown(f"architecture field of {section}", field, ARCHITECTURE)
+        if key not in allowed:
+            raise unknown("configuration key", key, allowed)
+        ranges.check(key, value, allowed[key])
+    missing = [key for key in allowed if key not in given and ".overrides." not in key]
+    if missing:
+        raise InputError(
+            f"{missing[0]}: missing; start from singer_jax.config, which has all keys of the job "
+            f"{config.job}"
+        )
 
 
 def _check_protocol(protocol: str) -> None:

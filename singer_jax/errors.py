@@ -12,13 +12,19 @@ class InputError(ValueError):
     The message is one line that says what, where and what to do; raised before any long work.
     """
 
+    status = 2
+
 
 class RunError(RuntimeError):
     """A run failed for a reason that its message names: exit status 1, checkpoints are kept."""
 
+    status = 1
+
 
 class Stopped(Exception):
     """A run was asked to stop, has saved, and can be started again: exit status 75."""
+
+    status = 75
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -9,10 +9,12 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from singer_jax import parallel
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.files import replacing, writing
 from singer_jax.models.vit import Numerics
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
@@ -23,7 +25,7 @@ _LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(config: Any, workdir: Path) -> None:
+def export(config: Any, workdir: epath.Path) -> None:
     """Writes `student/` with `model.safetensors`, `config.json` and `features.stablehlo`.
 
     Args:
@@ -38,7 +40,7 @@ def export(config: Any, workdir: Path) -> None:
         dtype = _stored_dtype(find_weights(config.weights))
         numerics = Numerics(param_dtype=dtype)
     backbone = load_backbone(
-        parallel.make_mesh(1),
+        parallel.make_mesh(),  # whole on each device, so that process 0 has it all
         run="" if config.weights else config.run or str(workdir),
         weights=config.weights,
         model=config.model,
@@ -51,13 +53,14 @@ def export(config: Any, workdir: Path) -> None:
             f"{size / 2**30:.1f} GiB of parameters do not fit into one StableHLO file (2 GiB); "
             "set --config.stablehlo=False"
         )
+    if jax.process_index() > 0:
+        return
     folder = workdir / "student"
-    try:
+    with writing(folder):
         export_timm(folder, backbone.network.spec, to_timm(backbone.params))
         if config.stablehlo:
-            (folder / PROGRAM_FILE).write_bytes(features_program(backbone))
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {folder} ({error.strerror})") from error
+            with replacing(folder / PROGRAM_FILE) as file:
+                file.write_bytes(features_program(backbone))
     LOG.info("%s exported to %s", backbone.network.spec.name, folder)
 
 

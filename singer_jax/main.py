@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from singer_jax import config as config_lib
+from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped, unknown
+from singer_jax.files import as_path
 
 # No job is imported before it runs: a loader's worker imports this file again, and must not start
 # an accelerator.
@@ -26,7 +30,11 @@ from singer_jax.errors import InputError, RunError, Stopped, unknown
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Configuration file, :protocol behind it.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept and continued.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept and continued; also gs://.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes run this job together.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
 
 
 # Each is called with the configuration and the work directory.
@@ -44,20 +52,30 @@ JOBS = {
 _WITHOUT_WORKDIR = ("models",)
 
 
-def run(config: ConfigDict, workdir: Path) -> int:
-    """Runs the job of a configuration and returns the exit status."""
-    try:
-        if config.job not in JOBS:
-            raise unknown("job", config.job, JOBS)
-        from singer_jax import parallel
+def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> int:
+    """Runs the job of a configuration and returns the exit status.
 
-        parallel.start(config.get("precision"))
-        module, function = JOBS[config.job].split(":")
-        getattr(importlib.import_module(module), function)(config, workdir)
+    Args:
+      config: its configuration.
+      workdir: its work directory: a local path, or a URL such as gs://bucket/folder.
+      **joining: arguments of `singer_jax.hosts.join`.
+    """
+    try:
+        folder = as_path(workdir)
+        job = str(config.get("job"))
+        if job not in JOBS:
+            raise unknown("job", job, JOBS)
+        config_lib.check(config)
+        from singer_jax import hosts, parallel
+
+        hosts.join(**joining)
+        with hosts.together():
+            parallel.start(config.get("precision"))
+            module, function = JOBS[job].split(":")
+            getattr(importlib.import_module(module), function)(config, folder)
     except (InputError, RunError, Stopped) as error:
         print(f"singer_jax: {error}", file=sys.stderr)
-        statuses = {InputError: 2, RunError: 1, Stopped: 75}
-        return next(status for kind, status in statuses.items() if isinstance(error, kind))
+        return error.status
     return 0
 
 
@@ -74,7 +92,14 @@ def main(argv: list[str]) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    return run(_CONFIG.value, Path(_WORKDIR.value).expanduser().absolute())
+    return run(
+        _CONFIG.value,
+        _WORKDIR.value,
+        coordinator=_COORDINATOR.value,
+        processes=_PROCESSES.value,
+        process=_PROCESS.value,
+        timeout=_JOIN_TIMEOUT.value,
+    )
 
 
 def _refuse(message: str) -> int:
@@ -109,4 +134,5 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with stopping.handled():
+        app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""The device mesh, what is sharded over it, and how several hosts find each other.
+"""The device mesh and what is sharded over it.
 
 One mesh with two axes. A batch is split over both; parameters over `fsdp` (fully sharded data
 parallelism) by the rules below and replicated over `data`. One device is a 1 x 1 mesh.
@@ -7,14 +7,19 @@ parallelism) by the rules below and replicated over `data`. One device is a 1 x 
 from __future__ import annotations
 
 import os
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from singer_jax import backends
 from singer_jax.errors import InputError
 
 # Which dimension of a parameter is split over `fsdp`; the first rule that matches the end of a
@@ -26,41 +31,22 @@ SHARDING_RULES = (
     (r"adapter/\d+/kernel", PartitionSpec(None, "fsdp")),
 )
 
+_PART = 2**26  # bytes that a process sends to the others at once
+
 
 def start(precision: str | None = None) -> None:
-    """Joins the other hosts, and keeps compiled programs between runs.
+    """Sets the precision of products, and keeps compiled programs between runs.
 
     Args:
-      precision: of the run; `float32` means it: no TF32, no bfloat16 passes.
+      precision: of the job; None: it has no such key and computes in float32. Unless it is
+        `bfloat16`, float32 means it: no TF32, no bfloat16 passes.
     """
-    _join_hosts()
-    if precision == "float32":
+    if precision != "bfloat16":
         jax.config.update("jax_default_matmul_precision", "highest")
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "singer_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _join_hosts() -> None:
-    """Joins the other processes of a multi-host job, where the environment describes one.
-
-    Cloud TPU pods, SLURM and MPI are detected by JAX; elsewhere set JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment:
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
-        )
-    elif (
-        int(environment.get("SLURM_NTASKS", 1)) > 1
-        or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    ):
-        jax.distributed.initialize()
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1) -> Mesh:
@@ -75,12 +61,19 @@ def make_mesh(data: int | None = None, fsdp: int = 1) -> Mesh:
     data = devices // fsdp if data is None else data
     if data < 1 or data * fsdp > devices:
         raise InputError(f"mesh: data {data} x fsdp {fsdp} needs more than the {devices} devices")
-    return jax.make_mesh(
+    mesh = jax.make_mesh(
         (data, fsdp),
         ("data", "fsdp"),
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=jax.devices()[: data * fsdp],
     )
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) < jax.process_count():
+        raise InputError(
+            f"mesh: data {data} x fsdp {fsdp} takes devices of {len(processes)} of "
+            f"{jax.process_count()} hosts; take some of each, or start fewer"
+        )
+    return mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -104,6 +97,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     def choose(path: tuple, leaf: Any) -> NamedSharding:
         name = leaf_name(path)
         for pattern, spec in SHARDING_RULES:
+            if len(leaf.shape) == len(spec) + 1:  # stacked over blocks
+                spec = PartitionSpec(None, *spec)
             if re.search(f"(^|/){pattern}$", name) and _divides(mesh, spec, leaf.shape):
                 return NamedSharding(mesh, spec)
         return replicated(mesh)
@@ -131,21 +126,72 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+    """Which of an array's rows lie on this process's devices, in ascending order."""
+    parts = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
+def put_rows(batch: Any, sharding: NamedSharding, rows: int) -> Any:
+    """This process's `local_rows` of a batch of `rows` rows (NumPy arrays), onto its devices."""
+    held = local_rows(sharding, rows)
+
+    def put_array(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            first = np.searchsorted(held, start)
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part, array.dtype)
+
+    return jax.tree.map(put_array, batch)
+
+
+def of_first_process(value: Any) -> Any:
+    """What process 0 holds (anything that can be pickled), in every process.
+
+    For what only process 0 may decide or read: the others might see another file system.
+    """
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    parts = np.array(divmod(len(content), _PART), np.int32)
+    whole, rest = (int(n) for n in multihost_utils.broadcast_one_to_all(parts))
+    mine = np.zeros(whole * _PART + rest, np.uint8)
+    if jax.process_index() == 0:
+        mine[:] = content
+    for start in range(0, len(mine), _PART):
+        part = mine[start : start + _PART]
+        part[:] = multihost_utils.broadcast_one_to_all(part)
+    return pickle.loads(mine)
+
+
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     """This process's part of a global batch (NumPy arrays), onto its devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def compiler_options() -> dict[str, str] | None:
-    """Options for `jax.jit` of a function with a backward pass.
+def platform(mesh: Mesh) -> str:
+    """Of the devices of a mesh, which need not be those of this machine."""
+    return mesh.devices.flat[0].platform
 
-    On the CPU XLA drops optimization barriers before it fuses, and then recomputes the residual
-    stream in each of its consumers; and its YNN library multiplies the narrow matrices of small
-    models more slowly than Eigen (benchmarks/choices.py measures both).
-    """
-    if jax.default_backend() == "cpu":
-        return {
-            "xla_disable_hlo_passes": "cse_barrier_expander",
-            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        }
-    return None
+
+def total_of_processes(mesh: Mesh) -> Callable[[int], jax.Array] | None:
+    """Sums a number of each process on the devices, without waiting; None for one process."""
+    if jax.process_count() == 1:
+        return None
+    sharding = batch_sharding(mesh)
+    add = jax.jit(jnp.sum, out_shardings=replicated(mesh))
+
+    def total(number: int) -> jax.Array:
+        # On the first of this process's devices, zero on its others.
+        numbers = np.zeros(len(mesh.local_devices), np.int32)
+        numbers[0] = number
+        return add(jax.make_array_from_process_local_data(sharding, numbers))
+
+    return total
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Options for `jax.jit` of a function with a backward pass."""
+    return dict(backends.choices(platform(mesh)).compiler_options) or None

@@ -7,10 +7,10 @@ both students alike, prints one table and saves one picture a model. What is don
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform, open_image
@@ -18,6 +18,7 @@ from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.job import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
+from singer_jax.files import write_text
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_patch_maps
@@ -29,7 +30,7 @@ _SHOWN = 8  # test images in a picture
 _FITTED = 512  # training images that the map to the teacher's features is fitted on
 
 
-def quickstart(config: Any, workdir: Path) -> None:
+def quickstart(config: Any, workdir: epath.Path) -> None:
     """Runs what configs/quickstart.py describes; raises what `distill` raises.
 
     Args:
@@ -79,7 +80,7 @@ def quickstart(config: Any, workdir: Path) -> None:
             np.linalg.norm(tokens[:_SHOWN], axis=-1).reshape(shape),
             cosine[:_SHOWN].reshape(shape),
         )
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     page = workdir / "report" / "index.html"
     baselines = {"student, fitnet": workdir / "fitnet"}
     columns = {name: _columns(row) for name, row in results.items()}

@@ -12,12 +12,15 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from singer_jax.errors import RunError
+from singer_jax.files import Mirror
 
 # Dense bfloat16 FLOP/s of one device, by the start of its `device_kind` (vendor data sheets).
 PEAK_FLOPS = {
@@ -37,11 +40,11 @@ PEAK_FLOPS = {
 LOG = logging.getLogger("singer_jax")
 
 
-def peak_flops() -> float | None:
-    """bfloat16 FLOP/s of all devices together; None for a kind that is not listed."""
-    kind = jax.devices()[0].device_kind
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """bfloat16 FLOP/s of equal devices together; None for a kind that is not listed."""
+    kind = devices[0].device_kind
     known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else None
+    return PEAK_FLOPS[max(known, key=len)] * len(devices) if known else None
 
 
 class MetricsWriter:
@@ -53,24 +56,31 @@ class MetricsWriter:
       wandb: the run's configuration where Weights & Biases is wanted, else None.
     """
 
-    def __init__(self, folder: Path, step: int = 0, wandb: dict[str, Any] | None = None) -> None:
+    PUSH_EVERY = 60  # seconds; behind a URL, where each time writes the whole file
+
+    def __init__(
+        self, folder: epath.Path, step: int = 0, wandb: dict[str, Any] | None = None
+    ) -> None:
         self.active = jax.process_index() == 0
         if not self.active:
             return
         from tensorboardX import SummaryWriter
 
-        path = folder / "metrics.jsonl"
+        self.mirror = Mirror(folder, continued=["metrics.jsonl"])
+        self.pushed = time.monotonic()
+        path = self.mirror.local / "metrics.jsonl"
         _cut_back(path, step)
         self.file = path.open("a")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        events = str(self.mirror.local / "tensorboard")
+        self.tensorboard = SummaryWriter(events, purge_step=step + 1)
         self.wandb = None
         if wandb is not None:
             import wandb as package
 
-            self.wandb = package.init(dir=str(folder), config=wandb, resume="allow")
+            self.wandb = package.init(dir=str(self.mirror.local), config=wandb, resume="allow")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row; the file holds it when this returns."""
+        """One row; the file holds it when this returns, behind a URL within a minute."""
         if not self.active:
             return
         row = {"step": step, "time": time.time()} | metrics
@@ -80,12 +90,26 @@ class MetricsWriter:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
+        if time.monotonic() - self.pushed > self.PUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """The work directory holds all rows when this returns.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        if self.active:
+            self.tensorboard.flush()
+            self.mirror.push()
+            self.pushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flushes and closes everything; raises as `flush`."""
         if self.active:
             self.file.close()
             self.tensorboard.close()
+            self.mirror.close()
             if self.wandb:
                 self.wandb.finish()
 
@@ -114,7 +138,8 @@ class Recorder:
       start, steps: where the run stands, and its end.
       every: steps between rows.
       batch_size: global.
-      flops: of one step on all devices; None leaves `train/mfu` out.
+      flops: of one step on all devices.
+      devices: on which the step runs; of an unlisted kind they leave `train/mfu` out.
     """
 
     LAG = 2  # steps in flight
@@ -127,14 +152,15 @@ class Recorder:
         steps: int,
         every: int,
         batch_size: int,
-        flops: float | None,
+        flops: int,
+        devices: Sequence[jax.Device],
     ) -> None:
         from tqdm.auto import tqdm
 
         self.writer, self.every, self.batch_size = writer, every, batch_size
-        peak = peak_flops()
-        self.flops_share = flops / peak if flops and peak else None
-        self.steps = steps
+        peak = peak_flops(devices)
+        self.flops_share = flops / peak if peak else None
+        self.start, self.steps = start, steps
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.bar = tqdm(
             total=steps,
@@ -145,6 +171,10 @@ class Recorder:
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
         self.row_step, self.row_time = start + 1, time.perf_counter()
+
+    def logs(self, step: int) -> bool:
+        """Whether a step (counted from 1) gets a row: the first, every n-th, the last."""
+        return step in (self.start + 1, self.steps) or step % self.every == 0
 
     def add(self, step: int, metrics: dict[str, jax.Array | float]) -> None:
         """Takes the metrics of a dispatched step (counted from 1), reads those of an earlier one.
@@ -160,9 +190,10 @@ class Recorder:
             self._read()
 
     def flush(self) -> None:
-        """Reads what is pending; raises as `add`."""
+        """Reads and stores what is pending; raises as `add`."""
         while self.pending:
             self._read()
+        self.writer.flush()
 
     def _read(self) -> None:
         step, arrays = self.pending.popleft()
@@ -173,7 +204,9 @@ class Recorder:
                     f"{name} is {metrics[name]} at step {step}; the last good checkpoint is kept"
                 )
         self.bar.update()
-        if step > self.row_step and (step % self.every == 0 or step == self.steps):
+        if not self.logs(step):
+            return
+        if step > self.row_step:
             now = time.perf_counter()
             steps_per_second = (step - self.row_step) / (now - self.row_time)
             self.row_step, self.row_time = step, now
@@ -185,7 +218,7 @@ class Recorder:
                 f"{metrics['train/images_per_second']:.0f} images/s"
             )
             self.writer.write(step, metrics)
-        elif step == self.row_step:
+        else:
             # The first step of this start: its time is mostly that of the start itself.
             self.row_time = time.perf_counter()
             self.writer.write(step, metrics)

@@ -23,3 +23,16 @@ hypothesis.settings.load_profile("default")
 def mesh() -> jax.sharding.Mesh:
     """One device."""
     return parallel.make_mesh(1, 1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long the compiler took for each program of tests/compiled."""
+    took = [
+        f"{value:6.1f}  {report.nodeid.split('::')[-1]}"
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "compiler CPU seconds"
+    ]
+    if took:
+        terminalreporter.section("CPU seconds of the TPU's compiler")
+        terminalreporter.write_line("\n".join(sorted(took, reverse=True)))

@@ -162,6 +162,7 @@ def test_distill(folder: Path, case: dict, monkeypatch):
         schedule=lambda step: settings["lr"],
         blocks=student.spec.arch.depth if needs.logits else max(method.student_layers) + 1,
         head=needs.logits,
+        teacher_reads=method.teacher_reads,
     )
     mesh = parallel.make_mesh(1, 1)
     state, teacher_params = jax.device_put(
@@ -192,7 +193,7 @@ def test_distill(folder: Path, case: dict, monkeypatch):
     step_fn = jit_step(distillation, mesh, state, teacher_params)
     for step in range(case["steps"]):
         noise(step)
-        state, metrics = step_fn(state, teacher_params, batch(step))
+        state, metrics = step_fn(state, teacher_params, batch(step), True)
         if "loss_mimic" in metrics:
             metrics["loss_kd"] = metrics["loss_mimic"] + metrics["loss_generation"]
         for term in case["weights"]:

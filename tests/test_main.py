@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from tests import tiny
@@ -98,7 +99,7 @@ def _empty_folder(config, folder) -> None:
         (_break("job", "distil"), ["unknown job 'distil'", "closest: distill"]),
         (_break("teacher.model", "vit_larg_patch16_224"), ["unknown model", "vit_large_patch16"]),
         (_break("data.source", "imagenet2021"), ["unknown data.source", "imagenet2012"]),
-        (_break("method.name", "singr"), ["unknown method 'singr'", "closest: singer"]),
+        (_break("method.name", "singr"), ["unknown method.name 'singr'", "closest: singer"]),
         (_break("method.layers", (1, 3)), ["method.layers: 3 is out of range", "0 to 2"]),
         (_break("method.nullspace.use", "projct"), ["nullspace.use", "closest: project"]),
         (_break("batch_size", 7), ["batch_size: 7", "2 devices"]),
@@ -109,8 +110,24 @@ def _empty_folder(config, folder) -> None:
         (_break("student.overrides", {"width": 3}), ["unknown architecture field", "'width'"]),
         (_break("accumulation", 0), ["accumulation: 0", "at least 1"]),
         (_break("checkpoint.every", 0), ["checkpoint.every: 0", "at least 1"]),
-        (_break("student.overrides", {"num_heads": 0}), ["num_heads 0 is not a positive number"]),
-        (_break("student.overrides", {"depth": "2"}), ["depth '2' is not a positive number"]),
+        (_break("student.overrides", {"num_heads": 0}), ["student.overrides.num_heads: 0; give a"]),
+        (
+            _break("student.overrides", {"depth": "2"}),
+            ["student.overrides.depth: '2'; give a whole"],
+        ),
+        (
+            _break("student.overrides", {"mlp_ratio": 0}),
+            ["student.overrides.mlp_ratio: 0", "above 0"],
+        ),
+        (
+            _break("student.overrides", {"mlp_ratio": 0.001}),
+            ["mlp_ratio 0.001 leaves the MLP empty"],
+        ),
+        (_break("student.overrides", {"init_values": "x"}), ["init_values: 'x'", "None"]),
+        (_break("seed", -1), ["seed: -1; give a whole number of at least 0"]),
+        (_break("data.workers", -1), ["data.workers: -1; give a whole number of at least 0"]),
+        (_break("data.crop_area", (1.0, 0.1)), ["data.crop_area: (1.0, 0.1); give", "ascending"]),
+        (_break("method", 3), ["unknown configuration key 'method'"]),
         (_break("teacher.overrides.num_classes", 5), ["num_classes 5", "has 0"]),
         (_break("log.wandb", True), ["log.wandb", "pip install wandb"]),
         (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "expected [1, 1, 32]"]),
@@ -137,17 +154,75 @@ def test_an_unwritable_work_directory_is_named(config, tmp_path, capsys):
 
 
 def test_a_work_directory_of_another_run_is_refused(config, tmp_path, capsys):
-    found = config.to_dict()
-    found["method"]["rank"], found["seed"] = 2, 5
-    (tmp_path / "config.json").write_text(json.dumps(found))
+    config.steps = 1
+    assert main.run(config, tmp_path) == 0
+    written = (tmp_path / "config.json").read_text()
+    config.method.rank, config.seed = 2, 5
     assert main.run(config, tmp_path) == 2
     printed = capsys.readouterr().err
-    assert "another configuration: method.rank: 2 -> 4; seed: 5 -> 0" in printed
+    assert "another configuration: method.rank: 4 -> 2; seed: 0 -> 5" in printed
+    assert (tmp_path / "config.json").read_text() == written
     # What does not change the result may change.
-    found = config.to_dict()
-    found["steps"], found["checkpoint"]["keep"] = 9, 7
-    (tmp_path / "config.json").write_text(json.dumps(found))
+    config.method.rank, config.seed = 4, 0
+    config.steps, config.checkpoint.keep = 2, 7
+    assert main.run(config, tmp_path) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep"] == 7
+
+
+def test_a_start_that_fails_binds_nothing(config, tmp_path, capsys):
+    """Before the first checkpoint another start may be anything, and nothing is overwritten."""
+    run, weights = tmp_path / "run", tmp_path / "teacher.safetensors"
+    config.steps, config.teacher.weights = 1, str(weights)
+    run.mkdir()
+    (run / "config.json").write_text("left by an earlier failure")
+    whole = Path(tiny.write_teacher(weights)).read_bytes()
+
+    def refused(words: str) -> None:
+        assert main.run(config, run) == 2
+        printed = capsys.readouterr().err
+        assert words in printed and len(printed.splitlines()) == 1, printed
+        assert (run / "config.json").read_text() == "left by an earlier failure"
+
+    weights.write_bytes(whole[:-100])
+    refused("not a complete safetensors file")
+    weights.write_bytes(whole)
+    config.data.source = str(tiny.write_images(tmp_path / "images" / "train", 8).parent)
+    config.evals.every = 1
+    refused("nothing to evaluate on")
+    config.evals.every, config.method.rank, config.seed = 0, 3, 7
+    assert main.run(config, run) == 0
+    assert json.loads((run / "config.json").read_text())["method"]["rank"] == 3
+
+
+def test_another_teacher_is_refused_on_resume(config, tmp_path, capsys):
+    weights = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    config.steps, config.teacher.weights = 1, str(weights)
+    assert main.run(config, tmp_path / "run") == 0
+    tensors = load_file(weights)
+    tensors["blocks.1.mlp.fc1.bias"][3] += 1e-4
+    save_file(tensors, weights)
+    config.steps = 2
+    capsys.readouterr()
+    assert main.run(config, tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert f"other teacher weights than {weights} now holds; use a new --workdir" in printed
+    tiny.write_teacher(weights)
+    assert main.run(config, tmp_path / "run") == 0
+
+
+def test_a_checkpoint_that_says_nothing_of_its_teacher_is_continued(config, tmp_path, monkeypatch):
+    from singer_jax.training.checkpoints import Checkpoints
+
+    save = Checkpoints.save
+
+    def save_as_before(self, state, step, meta):
+        save(self, state, step, {k: v for k, v in meta.items() if k != "teacher"})
+
     config.steps = 1
+    monkeypatch.setattr(Checkpoints, "save", save_as_before)
+    assert main.run(config, tmp_path) == 0
+    monkeypatch.undo()
+    config.steps = 2
     assert main.run(config, tmp_path) == 0
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tensorboardX import event_file_writer  # noqa: F401 - the writer's package is installed
@@ -36,7 +37,14 @@ def test_rows_after_the_restored_step_are_cut_back(tmp_path):
 
 
 def recorder(folder: Path, **options: object) -> Recorder:
-    defaults = {"start": 0, "steps": 7, "every": 3, "batch_size": 4, "flops": None}
+    defaults = {
+        "start": 0,
+        "steps": 7,
+        "every": 3,
+        "batch_size": 4,
+        "flops": 1,
+        "devices": jax.devices(),
+    }
     return Recorder(MetricsWriter(folder), **(defaults | options))
 
 

@@ -1,5 +1,6 @@
 """The smallest configuration that is still a real one, for tests of whole runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 
 from singer_jax.config import default
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import to_timm
+from singer_jax.models.weights import to_hub_config, to_timm
 from singer_jax.models.zoo import lookup
 
 TEACHER = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -28,6 +29,14 @@ def write_teacher(path: Path, model: str = "vit_tiny_patch16_224", **overrides: 
     }
     save_file(tensors, path)
     return path
+
+
+def write_described(folder: Path, model: str = "vit_tiny_patch16_224") -> Path:
+    """`write_teacher` with the `config.json` that says what it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = lookup(model, TEACHER | {"num_classes": 0})
+    (folder / "config.json").write_text(json.dumps(to_hub_config(spec)))
+    return write_teacher(folder / "model.safetensors", model)
 
 
 def config(

@@ -330,6 +330,9 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
     """
     if name not in BENCHMARKS:
         raise unknown("data set", name, BENCHMARKS)
+    from singer_jax.files import check_local  # not in a loader's worker
+
+    check_local("data.path", root)
     benchmark = BENCHMARKS[name]
     if benchmark.test_only and split == TRAIN:
         raise InputError(f"{name} has no training split")

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
-from singer_jax.data.images import EvalTransform, open_image
+from singer_jax.data.images import EvalTransform, UnreadableImage, open_image
 from singer_jax.data.sources import TEST, TRAIN, Source, make_source
 from singer_jax.errors import InputError
+from singer_jax.files import make_workdir, replacing
 
 _SIDE = 128
 
@@ -32,7 +34,7 @@ EXPECTED = {
 }
 
 
-def check_data(config: Any, workdir: Path) -> None:
+def check_data(config: Any, workdir: epath.Path) -> None:
     """Prints a line a split and writes a contact sheet, SOURCE_SPLIT.png, of each.
 
     Args:
@@ -44,10 +46,7 @@ def check_data(config: Any, workdir: Path) -> None:
     """
     data = config.data
     names = tuple(BENCHMARKS) if data.source == "table1" else (data.source,)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+    make_workdir(workdir)
     found, wrong = 0, []
     for name in names:
         benchmark = BENCHMARKS.get(name)
@@ -69,7 +68,8 @@ def check_data(config: Any, workdir: Path) -> None:
             found += 1
             label = Path(name).name
             sheet = workdir / f"{label}_{split}.png"
-            contact_sheet(source, config.images).save(sheet)
+            with replacing(sheet) as file:
+                contact_sheet(source, config.images).save(file)
             print(_line(label, split, source, sheet))
     if wrong:
         raise InputError("; ".join(wrong))
@@ -77,7 +77,7 @@ def check_data(config: Any, workdir: Path) -> None:
         raise InputError('data.path: no data set found (README, "Data")')
 
 
-def _line(name: str, split: str, source: Source, sheet: Path) -> str:
+def _line(name: str, split: str, source: Source, sheet: epath.Path) -> str:
     expected = EXPECTED.get(name, {}).get(split)
     line = f"{name} {split}: {len(source):,} images"
     if expected is not None and expected != len(source):
@@ -100,7 +100,7 @@ def contact_sheet(source: Source, count: int) -> Image.Image:
         record = source[int(index)]
         try:
             cells.append(_cell(open_image(record.image, source.exif), record.label))
-        except (OSError, ValueError) as error:
+        except (UnreadableImage, InputError) as error:
             raise InputError(f"{source.describe(int(index))}: {error}") from error
     columns = math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)

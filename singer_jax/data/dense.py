@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from singer_jax.data.images import open_image, random_crop, to_rgb
+from singer_jax.data.images import decode, open_image, random_crop, to_rgb
 from singer_jax.errors import InputError
 
 ADE20K_CLASSES = 150
@@ -84,7 +84,7 @@ class SegmentationTransform:
         Raises:
           InputError: a mask of another size than its image, or values outside 0..150.
         """
-        mask = open_image(label)
+        mask = decode(open_image(label))
         if mask.size != image.size:
             raise InputError(f"the mask has {mask.size} pixels, the image {image.size}")
         values = np.asarray(mask)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# What a damaged or foreign file raises; anything else is a bug of ours.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow raises at a damaged or foreign file.
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
 _REDUCING_GAP = 2.0
+
+
+class UnreadableImage(Exception):
+    """A file that cannot be decoded; an error in what is then done with its pixels is none."""
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGED as error:
+        raise UnreadableImage(str(error)) from error
 
 
 def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
@@ -25,18 +39,37 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
       exif: turn it as its EXIF orientation says.
 
     Raises:
-      one of `UNREADABLE`.
+      UnreadableImage: not an image.
     """
     if isinstance(stored, np.ndarray):
         return Image.fromarray(stored)
-    image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
-    if exif and image.getexif().get(0x0112, 1) != 1:
-        return ImageOps.exif_transpose(image)
+    with _decoding():
+        image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+        if exif and image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if 0 in image.size:
+            raise ValueError("an image without pixels")
+        return image
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """The image with its pixels; raises `UnreadableImage` where they are damaged."""
+    with _decoding():
+        image.load()
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, CMYK, palette, alpha and 16-bit images as 8-bit RGB; alpha is dropped."""
+    """Grey, CMYK, palette, alpha and 16-bit images as 8-bit RGB; alpha is dropped.
+
+    Raises:
+      UnreadableImage: damaged pixels, or of a kind that Pillow does not convert.
+    """
+    with _decoding():
+        return _to_rgb(decode(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow would clip 16-bit grey values at 255 instead of scaling them.
         grey = np.asarray(image).astype(np.float32)

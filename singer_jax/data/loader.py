@@ -7,17 +7,18 @@ of step s are found from s alone, on any number of workers, processes and device
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import grain
 import numpy as np
 
-from singer_jax.data.images import UNREADABLE, open_image
+from singer_jax import stopping
+from singer_jax.data.images import UnreadableImage, open_image
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
 
@@ -62,7 +63,7 @@ class LoadExample:
                     pixels, label = self.transform(image, rng), np.int32(number)
             except InputError as error:
                 raise InputError(f"{self.source.describe(candidate)}: {error}") from error
-            except UNREADABLE as error:
+            except UnreadableImage as error:
                 if self.strict:
                     raise RunError(
                         f"cannot read {self.source.describe(candidate)}: {error}"
@@ -99,6 +100,7 @@ def train_batches(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
     """This process's part of the batches of step `start`, `start` + 1, ... without end.
 
@@ -111,19 +113,23 @@ def train_batches(
       workers: processes that decode; 0 decodes in threads of this process.
       strict: an unreadable image raises instead of being replaced.
       process_index, process_count: which part of each batch.
+      rows: instead of these, which rows of each batch, for batches of any size: rows from
+        `batch_size` on are padding, and `valid` says so.
     """
-    dataset = (
+    examples = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
         .repeat()
         .random_map(LoadExample(source, transform, strict))
-        # After random_map: shards of its input would all draw the same random numbers.
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size // process_count)
-        .slice(slice(start, None))
     )
-    return _iterate(dataset, workers)
+    # After random_map: shards of its input would all draw the same random numbers.
+    if rows is None:
+        shard = examples.slice(slice(process_index, None, process_count))
+        dataset = shard.batch(batch_size // process_count)
+    else:
+        dataset = _rows_of_batches(examples, batch_size, rows)
+    return _iterate(dataset.slice(slice(start, None)), workers)
 
 
 def eval_batches(
@@ -134,24 +140,46 @@ def eval_batches(
     workers: int = 0,
     strict: bool = False,
     seed: int = 0,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
     """Every record once in order; the last batch is padded, and `valid` [batch] says where.
 
-    Args as `train_batches`; `seed` matters where the transform draws from its generator.
+    Args as `train_batches`; `seed` matters where the transform draws from its generator. `rows`
+    are those of each batch that this process reads; None: all.
     """
-    dataset = (
+    examples = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .random_map(LoadExample(source, transform, strict))
-        .batch(batch_size, batch_fn=lambda examples: _pad(examples, batch_size))
     )
-    return _iterate(dataset, workers)
+    rows = np.arange(batch_size) if rows is None else rows
+    return _iterate(_rows_of_batches(examples, batch_size, rows), workers)
 
 
-def _pad(examples: list[dict[str, Any]], batch_size: int) -> ImageBatch:
-    padding = [examples[-1]] * (batch_size - len(examples))
-    batch = {key: np.stack([e[key] for e in [*examples, *padding]]) for key in examples[0]}
-    return batch | {"valid": np.arange(batch_size) < len(examples)}
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some rows of consecutive batches, one after the other; the last example is the padding."""
+
+    examples: grain.MapDataset
+    batch_size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        batches = -(-len(self.examples) // self.batch_size)
+        return min(batches * len(self.rows), sys.maxsize)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, number = divmod(int(index), len(self.rows))
+        first, row = batch * self.batch_size, int(self.rows[number])
+        last = min(first + self.batch_size, len(self.examples)) - 1
+        example = self.examples[min(first + row, last)]
+        return example | {"valid": np.bool_(first + row <= last)}
+
+
+def _rows_of_batches(
+    examples: grain.MapDataset, batch_size: int, rows: np.ndarray
+) -> grain.MapDataset:
+    return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows))
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[ImageBatch]:
@@ -160,18 +188,20 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[I
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
+    batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
+    batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
+    with stopping.shielded():
+        batches.start_prefetch()
+    return batches
 
 
 def _enter_worker(worker: int, workers: int) -> None:
-    """Keeps a worker off the accelerator, and ends it when its parent was killed."""
+    """Keeps a worker off the accelerator, and ends it with its parent."""
     if "jax" in sys.modules:  # grain imports it; a backend would take a part of the accelerator
         sys.modules["jax"].config.update("jax_platforms", "cpu")
-    parent = os.getppid()
 
     def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -183,12 +213,29 @@ class UnreadableCount:
     Args:
       source: for their names.
       log: called with a line for each.
+      total: of several processes: from this one's number of replaced images to the number of all,
+        which is read two batches later; else None.
+      processes: how many there are.
     """
 
-    def __init__(self, source: Source, log: Callable[[str], None]) -> None:
-        self.source, self.log = source, log
-        self.images = self.unreadable = 0
+    _LAG = 2  # batches, so that reading the number of all never waits for a device
+
+    def __init__(
+        self,
+        source: Source,
+        log: Callable[[str], None],
+        total: Callable[[int], Any] | None = None,
+        processes: int = 1,
+    ) -> None:
+        self.source, self.log, self.total, self.processes = source, log, total, processes
+        self.images = self._read = 0
+        self._pending: list[Any] = []
         self.named: set[int] = set()
+
+    @property
+    def unreadable(self) -> Any:
+        """Of all batches so far; of several processes perhaps an array that is still computed."""
+        return sum(self._pending, start=self._read)
 
     def add(self, batch: ImageBatch) -> None:
         """Counts a batch.
@@ -197,14 +244,17 @@ class UnreadableCount:
           RunError: more than 1 % of at least 1,000 images.
         """
         indices = batch["unreadable"]
-        self.images += len(indices)
-        for index in indices[indices >= 0].tolist():
-            self.unreadable += 1
-            if index not in self.named:
-                self.named.add(index)
-                self.log(f"unreadable image, replaced: {self.source.describe(index)}")
-        if self.images >= 1000 and self.unreadable > 0.01 * self.images:
+        replaced = indices[indices >= 0].tolist()
+        for index in sorted(set(replaced) - self.named):
+            self.named.add(index)
+            self.log(f"unreadable image, replaced: {self.source.describe(index)}")
+        self.images += len(indices) * self.processes
+        self._pending.append(self.total(len(replaced)) if self.total else len(replaced))
+        while len(self._pending) > (self._LAG if self.total else 0):
+            self._read += int(self._pending.pop(0))
+        if self.images >= 1000 and self._read > 0.01 * self.images:
+            last = f", the last one {self.source.describe(max(self.named))}" if self.named else ""
             raise RunError(
-                f"{self.unreadable} of {self.images} images cannot be read (more than 1 %), the "
-                f"last one {self.source.describe(max(self.named))}; check the data"
+                f"{self._read} of {self.images} images cannot be read (more than 1 %){last}; "
+                "check the data"
             )

@@ -250,8 +250,12 @@ def make_source(name: str, path: str, split: str) -> Source:
     Raises:
       InputError: unknown name, missing or empty folder, data that is not prepared.
     """
+    # Not in a loader's worker, which imports this file.
     from singer_jax.data import benchmarks
+    from singer_jax.files import check_local
 
+    check_local("data.source", name)
+    check_local("data.path", path)
     if name == "digits":
         return DigitsSource(split)
     if os.sep in name or Path(name).is_dir():

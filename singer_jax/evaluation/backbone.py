@@ -6,21 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from singer_jax import parallel
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
-from singer_jax.errors import InputError, unknown
+from singer_jax.errors import InputError
 from singer_jax.evaluation.heads import Classification, Task
+from singer_jax.evaluation.memory import fitting
+from singer_jax.files import as_path
 from singer_jax.models.params import Params
 from singer_jax.models.vit import Architecture, Numerics
 from singer_jax.models.weight_files import find_weights, read_hub_config
@@ -31,11 +34,10 @@ from singer_jax.models.weights import (
     spec_of_weights,
 )
 from singer_jax.models.zoo import lookup
-from singer_jax.training.checkpoints import Checkpoints
+from singer_jax.training.checkpoints import Checkpoints, checksum
 from singer_jax.training.step import Network
 
-TOKENS = ("cls", "avg", "pooled")
-_BATCH_PER_DEVICE = 64
+_MOST_IMAGES = 64  # a device, at once: enough to keep it busy
 
 
 class Examples(NamedTuple):
@@ -59,11 +61,17 @@ class Examples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A network with its parameters on a mesh."""
+    """A network with its parameters on a mesh.
+
+    Attributes:
+      network, params, mesh: these.
+      before_batch: called before each batch of an extraction, which ends with what it raises.
+    """
 
     network: Network
     params: Params
     mesh: Mesh
+    before_batch: Callable[[], None] = lambda: None
 
     @property
     def image_size(self) -> int:
@@ -78,10 +86,9 @@ class Backbone:
     def digest(self) -> str:
         """Of its parameters, of what it is and of how it computes."""
         described = repr((self.network.spec, self.network.merge(self.params).numerics))
-        digest = hashlib.blake2b(described.encode(), digest_size=16)
-        for leaf in jax.tree.leaves(self.params):
-            digest.update(np.ascontiguousarray(leaf))
-        return digest.hexdigest()
+        sums = jax.device_get(_checksums(self.params))
+        described = described + repr([int(value) for value in sums])
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
     def classification(self, classes: int, token: str | None) -> Classification:
         """The task of classifying its features.
@@ -91,11 +98,9 @@ class Backbone:
           token: `cls`, `avg` or `pooled`; None: the class token where there is one, else `pooled`.
 
         Raises:
-          InputError: unknown token, or the class token of a model that has none.
+          InputError: the class token of a model that has none.
         """
         token = token or ("cls" if self.arch.class_token else "pooled")
-        if token not in TOKENS:
-            raise unknown("probe.token", token, TOKENS)
         if token == "cls" and not self.arch.class_token:
             raise InputError(
                 f"probe.token: {self.network.spec.name} has no class token; take avg or pooled"
@@ -110,10 +115,29 @@ class Backbone:
         tokens = model.features(self.network.prepare(images))[-1].astype(jnp.float32)
         return task.features(model, tokens).astype(jnp.float32)
 
-    def put(self, batch: ImageBatch) -> dict[str, jax.Array]:
-        """The images and labels of a batch that every process holds, onto the mesh."""
-        sharding = parallel.batch_sharding(self.mesh)
-        return {key: parallel.put(batch[key], sharding) for key in ("image", "label")}
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that this process reads."""
+        return parallel.local_rows(parallel.batch_sharding(self.mesh), batch_size)
+
+    def put(self, batch: ImageBatch, batch_size: int) -> dict[str, jax.Array]:
+        """Images, labels and `valid` of this process's `rows` of a batch, onto the mesh."""
+        given = {key: batch[key] for key in ("image", "label", "valid")}
+        return parallel.put_rows(given, parallel.batch_sharding(self.mesh), batch_size)
+
+    def images_at_once(self, task: Task) -> int:
+        """Images a device that its memory takes, in a pass without gradients.
+
+        Counted are the widest activations of a block, float32, and the features, which every
+        device holds of all images where several processes read them.
+        """
+        arch = self.arch
+        tokens = arch.num_prefix_tokens + math.prod(arch.grid)
+        hidden = (6 + 2 * arch.mlp_ratio) * arch.embed_dim
+        widest = tokens * (hidden + 2 * arch.num_heads * tokens) + 6 * math.prod(arch.img_size)
+        image = jax.ShapeDtypeStruct((1, *arch.img_size, 3), jnp.uint8)
+        features = jax.eval_shape(lambda *xs: self.features(*xs, task), self.params, image).size
+        copies = self.mesh.size if jax.process_count() > 1 else 1
+        return min(_MOST_IMAGES, fitting(self.mesh, 4 * (widest + copies * features)))
 
     def batches(
         self,
@@ -122,29 +146,42 @@ class Backbone:
         transform: Callable[..., Any],
         workers: int = 0,
         seed: int = 0,
+        left_out: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features and labels of every image of a split in order, each exactly once, in batches.
 
+        Args:
+          source, task, transform, workers, seed: what is computed of which images, and how.
+          left_out: is told the indices of images that cannot be read, which are left out; None: the
+            first of them raises.
+
         Raises:
           RunError: an image cannot be read.
+          Exception: what `before_batch` raises.
         """
-        compute = functools.partial(_features, self.network, task, self.mesh)
+        compute = functools.partial(_examples, self.network, task, self.mesh)
+        batch_size = self.images_at_once(task) * self.mesh.size
         batches = eval_batches(
             source,
             transform,
-            batch_size=_BATCH_PER_DEVICE * self.mesh.size,
+            batch_size=batch_size,
             workers=workers,
-            strict=True,  # a replaced image would be scored as another
+            strict=left_out is None,
             seed=seed,
+            rows=self.rows(batch_size),
         )
         pending = None  # the device works on a batch while the one before is taken away
         with contextlib.closing(batches):
             for batch in batches:
-                valid = batch["valid"]
-                computed = compute(self.params, self.put(batch)["image"])
+                self.before_batch()
+                replaced = batch["unreadable"] >= 0  # it would be scored as another
+                if replaced.any():
+                    left_out(batch["unreadable"][batch["valid"] & replaced])
+                    batch = batch | {"valid": batch["valid"] & ~replaced}
+                computed = compute(self.params, self.put(batch, batch_size))
                 if pending:
                     yield _select(*pending)
-                pending = (computed, batch["label"], valid)
+                pending = computed
         yield _select(*pending)
 
     def extract(
@@ -154,26 +191,38 @@ class Backbone:
         transform: Callable[..., Any],
         workers: int = 0,
         seed: int = 0,
+        left_out: Callable[[np.ndarray], None] | None = None,
     ) -> Examples:
         """All of `batches` in memory."""
-        batches = self.batches(source, task, transform, workers, seed)
+        batches = self.batches(source, task, transform, workers, seed, left_out)
         features, labels = zip(*batches, strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
 
 
+@jax.jit
+def _checksums(params: Params) -> list[UInt32[Array, ""]]:
+    """Of each leaf, on the devices: one process may hold only a part of it."""
+    return [checksum(leaf) for leaf in jax.tree.leaves(params)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _features(
-    network: Network, task: Task, mesh: Mesh, params: Params, images: UInt8[Array, "batch ..."]
-) -> Float[Array, "batch ..."]:
-    """`Backbone.features`, compiled once for all backbones of a network, on every device."""
-    features = Backbone(network, params, mesh).features(params, images, task)
-    return jax.lax.with_sharding_constraint(features, parallel.replicated(mesh))
+def _examples(
+    network: Network, task: Task, mesh: Mesh, params: Params, batch: dict[str, Array]
+) -> tuple[Float[Array, "batch ..."], Array, Bool[Array, " batch"]]:
+    """Features, labels and `valid`, compiled once for all backbones of a network.
+
+    Each device has its own images; of several processes every one gets the results of all.
+    """
+    features = Backbone(network, params, mesh).features(params, batch["image"], task)
+    several = jax.process_count() > 1
+    sharding = parallel.replicated(mesh) if several else parallel.batch_sharding(mesh)
+    found = (features, batch["label"], batch["valid"])
+    return jax.lax.with_sharding_constraint(found, sharding)
 
 
-def _select(
-    features: jax.Array, labels: np.ndarray, valid: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(features)[valid], labels[valid]
+def _select(features: Array, labels: Array, valid: Array) -> tuple[np.ndarray, np.ndarray]:
+    chosen = np.asarray(valid)
+    return np.asarray(features)[chosen], np.asarray(labels)[chosen]
 
 
 def load_backbone(
@@ -199,7 +248,7 @@ def load_backbone(
       InputError: nothing given, nothing there, or weights of another architecture.
     """
     if run:
-        return _of_run(mesh, Path(run).expanduser(), step, numerics)
+        return _of_run(mesh, as_path(run), step, numerics)
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -216,7 +265,7 @@ def load_backbone(
     return Backbone(Network(spec, graph), params, mesh)
 
 
-def _of_run(mesh: Mesh, run: Path, step: int | None, numerics: Numerics) -> Backbone:
+def _of_run(mesh: Mesh, run: epath.Path, step: int | None, numerics: Numerics) -> Backbone:
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Num
 
+from singer_jax import parallel
 from singer_jax.errors import RunError
 from singer_jax.models.vit import Architecture, VisionTransformer
 
@@ -25,6 +27,9 @@ Head = dict[str, jax.Array]
 
 Counts = dict[str, jax.Array]
 """What a batch adds to the metrics of a split."""
+
+Losses = tuple[Float[Array, ""], Num[Array, ""]]
+"""A sum of losses, and over how many images or pixels."""
 
 TEMPERATURES = (0.03, 0.6)
 
@@ -46,8 +51,10 @@ class Task(Protocol):
     ) -> Float[Array, "batch ..."]:
         """What the head reads, from the raw tokens of the last block."""
 
-    def loss(self, head: Head, features: Array, labels: Array) -> Float[Array, ""]:
-        """The mean over the batch that is minimised."""
+    def losses(
+        self, head: Head, features: Array, labels: Array, valid: Bool[Array, " batch"]
+    ) -> Losses:
+        """The sum over the valid images whose mean (`mean_loss`) is minimised."""
 
     def count(
         self, head: Head, features: Array, labels: Array, valid: Bool[Array, " batch"]
@@ -87,8 +94,44 @@ def upsample(
 
 
 def by_image(function: Callable[..., Any], *arrays: Array) -> Any:
-    """`function` of one image at a time: full-size logits of a whole batch would not fit."""
+    """`function` of one image at a time: full-size logits of a whole batch would not fit.
+
+    The images have to be those of one device (`over_devices`): of a batch that is split over
+    several, every device would gather and work on all.
+    """
     return jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), arrays)
+
+
+def over_devices(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(head, features, labels, valid)` of each device's part of a batch, summed up."""
+    whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))
+
+    def of_part(*xs: Any) -> Any:
+        return jax.lax.psum(function(*xs), mesh.axis_names)
+
+    return jax.shard_map(of_part, mesh=mesh, in_specs=(whole, part, part, part), out_specs=whole)
+
+
+def mean_loss(
+    task: Task,
+    head: Head,
+    features: Array,
+    labels: Array,
+    valid: Bool[Array, " batch"] | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+    """The loss of a head: the mean over the images or pixels that count.
+
+    Args:
+      task: of the head.
+      head, features, labels: of the batch.
+      valid: which of its images are no padding; default: all.
+      mesh: over whose devices the batch is split; default: it is not.
+    """
+    losses = over_devices(mesh, task.losses) if mesh else task.losses
+    valid = jnp.ones(len(features), bool) if valid is None else valid
+    total, count = losses(head, features, labels, valid)
+    return total / jnp.maximum(count, 1)
 
 
 def _log_likelihood(
@@ -130,10 +173,15 @@ class Classification:
         prefix = model.arch.num_prefix_tokens
         return tokens[:, 0] if self.token == "cls" else tokens[:, prefix:].mean(axis=1)
 
-    def loss(
-        self, head: Head, features: Float[Array, "batch dim"], labels: Int[Array, " batch"]
-    ) -> Float[Array, ""]:
-        return -jnp.mean(_log_likelihood(apply_head(head, features), labels))
+    def losses(
+        self,
+        head: Head,
+        features: Float[Array, "batch dim"],
+        labels: Int[Array, " batch"],
+        valid: Bool[Array, " batch"],
+    ) -> Losses:
+        likelihood = _log_likelihood(apply_head(head, features), labels)
+        return -jnp.sum(jnp.where(valid, likelihood, 0.0)), jnp.sum(valid)
 
     def count(
         self,
@@ -182,21 +230,22 @@ class Segmentation:
     ) -> Float[Array, "batch rows columns dim"]:
         return patch_grid(model.arch, tokens)
 
-    def loss(
+    def losses(
         self,
         head: Head,
         features: Float[Array, "batch rows columns dim"],
         labels: Int[Array, "batch height width"],
-    ) -> Float[Array, ""]:
-        def of_image(logits: Array, labels: Array) -> tuple[Array, Array]:
-            known = labels != self.ignore
+        valid: Bool[Array, " batch"],
+    ) -> Losses:
+        def of_image(logits: Array, labels: Array, valid: Array) -> tuple[Array, Array]:
+            known = valid & (labels != self.ignore)
             likelihood = _log_likelihood(
                 upsample(logits, labels.shape), jnp.where(known, labels, 0)
             )
             return jnp.sum(jnp.where(known, likelihood, 0.0)), jnp.sum(known)
 
-        likelihood, known = by_image(of_image, apply_head(head, features), labels)
-        return -jnp.sum(likelihood) / jnp.maximum(jnp.sum(known), 1)
+        likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
+        return -jnp.sum(likelihood), jnp.sum(known)
 
     def count(
         self,
@@ -264,21 +313,22 @@ class Depth:
         summary = pooled(model.arch, tokens)[:, None, None]
         return jnp.concatenate([grid, jnp.broadcast_to(summary, grid.shape)], axis=-1)
 
-    def loss(
+    def losses(
         self,
         head: Head,
         features: Float[Array, "batch rows columns 2*dim"],
         labels: Float[Array, "batch height width"],
-    ) -> Float[Array, ""]:
-        def of_image(logits: Array, depth: Array) -> tuple[Array, Array]:
+        valid: Bool[Array, " batch"],
+    ) -> Losses:
+        def of_image(logits: Array, depth: Array, valid: Array) -> tuple[Array, Array]:
             share = jnp.clip(depth / self.max_depth, 0, 1)
             target = jnp.round(share * (self.bins - 1)).astype(jnp.int32)
-            known = depth > 0 if self.ignore_missing else jnp.ones_like(depth, bool)
+            known = valid & (depth > 0 if self.ignore_missing else jnp.ones_like(depth, bool))
             likelihood = _log_likelihood(upsample(logits, depth.shape), target)
             return jnp.sum(jnp.where(known, likelihood, 0.0)), jnp.sum(known)
 
-        likelihood, known = by_image(of_image, apply_head(head, features), labels)
-        return -jnp.sum(likelihood) / jnp.maximum(jnp.sum(known), 1)
+        likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
+        return -jnp.sum(likelihood), jnp.sum(known)
 
     def depth(
         self, logits: Float[Array, "height width bins"], temperature: float

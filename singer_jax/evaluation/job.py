@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from singer_jax import parallel
+from singer_jax import hosts, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.loader import worker_count
 from singer_jax.data.sources import TEST, TRAIN, Source, make_source
-from singer_jax.errors import InputError, unknown
+from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
 from singer_jax.evaluation.heads import Depth, Segmentation, Task
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeResult, probe, score
+from singer_jax.evaluation.progress import FileKeeper, Keeper
 from singer_jax.evaluation.store import stored_examples
+from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.models.vit import Numerics
 from singer_jax.telemetry import LOG
-from singer_jax.training.setup import NORMALISATIONS, dtype_of
-
-PROTOCOLS = ("paper", "fast")
+from singer_jax.training.setup import PRECISIONS
 
 
 class Split(NamedTuple):
@@ -39,7 +42,7 @@ class Split(NamedTuple):
     test: Source
 
 
-def evaluate(config: Any, workdir: Path) -> None:
+def evaluate(config: Any, workdir: epath.Path) -> None:
     """Measures one backbone; a task that is finished is not done again.
 
     Args:
@@ -48,9 +51,8 @@ def evaluate(config: Any, workdir: Path) -> None:
 
     Raises:
       InputError: nothing to evaluate, no data at all, or data that is there in part.
+      Stopped: on request; the same command goes on with the probe that was under way.
     """
-    if config.probe.protocol not in PROTOCOLS:
-        raise unknown("probe.protocol", config.probe.protocol, PROTOCOLS)
     benchmarks, splits, skipped = _find_data(config)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     backbone = load_backbone(
@@ -58,12 +60,10 @@ def evaluate(config: Any, workdir: Path) -> None:
         run=config.run,
         weights=config.weights,
         model=config.model,
-        numerics=Numerics(dtype_of(config.precision)),
+        numerics=Numerics(PRECISIONS[config.precision]),
     )
-    try:
-        (workdir / "tasks").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+    if jax.process_index() == 0:
+        make_workdir(workdir)
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
 
@@ -71,11 +71,42 @@ def evaluate(config: Any, workdir: Path) -> None:
         "model": backbone.digest(),
         "settings": _settings_digest(config),
     }
-    finished = {
-        name: found
-        for name in (*table1.TASKS, *splits)
-        if (found := _finished(workdir / "tasks" / f"{name}.json", identity))
-    }
+    finished = parallel.of_first_process(
+        {
+            name: found
+            for name in (*table1.TASKS, *splits)
+            if (found := _finished(workdir / "tasks" / f"{name}.json", identity))
+        }
+    )
+    with stopping.deferred():
+        _measure_all(config, workdir, backbone, benchmarks, splits, skipped, identity, finished)
+    rows, note = _summarise(config, workdir, backbone, finished, skipped)
+    if config.data.source == "table1" and jax.process_index() == 0:
+        print(table1.format_rows(rows))
+        print(note)
+
+
+def _measure_all(
+    config: Any,
+    workdir: epath.Path,
+    backbone: Backbone,
+    benchmarks: dict[str, table1.Benchmark],
+    splits: dict[str, Split],
+    skipped: dict[str, str],
+    identity: dict[str, str],
+    finished: dict[str, dict[str, Any]],
+) -> None:
+    """Adds to `finished` what is not in it, and to `skipped` what cannot be measured."""
+    questions = itertools.count(1)
+
+    def asked() -> bool:
+        return hosts.stop_after(next(questions))
+
+    def stop_if_asked() -> None:
+        if asked():
+            raise Stopped(f"stopped while extracting features; what is done is kept in {workdir}")
+
+    backbone = dataclasses.replace(backbone, before_batch=stop_if_asked)
     for name, split in splits.items():
         benchmark = benchmarks[name]
         head = finished.get("imagenet", {}).get("key")
@@ -89,20 +120,19 @@ def evaluate(config: Any, workdir: Path) -> None:
         if finished.get(name, {}).get("key") != key:
             LOG.info("== %s", name)
             measured = _with_statistics(backbone, benchmark, config.data.normalisation)
-            metrics = _measure(name, benchmark, measured, split, config, workdir)
+            of_all = hashlib.sha256(json.dumps([identity, key]).encode()).hexdigest()
+            keeper = FileKeeper(workdir / "tasks" / f"{name}.progress.npz", of_all, asked)
+            metrics = _measure(name, benchmark, measured, split, config, workdir, keeper)
             finished[name] = {**identity, "key": key, "metrics": metrics}
             _write(workdir / "tasks" / f"{name}.json", finished[name])
+            keeper.remove()
         LOG.info("%s: %s", name, _brief(finished[name]["metrics"]))
         _summarise(config, workdir, backbone, finished, skipped)
-    rows, note = _summarise(config, workdir, backbone, finished, skipped)
-    if config.data.source == "table1":
-        print(table1.format_rows(rows))
-        print(note)
 
 
 def _summarise(
     config: Any,
-    workdir: Path,
+    workdir: epath.Path,
     backbone: Backbone,
     finished: dict[str, dict[str, Any]],
     skipped: dict[str, str],
@@ -134,9 +164,6 @@ def _find_data(
     data = config.data
     named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
     chosen = tuple(config.tasks) or tuple(table1.TASKS)
-    for name in chosen:
-        if name not in table1.TASKS:
-            raise unknown("task", name, table1.TASKS)
     if data.source in named and table1.TASKS[named[data.source]].kind != "classification":
         chosen = (named[data.source],)
     elif data.source != "table1":
@@ -175,8 +202,6 @@ def _with_statistics(
     backbone: Backbone, benchmark: table1.Benchmark, normalisation: str
 ) -> Backbone:
     """The backbone with the image statistics of the official code, where they are asked for."""
-    if normalisation not in NORMALISATIONS:
-        raise unknown("data.normalisation", normalisation, NORMALISATIONS)
     if normalisation == "model":
         return backbone
     spec = dataclasses.replace(backbone.network.spec, mean=benchmark.mean, std=benchmark.std)
@@ -189,11 +214,13 @@ def _measure(
     backbone: Backbone,
     split: Split,
     config: Any,
-    workdir: Path,
+    workdir: epath.Path,
+    keeper: FileKeeper,
 ) -> dict[str, Any]:
-    workers = worker_count(config.data.workers)
+    workers, first = worker_count(config.data.workers), jax.process_index() == 0
     if benchmark.kind == "transfer":
-        head = dict(np.load(workdir / "tasks" / "imagenet.npz"))
+        file = workdir / "tasks" / "imagenet.npz"
+        head = parallel.of_first_process(dict(np.load(download(file))) if first else None)
         classes = head["bias"].shape[0]
         if split.test.num_classes > classes:
             raise InputError(
@@ -202,7 +229,7 @@ def _measure(
         task = backbone.classification(classes, config.probe.token)
         test = backbone.extract(split.test, task, EvalTransform(backbone.image_size), workers)
         heads = {part: value[None] for part, value in head.items()}
-        return score(task, heads, test)[0] | {"test_images": test.images}
+        return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
     settings = ConfigDict(config.probe)
     settings.epochs = benchmark.epochs if settings.epochs is None else settings.epochs
     result, metrics = probe_task(
@@ -212,11 +239,12 @@ def _measure(
         settings,
         config.seed,
         workers,
-        workdir / "features" / name,
+        cached(workdir / "features" / name),
+        keeper,
     )
-    partial = workdir / "tasks" / f"{name}.partial.npz"
-    np.savez(partial, **result.head)
-    partial.replace(workdir / "tasks" / f"{name}.npz")
+    if first:
+        with replacing(workdir / "tasks" / f"{name}.npz") as file:
+            np.savez(file, **result.head)
     return metrics
 
 
@@ -228,6 +256,7 @@ def probe_task(
     seed: int = 0,
     workers: int = 0,
     store: Path | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[ProbeResult, dict[str, Any]]:
     """Trains and tests a probe; kNN too where the task is a classification.
 
@@ -239,6 +268,7 @@ def probe_task(
       seed: of head, order and crops.
       workers: of the loader.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
+      keeper: of the progress; default: nothing is kept.
 
     Returns:
       the probe's result, and its metrics as `results.json` holds them.
@@ -254,25 +284,26 @@ def probe_task(
         views = [centre] + [augment] * config.views
         of_views = (backbone, split.train, task, views, workers, seed)
         train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
-        trainer = FeatureTrainer(task, train, head_shape, config, seed)
+        trainer = FeatureTrainer(task, train, head_shape, config, seed, backbone.mesh)
     else:
         trainer = CropTrainer(task, backbone, split.train, augment, extract, config, seed, workers)
-    nearest = {}
-    if kind == "classification":
+    keeper = keeper or Keeper()
+    if kind == "classification" and not keeper.progress.nearest:
         bank = train or extract(split.train)
         top1 = knn_top1(
-            Examples(*bank.take(np.arange(bank.images))),
+            bank,
             test,
             classes=split.test.num_classes,
             k=config.knn_k,
             temperature=config.knn_temperature,
+            mesh=backbone.mesh,
         )
-        nearest = {"knn_top1": 100 * top1}
+        keeper.keep(nearest={"knn_top1": 100 * top1})
         del bank
-    result = probe(trainer, test, config, seed)
+    result = probe(trainer, test, config, seed, keeper)
     metrics: dict[str, Any] = {
         **result.last,
-        **nearest,
+        **keeper.progress.nearest,
         "learning_rate": result.learning_rate,
         "held_out": {str(rate): value for rate, value in result.held_out.items()},
         "best": result.best,
@@ -332,7 +363,7 @@ def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _finished(file: Path, identity: dict[str, str]) -> dict[str, Any] | None:
+def _finished(file: epath.Path, identity: dict[str, str]) -> dict[str, Any] | None:
     """A task that was measured with this model and these settings; its head is there too."""
     try:
         content = json.loads(file.read_text())
@@ -345,10 +376,9 @@ def _finished(file: Path, identity: dict[str, str]) -> dict[str, Any] | None:
     return content if all(content.get(k) == v for k, v in identity.items()) else None
 
 
-def _write(file: Path, content: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(file)
+def _write(file: epath.Path, content: Any) -> None:
+    if jax.process_index() == 0:
+        write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _brief(metrics: dict[str, Any]) -> str:
@@ -357,5 +387,5 @@ def _brief(metrics: dict[str, Any]) -> str:
 
 
 def _config_of(run: str) -> dict[str, Any] | None:
-    file = Path(run).expanduser() / "config.json"
+    file = as_path(run) / "config.json"
     return json.loads(file.read_text()) if run and file.is_file() else None

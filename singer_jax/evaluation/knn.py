@@ -6,11 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from singer_jax import parallel
 from singer_jax.evaluation.backbone import Examples
-
-_CHUNK = 2**28  # similarities in memory at once
+from singer_jax.evaluation.memory import fitting
+from singer_jax.evaluation.spread import spread
 
 
 def knn_top1(
@@ -20,46 +23,76 @@ def knn_top1(
     classes: int,
     k: int = 20,
     temperature: float = 0.07,
+    mesh: Mesh | None = None,
 ) -> float:
     """Share of queries whose class gets the largest vote of their `k` nearest in the bank.
 
-    A neighbour votes exp(cosine similarity / temperature) for its class.
+    A neighbour votes exp(cosine similarity / temperature) for its class. The bank is split over the
+    devices; each finds the `k` nearest of its part, and of those the nearest of all are taken.
 
     Args:
-      bank: of the training split.
+      bank: of the training split; its first view.
       queries: of the test split.
       classes: number of labels.
       k: neighbours that vote.
       temperature: the smaller, the more the nearest count.
+      mesh: of the devices; default: one.
     """
-    k = min(k, len(bank.labels))
-    values, correct = _unit(jnp.asarray(bank.features)), 0
-    step = max(1, _CHUNK // len(bank.labels))
-    for start in range(0, len(queries.labels), step):
-        chunk = slice(start, start + step)
-        query = _unit(jnp.asarray(queries.features[chunk]))
-        predicted = _predict(values, jnp.asarray(bank.labels), query, classes, k, temperature)
-        correct += int(jnp.sum(predicted == queries.labels[chunk]))
-    return correct / len(queries.labels)
+    mesh = mesh or parallel.make_mesh(1)
+    k = min(k, bank.images)
+    values, labels = (spread(mesh, rows, bank.images) for rows in (bank.features, bank.labels))
+    values = _unit(values)
+    asked, correct = len(queries.labels), 0
+    # A query's similarities to a device's part, and as much again to sort them.
+    step = min(asked, fitting(mesh, 2 * 4 * len(labels) / mesh.size))
+    predict = functools.partial(
+        _predict, mesh, images=bank.images, classes=classes, k=k, temperature=temperature
+    )
+    for start in range(0, asked, step):
+        chunk = np.resize(np.arange(start, min(start + step, asked)), step)
+        predicted = predict(values, labels, queries.take(chunk)[0])
+        valid = min(step, asked - start)
+        correct += np.sum((np.asarray(predicted) == queries.labels[chunk])[:valid])
+    return float(correct / asked)
 
 
+@jax.jit
 def _unit(features: Float[Array, "images dim"]) -> Float[Array, "images dim"]:
+    features = features.astype(jnp.float32)
     norms = jnp.linalg.norm(features, axis=1, keepdims=True)
     return features / jnp.maximum(norms, jnp.finfo(features.dtype).tiny)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("images", "classes", "k", "temperature")
+)
 def _predict(
+    mesh: Mesh,
     bank: Float[Array, "bank dim"],
     bank_labels: Int[Array, " bank"],
     queries: Float[Array, "queries dim"],
+    *,
+    images: int,
     classes: int,
     k: int,
     temperature: float,
 ) -> Int[Array, " queries"]:
-    similarity, index = jax.lax.top_k(queries @ bank.T, k)
-    votes = (
-        jax.nn.one_hot(bank_labels[index], classes)
-        * jnp.exp((similarity - 1) / temperature)[..., None]
-    )
+    """The class of each query; rows of the bank from `images` on are padding."""
+    axes = mesh.axis_names
+    whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))
+
+    def of_device(bank: Array, labels: Array, queries: Array) -> tuple[Array, Array]:
+        row = jax.lax.axis_index(axes) * len(bank) + jnp.arange(len(bank))
+        similarity = jnp.where(row < images, queries @ bank.T, -jnp.inf)
+        nearest, index = jax.lax.top_k(similarity, min(k, len(bank)))
+        return nearest, labels[index]
+
+    split = jax.sharding.PartitionSpec(None, *part)
+    similarity, labels = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(part, part, whole), out_specs=(split, split)
+    )(bank, bank_labels, _unit(queries))
+    candidates = jax.lax.with_sharding_constraint((similarity, labels), parallel.replicated(mesh))
+    similarity, index = jax.lax.top_k(candidates[0], k)
+    labels = jnp.take_along_axis(candidates[1], index, axis=1)
+    votes = jax.nn.one_hot(labels, classes) * jnp.exp((similarity - 1) / temperature)[..., None]
     return jnp.argmax(votes.sum(axis=1), axis=1)

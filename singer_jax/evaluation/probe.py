@@ -17,20 +17,27 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
+from singer_jax import parallel
 from singer_jax.data.loader import train_batches
 from singer_jax.data.sources import Source, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, Examples
-from singer_jax.evaluation.heads import Head, Task
+from singer_jax.evaluation.heads import Head, Task, mean_loss, over_devices
+from singer_jax.evaluation.memory import fitting
+from singer_jax.evaluation.progress import Keeper, Progress
+from singer_jax.evaluation.spread import pick, spread
 from singer_jax.models.params import Params
 from singer_jax.training.optimizer import cosine_schedule
 
 FINAL_LEARNING_RATE = 1e-8
 
-# Features up to this size go to the device at once, and a whole epoch is one program.
-_ON_DEVICE = 2**30
+_MOST_SCORED = 256  # images at once
+
+Within = Callable[[int, Head], None]
+"""Called with the steps done and the heads between two epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +77,11 @@ def sgd_step(
     labels: Array,
     step: Int[Array, ""],
     learning_rate: Float[Array, ""],
+    valid: Bool[Array, " batch"] | None = None,
     *,
     steps: int,
     weight_decay: float,
+    mesh: Mesh | None = None,
 ) -> tuple[Head, Float[Array, ""]]:
     """One step of the probe.
 
@@ -82,28 +91,36 @@ def sgd_step(
       features, labels: of the batch.
       step: counted from 0.
       learning_rate: the peak, that of step 0.
+      valid: which images of the batch are no padding; default: all.
       steps: of the whole probe.
       weight_decay: times the parameter, added to the gradient.
+      mesh: over whose devices the batch is split; default: it is not.
 
     Returns:
       the head after the step, and the loss before it.
     """
-    loss, gradient = jax.value_and_grad(task.loss)(head, features, labels)
+
+    def loss_of(head: Head) -> Float[Array, ""]:
+        return mean_loss(task, head, features, labels, valid, mesh)
+
+    loss, gradient = jax.value_and_grad(loss_of)(head)
     rate = cosine_schedule(learning_rate, steps, 0, FINAL_LEARNING_RATE / learning_rate)(step)
     head = jax.tree.map(lambda p, g: p - rate * (g + weight_decay * p), head, gradient)
     return head, loss
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _count(task: Task, heads: Head, features: Array, labels: Array, valid: Array) -> Any:
-    return jax.vmap(task.count, in_axes=(0, None, None, None))(heads, features, labels, valid)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def count(task: Task, mesh: Mesh, heads: Head, features: Array, labels: Array, valid: Array) -> Any:
+    """`Task.count` of stacked heads on a batch that is split over the devices."""
+    counted = over_devices(mesh, task.count)
+    return jax.vmap(counted, in_axes=(0, None, None, None))(heads, features, labels, valid)
 
 
 def score(
     task: Task,
     heads: Head,
     examples: Examples,
-    batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> list[dict[str, float]]:
     """The metrics of stacked heads on a split, every image counted once.
 
@@ -111,16 +128,19 @@ def score(
       task: of the heads.
       heads: with a leading axis.
       examples: of the split.
-      batch_size: images at once; the last batch is padded and the padding left out.
+      mesh: over whose devices the images are split; default: one.
     """
-    images = np.arange(examples.images)
-    batch_size = min(batch_size, len(images))
+    mesh = mesh or parallel.make_mesh(1)
+    features = examples.features.shape[1:]
+    of_image = math.prod(features) + math.prod(features[:-1]) * heads["bias"].size
+    batch_size = mesh.size * min(
+        math.ceil(min(_MOST_SCORED, examples.images) / mesh.size), fitting(mesh, 4 * of_image)
+    )
     total: dict[str, np.ndarray] = {}
-    for start in range(0, len(images), batch_size):
-        index = images[start : start + batch_size]
-        valid = np.arange(batch_size) < len(index)
-        features, labels = examples.take(np.resize(index, batch_size))
-        counts = jax.device_get(_count(task, heads, features, labels, valid))
+    for start in range(0, examples.images, batch_size):
+        index = np.arange(start, min(start + batch_size, examples.images))
+        batch = _padded(mesh, examples, index, batch_size)
+        counts = jax.device_get(count(task, mesh, heads, *batch))
         for name, value in counts.items():
             wide = np.int64 if np.issubdtype(value.dtype, np.integer) else np.float64
             total[name] = total.get(name, 0) + value.astype(wide)
@@ -131,20 +151,49 @@ def score(
     ]
 
 
+def _padded(
+    mesh: Mesh, examples: Examples, index: np.ndarray, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Features, labels and `valid` of some images and padding, split over the devices."""
+    valid = np.arange(rows) < len(index)
+    arrays = (*examples.take(np.resize(index, rows)), valid)
+    sharding = parallel.batch_sharding(mesh)
+    return tuple(parallel.put(array, sharding) for array in arrays)
+
+
 class Trainer(Protocol):
     """Trains heads on training images that are named by index."""
 
     task: Task
     images: int
+    mesh: Mesh
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Of so many images."""
 
     def centre(self, chosen: np.ndarray) -> Examples:
         """Centre-crop features of some images."""
 
-    def train(self, chosen: np.ndarray, rates: Sequence[float]) -> Iterator[Head]:
-        """The heads of all rates, stacked, after each epoch on some images."""
+    def train(
+        self,
+        chosen: np.ndarray,
+        rates: Sequence[float],
+        start: Progress = Progress(),
+        within: Within | None = None,
+    ) -> Iterator[Head]:
+        """The heads of all rates, stacked, after each epoch on some images.
+
+        Args:
+          chosen: the images.
+          rates: learning rates.
+          start: where to go on: its `step` and `heads`.
+          within: called with step and heads after the steps between, where it can be.
+        """
 
 
-def probe(trainer: Trainer, test: Examples, config: Any, seed: int = 0) -> ProbeResult:
+def probe(
+    trainer: Trainer, test: Examples, config: Any, seed: int = 0, keeper: Keeper | None = None
+) -> ProbeResult:
     """Trains a linear head and tests it after every epoch.
 
     Several learning rates are compared on held-out training images, never on the test split; the
@@ -155,64 +204,105 @@ def probe(trainer: Trainer, test: Examples, config: Any, seed: int = 0) -> Probe
       test: of the test split.
       config: the `probe` part of the configuration.
       seed: of the choice of held-out images.
+      keeper: of the progress, from which it goes on; default: nothing is kept.
 
     Raises:
-      InputError: settings that cannot work.
+      Stopped: on request, with the progress kept.
     """
     task, rates = trainer.task, tuple(config.learning_rates)
-    if not rates or min(rates) <= 0:
-        raise InputError(f"probe.learning_rates: {rates}; give positive numbers")
-    if not 0 < config.held_out < 1:
-        raise InputError(f"probe.held_out: {config.held_out} is not between 0 and 1")
+    keeper = keeper or Keeper()
     order = np.random.default_rng(seed).permutation(trainer.images)
     held_out: dict[float, float] = {}
     if len(rates) > 1:
-        cut = max(1, round(config.held_out * len(order)))
-        for heads in trainer.train(order[cut:], rates):
-            trained = heads
-        found = score(task, trained, trainer.centre(order[:cut]))
-        held_out = {rate: metrics[task.score] for rate, metrics in zip(rates, found, strict=True)}
+        if not keeper.progress.held_out:
+            cut = max(1, round(config.held_out * len(order)))
+            heads = _train(trainer, order[cut:], rates, keeper)
+            found = score(task, heads, trainer.centre(order[:cut]), trainer.mesh)
+            scores = tuple(metrics[task.score] for metrics in found)
+            keeper.keep(held_out=scores, step=0, heads=None)
+        held_out = dict(zip(rates, keeper.progress.held_out, strict=True))
         rates = (max(rates, key=held_out.__getitem__),)
-    by_epoch = []
-    for heads in trainer.train(order, rates):
-        by_epoch += score(task, heads, test)
+    heads = _train(trainer, order, rates, keeper, test)
+    by_epoch = keeper.progress.by_epoch
     best = max(range(len(by_epoch)), key=lambda epoch: by_epoch[epoch][task.score])
     head = {name: np.asarray(value[0]) for name, value in heads.items()}
     return ProbeResult(rates[0], held_out, by_epoch[-1], by_epoch[best], best + 1, head)
 
 
+def _train(
+    trainer: Trainer,
+    chosen: np.ndarray,
+    rates: Sequence[float],
+    keeper: Keeper,
+    test: Examples | None = None,
+) -> dict[str, Any]:
+    """The heads at the end; kept after every epoch, with their metrics on `test` if given."""
+    start, steps = keeper.progress, trainer.steps_per_epoch(len(chosen))
+
+    def within(step: int, heads: Head) -> None:
+        keeper.stop_if_asked(step=step, heads=heads)
+
+    epochs = trainer.train(chosen, rates, start, within)
+    for epoch, heads in enumerate(epochs, start.step // steps + 1):
+        found = score(trainer.task, heads, test, trainer.mesh) if test is not None else []
+        by_epoch = (*keeper.progress.by_epoch, *found)
+        keeper.keep(step=epoch * steps, heads=heads, by_epoch=by_epoch)
+        keeper.stop_if_asked()
+    return keeper.progress.heads
+
+
 class _Trainer:
-    """What both trainers share: settings, the first heads, the step of all rates."""
+    """What both trainers share: settings, the first heads, the step of all rates.
+
+    The batch is padded to a multiple of the devices; the padding weighs nothing.
+    """
 
     def __init__(
-        self, task: Task, images: int, head_shape: tuple[int, int], config: Any, seed: int
+        self,
+        task: Task,
+        images: int,
+        head_shape: tuple[int, int],
+        config: Any,
+        seed: int,
+        mesh: Mesh,
     ) -> None:
-        if config.epochs < 1:
-            raise InputError(f"probe.epochs: {config.epochs}; give at least 1")
-        if config.batch_size < 1:
-            raise InputError(f"probe.batch_size: {config.batch_size}; give at least 1")
         if head_shape[1] < 2:
             raise InputError("the probe needs labels: one folder of images a class")
         self.task, self.images, self.head_shape = task, images, head_shape
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.mesh = config, seed, mesh
+        self.rows = math.ceil(config.batch_size / mesh.size) * mesh.size
 
     def steps_per_epoch(self, images: int) -> int:
         return math.ceil(images / self.config.batch_size)
 
-    def start(self, rates: Sequence[float]) -> Head:
-        head = init_head(jax.random.key(self.seed), *self.head_shape)
-        return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(rates)), head)
+    def start(self, rates: Sequence[float], progress: Progress) -> Head:
+        """Those of the progress, or new ones; on every device."""
+        heads = progress.heads
+        if heads is None:
+            head = init_head(jax.random.key(self.seed), *self.head_shape)
+            heads = {name: np.stack([leaf] * len(rates)) for name, leaf in head.items()}
+        sharding = parallel.replicated(self.mesh)
+        return {name: parallel.put(leaf, sharding) for name, leaf in heads.items()}
 
     def step(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
-        """(heads, features, labels, step) -> heads; traceable."""
-        step = functools.partial(
-            sgd_step,
-            self.task,
-            steps=self.config.epochs * self.steps_per_epoch(images),
-            weight_decay=self.config.weight_decay,
-        )
-        peaks = jnp.asarray(rates)
-        return lambda *xs: jax.vmap(step, in_axes=(0, None, None, None, 0))(*xs, peaks)[0]
+        """(heads, features, labels, valid, step) -> heads; traceable."""
+        peaks = np.asarray(rates, np.float32)
+
+        def of_rate(head: Head, peak: Array, *xs: Array) -> Head:
+            features, labels, valid, step = xs
+            settings = {
+                "steps": self.config.epochs * self.steps_per_epoch(images),
+                "weight_decay": self.config.weight_decay,
+                "mesh": self.mesh,
+            }
+            return sgd_step(self.task, head, features, labels, step, peak, valid, **settings)[0]
+
+        def of_rates(heads: Head, *xs: Array) -> Head:
+            in_axes = (0, 0, *[None] * len(xs))
+            heads = jax.vmap(of_rate, in_axes=in_axes)(heads, peaks, *xs)
+            return jax.lax.with_sharding_constraint(heads, parallel.replicated(self.mesh))
+
+        return of_rates
 
 
 class FeatureTrainer(_Trainer):
@@ -225,6 +315,7 @@ class FeatureTrainer(_Trainer):
       head_shape: inputs and outputs.
       config: the `probe` part of the configuration.
       seed: of the head and the order.
+      mesh: over whose devices features and batches are split; default: one.
     """
 
     def __init__(
@@ -234,18 +325,27 @@ class FeatureTrainer(_Trainer):
         head_shape: tuple[int, int],
         config: Any,
         seed: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(task, train.images, head_shape, config, seed)
+        mesh = mesh or parallel.make_mesh(1)
+        super().__init__(task, train.images, head_shape, config, seed, mesh)
         self._train = train
 
     def centre(self, chosen: np.ndarray) -> Examples:
         return Examples(*self._train.take(chosen))
 
-    def train(self, chosen: np.ndarray, rates: Sequence[float]) -> Iterator[Head]:
+    def train(
+        self,
+        chosen: np.ndarray,
+        rates: Sequence[float],
+        start: Progress = Progress(),
+        within: Within | None = None,
+    ) -> Iterator[Head]:
         """Batches of the same order for all rates; they cross the end of an epoch."""
         steps, train = self.steps_per_epoch(len(chosen)), self._train
-        run_epoch = self._epoch(len(chosen), rates)
-        rng, heads = np.random.default_rng(self.seed), self.start(rates)
+        on_device = self._fits()
+        run_epoch = (self._on_device if on_device else self._streamed)(len(chosen), rates)
+        rng, heads = np.random.default_rng(self.seed), self.start(rates, start)
         order = np.zeros(0, chosen.dtype)
         passes, wanted = 0, steps * self.config.batch_size
         for number in range(self.config.epochs):
@@ -254,33 +354,57 @@ class FeatureTrainer(_Trainer):
                 order = np.concatenate([order, rng.permutation(chosen) + view * train.images])
                 passes += 1
             batches, order = order[:wanted].reshape(steps, -1), order[wanted:]
-            heads = run_epoch(heads, number * steps, batches)
-            yield heads
+            first = max(number * steps, start.step)
+            if first < (number + 1) * steps:
+                heads = run_epoch(heads, first, batches[first - number * steps :], within)
+                yield heads
 
-    def _epoch(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
-        """(heads, number of the first step, indices [steps, batch]) -> heads."""
-        step, train = self.step(images, rates), self._train
-        if train.features.nbytes > _ON_DEVICE:
-            one = jax.jit(step)
+    def _fits(self) -> bool:
+        """Whether the devices' memory takes all features, beside a batch."""
+        features = self._train.features
+        of_row = features.dtype.itemsize * math.prod(features.shape[1:])
+        return fitting(self.mesh, of_row) >= len(features) / self.mesh.size + 2 * self.rows
 
-            def run(heads: Head, first: int, batches: np.ndarray) -> Head:
-                for number, index in enumerate(batches):
-                    heads = one(heads, *train.take(index), jnp.int32(first + number))
-                return heads
+    def _streamed(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
+        """(heads, number of the first step, indices [steps, batch], within) -> heads."""
+        step = jax.jit(self.step(images, rates))
 
-            return run
+        def run(heads: Head, first: int, batches: np.ndarray, within: Within | None) -> Head:
+            for number, index in enumerate(batches, first):
+                batch = _padded(self.mesh, self._train, index, self.rows)
+                heads = step(heads, *batch, np.int32(number))
+                if within and number < first + len(batches) - 1:
+                    within(number + 1, heads)
+            return heads
+
+        return run
+
+    def _on_device(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
+        """As `_streamed`, with all features on the devices and an epoch as one program."""
+        epoch = self.epoch(images, rates)
+        arrays = [
+            spread(self.mesh, rows, len(rows))
+            for rows in (self._train.features, self._train.labels)
+        ]
+        return lambda heads, first, batches, within: epoch(heads, *arrays, np.int32(first), batches)
+
+    def epoch(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
+        """(heads, features, labels, number of the first step, indices [steps, batch]) -> heads."""
+        step, mesh = self.step(images, rates), self.mesh
+        valid = np.arange(self.rows) < self.config.batch_size
+        take = np.arange(self.rows) % self.config.batch_size
 
         @jax.jit
         def epoch(heads: Head, features: Array, labels: Array, first: Array, order: Array) -> Head:
             def body(heads: Head, xs: tuple[Array, Array]) -> tuple[Head, None]:
                 number, index = xs
-                batch = features[index].astype(jnp.float32)
-                return step(heads, batch, labels[index], number), None
+                batch = (pick(mesh, rows, index[take]) for rows in (features, labels))
+                of_batch, truth = batch
+                return step(heads, of_batch.astype(jnp.float32), truth, valid, number), None
 
             return jax.lax.scan(body, heads, (first + jnp.arange(len(order)), order))[0]
 
-        arrays = (jnp.asarray(train.features), jnp.asarray(train.labels))
-        return lambda heads, first, batches: epoch(heads, *arrays, jnp.int32(first), batches)
+        return epoch
 
 
 class CropTrainer(_Trainer):
@@ -308,40 +432,50 @@ class CropTrainer(_Trainer):
         seed: int = 0,
         workers: int = 0,
     ) -> None:
-        super().__init__(task, len(source), task.head_shape(backbone.arch), config, seed)
-        if config.batch_size % backbone.mesh.size:
-            raise InputError(
-                f"probe.batch_size: {config.batch_size} is not divisible by "
-                f"{backbone.mesh.size} devices; set mesh.data"
-            )
+        head_shape = task.head_shape(backbone.arch)
+        super().__init__(task, len(source), head_shape, config, seed, backbone.mesh)
         self.backbone, self.source, self.transform = backbone, source, transform
         self.centre_of, self.workers = centre_of, workers
 
     def centre(self, chosen: np.ndarray) -> Examples:
         return self.centre_of(Subset(self.source, chosen))
 
-    def train(self, chosen: np.ndarray, rates: Sequence[float]) -> Iterator[Head]:
+    def train(
+        self,
+        chosen: np.ndarray,
+        rates: Sequence[float],
+        start: Progress = Progress(),
+        within: Within | None = None,
+    ) -> Iterator[Head]:
         """Heads after each epoch; batches cross the end of an epoch."""
-        backbone, task = self.backbone, self.task
-        all_rates, steps = self.step(len(chosen), rates), self.steps_per_epoch(len(chosen))
-
-        @jax.jit
-        def step(params: Params, heads: Head, batch: Any, number: jax.Array) -> Head:
-            features = backbone.features(params, batch["image"], task)
-            return all_rates(heads, features, batch["label"], number)
-
-        heads = self.start(rates)
+        steps, step = self.steps_per_epoch(len(chosen)), self.crop_step(len(chosen), rates)
+        heads = self.start(rates, start)
         batches = train_batches(
             Subset(self.source, chosen),
             self.transform,
             batch_size=self.config.batch_size,
             seed=self.seed,
+            start=start.step,
             workers=self.workers,
             strict=True,
+            rows=self.backbone.rows(self.rows),
         )
         with contextlib.closing(batches):
-            for number in range(self.config.epochs * steps):
-                batch = backbone.put(next(batches))
-                heads = step(backbone.params, heads, batch, jnp.int32(number))
+            for number in range(start.step, self.config.epochs * steps):
+                batch = self.backbone.put(next(batches), self.rows)
+                heads = step(self.backbone.params, heads, batch, np.int32(number))
                 if (number + 1) % steps == 0:
                     yield heads
+                elif within:
+                    within(number + 1, heads)
+
+    def crop_step(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
+        """(backbone's parameters, heads, batch, step) -> heads, jitted."""
+        backbone, task, step = self.backbone, self.task, self.step(images, rates)
+
+        @jax.jit
+        def crop_step(params: Params, heads: Head, batch: Any, number: Array) -> Head:
+            features = backbone.features(params, batch["image"], task)
+            return step(heads, features, batch["label"], batch["valid"], number)
+
+        return crop_step

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from singer_jax import parallel
 from singer_jax.data.sources import Source
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import Backbone, Examples
@@ -33,28 +35,31 @@ def stored_examples(
     """Features of all images, one view a transform; extracted now or read back.
 
     Args:
-      folder: of `features.npy`, `labels.npy` and `meta.json`; made again where they are of another
-        model, task, source or transform.
+      folder: of `features.npy`, `labels.npy` and `meta.json`, which process 0 alone writes and
+        reads; made again where they are of another model, task, source or transform.
       backbone, source, task: what is extracted.
       transforms: of each view; a random one draws other numbers in each view.
       workers: of the loader.
       seed: of random transforms.
 
     Returns:
-      memory-mapped float16 features and their labels.
+      memory-mapped float16 features and their labels; every process has to take the same rows.
     """
-    meta = folder / "meta.json"
+    first, meta = jax.process_index() == 0, folder / "meta.json"
     parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms), seed)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    if not _intact(folder, key):
-        folder.mkdir(parents=True, exist_ok=True)
-        meta.unlink(missing_ok=True)
+    if not parallel.of_first_process(first and _intact(folder, key)):
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            meta.unlink(missing_ok=True)
         LOG.info("extracting %d view(s) of %d images to %s", len(transforms), len(source), folder)
         arrays: list[np.memmap] = []
         rows, row = len(source) * len(transforms), 0
         for view, transform in enumerate(transforms):
             for batch in backbone.batches(source, task, transform, workers, seed + view):
                 halves = (_halved(batch[0], folder), batch[1])
+                if not first:
+                    continue
                 if not arrays:
                     arrays = [
                         np.lib.format.open_memmap(
@@ -67,10 +72,30 @@ def stored_examples(
                 row += len(batch[1])
         for array in arrays:
             array.flush()
-        checksums = {name: _checksum(folder / name) for name in _FILES}
-        meta.write_text(json.dumps({"key": key, "checksums": checksums}) + "\n")
-    features, labels = (np.load(folder / name, mmap_mode="r") for name in _FILES)
-    return Examples(features, labels, len(transforms))
+        if first:
+            checksums = {name: _checksum(folder / name) for name in _FILES}
+            meta.write_text(json.dumps({"key": key, "checksums": checksums}) + "\n")
+    files = [np.load(folder / name, mmap_mode="r") if first else None for name in _FILES]
+    if jax.process_count() > 1:
+        files = [_OfFirstProcess(file) for file in files]
+    return Examples(*files, len(transforms))
+
+
+class _OfFirstProcess:
+    """An array whose rows process 0 reads, and sends to all that read the same ones."""
+
+    def __init__(self, rows: np.ndarray | None) -> None:
+        self._rows = rows
+        described = None if rows is None else (rows.shape, rows.dtype)
+        self.shape, self.dtype = parallel.of_first_process(described)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return parallel.of_first_process(
+            None if self._rows is None else np.array(self._rows[index])
+        )
 
 
 def _halved(features: np.ndarray, folder: Path) -> np.ndarray:

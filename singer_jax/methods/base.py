@@ -20,7 +20,7 @@ import scipy.optimize
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from singer_jax.errors import InputError, unknown
+from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
 from singer_jax.models.vit import Architecture, VisionTransformer
 
@@ -33,10 +33,14 @@ class Constant(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A model and its features of one batch: the raw residual stream after each block it ran."""
+    """A model and its features of one batch: the raw residual stream after each block by index."""
 
     model: VisionTransformer
-    features: Sequence[Float[Array, "batch tokens dim"]]
+    features: Mapping[int, Float[Array, "batch tokens dim"]]
+
+    def head_output(self) -> Float[Array, "batch outputs"]:
+        """What the model's head makes of its last feature."""
+        return self.model.head_output(self.features[self.model.arch.depth - 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +93,24 @@ class Method(nnx.Module):
         """What `loss` will look at, from the `method` part of the configuration."""
         return Needs()
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
-        """Named loss terms, already weighted, whose sum is minimised, and further metrics."""
+    @property
+    def teacher_reads(self) -> tuple[int, ...]:
+        """The teacher's blocks whose features `loss` and `diagnose` look at."""
+        return self.teacher_layers
+
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+        """Named loss terms, already weighted, whose sum is minimised."""
         raise NotImplementedError
+
+    def diagnose(self, teacher: Forward | None) -> Scalars:
+        """Further metrics, which are computed only in steps that are logged."""
+        return {}
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
         """What a user should know when a run starts, as lines with a `logging` level.
 
         Args:
-          metrics: of the first step.
+          metrics: of the first step, diagnostics included.
         """
         if self.tokens is None:
             return []
@@ -126,7 +137,7 @@ def match_layers(
       teacher_depth, student_depth: numbers of blocks.
 
     Raises:
-      InputError: unknown rule, or more layers than the student has blocks.
+      InputError: more layers than the student has blocks.
     """
     if len(teacher_layers) > student_depth:
         raise InputError(
@@ -141,8 +152,6 @@ def match_layers(
         ),
         "official": (layers / teacher_depth, np.linspace(0, 1, student_depth)),
     }
-    if rule not in depths:
-        raise unknown("method.matching", rule, depths)
     of_teacher, of_student = depths[rule]
     distance = np.abs(of_teacher[:, None] - of_student[None, :])
     return tuple(int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1])

@@ -54,9 +54,7 @@ class FitNet(Method):
             }
         )
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Terms `kd` and, with a weight, `ce`."""
         kd = sum(
             mean_squared_error(
@@ -67,9 +65,9 @@ class FitNet(Method):
         )
         terms = {"kd": self.kd_weight * kd}
         if self.ce_weight is not None:
-            logits = student.model.head_output(student.features[-1])
+            logits = student.head_output()
             if self.ce_weight:
                 terms["ce"] = self.ce_weight * cross_entropy(logits, batch.labels)
             else:  # zero gradients, whatever the labels are
                 terms["ce"] = 0.0 * jnp.sum(logits.astype(jnp.float32))
-        return terms, {}
+        return terms

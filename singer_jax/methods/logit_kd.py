@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from singer_jax.errors import InputError
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
 from singer_jax.models.vit import Architecture, VisionTransformer
 
@@ -24,21 +23,20 @@ class LogitKD(Method):
     def __init__(
         self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
     ) -> None:
-        if config.temperature <= 0:
-            raise InputError(f"method.temperature: {config.temperature} is not positive")
         self.temperature = config.temperature
         self.kd_weight = 1.0 if config.weights.kd is None else config.weights.kd
+        self.last = teacher.arch.depth - 1
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    @property
+    def teacher_reads(self) -> tuple[int, ...]:
+        """The last block, for the head."""
+        return (self.last,)
+
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Term `kd`, the mean over the images."""
         taught, own = (
-            jax.nn.log_softmax(
-                forward.model.head_output(forward.features[-1]).astype(jnp.float32)
-                / self.temperature
-            )
+            jax.nn.log_softmax(forward.head_output().astype(jnp.float32) / self.temperature)
             for forward in (teacher, student)
         )
         divergence = jnp.sum(jnp.exp(taught) * (taught - own), axis=-1)
-        return {"kd": self.kd_weight * self.temperature**2 * jnp.mean(divergence)}, {}
+        return {"kd": self.kd_weight * self.temperature**2 * jnp.mean(divergence)}

@@ -14,10 +14,8 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from singer_jax.errors import InputError
+from singer_jax.methods.jacobi import left_singular
 from singer_jax.models.vit import VisionTransformer
-
-SOURCES = ("mlp", "mlp_norm", "block")
-RULES = ("absolute", "quantile", "relative", "rank")
 
 
 class NullSpace(NamedTuple):
@@ -41,7 +39,7 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
         of attention and MLP side by side, each behind its norm's scale, so that neither path sees
         a perturbation in the null space, up to the norms' centring and rescaling.
     """
-    block = model.blocks[min(layer + 1, model.arch.depth - 1)]
+    block = model.block(min(layer + 1, model.arch.depth - 1))
 
     def read(x: Array) -> Array:
         return x.astype(jnp.float32)
@@ -62,8 +60,11 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
 
 def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
     """The singular value decomposition W = U S V^T without V; `out` is at least `dim`."""
-    vectors, values, _ = jnp.linalg.svd(linear_map, full_matrices=False)
-    return NullSpace(vectors, values)
+
+    def library(matrix: Array) -> tuple[Array, Array]:
+        return jnp.linalg.svd(matrix, full_matrices=False)[:2]
+
+    return NullSpace(*jax.lax.platform_dependent(linear_map, tpu=left_singular, default=library))
 
 
 def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Array, ""]:
@@ -76,7 +77,8 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
       threshold: the number.
     """
     if rule == "quantile":
-        return jnp.quantile(space.values, threshold)
+        position = threshold * (len(space.values) - 1)
+        return jnp.interp(position, jnp.arange(len(space.values)), space.values[::-1])
     if rule == "relative":
         return threshold * space.values[0]
     if rule == "rank":
@@ -88,10 +90,9 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
 def check_threshold(rule: str, threshold: float, dim: int) -> None:
     """Raises `InputError` where a threshold is outside the range of its rule."""
     limit = {"quantile": 1, "relative": 1, "rank": dim}.get(rule)
-    if threshold < 0 or (limit is not None and threshold > limit):
-        upper = "" if limit is None else f"..{limit}"
+    if limit is not None and threshold > limit:
         raise InputError(
-            f"method.nullspace.threshold: {threshold} is not in 0{upper}, the range of the rule "
+            f"method.nullspace.threshold: {threshold} is not in 0..{limit}, the range of the rule "
             f"{rule}"
         )
 

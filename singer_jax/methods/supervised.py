@@ -23,9 +23,7 @@ class Supervised(Method):
     ) -> None:
         """Has no parts of its own; the arguments are those of every method."""
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Term `ce`."""
-        logits = student.model.head_output(student.features[-1])
-        return {"ce": cross_entropy(logits, batch.labels)}, {}
+        logits = student.head_output()
+        return {"ce": cross_entropy(logits, batch.labels)}

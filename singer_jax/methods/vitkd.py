@@ -66,8 +66,6 @@ class _Masked(Method):
                     f"method.mimic_layers: {layer} is not in 0..{last - 1} (the teacher's last "
                     f"block, {last}, is generated)"
                 )
-        if not 0 < config.mask_ratio < 1:
-            raise InputError(f"method.mask_ratio: {config.mask_ratio} is not between 0 and 1")
         matched = match_layers(config.matching, mimic, arch.depth, student.depth)
         (generated,) = match_layers(config.matching, (last,), arch.depth, student.depth)
         if generated in matched:
@@ -111,9 +109,7 @@ class ViTKD(_Masked):
             freeze(self.generator)
             freeze(self, "mask_token")
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Terms `mimic` and `generation`."""
         matched = [
             (
@@ -135,7 +131,7 @@ class ViTKD(_Masked):
         return {
             "mimic": self.mimic_weight * mimic,
             "generation": self.generation_weight * generation,
-        }, {}
+        }
 
 
 class ViTKDOfficial(_Masked):
@@ -161,9 +157,7 @@ class ViTKDOfficial(_Masked):
                 freeze(part)
             freeze(self, "mask_token")
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Terms `mimic` and `generation`."""
         prefix = self.tokens.num_prefix_tokens
         of_student = [
@@ -189,10 +183,10 @@ class ViTKDOfficial(_Masked):
         return {
             "mimic": self.mimic_weight * mimic / images,
             "generation": self.generation_weight / self.mask_ratio * generation / images,
-        }, {}
+        }
 
     def _masked(self, noise: Float[Array, "batch patches"]) -> Bool[Array, "batch patches"]:
         """All but the patches of lowest noise, of which int(P (1 - ratio)) are kept."""
         kept = math.floor(noise.shape[1] * (1 - self.mask_ratio))
-        rank = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
-        return rank >= kept
+        lowest = jax.lax.top_k(-noise, kept)[1]
+        return jnp.all(jnp.arange(noise.shape[1]) != lowest[..., None], axis=1)

@@ -12,7 +12,9 @@ from singer_jax.methods.base import Batch, Forward, Method, Scalars
 class WeightedSum(Method):
     """Methods by name with their weights; terms and metrics are named `<method>_<term>`.
 
-    Methods may read the same student block: each has adapters of its own.
+    Summed methods may share a student block, because each has adapters of its own: the block then
+    learns what all of them ask of it. Two terms of one method that would use the same block are
+    that method's error: they would share an adapter.
     """
 
     def __init__(self, methods: Mapping[str, Method], weights: Mapping[str, float]) -> None:
@@ -22,17 +24,26 @@ class WeightedSum(Method):
             layers = {layer for method in methods.values() for layer in getattr(method, which)}
             setattr(self, which, tuple(sorted(layers)))
 
-    def loss(
-        self, teacher: Forward | None, student: Forward, batch: Batch
-    ) -> tuple[Scalars, Scalars]:
+    @property
+    def teacher_reads(self) -> tuple[int, ...]:
+        """What any of the methods reads."""
+        return tuple(sorted({layer for m in self.methods.values() for layer in m.teacher_reads}))
+
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """All terms, times the weight of their method."""
-        terms: Scalars = {}
-        metrics: Scalars = {}
-        for name, weight in self.weights:
-            its_terms, its_metrics = self.methods[name].loss(teacher, student, batch)
-            terms |= {f"{name}_{term}": weight * value for term, value in its_terms.items()}
-            metrics |= {f"{name}_{metric}": value for metric, value in its_metrics.items()}
-        return terms, metrics
+        return {
+            f"{name}_{term}": weight * value
+            for name, weight in self.weights
+            for term, value in self.methods[name].loss(teacher, student, batch).items()
+        }
+
+    def diagnose(self, teacher: Forward | None) -> Scalars:
+        """The metrics of all methods."""
+        return {
+            f"{name}_{metric}": value
+            for name, _ in self.weights
+            for metric, value in self.methods[name].diagnose(teacher).items()
+        }
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
         """What each method says."""

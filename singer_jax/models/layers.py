@@ -27,8 +27,8 @@ _ROPE_BASE = 100.0
 _SWIGLU_MULTIPLE = 8
 
 
-class _Linear(nnx.Linear):
-    """`nnx.Linear` on flattened tokens: XLA on the CPU copies less where one axis is contracted."""
+class _FlatLinear(nnx.Linear):
+    """`nnx.Linear` on flattened tokens (`backends.Choices.flat_linear`)."""
 
     def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
         flat = super().__call__(x.reshape(-1, x.shape[-1]))
@@ -43,7 +43,8 @@ def linear(
     use_bias: bool = True,
 ) -> nnx.Linear:
     """A linear map with timm's initialisation."""
-    return _Linear(
+    kind = _FlatLinear if numerics.choices.flat_linear else nnx.Linear
+    return kind(
         in_features,
         out_features,
         use_bias=use_bias,
@@ -80,17 +81,22 @@ class PatchEmbed(nnx.Module):
             param_dtype=numerics.param_dtype,
             rngs=rngs,
         )
+        self.as_matrix = numerics.choices.patch_matrix
 
     def __call__(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch patches dim"]:
-        # A matrix product, because the gradient of the equal convolution is slow on the CPU.
         kernel = self.proj.kernel[...].astype(images.dtype)
         size, _, channels, dim = kernel.shape
         batch, height, width, _ = images.shape
-        x = images.reshape(batch, height // size, size, width // size, size, channels)
-        x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
-        x = x @ kernel.reshape(-1, dim)
+        if self.as_matrix:
+            x = images.reshape(batch, height // size, size, width // size, size, channels)
+            x = x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+            x = x @ kernel.reshape(-1, dim)
+        else:
+            x = jax.lax.conv_general_dilated(
+                images, kernel, (size, size), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ).reshape(batch, -1, dim)
         return x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype)
 
 
@@ -277,6 +283,7 @@ class Block(nnx.Module):
         elif arch.init_values is not None:
             self.ls1 = LayerScale(arch, numerics)
             self.ls2 = LayerScale(arch, numerics)
+        self.keep_residual = numerics.choices.keep_residual
 
     def scales(self) -> tuple[Float[Array, " dim"] | None, Float[Array, " dim"] | None]:
         """LayerScale factors after attention and after the MLP; None where there is none."""
@@ -289,22 +296,15 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
     ) -> Float[Array, "batch tokens dim"]:
+        # Without the barrier XLA may recompute the residual stream in each of its consumers.
+        keep = jax.lax.optimization_barrier if self.keep_residual else lambda x: x
         first, second = self.scales()
-        x = _barrier(x + _scaled(self.attn(self.norm1(x), by), first))
-        return _barrier(x + _scaled(self.mlp(self.norm2(x)), second))
+        x = keep(x + _scaled(self.attn(self.norm1(x), by), first))
+        return keep(x + _scaled(self.mlp(self.norm2(x)), second))
 
 
 def _scaled(x: Float[Array, "*axes dim"], scale: Float[Array, " dim"] | None) -> Array:
     return x if scale is None else x * scale.astype(x.dtype)
-
-
-def _barrier(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Makes XLA keep the residual stream instead of recomputing it in each of its consumers.
-
-    Without it the backward pass on the CPU adds the whole chain up again for every weight
-    gradient, quadratic in the depth (takes effect with `parallel.compiler_options`).
-    """
-    return jax.lax.optimization_barrier(x)
 
 
 class AttentionPool(nnx.Module):

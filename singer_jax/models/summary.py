@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,23 @@ def num_parameters(arch: Architecture) -> int:
     return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
 
 
-def forward_flops(arch: Architecture) -> int:
-    """Operations of the matrix products of one image's forward pass, two a multiply-add."""
+def features_flops(arch: Architecture, blocks: int) -> int:
+    """Operations of the matrix products of one image's embedding and first `blocks` blocks.
+
+    Two a multiply-add.
+    """
     tokens, dim = arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
-    _, abstract = abstract_model(arch, Numerics())
-    blocks = sum(
+    _, abstract = abstract_model(dataclasses.replace(arch, depth=1), Numerics())
+    linear = sum(
         math.prod(leaf.shape) for keys, leaf in leaves(abstract["blocks"]) if keys[-1] == "kernel"
     )
-    attention = arch.depth * 2 * tokens**2 * dim
     embedding = arch.num_patches * 3 * arch.patch_size**2 * dim
-    return 2 * (tokens * blocks + attention + embedding + dim * arch.num_classes)
+    return 2 * (embedding + blocks * (tokens * linear + 2 * tokens**2 * dim))
+
+
+def forward_flops(arch: Architecture) -> int:
+    """`features_flops` of all blocks, and the head's (attention pooling not counted)."""
+    return features_flops(arch, arch.depth) + 2 * arch.embed_dim * arch.num_classes
 
 
 def models_table() -> str:

@@ -9,13 +9,17 @@ heads, classes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from singer_jax import backends
 from singer_jax.models.layers import (
     ACTIVATIONS,
     MLPS,
@@ -93,6 +97,10 @@ class Architecture:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
             )
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} x mlp_ratio {self.mlp_ratio} leaves the MLP empty"
+            )
         if self.mlp_layer == "swiglu_packed" and int(self.embed_dim * self.mlp_ratio) % 2:
             raise ValueError(
                 f"embed_dim {self.embed_dim} x mlp_ratio {self.mlp_ratio} gives an odd hidden width"
@@ -137,11 +145,21 @@ class Numerics:
       dtype: of activations and matrix products. LayerNorm statistics and the softmax stay float32.
       param_dtype: in which parameters are stored.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      backend: platform of the devices that will compute; empty: the default device's.
+      stacked: the blocks' parameters are one tree with a leading axis over the blocks.
     """
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    # Neither changes what is computed, so neither is part of what a model says of itself.
+    backend: str = dataclasses.field(default="", repr=False)
+    stacked: bool = dataclasses.field(default=False, repr=False)
+
+    @property
+    def choices(self) -> backends.Choices:
+        """What is computed differently on this backend."""
+        return backends.choices(self.backend)
 
 
 class VisionTransformer(nnx.Module):
@@ -176,7 +194,8 @@ class VisionTransformer(nnx.Module):
             self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
         if arch.pre_norm:
             self.norm_pre = layer_norm(arch, numerics, rngs)
-        self.blocks = nnx.List([Block(arch, numerics, rngs) for _ in range(arch.depth)])
+        blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
+        self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
         self.norm = layer_norm(arch, numerics, rngs)
         if arch.global_pool == "map":
             self.attn_pool = AttentionPool(arch, numerics, rngs)
@@ -206,14 +225,29 @@ class VisionTransformer(nnx.Module):
             x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         return self.norm_pre(x) if arch.pre_norm else x
 
+    def block(self, index: int | Int[Array, ""]) -> Block:
+        """Block `index` alone; a traced index needs stacked parameters."""
+        if not self.numerics.stacked:
+            return self.blocks[index]
+        graph, state = nnx.split(self.blocks)
+        return nnx.merge(
+            graph,
+            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), state),
+        )
+
     def apply_block(
         self, index: int, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch tokens dim"]:
         """Block `index` alone, applied to any residual stream."""
+        return self._apply(self.block(index), x)
+
+    def _apply(
+        self, block: Block, x: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch tokens dim"]:
         arch = self.arch
         apply = nnx.remat(Block.__call__) if self.numerics.remat else Block.__call__
         by = rotation(arch.grid, arch.embed_dim // arch.num_heads) if arch.eva else None
-        return apply(self.blocks[index], x.astype(self.numerics.dtype), by)
+        return apply(block, x.astype(self.numerics.dtype), by)
 
     def features(
         self, images: Float[Array, "batch height width 3"], blocks: int | None = None
@@ -225,11 +259,38 @@ class VisionTransformer(nnx.Module):
           blocks: how many blocks to run.
         """
         x = self.embed(images)
+        count = self.arch.depth if blocks is None else blocks
         features = []
-        for index in range(self.arch.depth if blocks is None else blocks):
+        for index in range(count):
             x = self.apply_block(index, x)
             features.append(x)
         return tuple(features)
+
+    def features_at(
+        self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
+    ) -> dict[int, Float[Array, "batch tokens dim"]]:
+        """`features` after some blocks only, of a model that is not trained.
+
+        No other feature is kept and no later block runs. Stacked blocks are one loop, through
+        which there is no gradient.
+
+        Args:
+          images: as for `features`.
+          layers: indices of blocks.
+        """
+        layers = sorted(set(layers))
+        if not self.numerics.stacked:
+            features = self.features(images, layers[-1] + 1)
+            return {layer: jax.lax.stop_gradient(features[layer]) for layer in layers}
+
+        def advance(x: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            x = jax.lax.fori_loop(*bounds, lambda index, x: self._apply(self.block(index), x), x)
+            return x, x
+
+        ends = np.asarray(layers, np.int32) + 1
+        starts = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
+        found = jax.lax.scan(advance, self.embed(images), (starts, ends))[1]
+        return dict(zip(layers, found, strict=True))
 
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         """What the head reads, from the last feature: see `Architecture.global_pool`."""
@@ -252,3 +313,10 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
         """What timm's `model(images)` returns."""
         return self.head_output(self.features(images)[-1])
+
+
+def _stack(blocks: Sequence[Block]) -> Block:
+    """Equal blocks as one, whose parameters have a leading axis."""
+    graph = nnx.graphdef(blocks[0])
+    states = [nnx.state(block) for block in blocks]
+    return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))

@@ -12,14 +12,20 @@ from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the name bfloat16
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from singer_jax import ranges
+from singer_jax.allowed import HUB_CONFIG
 from singer_jax.errors import InputError
+from singer_jax.files import as_path, cached, download, is_remote
 from singer_jax.models.torch_file import open_torch_file
 
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+
+_LONGEST_KEY = 200  # characters of a tensor's name, far above timm's
 
 
 class StoredTensor(Protocol):
@@ -31,8 +37,8 @@ class StoredTensor(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
-    def read(self) -> np.ndarray:
-        """Its values, in PyTorch's layout."""
+    def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Its values, or a part of them, in PyTorch's layout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +50,13 @@ class SafetensorsTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self) -> np.ndarray:
-        with safe_open(self.path, framework="numpy") as file:
-            return file.get_tensor(self.key)
+    def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Its values, or a part; `InputError`: the file has changed, or no array has its shape."""
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                return file.get_slice(self.key)[part] if part else file.get_tensor(self.key)
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise _not_complete(self.path, error) from error
 
 
 def find_weights(weights: str) -> Path:
@@ -54,24 +64,34 @@ def find_weights(weights: str) -> Path:
 
     Args:
       weights: a `.safetensors`, `.pth` or `.bin` file; a folder that holds `model.safetensors` or
-        is a run with `student/model.safetensors`; or a hub name such as
+        is a run with `student/model.safetensors`; the URL of such a file or folder, which is
+        copied into the cache; or a hub name such as
         `timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k` (without owner: `timm/`), downloaded once
         and then read from the Hugging Face cache, also without network.
 
     Raises:
       InputError: nothing there, or a hub name that is neither cached nor reachable.
     """
-    path = Path(weights).expanduser()
-    if path.is_file():
-        return path
-    for inside in (path / WEIGHTS_FILE, path / "student" / WEIGHTS_FILE):
-        if inside.is_file():
-            return inside
+    path = as_path(weights) if is_remote(weights) else Path(weights).expanduser()
+    for file in (path, path / WEIGHTS_FILE, path / "student" / WEIGHTS_FILE):
+        if file.is_file():
+            return _local(file)
     if path.is_dir():
         raise InputError(f"{path} holds neither {WEIGHTS_FILE} nor student/{WEIGHTS_FILE}")
     if path.suffix in (".safetensors", ".pth", ".bin") or path.is_absolute() or len(path.parts) > 2:
         raise InputError(f"no weights file at {path}")
     return _download(weights if "/" in weights else f"timm/{weights}")
+
+
+def _local(file: Path | epath.Path) -> Path:
+    """The file on this machine, with the `config.json` beside it."""
+    beside = file.parent / CONFIG_FILE
+    if is_remote(file):
+        if beside.is_file():
+            download(beside)
+        else:
+            cached(beside).unlink(missing_ok=True)
+    return download(file)
 
 
 def _download(repo: str) -> Path:
@@ -111,6 +131,14 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: unknown suffix, damaged file, or a pickle that would run code.
     """
+    tensors = _open(path)
+    for key in tensors:
+        if not key.isprintable() or len(key) > _LONGEST_KEY:
+            raise InputError(f"{path} names a tensor {key[:_LONGEST_KEY]!a}: no weights")
+    return tensors
+
+
+def _open(path: Path) -> dict[str, StoredTensor]:
     if path.suffix in (".pth", ".bin", ".pt"):
         tensors = open_torch_file(path)
         if any(key.startswith("encoder.") for key in tensors):
@@ -132,10 +160,14 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
             }
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} holds tensors of a kind that is not read: {error}") from error
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a complete safetensors file ({error}); download or export it again"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        raise _not_complete(path, error) from error
+
+
+def _not_complete(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is not a complete safetensors file ({error}); download or export it again"
+    )
 
 
 def _dtype(name: str) -> np.dtype:
@@ -156,11 +188,26 @@ def _of_unic(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:
-    """timm's `config.json` in `folder`; empty where there is none."""
+    """timm's `config.json` in `folder`; empty where there is none.
+
+    Raises:
+      InputError: it is no JSON object, or says what no model can be.
+    """
     file = folder / CONFIG_FILE
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text())
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"{file} is not JSON: {error}") from error
+    stated = {"": content}
+    for key in ("model_args", "pretrained_cfg"):
+        stated[key] = content.get(key) or {} if isinstance(content, dict) else None
+    for key, section in stated.items():
+        if not isinstance(section, dict):
+            raise InputError(f"{file}: {key or 'its content'} is not a JSON object")
+    for key, allowed in HUB_CONFIG.items():
+        section, _, name = key.rpartition(".")
+        if name in stated[section]:
+            ranges.check(f"{file}: {key}", stated[section][name], allowed)
+    return content | {key: section for key, section in stated.items() if section and key}

@@ -1,8 +1,9 @@
 """timm weights into a model and back out.
 
 A timm key and an NNX path differ by one rule: timm's `weight` is `kernel` (linear: transposed,
-convolution: HWIO) or `scale` (LayerNorm). Tensors are read one by one and go straight to their
-sharding and dtype, so that a model is never whole in host memory.
+convolution: HWIO) or `scale` (LayerNorm). Of each tensor a process reads the parts that its
+devices hold, and they go straight to their sharding and dtype: a model is never whole in host
+memory.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
 
 from singer_jax.errors import InputError
+from singer_jax.files import replacing, write_text
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
 from singer_jax.models.weight_files import (
@@ -75,7 +78,8 @@ def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
     the file (timm's hub layout), where there is one.
     """
     head = open_weights(path).get("head.weight")
-    arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head else 0)
+    # A head of another shape than [classes, dim] is named by `check_weights`.
+    arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
     stated = read_hub_config(path.parent).get("pretrained_cfg", {})
     mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
     return dataclasses.replace(spec, arch=arch, mean=mean, std=std)
@@ -102,16 +106,40 @@ def load_model(
       InputError: with every missing, surplus and mis-shaped key.
     """
     graph, abstract = abstract_model(spec.arch, numerics)
+    check_weights(spec, path)
     tensors = _tensors(spec, path)
-    _check_keys(spec, path, abstract, tensors)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
+    def read(keys: Keys, shape: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        tensor = tensors[timm_key(keys)]
+        axes = timm_axes(keys, jax.ShapeDtypeStruct(shape, tensor.dtype))
+        stored = tuple(part[axis] for axis in axes)
+        if keys == ("pos_embed",) and tuple(tensor.shape) != shape:
+            prefix = spec.arch.num_embedded_prefix_tokens
+            array = resample_pos_embed(tensor.read(), spec.arch.grid, prefix)[stored]
+        else:
+            array = tensor.read(stored)
+        return array.transpose(np.argsort(axes))
+
     def load(keys: Keys, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = tensors[timm_key(keys)].read()
-        if keys == ("pos_embed",) and array.shape != leaf.shape:
-            array = resample_pos_embed(array, spec.arch.grid, spec.arch.num_embedded_prefix_tokens)
-        array = array.transpose(np.argsort(timm_axes(keys, array))).astype(leaf.dtype)
-        return jax.device_put(np.ascontiguousarray(array), placement.get(keys))
+        found: dict[Any, np.ndarray] = {}
+
+        def part_of(part: tuple[slice, ...]) -> np.ndarray:
+            place = tuple((along.start, along.stop) for along in part)
+            if place not in found:  # devices that hold the same part read it once
+                if numerics.stacked and keys[0] == "blocks":
+                    blocks = range(spec.arch.depth)[part[0]]
+                    each = [("blocks", index, *keys[1:]) for index in blocks]
+                    array = np.stack([read(one, leaf.shape[1:], part[1:]) for one in each])
+                else:
+                    array = read(keys, leaf.shape, part)
+                found[place] = np.ascontiguousarray(array.astype(leaf.dtype))
+            return found[place]
+
+        if not placement:
+            return jnp.asarray(part_of((slice(None),) * leaf.ndim))
+        # Not device_put: of several processes it would compare what each has read.
+        return jax.make_array_from_callback(leaf.shape, placement[keys], part_of, leaf.dtype)
 
     return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
 
@@ -231,8 +259,6 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     stated = config.get("pretrained_cfg", {})
     if "input_size" in stated:
         arguments.setdefault("img_size", tuple(stated["input_size"][1:]))
-    if isinstance(arguments.get("img_size"), list):
-        arguments["img_size"] = tuple(arguments["img_size"])
     return arguments
 
 
@@ -248,7 +274,7 @@ def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
     return dataclasses.replace(spec, mean=mean, std=std)
 
 
-def export_timm(folder: Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -> None:
+def export_timm(folder: epath.Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -> None:
     """Writes `model.safetensors` and `config.json` in timm's hub layout.
 
     Args:
@@ -256,7 +282,7 @@ def export_timm(folder: Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -
       spec: of the model; its mean and std go into `pretrained_cfg`.
       tensors: of the model, as `to_timm` gives them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
-    (folder / CONFIG_FILE).write_text(json.dumps(to_hub_config(spec), indent=2) + "\n")
+    with replacing(folder / WEIGHTS_FILE) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors keeps it to its owner
+    write_text(folder / CONFIG_FILE, json.dumps(to_hub_config(spec), indent=2) + "\n")

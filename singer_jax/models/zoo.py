@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from singer_jax import ranges
+from singer_jax.allowed import ARCHITECTURE
 from singer_jax.errors import InputError, unknown
 from singer_jax.models.vit import Architecture
 
@@ -171,13 +173,15 @@ def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     spec, overrides = MODELS[name], dict(overrides or {})
-    fields = {field.name for field in dataclasses.fields(Architecture)}
-    for key in overrides:
-        if key not in fields:
-            raise unknown(f"architecture field of {name}", key, fields)
+    for key, value in overrides.items():
+        if key not in ARCHITECTURE:
+            raise unknown(f"architecture field of {name}", key, ARCHITECTURE)
+        ranges.check(f"{key} of {name}", value, ARCHITECTURE[key])
     if isinstance(overrides.get("img_size"), int):
         overrides["img_size"] = (overrides["img_size"],) * 2
+    if "img_size" in overrides:
+        overrides["img_size"] = tuple(overrides["img_size"])
     try:
         return dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **overrides))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{name} cannot be built: {error}") from error

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Float, UInt8
 
@@ -87,7 +88,7 @@ class Report:
     note: str = ""
 
 
-def restore(run: Path, config: Any) -> tuple[Setup, TrainState, Params | None, int]:
+def restore(run: epath.Path, config: Any) -> tuple[Setup, TrainState, Params | None, int]:
     """A run as it is at its latest checkpoint: setup, state, the teacher's parameters, the step.
 
     Raises:
@@ -107,16 +108,16 @@ def restore(run: Path, config: Any) -> tuple[Setup, TrainState, Params | None, i
     return prepared, state, prepared.load_teacher(), step
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
+def read_metrics(run: epath.Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl; none where there is no such file."""
     file = run / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def collect(
-    run: Path,
+    run: epath.Path,
     config: Any,
-    baselines: dict[str, Path],
+    baselines: dict[str, epath.Path],
     shown: int,
     results: dict[str, dict[str, float | None]],
     note: str = "",
@@ -147,7 +148,7 @@ def collect(
     last = arch.depth - 1
     layers = singer.teacher_layers if singer else ()
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[str, dict[int, jax.Array]]:
         features = network.merge(params).features(network.prepare(images))
         prefix = arch.num_prefix_tokens
@@ -160,15 +161,20 @@ def collect(
         return jax.tree.map(lambda x: x[:, prefix:].astype(jnp.float32), found)
 
     def run_on(images: Source) -> dict[str, dict[int, np.ndarray]]:
-        batches = eval_batches(images, EvalTransform(prepared.image_size), batch_size=8 * mesh.size)
+        sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
+        batches = eval_batches(
+            images,
+            EvalTransform(prepared.image_size),
+            batch_size=batch_size,
+            rows=parallel.local_rows(sharding, batch_size),
+        )
         parts = []
         with contextlib.closing(batches):
             for batch in batches:
-                put = parallel.put(batch["image"], parallel.batch_sharding(mesh))
-                valid = batch["valid"]
-                of_batch = jax.device_get(patches_of(teacher_params, put))
-                parts.append(jax.tree.map(lambda x, valid=valid: x[valid], of_batch))
-        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+                put = parallel.put_rows(batch["image"], sharding, batch_size)
+                parts.append(jax.device_get(patches_of(teacher_params, put)))
+        # What is left over is the padding of the last batch.
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(images)], *parts)
 
     of_shown, of_fitted = run_on(few), run_on(fitted)
     target, target_fitted = of_shown["teacher"][last], of_fitted["teacher"][last]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from singer_jax.config import default, flatten
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
+from singer_jax.files import as_path, write_text, writing
 from singer_jax.report.collect import collect, column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison, write_page
 from singer_jax.telemetry import LOG
 
 
-def report(config: Any, workdir: Path) -> None:
+def report(config: Any, workdir: epath.Path) -> None:
     """Writes `report/index.html` below the work directory.
 
     Args:
@@ -27,19 +29,22 @@ def report(config: Any, workdir: Path) -> None:
     Raises:
       InputError: not a run, or one without a finished checkpoint.
     """
-    run = Path(config.run).expanduser() if config.run else workdir
+    run = as_path(config.run) if config.run else workdir
     settings = read_config(run)
     baselines = {}
-    for folder in config.baselines:
-        other = read_config(Path(folder).expanduser())
-        baselines[f"student, {other.method.name} ({Path(folder).name})"] = Path(folder)
+    for folder in map(as_path, config.baselines):
+        other = read_config(folder)
+        baselines[f"student, {other.method.name} ({folder.name})"] = folder
     rows, note = results_of(run, settings)
+    found = collect(run, settings, baselines, config.images, rows, note)
+    if jax.process_index() > 0:
+        return
     file = workdir / "report" / "index.html"
-    write_page(file, collect(run, settings, baselines, config.images, rows, note))
+    write_page(file, found)
     LOG.info("%s written", file)
 
 
-def read_config(run: Path) -> ConfigDict:
+def read_config(run: epath.Path) -> ConfigDict:
     """The configuration of a run.
 
     Raises:
@@ -54,7 +59,7 @@ def read_config(run: Path) -> ConfigDict:
     return config
 
 
-def results_of(run: Path, settings: Any) -> tuple[dict[str, dict[str, float | None]], str]:
+def results_of(run: epath.Path, settings: Any) -> tuple[dict[str, dict[str, float | None]], str]:
     """Rows of the results table from RUN/evaluation/results.json, published ones beside, a note."""
     file = run / "evaluation" / "results.json"
     rows: dict[str, dict[str, float | None]] = {}
@@ -76,7 +81,7 @@ def results_of(run: Path, settings: Any) -> tuple[dict[str, dict[str, float | No
     return rows, note
 
 
-def compare(config: Any, workdir: Path) -> None:
+def compare(config: Any, workdir: epath.Path) -> None:
     """Several runs in one table: methods by tasks, mean and standard deviation over seeds.
 
     Writes compare.json and compare/index.html below the work directory, and prints the table.
@@ -91,7 +96,7 @@ def compare(config: Any, workdir: Path) -> None:
     if len(config.runs) < 2:
         raise InputError("runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\"")
     described: list[dict[str, Any]] = []
-    for folder in (Path(run).expanduser() for run in config.runs):
+    for folder in map(as_path, config.runs):
         settings = read_config(folder)
         rows, _ = results_of(folder, settings)
         if "measured here" not in rows:
@@ -116,14 +121,13 @@ def compare(config: Any, workdir: Path) -> None:
     table = {name: _over_seeds([e["row"] for e in of]) for name, of in groups.items()}
     seeds = {name: [e["seed"] for e in of] for name, of in groups.items()}
     curves = {name: of[0]["curve"] for name, of in groups.items()}
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        content = {"seeds": seeds, "rows": table}
-        (workdir / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
-        text = {name: _in_words(row) for name, row in table.items()}
+    if jax.process_index() > 0:
+        return
+    text = {name: _in_words(row) for name, row in table.items()}
+    content = {"seeds": seeds, "rows": table}
+    with writing(workdir):
+        write_text(workdir / "compare.json", json.dumps(content, indent=2) + "\n")
         write_comparison(workdir / "compare" / "index.html", text, curves)
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
     print(format_text(text))
 
 
@@ -152,7 +156,7 @@ def _names(kinds: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _protocol(run: Path) -> str:
+def _protocol(run: epath.Path) -> str:
     return json.loads((run / "evaluation" / "results.json").read_text())["protocol"]
 
 

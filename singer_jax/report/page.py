@@ -13,10 +13,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from singer_jax.files import write_text
 from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_order
 
 _FOLDER = Path(__file__).parent
@@ -37,7 +39,7 @@ _STYLE = {
 }
 
 
-def write_page(file: Path, report: Report) -> None:
+def write_page(file: epath.Path, report: Report) -> None:
     """Writes the page; it needs no network and no other file.
 
     Args:
@@ -56,7 +58,7 @@ def write_page(file: Path, report: Report) -> None:
 
 
 def write_comparison(
-    file: Path,
+    file: epath.Path,
     rows: Mapping[str, Mapping[str, str]],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
@@ -83,16 +85,13 @@ def write_comparison(
     _write(file, "Comparison of runs", sections, {})
 
 
-def _write(file: Path, title: str, sections: Sequence[str], data: dict[str, Any]) -> None:
+def _write(file: epath.Path, title: str, sections: Sequence[str], data: dict[str, Any]) -> None:
     page = (_FOLDER / "page.html").read_text().replace("{{title}}", html.escape(title))
     page = page.replace("{{style}}", (_FOLDER / "page.css").read_text())
     page = page.replace("{{script}}", (_FOLDER / "page.js").read_text())
     page = page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
     page = page.replace("{{sections}}", "\n".join(filter(None, sections)))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(page)
-    partial.replace(file)
+    write_text(file, page)
 
 
 def format_text(rows: Mapping[str, Mapping[str, str]]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
+from singer_jax.files import replacing
+
 
 def save_patch_maps(
-    path: Path,
+    path: epath.Path,
     title: str,
     images: UInt8[np.ndarray, "images height width 3"],
     norms: Float[np.ndarray, "images rows columns"],
@@ -42,12 +44,12 @@ def save_patch_maps(
         row[0].set_ylabel(label)
         if options:
             figure.colorbar(shown, ax=row.tolist(), fraction=0.02)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
 
 
 def save_spectra(
-    path: Path,
+    path: epath.Path,
     title: str,
     curves: Mapping[int, Mapping[str, Float[np.ndarray, " dim"]]],
     rows: Sequence[Mapping[str, Any]],
@@ -73,5 +75,5 @@ def save_spectra(
                     axis.plot(crossed, row["tau"], "o", color=line.get_color(), markersize=4)
         axis.set(title=f"layer {layer}", xlabel="index", ylabel="singular value")
         axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)

@@ -7,17 +7,20 @@ compared with a checksum that was taken on the device when it was saved.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 
 from singer_jax import parallel
 from singer_jax.errors import RunError
+from singer_jax.files import as_path, check_takes_checkpoints
 from singer_jax.models.params import Params, join, split
 from singer_jax.training.step import TrainState
 
@@ -42,6 +45,34 @@ def _checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
     return {name: checksum(leaf) for name, leaf in _by_name(state).items()}
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _of_each_block(params: Params, stacked: bool) -> dict[str, UInt32[Array, "..."]]:
+    each = jax.vmap(checksum) if stacked else checksum
+    return {
+        name: (each if name.startswith("blocks/") else checksum)(leaf)
+        for name, leaf in _by_name(params).items()
+    }
+
+
+def fingerprint(params: Params, stacked: bool = False) -> str:
+    """Of a model's parameters by name, shape, dtype and checksum; the same on any mesh.
+
+    Args:
+      params: of the model.
+      stacked: as `models.vit.Numerics.stacked`; changes nothing.
+    """
+    found, described = jax.device_get(_of_each_block(params, stacked)), []
+    for name, leaf in _by_name(params).items():
+        shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+        if not (stacked and name.startswith("blocks/")):
+            described.append((name, shape, dtype, int(found[name])))
+            continue
+        for number, value in enumerate(found[name].tolist()):
+            of_block = name.replace("blocks/", f"blocks/{number}/", 1)
+            described.append((of_block, shape[1:], dtype, value))
+    return hashlib.blake2b(repr(sorted(described)).encode(), digest_size=16).hexdigest()
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -49,9 +80,15 @@ class Checkpoints:
       folder: of the work directory; `checkpoints/` below it is made.
       keep: how many of the latest ones stay; None: all.
       read_only: nothing is made or removed, so that a run in progress can be read.
+
+    Raises:
+      InputError: a URL to which orbax cannot write.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, *, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: epath.Path, keep: int | None = None, *, read_only: bool = False
+    ) -> None:
+        check_takes_checkpoints(folder)
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
@@ -59,7 +96,7 @@ class Checkpoints:
                 max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
             )
         self.manager = ocp.CheckpointManager(
-            (folder / "checkpoints").absolute(),
+            as_path(folder) / "checkpoints",
             options=options,
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),

@@ -5,36 +5,33 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from singer_jax import config as config_lib
-from singer_jax import parallel
+from singer_jax import hosts, parallel, stopping
 from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.sources import TRAIN, Source, make_source
 from singer_jax.errors import InputError, Stopped
+from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models.params import Params
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder
-from singer_jax.training.checkpoints import Checkpoints
+from singer_jax.training.checkpoints import Checkpoints, fingerprint
 from singer_jax.training.evals import Evaluator
+from singer_jax.training.flops import step_flops
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import TrainState, jit_step
 
-_ASK_EVERY = 10  # steps between two questions of several processes whether to stop
 
-
-def distill(config: Any, workdir: Path) -> None:
+def distill(config: Any, workdir: epath.Path) -> None:
     """Trains a student; continues by itself where the work directory holds a checkpoint.
 
     Args:
@@ -48,9 +45,10 @@ def distill(config: Any, workdir: Path) -> None:
     """
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
+    check_takes_checkpoints(workdir)
     source = make_source(config.data.source, config.data.path, TRAIN)
     run = setup(config, len(source), source.num_classes)
-    claim_workdir(config, workdir)
+    make_workdir(workdir)
     with contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
         start = checkpoints.latest_step() or 0
         meta = {
@@ -58,24 +56,21 @@ def distill(config: Any, workdir: Path) -> None:
             "config": config.to_dict(),
             "student": to_hub_config(run.distillation.student.spec),
         }
-        if start and checkpoints.meta(start)["data"] != meta["data"]:
-            raise InputError(
-                f"{workdir} was trained on other images than {config.data.source} "
-                f"{config.data.path} now holds; use a new --workdir or the same images"
-            )
         if start:
+            _check_same_run(config, workdir, meta, checkpoints.meta(start))
             LOG.info("%s: continuing after step %d of %d", workdir, start, run.steps)
         if start < run.steps:
             state = _train(config, workdir, run, source, checkpoints, start, meta)
         else:
             state = checkpoints.restore(start, run.state)
+            _write_config(config, workdir)
     _export_student(workdir / "student", run, state)
     LOG.info("%s: %d steps done, student exported", workdir, int(state.step))
 
 
 def _train(
     config: Any,
-    workdir: Path,
+    workdir: epath.Path,
     run: Setup,
     source: Source,
     checkpoints: Checkpoints,
@@ -83,10 +78,16 @@ def _train(
     meta: dict[str, Any],
 ) -> TrainState:
     teacher = run.load_teacher()
+    if teacher is not None:
+        stacked = run.distillation.teacher.merge(teacher).numerics.stacked
+        meta = meta | {"teacher": fingerprint(teacher, stacked)}
+    if start:
+        _check_same_teacher(config, workdir, meta, checkpoints.meta(start))
     state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
     evaluate = Evaluator(config, run, source) if config.evals.every else None
     LOG.info("%s: %s", workdir, _sizes(state, teacher))
-    unreadable = UnreadableCount(source, LOG.warning)
+    total = parallel.total_of_processes(run.mesh)
+    unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     with contextlib.ExitStack() as stack:
         batches = _batches(config, run, source, start)
         stack.callback(batches.close)
@@ -98,9 +99,10 @@ def _train(
             return parallel.put_batch(examples, parallel.batch_sharding(run.mesh))
 
         batch = next_batch()
-        lowered = jit_step(run.distillation, run.mesh, state, teacher).lower(state, teacher, batch)
-        step_fn = lowered.compile()
+        step_fn = jit_step(run.distillation, run.mesh, state, teacher)
+        step_fn = step_fn.lower(state, teacher, batch, np.bool_(True)).compile()
 
+        _write_config(config, workdir)
         writer = MetricsWriter(workdir, start, config.to_dict() if config.log.wandb else None)
         stack.callback(writer.close)
         recorder = Recorder(
@@ -109,26 +111,29 @@ def _train(
             steps=run.steps,
             every=config.log.every,
             batch_size=config.batch_size,
-            flops=lowered.cost_analysis().get("flops"),
+            flops=step_flops(run.distillation, run.state, run.teacher, config.batch_size),
+            devices=run.mesh.devices.ravel(),
         )
         stack.callback(recorder.close)
         stack.enter_context(logging_redirect_tqdm([LOG]))
-        stop = stack.enter_context(_stop_requests())
+        stack.enter_context(stopping.deferred())
+        stack.callback(checkpoints.wait)
+        stack.enter_context(hosts.leaving_within(30))
 
         for step in range(start + 1, run.steps + 1):
-            state, metrics = step_fn(state, teacher, batch)
+            state, metrics = step_fn(state, teacher, batch, np.bool_(recorder.logs(step)))
             if step == start + 1:
                 _report_start(run, state, metrics)
             recorder.add(step, metrics | {"unreadable_images": unreadable.unreadable})
             last = step == run.steps
-            stopping = _agreed(stop, step) and not last
+            stop = hosts.stop_after(step) and not last
             if evaluate and (last or step % config.evals.every == 0):
                 recorder.flush()
                 writer.write(step, evaluate(state, teacher))
-            if last or stopping or step % config.checkpoint.every == 0:
+            if last or stop or step % config.checkpoint.every == 0:
                 recorder.flush()  # raises, so that no state is saved after a loss that is no number
                 checkpoints.save(state, step, meta)
-            if stopping:
+            if stop:
                 raise Stopped(f"stopped after step {step} of {run.steps}, saved in {workdir}")
             if not last:
                 batch = next_batch()
@@ -167,69 +172,44 @@ def _report_start(run: Setup, state: TrainState, metrics: dict[str, jax.Array]) 
         LOG.log(level, line)
 
 
-def claim_workdir(config: Any, workdir: Path) -> None:
-    """Makes the work directory this configuration's, and writes config.json into it.
+def _check_same_run(
+    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    """Compares a start with the checkpoint that it continues: only that binds a work directory."""
+    changed = config_lib.differences(config, saved["config"])
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise InputError(
+            f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
+            "; use a new --workdir"
+        )
+    if saved["data"] != meta["data"]:
+        raise InputError(
+            f"{workdir} was trained on other images than {config.data.source} "
+            f"{config.data.path} now holds; use a new --workdir or the same images"
+        )
 
-    Raises:
-      InputError: it cannot be written, or holds a run of another configuration.
-    """
-    file = workdir / "config.json"
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is damaged ({error}); use a new --workdir") from error
-        changed = config_lib.differences(config, found)
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise InputError(
-                f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
-                "; use a new --workdir"
-            )
+
+def _check_same_teacher(
+    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    # Checkpoints of older versions say nothing of the teacher's weights.
+    if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
+        raise InputError(
+            f"{workdir} was trained with other teacher weights than {config.teacher.weights} now "
+            "holds; use a new --workdir or the same weights"
+        )
+
+
+def _write_config(config: Any, workdir: epath.Path) -> None:
+    """Writes config.json, once everything that may refuse this start has been seen."""
     if jax.process_index() > 0:
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.replace(file)
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror})") from error
+    with writing(workdir):
+        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        LOG.warning("%s: saving and stopping after this step", signal.Signals(number).name)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agreed(stop: list[int], step: int) -> bool:
-    """Whether to stop after this step; the same answer in every process.
-
-    Several processes ask each other now and then: a signal may have reached only one of them, and
-    asking waits for the device.
-    """
-    if jax.process_count() == 1:
-        return bool(stop)
-    if step % _ASK_EVERY:
-        return False
-    return bool(multihost_utils.process_allgather(np.array(bool(stop))).any())
-
-
-def _export_student(folder: Path, run: Setup, state: TrainState) -> None:
+def _export_student(folder: epath.Path, run: Setup, state: TrainState) -> None:
     gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.mesh))
     trained, untouched = gather((state.params["student"], state.constants["student"]))
     if jax.process_index() == 0:

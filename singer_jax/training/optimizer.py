@@ -7,8 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from singer_jax.errors import unknown
-
 
 def make_schedule(
     config: Any, learning_rate: float, steps: int, steps_per_epoch: int
@@ -21,17 +19,12 @@ def make_schedule(
       learning_rate: the peak.
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch).
-
-    Raises:
-      InputError: unknown schedule.
     """
     if config.name == "cosine":
         warmup = config.warmup_epochs * steps_per_epoch
         return cosine_schedule(learning_rate, steps, warmup, config.final_ratio)
-    if config.name == "multistep":
-        boundaries = {epoch * steps_per_epoch: config.gamma for epoch in config.milestones}
-        return optax.piecewise_constant_schedule(learning_rate, boundaries)
-    raise unknown("schedule.name", config.name, ("cosine", "multistep"))
+    boundaries = {epoch * steps_per_epoch: config.gamma for epoch in config.milestones}
+    return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
 
 def cosine_schedule(
@@ -61,21 +54,16 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
       config: the `optimizer` part: `name`, `b1`, `b2`, `eps`, `weight_decay` (on every parameter),
         `momentum`, `clip_norm` (0: no clipping).
       schedule: learning rate by step.
-
-    Raises:
-      InputError: unknown optimiser.
     """
     if config.name == "adamw":
         update = optax.adamw(
             schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
         )
-    elif config.name == "sgd":
+    else:
         update = optax.chain(
             optax.add_decayed_weights(config.weight_decay),
             optax.sgd(schedule, config.momentum or None),
         )
-    else:
-        raise unknown("optimizer.name", config.name, ("adamw", "sgd"))
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     return update

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from singer_jax import methods, parallel
-from singer_jax.errors import InputError, unknown
+from singer_jax import backends, methods, parallel
+from singer_jax.errors import InputError
 from singer_jax.methods import Method, Needs
 from singer_jax.models import zoo
 from singer_jax.models.params import Params
@@ -33,7 +32,6 @@ from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.step import Distillation, Network, TrainState
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-NORMALISATIONS = ("model", "imagenet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,10 @@ class Setup:
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch size).
       image_size: side of the crops that the loader makes, in pixels; the larger model's.
-      state: abstract, with shardings: what a checkpoint is restored into.
+      state, teacher: abstract, with shardings: what a checkpoint and the weights are read into;
+        no teacher for a method without one.
+      draw_student, make_state: the jitted programs of a random student, and of the state before the
+        first step from the parameters of teacher and student.
       load_teacher: reads the teacher's parameters into their shardings; None without a teacher.
       init_student: the student's parameters before the first step.
       init_state: the state before the first step, from the teacher's parameters.
@@ -58,32 +59,33 @@ class Setup:
     steps_per_epoch: int
     image_size: int
     state: TrainState
+    teacher: Params | None
+    draw_student: Callable[[], Params]
+    make_state: Callable[[Params | None, Params], TrainState]
     load_teacher: Callable[[], Params | None]
     init_student: Callable[[], Params]
     init_state: Callable[[Params | None], TrainState]
 
 
-def setup(config: Any, examples: int, num_classes: int) -> Setup:
+def setup(config: Any, examples: int, num_classes: int, mesh: Mesh | None = None) -> Setup:
     """Checks a configuration and prepares its run.
 
     Args:
       config: as `singer_jax.config.default` describes it.
       examples: size of the training split.
       num_classes: of its labels; 0 without labels.
+      mesh: of the devices that will compute, which may be only described; None: as configured, of
+        the devices that are here.
 
     Raises:
       InputError: anything in the configuration that cannot work; before any long work.
     """
-    for key in ("batch_size", "accumulation", "checkpoint.every", "checkpoint.keep", "log.every"):
-        value = functools.reduce(lambda part, name: part[name], key.split("."), config)
-        if value < 1:
-            raise InputError(f"{key}: {value}; give at least 1")
     needs = methods.needs(config.method)
     if needs.labels and not num_classes:
         raise InputError(
             "the method needs labels, but the images have none; put them into one folder a class"
         )
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = mesh or parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     if config.batch_size % (mesh.size * config.accumulation):
         raise InputError(
             f"batch_size: {config.batch_size} is not divisible by {mesh.size} devices x "
@@ -91,15 +93,16 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         )
     steps_per_epoch = math.ceil(examples / config.batch_size)
     steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
-    if steps < 1:
-        raise InputError(f"steps: {steps}; give at least 1")
     learning_rate = config.optimizer.learning_rate
     schedule = make_schedule(config.schedule, learning_rate, steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
 
-    dtype = dtype_of(config.precision)
+    dtype = PRECISIONS[config.precision]
     teacher, abstract_teacher, teacher_weights = None, None, None
-    teacher_numerics = Numerics(dtype, dtype)
+    backend = parallel.platform(mesh)
+    teacher_numerics = Numerics(
+        dtype, dtype, backend=backend, stacked=backends.choices(backend).stack_frozen
+    )
     if needs.teacher:
         teacher_spec, teacher_weights = resolve_model("teacher", config.teacher, config)
         if not teacher_weights:
@@ -113,7 +116,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         arch = dataclasses.replace(student_spec.arch, num_classes=classes * needs.logits)
         student_spec = dataclasses.replace(student_spec, arch=arch)
     _check_heads(needs, student_spec, teacher, num_classes)
-    student_numerics = Numerics(dtype, jnp.float32, config.student.remat)
+    student_numerics = Numerics(dtype, jnp.float32, config.student.remat, backend)
     student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
 
     def place(abstract: Params) -> Params:
@@ -136,6 +139,7 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         schedule=schedule,
         blocks=student_spec.arch.depth if needs.logits else max(abstract_method.student_layers) + 1,
         head=needs.logits,
+        teacher_reads=abstract_method.teacher_reads,
         seed=config.seed,
         accumulation=config.accumulation,
     )
@@ -145,23 +149,25 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
         return nnx.to_pure_dict(nnx.state(model))
 
+    abstract_student = jax.eval_shape(random_student)
+    draw_student = jax.jit(random_student, out_shardings=place(abstract_student))
+
     def init_student() -> Params:
         if student_weights:
             return load(student, student_weights, student_numerics)
-        out_shardings = place(jax.eval_shape(random_student))
-        return jax.jit(random_student, out_shardings=out_shardings)()
+        return draw_student()
 
     def init(teacher_params: Params | None, student_params: Params) -> TrainState:
         return distillation.init(student_params, make_method(teacher_params))
 
-    abstract_state = jax.eval_shape(init, abstract_teacher, jax.eval_shape(random_student))
-    shardings = parallel.tree_shardings(mesh, abstract_state)
+    abstract_state = jax.eval_shape(init, abstract_teacher, abstract_student)
+    make_state = jax.jit(init, out_shardings=parallel.tree_shardings(mesh, abstract_state))
 
     def load_teacher() -> Params | None:
         return load(teacher, teacher_weights, teacher_numerics) if teacher else None
 
     def init_state(teacher_params: Params | None) -> TrainState:
-        return jax.jit(init, out_shardings=shardings)(teacher_params, init_student())
+        return make_state(teacher_params, init_student())
 
     return Setup(
         distillation=distillation,
@@ -170,6 +176,9 @@ def setup(config: Any, examples: int, num_classes: int) -> Setup:
         steps_per_epoch=steps_per_epoch,
         image_size=max(network.image_size for network in (student, teacher) if network),
         state=parallel.with_shardings(mesh, abstract_state),
+        teacher=parallel.with_shardings(mesh, abstract_teacher) if teacher else None,
+        draw_student=draw_student,
+        make_state=make_state,
         load_teacher=load_teacher,
         init_student=init_student,
         init_state=init_state,
@@ -191,8 +200,8 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
       config: for `data.image_size` and `data.normalisation`.
 
     Raises:
-      InputError: unknown model, architecture field or normalisation; weights that are not there or
-        of another architecture.
+      InputError: unknown model or architecture field; weights that are not there or of another
+        architecture.
     """
     weights = find_weights(model.weights) if model.weights else None
     name, overrides = model.model, dict(model.overrides)
@@ -214,18 +223,9 @@ def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path |
                 f"{spec.arch.num_classes}"
             )
         check_weights(spec, weights)
-    if config.data.normalisation not in NORMALISATIONS:
-        raise unknown("data.normalisation", config.data.normalisation, NORMALISATIONS)
     if config.data.normalisation == "imagenet":
         spec = dataclasses.replace(spec, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
     return spec, weights
-
-
-def dtype_of(precision: str) -> Any:
-    """The dtype of a `precision`; `InputError` for an unknown one."""
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    return PRECISIONS[precision]
 
 
 def _check_heads(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from singer_jax import parallel
 from singer_jax.errors import InputError
 from singer_jax.methods import Batch, Constant, Forward, Method
 from singer_jax.models.params import Keys, Params, split
 from singer_jax.models.zoo import ModelSpec
+
+Features = Mapping[int, Float[Array, "batch tokens dim"]]
+"""Raw residual streams by block."""
 
 
 class TrainState(NamedTuple):
@@ -79,6 +82,7 @@ class Distillation:
       optimizer: of the state's `params`.
       schedule: learning rate by step, for the metrics.
       blocks, head: how many of the student's blocks the loss reads, and whether its head.
+      teacher_reads: blocks of the teacher whose features the method reads.
       seed: of the random numbers of the steps.
       accumulation: micro-batches a step; losses and gradients are averaged over them.
     """
@@ -90,35 +94,66 @@ class Distillation:
     schedule: optax.Schedule
     blocks: int
     head: bool
+    teacher_reads: tuple[int, ...]
     seed: int = 0
     accumulation: int = 1
 
+    def teach(self, teacher: Params | None, batch: Any) -> Features:
+        """The frozen teacher's features that the method reads; none without a teacher."""
+        if self.teacher is None:
+            return {}
+        model = self.teacher.merge(teacher)
+        return model.features_at(self.teacher.prepare(batch["image"]), self.teacher_reads)
+
     def loss(
-        self, params: Params, constants: Params, teacher: Params | None, batch: Any, key: jax.Array
+        self,
+        params: Params,
+        constants: Params,
+        teacher: Params | None,
+        features: Features,
+        batch: Any,
+        key: jax.Array,
+        logged: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The sum of the method's terms, and the metrics with each term as `loss_<name>`."""
+        """The sum of the method's terms, and metrics.
+
+        Args:
+          params, constants: of a state.
+          teacher: its parameters.
+          features: as `teach` gives them.
+          batch: as for `step`.
+          key: of the method's random numbers.
+          logged: whether the method's diagnostics are among the metrics (else they are 0); None
+            leaves them out.
+
+        Returns:
+          the loss, and each term as `loss_<name>` beside the diagnostics.
+        """
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
-        images = self.student.prepare(batch["image"])
-        seen = Forward(student, student.features(images, self.blocks))
-        taught = None
-        if self.teacher is not None:
-            model = self.teacher.merge(teacher)
-            features = model.features(self.teacher.prepare(batch["image"]))
-            taught = Forward(model, jax.lax.stop_gradient(features))
-        terms, metrics = method.loss(taught, seen, Batch(batch["label"], key))
-        total = sum(terms.values())
-        return total, metrics | {f"loss_{name}": value for name, value in terms.items()}
+        own = student.features(self.student.prepare(batch["image"]), self.blocks)
+        seen = Forward(student, dict(enumerate(own)))
+        taught = Forward(self.teacher.merge(teacher), features) if self.teacher else None
+        terms = method.loss(taught, seen, Batch(batch["label"], key))
+        metrics = {f"loss_{name}": value for name, value in terms.items()}
+        if logged is not None:
+            metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
+        return sum(terms.values()), metrics
 
     def gradients(
-        self, state: TrainState, teacher: Params | None, batch: Any
+        self,
+        state: TrainState,
+        teacher: Params | None,
+        batch: Any,
+        logged: Bool[Array, ""] | bool = True,
     ) -> tuple[dict[str, Float[Array, ""]], Params]:
         """Metrics and gradients of `state.params`, averaged over the micro-batches."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         def of_micro_batch(batch: Any, key: jax.Array) -> tuple[dict[str, Array], Params]:
+            features = self.teach(teacher, batch)
             (loss, metrics), gradients = jax.value_and_grad(self.loss, has_aux=True)(
-                state.params, state.constants, teacher, batch, key
+                state.params, state.constants, teacher, features, batch, key, jnp.asarray(logged)
             )
             return metrics | {"loss": loss}, gradients
 
@@ -141,7 +176,11 @@ class Distillation:
         return jax.tree.map(lambda x: x / self.accumulation, total)
 
     def step(
-        self, state: TrainState, teacher: Params | None, batch: Any
+        self,
+        state: TrainState,
+        teacher: Params | None,
+        batch: Any,
+        logged: Bool[Array, ""] | bool = True,
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One update of the state.
 
@@ -149,11 +188,13 @@ class Distillation:
           state: before the step; donated where the step is jitted.
           teacher: its parameters, frozen.
           batch: `image` [batch, height, width, 3] in 0..255 and `label` [batch].
+          logged: whether the metrics will be read as a row: the method's diagnostics are 0 in other
+            steps.
 
         Returns:
           the state after the step, and metrics of the parameters before it.
         """
-        metrics, gradients = self.gradients(state, teacher, batch)
+        metrics, gradients = self.gradients(state, teacher, batch, logged)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -189,13 +230,19 @@ def jit_step(
 ) -> Callable:
     """`distillation.step` under `jax.jit` with the shardings of `state` and `teacher` as they are.
 
-    The state is donated; metrics come back replicated.
+    The state is donated; metrics come back replicated. All four arguments are given by position.
     """
     shardings = jax.tree.map(lambda x: x.sharding, (state, teacher))
     return jax.jit(
         distillation.step,
-        in_shardings=(*shardings, parallel.batch_sharding(mesh)),
+        in_shardings=(*shardings, parallel.batch_sharding(mesh), parallel.replicated(mesh)),
         out_shardings=(shardings[0], parallel.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=parallel.compiler_options(),
+        compiler_options=parallel.compiler_options(mesh),
     )
+
+
+def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:
+    """What `compute` returns, or zeros without computing it."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return jax.lax.cond(condition, compute, lambda: zeros)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from singer_jax.data.images import EvalTransform as CentreCrop
-from singer_jax.data.images import TrainTransform, open_image, random_crop, to_rgb
+from singer_jax.data.images import TrainTransform, UnreadableImage, open_image, random_crop, to_rgb
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -67,10 +67,15 @@ def test_exif_orientation_is_applied_only_where_asked():
     "stored", [b"", b"not an image", encoded(Image.fromarray(RGB), "JPEG")[:200]]
 )
 def test_damaged_images_raise_what_the_loader_expects(stored):
-    from singer_jax.data.images import UNREADABLE
-
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(UnreadableImage):
         pixels(stored)
+
+
+def test_an_error_in_a_transform_is_not_the_images(tmp_path):
+    """It would be reported as a hundred unreadable images."""
+    image = open_image(encoded(Image.fromarray(RGB), "PNG"))
+    with pytest.raises(ValueError, match="high - low"):
+        TrainTransform(8, scale=(1.0, 0.1))(image, np.random.default_rng(0))
 
 
 def test_the_test_transform_is_resize_and_centre_crop():

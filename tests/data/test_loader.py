@@ -112,6 +112,17 @@ def test_strict_raises_with_the_path(tmp_path):
         first(train_batches(source, CROP, batch_size=4, seed=0, strict=True), 1)
 
 
+class Broken(TrainTransform):
+    def __call__(self, image, rng):
+        raise ValueError("a bug in this transform")
+
+
+def test_an_error_of_a_transform_is_no_unreadable_image(tmp_path):
+    source = FolderSource(write_images(tmp_path, 3), TRAIN)
+    with pytest.raises(ValueError, match="a bug in this transform"):
+        first(train_batches(source, Broken(8), batch_size=3, seed=0), 1)
+
+
 def test_a_folder_without_a_single_readable_image_raises(tmp_path):
     source = damaged_folder(tmp_path, 3, [0, 1, 2])
     with pytest.raises(RunError, match="cannot be read"):
@@ -163,6 +174,7 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
                 "singer_jax.data.loader",
                 "singer_jax.data.sources",
                 "singer_jax.errors",
+                "singer_jax.stopping",
             }
             assert report["backends"] == [] and report["platforms"] == "cpu"
     assert printed[0] == printed[1]

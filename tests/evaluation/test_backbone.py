@@ -55,7 +55,7 @@ def test_a_checkpoint_and_its_export_give_the_same_features(run, mesh, digits):
 def test_every_image_counts_once_whatever_the_batch(
     run, mesh, digits, token, per_device, monkeypatch
 ):
-    monkeypatch.setattr(backbone_lib, "_BATCH_PER_DEVICE", per_device)
+    monkeypatch.setattr(backbone_lib, "_MOST_IMAGES", per_device)
     few = Subset(digits, np.arange(11))
     model = load_backbone(mesh, run=str(run))
     task = model.classification(10, token)

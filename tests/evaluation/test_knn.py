@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from singer_jax.evaluation import knn
+from singer_jax.evaluation import knn, memory
 from singer_jax.evaluation.backbone import Examples
 
 
@@ -39,5 +39,5 @@ def test_chunks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     bank, asked = (random_features(rng, n, 3) for n in (50, 23))
     whole = knn.knn_top1(bank, asked, classes=3)
-    monkeypatch.setattr(knn, "_CHUNK", 500)  # ten queries
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 4 * 10 * 8 * 50)  # ten queries
     assert knn.knn_top1(bank, asked, classes=3) == whole

@@ -45,8 +45,8 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("thresholds", ("absolut=1",), "closest: absolute"),
-        ("thresholds", ("rank=many",), "not rule=number"),
+        ("thresholds", ("absolut=1",), "('absolut=1',); give"),
+        ("thresholds", ("rank=many",), "each rule=number with the rule quantile, absolute"),
         ("sources", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),

@@ -228,10 +228,6 @@ def test_what_is_not_there_is_skipped_and_named(run, tmp_path, capsys):
         ({"data.normalisation": "none"}, "unknown data.normalisation"),
         ({"run": "/nowhere"}, "/nowhere holds no checkpoints"),
         ({"tasks": ("imagenet_r",)}, "needs the head of the task imagenet"),
-        (
-            {"mesh.data": 3, "probe.protocol": "paper", "tasks": ("pet",)},
-            "probe.batch_size: 4 is not divisible by 3 devices",
-        ),
     ],
 )
 def test_bad_input_is_one_line(run, data, tmp_path, capsys, changes, words):

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -16,12 +15,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from singer_jax import parallel
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.torch_file import TorchTensor
 from singer_jax.models.vit import Numerics, VisionTransformer
-from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.models.weight_files import (
+    SafetensorsTensor,
+    StoredTensor,
+    find_weights,
+    open_weights,
+    read_hub_config,
+)
 from singer_jax.models.weights import (
     export_timm,
     from_hub_config,
@@ -30,6 +37,7 @@ from singer_jax.models.weights import (
     to_hub_config,
     to_timm,
 )
+from tests.models.torch_writer import write_torch_file
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 
@@ -40,67 +48,6 @@ def spec(model: str = "deit3_small_patch16_224", **changes: object) -> zoo.Model
 
 def tensors(model: zoo.ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
     return to_timm(nnx.to_pure_dict(nnx.state(VisionTransformer(model.arch, rngs=nnx.Rngs(seed)))))
-
-
-def write_torch_file(path: Path, content: object) -> None:
-    """`torch.save` of nested dicts of arrays, in its zip format and without PyTorch."""
-    rebuild = types.ModuleType("torch._utils")
-    torch = types.ModuleType("torch")
-
-    def _rebuild_tensor_v2(*arguments):
-        raise AssertionError("only its name is pickled")
-
-    _rebuild_tensor_v2.__module__ = "torch._utils"
-    _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
-    rebuild._rebuild_tensor_v2 = _rebuild_tensor_v2
-    names = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
-    for name in names.values():
-        setattr(torch, name, type(name, (), {"__module__": "torch", "__qualname__": name}))
-
-    class Storage:
-        def __init__(self, array):
-            self.array = array
-
-    class Tensor:
-        def __init__(self, array):
-            self.array = array
-
-        def __reduce__(self):
-            shape = self.array.shape
-            strides = tuple(
-                s // self.array.itemsize for s in np.ascontiguousarray(self.array).strides
-            )
-            arguments = (Storage(self.array), 0, shape, strides, False, collections.OrderedDict())
-            return _rebuild_tensor_v2, arguments
-
-    storages = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            if not isinstance(value, Storage):
-                return None
-            storages.append(value.array)
-            kind = getattr(torch, names[value.array.dtype.name])
-            return "storage", kind, str(len(storages) - 1), "cpu", value.array.size
-
-    def wrap(value):
-        if isinstance(value, np.ndarray):
-            return Tensor(value)
-        return (
-            type(value)((k, wrap(v)) for k, v in value.items())
-            if isinstance(value, dict)
-            else value
-        )
-
-    sys.modules.update({"torch": torch, "torch._utils": rebuild})
-    try:
-        with zipfile.ZipFile(path, "w") as archive:
-            with archive.open("archive/data.pkl", "w") as file:
-                Pickler(file, protocol=2).dump(wrap(content))
-            for number, array in enumerate(storages):
-                archive.writestr(f"archive/data/{number}", np.ascontiguousarray(array).tobytes())
-    finally:
-        del sys.modules["torch"], sys.modules["torch._utils"]
 
 
 def test_export_and_load_keep_every_bit(tmp_path):
@@ -236,6 +183,57 @@ def test_a_truncated_safetensors_file_is_named(tmp_path):
         open_weights(tmp_path / "a.safetensors")
 
 
+def write_safetensors(path: Path, header: dict | bytes, data: bytes = b"") -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    return path
+
+
+def described(shape: object, dtype: str = "F32", end: int = 4) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        [],
+        {"a": described([-1])},
+        {"a": described([2], end=8)},
+        {"a": described([2**62, 2**62])},
+        {"a": described([0, 2**62], end=0), "b": described([1])},
+        {"a": described([0] * 100, end=0), "b": described([1])},
+        {"a": described([4], "F8_E4M3")},
+        {"a": described([1, 1], "C64", 4)},
+        {"two\nlines": described([1])},
+        {"x" * 10_000: described([1])},
+    ],
+)
+def test_a_hostile_safetensors_header_is_one_line(tmp_path, header):
+    path = write_safetensors(tmp_path / "a.safetensors", header, bytes(4))
+    with pytest.raises(InputError) as caught:
+        for tensor in open_weights(path).values():
+            tensor.read()
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
+
+
+def test_a_head_that_is_a_single_number_is_mis_shaped(tmp_path):
+    weights = tensors(spec()) | {"head.weight": np.zeros((), np.float32)}
+    save_file(weights, tmp_path / "a.safetensors")
+    found = spec_of_weights(spec(), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"surplus: head\.bias, head\.weight"):
+        load_model(found, tmp_path / "a.safetensors")
+
+
+def test_a_safetensors_file_that_is_gone_is_named(tmp_path):
+    save_file(tensors(spec()), tmp_path / "a.safetensors")
+    opened = open_weights(tmp_path / "a.safetensors")["norm.weight"]
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        opened.read()
+
+
 def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
     model = spec()
     export_timm(tmp_path, model, tensors(model))
@@ -245,6 +243,47 @@ def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
     found = spec_of_weights(spec(num_classes=1000), tmp_path / "model.safetensors")
     assert found.arch.num_classes == 3
     assert found.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[1]", "its content is not a JSON object"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"architecture": 3}', "architecture: 3"),
+        (b'{"num_classes": -1}', "num_classes: -1; give a whole number of at least 0"),
+        (b'{"num_classes": true}', "num_classes: True"),
+        (b'{"model_args": [1]}', "model_args is not a JSON object"),
+        (b'{"pretrained_cfg": "x"}', "pretrained_cfg is not a JSON object"),
+        (b'{"pretrained_cfg": {"mean": [1, 2]}}', "pretrained_cfg.mean: [1, 2]; give a tuple of 3"),
+        (b'{"pretrained_cfg": {"std": [0, 1, 1]}}', "pretrained_cfg.std"),
+        (b'{"pretrained_cfg": {"mean": [NaN, 1, 1]}}', "pretrained_cfg.mean"),
+        (b'{"pretrained_cfg": {"input_size": [3, 224]}}', "pretrained_cfg.input_size"),
+    ],
+)
+def test_a_config_json_that_says_nonsense_is_one_line(tmp_path, content, words):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_hub_config(tmp_path)
+    message = str(caught.value)
+    assert words in message and "config.json" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"depth": "2"}, {"depth": 10**9}, {"img_size": [16]}, {"mlp_ratio": None}]
+)
+def test_model_arguments_of_a_config_json_are_checked(arguments):
+    stated = to_hub_config(spec())
+    stated["model_args"] |= arguments
+    with pytest.raises(InputError, match=next(iter(arguments))):
+        from_hub_config(stated)
+
+
+def test_empty_parts_of_a_config_json_are_as_if_absent(tmp_path):
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": null, "model_args": null}')
+    assert not any(read_hub_config(tmp_path).values())
 
 
 def fake_hub(cache: Path, repo: str, files: dict[str, bytes]) -> None:
@@ -280,20 +319,37 @@ def test_a_cached_hub_name_works_without_network(tmp_path):
     assert f"not in the cache {tmp_path / 'hub'}" in done.stderr
 
 
-def test_weights_land_in_their_sharding(tmp_path):
-    from singer_jax import parallel
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.safetensors", SafetensorsTensor), ("a.pth", TorchTensor)]
+)
+def test_weights_land_in_their_sharding_and_are_read_once(
+    tmp_path, monkeypatch, name, kind, stacked
+):
+    """Of a file that several hosts share, each takes what its devices hold."""
+    model, mesh, numerics = spec(), parallel.make_mesh(2, 2), Numerics(stacked=stacked)
+    weights, parts, whole = tensors(model), [], kind.read
+    if kind is SafetensorsTensor:
+        save_file(weights, tmp_path / name)
+    else:
+        write_torch_file(tmp_path / name, weights)
+    _, expected = load_model(model, tmp_path / name, numerics)
 
-    mesh = parallel.make_mesh(1, 2)
-    model = spec()
-    save_file(tensors(model), tmp_path / "a.safetensors")
+    def read(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
+        parts.append(whole(tensor, part))
+        return parts[-1]
+
+    monkeypatch.setattr(kind, "read", read)
     _, params = load_model(
         model,
-        tmp_path / "a.safetensors",
+        tmp_path / name,
+        numerics,
         shardings=lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
-    kernel = params["blocks"][0]["attn"]["qkv"]["kernel"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
-    assert kernel.addressable_shards[0].data.shape == (8, 12)
-    assert np.array_equal(
-        to_timm(params)["norm.weight"], load_file(tmp_path / "a.safetensors")["norm.weight"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    block = params["blocks"] if stacked else params["blocks"][0]
+    kernel = block["attn"]["qkv"]["kernel"]
+    assert kernel.sharding.spec[-2:] == (None, "fsdp")
+    assert kernel.addressable_shards[0].data.shape[-2:] == (8, 12)
+    assert sum(part.nbytes for part in parts) == sum(array.nbytes for array in weights.values())
+    assert (24, 8) not in {part.shape for part in parts}  # qkv, which lies in two halves

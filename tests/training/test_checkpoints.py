@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from singer_jax import parallel
 from singer_jax.errors import RunError
 from singer_jax.models.params import leaves
-from singer_jax.training.checkpoints import Checkpoints, checksum
+from singer_jax.models.vit import Numerics
+from singer_jax.models.weights import load_model
+from singer_jax.models.zoo import lookup
+from singer_jax.training.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.training.setup import Setup, setup
 from tests import tiny
 
@@ -138,6 +141,22 @@ def test_the_checksum_does_not_depend_on_the_mesh():
     sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
     assert jax.jit(checksum)(sharded) == checksum(jax.numpy.asarray(values))
     assert checksum(jax.numpy.asarray(values[::-1])) != checksum(jax.numpy.asarray(values))
+
+
+def test_a_fingerprint_is_that_of_the_values_alone(teacher_file):
+    """Neither the mesh nor the layout of the blocks in memory changes it; any value does."""
+    spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0})
+    mesh = parallel.make_mesh(1, 2)
+    found = {
+        fingerprint(load_model(spec, Path(teacher_file), numerics, place)[1], numerics.stacked)
+        for numerics in (Numerics(), Numerics(stacked=True))
+        for place in (None, lambda abstract: parallel.tree_shardings(mesh, abstract))
+    }
+    assert len(found) == 1
+    params = load_model(spec, Path(teacher_file))[1]
+    kernel = params["blocks"][1]["attn"]["qkv"]["kernel"]
+    params["blocks"][1]["attn"]["qkv"]["kernel"] = kernel.at[2, 3].add(1e-3)
+    assert fingerprint(params) not in found
 
 
 def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):

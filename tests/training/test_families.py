@@ -47,7 +47,7 @@ def losses(run: Setup, steps: int = 5, size: int = 16) -> list[float]:
     batch = parallel.put_batch(batch, parallel.batch_sharding(run.mesh))
     found = []
     for _ in range(steps):
-        state, metrics = step_fn(state, teacher, batch)
+        state, metrics = step_fn(state, teacher, batch, True)
         found.append(float(metrics["loss"]))
     return found
 

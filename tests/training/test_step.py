@@ -88,7 +88,7 @@ def train(run: Setup, steps: int) -> tuple[object, object, list[dict]]:
     step_fn = jit_step(run.distillation, run.mesh, state, teacher)
     history = []
     for step in range(steps):
-        state, metrics = step_fn(state, teacher, batch_of(run, seed=step))
+        state, metrics = step_fn(state, teacher, batch_of(run, seed=step), True)
         history.append(metrics)
     return state, teacher, history
 
@@ -163,12 +163,12 @@ def test_the_loss_falls_and_the_state_is_donated(teacher_file):
     first = run.init_state(teacher)
     step_fn = jit_step(run.distillation, run.mesh, first, teacher)
     batch = batch_of(run)
-    state, metrics = step_fn(first, teacher, batch)
+    state, metrics = step_fn(first, teacher, batch, True)
     assert first.params["student"]["cls_token"].is_deleted()
     assert not teacher["cls_token"].is_deleted()
     losses = [float(metrics["loss"])]
     for _ in range(5):
-        state, metrics = step_fn(state, teacher, batch)
+        state, metrics = step_fn(state, teacher, batch, True)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     assert int(state.step) == 6

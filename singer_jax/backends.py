@@ -1,0 +1,60 @@
+"""What is computed differently per backend: every such choice, with what was measured for it.
+
+All forms compute the same numbers up to rounding (tests/models/test_backends.py). The numbers of
+the TPU are those of programs compiled for a v5e chip, one ViT-L block at 128 images in bfloat16
+(benchmarks/RESULTS.md); those of the CPU come from `python -m
+benchmarks.choices`. Nothing was measured on a GPU; it takes what suits an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """How one backend computes.
+
+    Attributes:
+      flat_linear: linear maps on flattened tokens. XLA on the CPU copies less where one axis is
+        contracted; on a TPU the flattening moves 197 tokens in tiles of 8: 5.1 GB of memory
+        traffic a block instead of 3.0, forward.
+      patch_matrix: the patch embedding as a matrix product. On the CPU the gradient of the equal
+        convolution is slow; on a TPU the transpose would put 3 channels innermost.
+      keep_residual: an optimization barrier behind each residual sum. Without it the backward pass
+        on the CPU adds the whole chain up again for every weight gradient, quadratic in the depth.
+      stack_frozen: the blocks of a frozen model as one loop over stacked parameters: a compiler for
+        TPUs takes long for a block, and the loop does not add to the traffic. Not those of a
+        trained model, whose backward pass would keep 1.9 x the memory. On the CPU the loop would
+        copy each block's parameters.
+      compiler_options: for `jax.jit` of a function with a backward pass. The CPU drops barriers
+        before it fuses, and its YNN library multiplies narrow matrices more slowly than Eigen.
+    """
+
+    flat_linear: bool = False
+    patch_matrix: bool = False
+    keep_residual: bool = False
+    stack_frozen: bool = False
+    compiler_options: tuple[tuple[str, str], ...] = ()
+
+
+_CHOICES = {
+    "cpu": Choices(
+        flat_linear=True,
+        patch_matrix=True,
+        keep_residual=True,
+        compiler_options=(
+            ("xla_disable_hlo_passes", "cse_barrier_expander"),
+            ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"),
+        ),
+    ),
+    "gpu": Choices(),
+    "tpu": Choices(stack_frozen=True),
+}
+
+
+def choices(platform: str = "") -> Choices:
+    """Those of a platform as a device names it; empty: of the default device."""
+    return _CHOICES.get(platform or jax.default_backend(), _CHOICES["gpu"])

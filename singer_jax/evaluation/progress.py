@@ -1,0 +1,124 @@
+"""How far a probe is, kept in a file, so that it can be stopped and go on to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from singer_jax import parallel
+from singer_jax.errors import Stopped
+from singer_jax.files import download, replacing
+from singer_jax.telemetry import LOG
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a probe is.
+
+    Attributes:
+      nearest: the metrics of kNN, once they are known.
+      held_out: the score of each rate on held-out images; empty while they are being compared.
+      step: steps done with the images of the present phase: comparing rates, or the last training.
+      heads: after these steps; None before the first.
+      by_epoch: metrics on the test split after each epoch of the last training.
+    """
+
+    nearest: dict[str, float] = dataclasses.field(default_factory=dict)
+    held_out: tuple[float, ...] = ()
+    step: int = 0
+    heads: dict[str, np.ndarray] | None = None
+    by_epoch: tuple[dict[str, float], ...] = ()
+
+
+class Keeper:
+    """Keeps nothing and is never asked to stop.
+
+    Attributes:
+      progress: from which to go on.
+    """
+
+    def __init__(self, progress: Progress = Progress()) -> None:
+        self.progress = progress
+
+    def keep(self, **changes: Any) -> None:
+        """Notes what has changed."""
+        if changes.get("heads") is not None:
+            arrays = {name: np.asarray(value) for name, value in changes["heads"].items()}
+            changes["heads"] = arrays
+        self.progress = dataclasses.replace(self.progress, **changes)
+
+    def stopping(self) -> bool:
+        """Whether to stop now; the same answer in every process."""
+        return False
+
+    def stop_if_asked(self, **changes: Any) -> None:
+        """Keeps the changes and raises `Stopped`, where a stop was requested."""
+        if self.stopping():
+            self.keep(**changes)
+            raise Stopped(self.describe())
+
+    def describe(self) -> str:
+        """What is kept, for the message of a stop."""
+        return "stopped"
+
+
+class FileKeeper(Keeper):
+    """Keeps the progress in a file that process 0 writes and reads.
+
+    Args:
+      file: a `.npz`; one of another key, or one that cannot be read, is not continued.
+      key: of the model, the settings and the data.
+      asked: whether a stop was requested; the same answer in every process.
+    """
+
+    def __init__(self, file: epath.Path, key: str, asked: Callable[[], bool]) -> None:
+        self.file, self.key, self.asked = file, key, asked
+        found = self._read() if jax.process_index() == 0 else None
+        super().__init__(parallel.of_first_process(found) or Progress())
+        if self.progress.step:
+            LOG.info("continuing %s", self._where())
+
+    def keep(self, **changes: Any) -> None:
+        super().keep(**changes)
+        if jax.process_index() > 0:
+            return
+        described = dataclasses.asdict(dataclasses.replace(self.progress, heads=None))
+        text = json.dumps({"key": self.key, "progress": described})
+        with replacing(self.file) as file:
+            np.savez(file, described=np.array(text), **(self.progress.heads or {}))
+
+    def stopping(self) -> bool:
+        return self.asked()
+
+    def describe(self) -> str:
+        return f"stopped {self._where()}, saved in {self.file}"
+
+    def remove(self) -> None:
+        """Forgets the progress of what is finished."""
+        if jax.process_index() == 0:
+            self.file.unlink(missing_ok=True)
+
+    def _where(self) -> str:
+        return f"after step {self.progress.step} of the probe"
+
+    def _read(self) -> Progress | None:
+        try:
+            with np.load(download(self.file)) as content:
+                arrays = dict(content)
+            text = json.loads(str(arrays.pop("described")))
+        except FileNotFoundError:
+            return None
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            LOG.warning("%s is damaged (%s); its probe starts again", self.file, error)
+            return None
+        if text["key"] != self.key:
+            return None
+        found = text["progress"] | {"heads": arrays or None}
+        return Progress(**{key: tuple(v) if isinstance(v, list) else v for key, v in found.items()})

@@ -1,0 +1,218 @@
+"""Where the files of a run lie: in local folders, or in an object store behind a URL.
+
+An object appears whole when it is written; it cannot be appended to, renamed or mapped into memory.
+What needs that gets a local file, and the finished file is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from singer_jax.errors import InputError, RunError
+
+# The package that opens the URLs of each scheme.
+_LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
+_CHUNK = 2**24  # bytes
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def as_path(text: str | os.PathLike[str]) -> epath.Path:
+    """The path that a user means: a URL, or a local path, made absolute.
+
+    Raises:
+      InputError: a URL that is not of the form `gs://bucket/folder`, or whose scheme is unknown or
+        needs a package that is not installed.
+    """
+    text = os.fspath(text)
+    scheme = _scheme(text)
+    if not scheme:
+        # pathlib's `absolute`: that of epath would take .. behind a link for the link's own parent.
+        return epath.Path(Path(text).expanduser().absolute())
+    if scheme not in _LIBRARIES:
+        known = " or ".join(f"{name}://" for name in _LIBRARIES)
+        raise InputError(f"{text}: unknown scheme {scheme!r}; give a local path or {known}")
+    if not re.match(rf"{scheme}://[^/]", text):
+        raise InputError(f"{text}: no bucket; write it as {scheme}://bucket/folder")
+    if importlib.util.find_spec(_LIBRARIES[scheme]) is None:
+        raise InputError(f"{text}: {scheme}:// needs a package; pip install {_LIBRARIES[scheme]}")
+    return epath.Path(text)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a URL."""
+    return bool(_scheme(os.fspath(path)))
+
+
+def check_local(key: str, text: str) -> None:
+    """Raises `InputError` where a setting that must be a local path is a URL."""
+    if is_remote(text):
+        raise InputError(f"{key}: {text} is a URL; images are read from local (or mounted) folders")
+
+
+def check_takes_checkpoints(folder: epath.Path) -> None:
+    """Raises `InputError` where orbax, which stores arrays through TensorStore, cannot write."""
+    if _scheme(os.fspath(folder)) not in ("", "gs"):
+        raise InputError(f"{folder}: checkpoints are kept in local folders or gs:// only")
+
+
+def _scheme(text: str) -> str:
+    """Of a URL, also of a mistyped one; empty for a local path."""
+    url = _URL.match(text)
+    return url[1] if url else ""
+
+
+def make_workdir(folder: epath.Path) -> None:
+    """Makes a work directory, and tries whether it can be written.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    with writing(folder):
+        if is_remote(folder):
+            trial = folder / f".writable-{uuid.uuid4().hex}"
+            trial.write_text("")
+            trial.unlink()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+
+
+@contextlib.contextmanager
+def writing(folder: epath.Path) -> Iterator[None]:
+    """Turns a failure to write below a work directory into an `InputError`."""
+    try:
+        yield
+    except _failures(folder) as error:
+        raise InputError(f"--workdir: cannot write to {folder} ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """Of a failure, in one line."""
+    if isinstance(error, FileNotFoundError):
+        return error.strerror or "no such bucket"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
+
+
+def _failures(folder: epath.Path) -> tuple[type[Exception], ...]:
+    """What reading and writing there may raise."""
+    if _scheme(os.fspath(folder)) != "gs":
+        return (OSError,)
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    return (OSError, HttpError, GoogleAuthError)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.Path) -> Iterator[Path]:
+    """A local file to write; it takes the place of `path` at once, when the block ends well.
+
+    The folder of `path` is made.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="singer_jax_") as folder:
+            local = Path(folder) / path.name
+            yield local
+            upload(local, path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(path.with_name(f"{path.stem}.partial{path.suffix}"))
+        yield partial
+        partial.replace(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a whole file; a reader sees the old one or the new one."""
+    with replacing(path) as file:
+        file.write_text(text)
+
+
+def upload(file: Path, path: epath.Path) -> None:
+    """Copies a local file to a URL, in place of what is there."""
+    epath.Path(file).copy(path, overwrite=True)
+
+
+def cached(path: epath.Path) -> Path:
+    """The local path that stands for `path`: itself, or a place in the cache for that of a URL."""
+    if not is_remote(path):
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return cache / "singer_jax" / os.fspath(path).replace("://", "/")
+
+
+def download(path: epath.Path) -> Path:
+    """The file as a local one: itself, or a fresh copy of that behind a URL, in the cache.
+
+    Raises:
+      FileNotFoundError: no such file.
+    """
+    local = cached(path)
+    if is_remote(path):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own, because several processes of a machine may start at the same time.
+        with tempfile.TemporaryDirectory(dir=local.parent) as folder:
+            partial = Path(folder) / path.name
+            _fetch(path, partial)
+            partial.replace(local)
+    return local
+
+
+def _fetch(path: epath.Path, local: Path) -> None:
+    with path.open("rb") as source, local.open("wb") as target:
+        shutil.copyfileobj(source, target, _CHUNK)
+
+
+class Mirror:
+    """A local folder for files that grow during a run; `push` copies them to the work directory.
+
+    The local folder of a local work directory is that directory itself.
+
+    Args:
+      folder: the work directory.
+      continued: names of files that an earlier start may have left there and that are written on.
+    """
+
+    def __init__(self, folder: epath.Path, continued: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self._temporary = None
+        self.local = Path(folder)
+        if is_remote(folder):
+            self._temporary = tempfile.TemporaryDirectory(prefix="singer_jax_")
+            self.local = Path(self._temporary.name)
+            for name in continued:
+                with contextlib.suppress(FileNotFoundError):
+                    _fetch(folder / name, self.local / name)
+
+    def push(self) -> None:
+        """Copies what is in the local folder.
+
+        Raises:
+          RunError: the store does not take it.
+        """
+        if self._temporary is None:
+            return
+        try:
+            for file in self.local.rglob("*"):
+                if file.is_file():
+                    upload(file, self.folder / file.relative_to(self.local))
+        except _failures(self.folder) as error:
+            raise RunError(
+                f"cannot write to {self.folder} ({_reason(error)}); finished checkpoints are kept"
+            ) from error
+
+    def close(self) -> None:
+        """Pushes, and removes a temporary folder; raises as `push`."""
+        self.push()
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,184 @@
+"""What a setting may be: small objects that decide it and say it in words.
+
+They hold no names of settings, so that they can stand in any table or in a dataclass field's
+metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import reprlib
+import sys
+from typing import Any, Protocol
+
+from singer_jax.errors import InputError, unknown
+
+
+class Allowed(Protocol):
+    """A set of values; `str` of it says which, as words behind "give"."""
+
+    def admits(self, value: Any) -> bool:
+        """Whether a value belongs to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A finite number; no bool, and no float where a whole number is meant.
+
+    Attributes:
+      low, high: smallest and largest number; None: no such bound.
+      low_open, high_open: whether the bound itself is excluded.
+      whole: an int.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    whole: bool = False
+
+    def admits(self, value: Any) -> bool:
+        kinds = int if self.whole else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return False
+        above = self.low is None or (value > self.low if self.low_open else value >= self.low)
+        below = self.high is None or (value < self.high if self.high_open else value <= self.high)
+        return above and below and abs(value) <= sys.float_info.max  # false for NaN
+
+    def __str__(self) -> str:
+        bounds = []
+        if self.low is not None:
+            bounds.append(f"{'above' if self.low_open else 'of at least'} {_number(self.low)}")
+        if self.high is not None:
+            bounds.append(f"{'below' if self.high_open else 'at most'} {_number(self.high)}")
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} {' and '.join(bounds)}".rstrip()
+
+
+def _number(value: float) -> str:
+    power = isinstance(value, int) and value >= 2**16 and value & (value - 1) == 0
+    return f"2**{value.bit_length() - 1}" if power else f"{value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def admits(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.names
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def admits(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "True or False"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One line of text.
+
+    Attributes:
+      pattern: a regular expression that matches all of it.
+      form: the pattern in words.
+    """
+
+    pattern: str = ".*"
+    form: str = "one line of text"
+
+    def admits(self, value: Any) -> bool:
+        return (
+            isinstance(value, str)
+            and value.isprintable()
+            and re.fullmatch(self.pattern, value) is not None
+        )
+
+    def __str__(self) -> str:
+        return self.form
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """None."""
+
+    def admits(self, value: Any) -> bool:
+        return value is None
+
+    def __str__(self) -> str:
+        return "None"
+
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """A tuple (or list) of such values.
+
+    Attributes:
+      item: what each of them may be.
+      length: how many; None: any number from `least` on.
+      ascending: none is smaller than the one before.
+    """
+
+    item: Allowed
+    length: int | None = None
+    least: int = 0
+    ascending: bool = False
+
+    def admits(self, value: Any) -> bool:
+        return (
+            isinstance(value, tuple | list)
+            and len(value) >= self.least
+            and (self.length is None or len(value) == self.length)
+            and all(self.item.admits(item) for item in value)
+            and not (self.ascending and sorted(value) != list(value))
+        )
+
+    def __str__(self) -> str:
+        least = f"{self.least} or more values" if self.least else "any number of values"
+        count = least if self.length is None else f"{self.length} values"
+        order = "ascending, " if self.ascending else ""
+        return f"a tuple of {count}, {order}each {self.item}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+    """A value of any of several kinds."""
+
+    kinds: tuple[Allowed, ...]
+
+    def admits(self, value: Any) -> bool:
+        return any(kind.admits(value) for kind in self.kinds)
+
+    def __str__(self) -> str:
+        return ", or ".join(map(str, self.kinds))
+
+
+def optional(allowed: Allowed) -> Either:
+    """Such a value or None."""
+    return Either((allowed, Nothing()))
+
+
+def check(name: str, value: Any, allowed: Allowed) -> None:
+    """Raises `InputError` with the setting, its value and what is allowed."""
+    if allowed.admits(value):
+        return
+    kinds = allowed.kinds if isinstance(allowed, Either) else (allowed,)
+    values = (value,)
+    if isinstance(allowed, Each) and isinstance(value, tuple | list):
+        kinds, values = (allowed.item,), tuple(value)
+    for kind in kinds:
+        for text in values:
+            if isinstance(kind, OneOf) and isinstance(text, str) and not kind.admits(text):
+                raise unknown(name, text, kind.names)
+    shown = " ".join(reprlib.repr(value).split())
+    raise InputError(f"{name}: {shown}; give {allowed}")

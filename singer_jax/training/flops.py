@@ -1,0 +1,105 @@
+"""How many floating-point operations a training step takes, counted without a compiler.
+
+Matrix products and convolutions, two operations a multiply-add, as model FLOPs utilisation counts
+them; what is computed again (rematerialisation) counts again. The backends of accelerators do not
+tell before a program is compiled, and then they count one device and the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from singer_jax.models.summary import features_flops
+from singer_jax.training.step import Distillation, TrainState
+
+
+def step_flops(distillation: Distillation, state: TrainState, teacher: Any, batch_size: int) -> int:
+    """Operations of one step on all devices together.
+
+    Args:
+      distillation: the step.
+      state, teacher: as it takes them; may be abstract.
+      batch_size: global.
+    """
+    images = batch_size // distillation.accumulation
+    features, taught = {}, 0
+    if distillation.teacher:
+        arch, reads = distillation.teacher.spec.arch, distillation.teacher_reads
+        taught = images * features_flops(arch, max(reads) + 1)
+        shape = (images, arch.num_prefix_tokens + arch.num_patches, arch.embed_dim)
+        dtype = distillation.teacher.merge(teacher).numerics.dtype
+        features = {layer: jax.ShapeDtypeStruct(shape, dtype) for layer in reads}
+    size = max(n.image_size for n in (distillation.student, distillation.teacher) if n)
+    batch = {
+        "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((images,), jnp.int32),
+    }
+    learned = count(
+        jax.grad(lambda *xs: distillation.loss(*xs)[0]),
+        state.params,
+        state.constants,
+        teacher,
+        features,
+        batch,
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    return distillation.accumulation * (taught + learned)
+
+
+def count(function: Any, *args: Any) -> int:
+    """Operations of the matrix products and convolutions of a function.
+
+    Args:
+      function: traceable.
+      args: its arguments; may be abstract.
+
+    Raises:
+      ValueError: they are inside a loop whose length is not known.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        return _of_convolution(equation)
+    inner = [_of_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("a loop of unknown length holds matrix products")
+    return sum(inner)
+
+
+def _of_convolution(equation: Any) -> int:
+    """Padding and the holes of a dilated input are not multiplied."""
+    params = equation.params
+    inputs, kernel = (variable.aval.shape for variable in equation.invars)
+    output = equation.outvars[0].aval.shape
+    numbers = params["dimension_numbers"]
+    found = 2 * output[numbers.out_spec[0]] * output[numbers.out_spec[1]]
+    found *= kernel[numbers.rhs_spec[1]]
+    for axis, stride in enumerate(params["window_strides"]):
+        apart = params["lhs_dilation"][axis]
+        taps = np.arange(kernel[numbers.rhs_spec[2 + axis]]) * params["rhs_dilation"][axis]
+        starts = np.arange(output[numbers.out_spec[2 + axis]]) * stride
+        read = starts[:, None] + taps - params["padding"][axis][0]
+        last = (inputs[numbers.lhs_spec[2 + axis]] - 1) * apart
+        found *= int(np.sum((read >= 0) & (read <= last) & (read % apart == 0)))
+    return found

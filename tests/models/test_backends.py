@@ -1,0 +1,105 @@
+"""Every backend's way of computing gives the same numbers as the CPU's, tried on the CPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from singer_jax import parallel
+from singer_jax.models.params import leaves
+from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.weights import load_model
+from singer_jax.models.zoo import lookup
+from tests import tiny
+
+PLATFORMS = ("tpu", "gpu")
+FAMILIES = {
+    "vit_tiny_patch16_224": {},
+    "deit3_small_patch16_224": {"init_values": 0.5},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_small_patch16_dinov3": {"embed_dim": 32, "init_values": 0.5},
+    "vit_giant_patch14_reg4_dinov2": {"init_values": 0.5},
+    "vit_base_patch16_siglip_224": {},
+}
+
+
+def build(family: str, **numerics: object) -> VisionTransformer:
+    spec = lookup(family, tiny.TEACHER | {"num_classes": 0, "depth": 4} | FAMILIES[family])
+    return VisionTransformer(spec.arch, Numerics(**numerics), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def images() -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_gradients_do_not_depend_on_the_backend(family, images):
+    def measured(platform: str, remat: bool = False):
+        graph, params = nnx.split(build(family, backend=platform, remat=remat))
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            features = nnx.merge(graph, params).features(images, 3)
+            return sum(jnp.mean(jnp.sin(feature)) for feature in features)
+
+        value, gradient = loss(params)
+        return value, dict(leaves(nnx.to_pure_dict(gradient)))
+
+    value, gradient = measured("cpu")
+    for platform, remat in (("tpu", False), ("tpu", True), ("gpu", False)):
+        other_value, other_gradient = measured(platform, remat)
+        np.testing.assert_allclose(other_value, value, rtol=1e-5, atol=1e-6)
+        for keys, expected in gradient.items():
+            # Sums in another order, over 3 x 17 tokens.
+            np.testing.assert_allclose(
+                other_gradient[keys], expected, rtol=1e-4, atol=1e-6, err_msg=f"{platform} {keys}"
+            )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [(3,), (0, 2), (1, 2, 3)])
+def test_features_at_some_blocks_are_those_features(family, layers, images):
+    graph, params = nnx.split(build(family, backend="cpu"))
+    expected = nnx.merge(graph, params).features(images)
+    for platform, stacked in (("tpu", False), ("tpu", True)):
+        # Built alike, so that both hold the same numbers.
+        graph, params = nnx.split(build(family, backend=platform, stacked=stacked))
+        found = jax.jit(lambda p, g=graph: nnx.merge(g, p).features_at(images, layers))(params)
+        assert set(found) == set(layers)
+        for layer, feature in found.items():
+            np.testing.assert_allclose(feature, expected[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
+    file = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0})
+    graph, params = load_model(spec, file, Numerics(backend="cpu"))
+    expected = nnx.merge(graph, params)
+    mesh = parallel.make_mesh(2, 2)
+    numerics = Numerics(backend="tpu", stacked=True)
+    graph, params = load_model(
+        spec, file, numerics, lambda abstract: parallel.tree_shardings(mesh, abstract)
+    )
+    kernel = params["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.shape == (spec.arch.depth, 24, 72)
+    assert kernel.sharding.shard_shape(kernel.shape) == (spec.arch.depth, 24, 36)
+    model = nnx.merge(graph, params)
+    for index in range(spec.arch.depth):
+        tokens = expected.embed(images)
+        np.testing.assert_allclose(
+            model.apply_block(index, tokens),
+            expected.apply_block(index, tokens),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    np.testing.assert_allclose(model(images), expected(images), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_says_of_itself_does_not_depend_on_the_backend():
+    plain = Numerics()
+    assert repr(dataclasses.replace(plain, backend="tpu", stacked=True)) == repr(plain)

@@ -1,0 +1,117 @@
+"""Commands in processes of their own, for tests of whole runs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+CONFIG = """
+from tests import tiny
+
+def get_config(protocol="recommended"):
+    config = tiny.config({teacher!r}, protocol=protocol)
+    config.steps = 40
+    config.checkpoint.every = 3
+    return config
+"""
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """Virtual CPU devices and a compilation cache of its own."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.getcwd(),
+    }
+
+
+PROGRAM = ("-m", "singer_jax.main")
+
+
+def start(
+    environment: dict, *arguments: object, program: tuple[str, ...] = PROGRAM
+) -> subprocess.Popen:
+    """`singer_jax.main` in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, arguments)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def start_together(
+    environment: dict,
+    count: int,
+    *arguments: object,
+    last: tuple[object, ...] = (),
+    program: tuple[str, ...] = PROGRAM,
+) -> list[subprocess.Popen]:
+    """`count` processes of one job; the last one gets the arguments `last` beside."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        start(
+            environment,
+            *arguments,
+            f"--coordinator={address}",
+            f"--processes={count}",
+            f"--process={number}",
+            *(last if number == count - 1 else ()),
+            program=program,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, printed = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps(workdir: Path) -> list[int]:
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    wait_until(lambda: max(steps(workdir), default=0) >= step, process)
+
+
+def student(workdir: Path) -> dict[str, np.ndarray]:
+    return load_file(workdir / "student" / "model.safetensors")
+
+
+def assert_same_student(workdir: Path, other: Path, **tolerance: float) -> None:
+    """Bit for bit where no tolerance is given."""
+    expected, found = student(other), student(workdir)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(
+            found[key], value, err_msg=key, **({"rtol": 0, "atol": 0} | tolerance)
+        )
+
+
+def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
+    """As Ctrl-C in a terminal does: to the command and all that it started."""
+    os.killpg(process.pid, number)

@@ -1,0 +1,234 @@
+"""Work directories behind gs://: an emulated store, reached by each library's own client."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load, save
+
+from singer_jax import files, main
+from singer_jax.config import compare, evaluation, export, report
+from singer_jax.errors import RunError
+from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.telemetry import MetricsWriter
+from tests import tiny
+from tests.object_store import BUCKET, object_store
+
+CONFIG = """
+from tests import tiny
+
+def get_config(protocol="recommended"):
+    config = tiny.config({teacher!r}, protocol=protocol)
+    config.steps = 20
+    config.checkpoint.every = 3
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of this process and of those that it starts: one device, caches of their own, the store."""
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        for name, value in (store | {"XDG_CACHE_HOME": str(cache)}).items():
+            patch.setenv(name, value)
+        inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+        yield inherited | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.getcwd(),
+        }
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    (folder / "remote_run.py").write_text(CONFIG.format(teacher=str(teacher)))
+    return folder / "remote_run.py"
+
+
+@pytest.fixture(scope="module")
+def distil(environment, config_file):
+    def start(workdir: object) -> subprocess.Popen:
+        arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "singer_jax.main", *arguments],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def rows(workdir: epath.Path) -> list[int]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def run(distil) -> epath.Path:
+    """A run on the store, killed after some checkpoints and continued to its end."""
+    workdir = epath.Path(f"gs://{BUCKET}/runs/killed")
+    process = distil(workdir)
+    deadline = time.monotonic() + 600
+    while not (workdir / "checkpoints" / "9" / "commit_success.txt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert not (workdir / "student").exists()
+    assert {1, 2, 4, 6, 8} <= set(rows(workdir))  # all that a finished checkpoint has behind it
+    assert "continuing after step" in finish(distil(workdir))
+    return workdir
+
+
+def test_a_run_killed_on_a_store_ends_with_the_bits_of_a_local_run(run, distil, tmp_path):
+    finish(distil(tmp_path))
+    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student"}
+    for folder in (run, epath.Path(tmp_path)):
+        assert names <= {path.name for path in folder.iterdir()}
+        assert any((folder / "tensorboard").iterdir())
+        finished = {path.name for path in (folder / "checkpoints").iterdir()}
+        assert finished == {"18", "20"}
+    expected, found = (
+        load((folder / "student" / "model.safetensors").read_bytes())
+        for folder in (epath.Path(tmp_path), run)
+    )
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    assert rows(run) == sorted(set(rows(run)))  # no row twice
+    assert set(rows(epath.Path(tmp_path))) <= set(rows(run))
+    assert not Path("gs:").exists()
+
+
+def test_everything_that_reads_a_run_reads_it_from_a_store(run, tmp_path, capsys):
+    measure = evaluation()
+    measure.run, measure.data.source, measure.data.workers = str(run), "digits", 0
+    measure.mesh.data = 1
+    measure.probe.protocol, measure.probe.epochs = "fast", 1
+    assert main.run(measure, run / "evaluation") == 0, capsys.readouterr().err
+    content = json.loads((run / "evaluation" / "results.json").read_text())
+    assert 0 <= content["tasks"]["digits"]["top1"] <= 100
+    assert (run / "evaluation" / "tasks" / "digits.npz").exists()
+    features = files.cached(run / "evaluation" / "features" / "digits" / "features.npy")
+    assert features.is_file()  # mapped into memory, so kept on this machine
+
+    leave = export()
+    leave.run = str(run)
+    assert main.run(leave, f"gs://{BUCKET}/exported") == 0, capsys.readouterr().err
+    exported = epath.Path(f"gs://{BUCKET}/exported/student")
+    weights = (exported / "model.safetensors").read_bytes()
+    assert weights == (run / "student" / "model.safetensors").read_bytes()
+    assert (exported / "features.stablehlo").exists()
+
+    page = report()
+    page.baselines, page.images = (str(run),), 2
+    assert main.run(page, str(run)) == 0, capsys.readouterr().err
+    html = (run / "report" / "index.html").read_text()
+    assert "digits top1" in html and "student, singer (killed)" in html
+
+    both = compare()
+    both.runs = (str(run), f"gs://{BUCKET}/nothing")
+    assert main.run(both, tmp_path) == 2
+    assert f"run: gs://{BUCKET}/nothing is not the work directory" in capsys.readouterr().err
+
+
+def test_weights_on_a_store_are_those_of_now(run, mesh):
+    """A file that an earlier start has copied is not taken for the one that is there."""
+    copied = epath.Path(f"gs://{BUCKET}/copied")
+    for name in ("model.safetensors", "config.json"):
+        (copied / name).write_bytes((run / "student" / name).read_bytes())
+    expected = load_backbone(mesh, run=str(run)).digest()
+    for weights in (run, run / "student", copied / "model.safetensors"):
+        assert load_backbone(mesh, weights=str(weights)).digest() == expected
+    tensors = load((copied / "model.safetensors").read_bytes())
+    tensors["cls_token"] += 1
+    (copied / "model.safetensors").write_bytes(save(tensors))
+    assert load_backbone(mesh, weights=str(copied)).digest() != expected
+
+
+def test_metrics_can_be_followed_between_checkpoints(environment, monkeypatch):
+    folder = epath.Path(f"gs://{BUCKET}/metrics")
+    writer = MetricsWriter(folder)
+    writer.write(1, {"train/loss": 1.0})
+    monkeypatch.setattr(MetricsWriter, "PUSH_EVERY", 0)
+    writer.write(2, {"train/loss": 0.5})
+    assert rows(folder) == [1, 2]
+    monkeypatch.undo()
+    writer.write(3, {"train/loss": 0.2})
+    writer.close()
+    assert rows(folder) == [1, 2, 3]
+    MetricsWriter(folder, step=2).close()
+    assert rows(folder) == [1, 2]
+
+
+def test_a_store_that_takes_nothing_any_more_fails_the_run_in_one_line(environment):
+    writer = MetricsWriter(epath.Path("gs://no-such-bucket/run"))
+    writer.write(1, {"train/loss": 1.0})
+    with pytest.raises(RunError, match="cannot write to gs://no-such-bucket/run"):
+        writer.flush()
+
+
+@pytest.mark.parametrize(
+    ("workdir", "words"),
+    [
+        ("ftp://host/run", ["unknown scheme 'ftp'", "gs://"]),
+        ("gs:/bucket/run", ["gs:/bucket/run", "gs://bucket/folder"]),
+        ("gs://", ["no bucket"]),
+        ("s3://bucket/run", ["s3://bucket/run", "pip install s3fs"]),
+        ("gs://no-such-bucket/run", ["cannot write to gs://no-such-bucket/run", "no such bucket"]),
+    ],
+)
+def test_a_url_that_cannot_work_is_one_line(
+    environment, config_file, monkeypatch, capsys, workdir, words
+):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    config = tiny.config(config_file.parent / "teacher.safetensors")
+    assert main.run(config, workdir) == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1, printed
+    for word in words:
+        assert word in printed
+
+
+def test_a_run_whose_checkpoints_cannot_be_kept_is_one_line(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    installed = ModuleType("s3fs")
+    installed.__spec__ = ModuleSpec("s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", installed)
+    config = tiny.config(config_file.parent / "teacher.safetensors")
+    assert main.run(config, "s3://bucket/run") == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1, printed
+    assert "s3://bucket/run: checkpoints are kept in local folders or gs:// only" in printed
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.source", "teacher.weights"])
+def test_a_url_elsewhere_is_one_line(environment, config_file, tmp_path, capsys, key):
+    config = tiny.config(config_file.parent / "teacher.safetensors")
+    section, name = key.split(".")
+    config[section][name] = "gs://bucket/images"
+    assert main.run(config, tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1, printed
+    assert "gs://bucket/images" in printed and (key in printed or "weights" in printed)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,119 @@
+"""SIGTERM and Ctrl-C to a command and all that it started, at every moment: saved, or one line."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import runs, tiny
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return runs.environment(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    (folder / "tiny_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
+    return folder / "tiny_run.py"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.checkpoint.every=99")
+    status, printed = runs.finish(runs.start(environment, *arguments))
+    assert status == 0, printed
+    return workdir
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The decoding processes that a command has started."""
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [int(pid) for thread in threads for pid in thread.read_text().split()]
+    return [pid for pid in children if "spawn_main" in command_line(pid)]
+
+
+def command_line(pid: int) -> str:
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.read_bytes().replace(b"\0", b" ").decode() if file.exists() else ""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_during_a_step_saves_and_continues_to_the_same_bits(
+    config_file, environment, tmp_path, uninterrupted, number
+):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
+    process = runs.start(environment, *arguments)
+    runs.wait_for_step(process, tmp_path, 2)
+    decoding = workers(process)
+    assert len(decoding) == 2
+    runs.signal_group(process, number)
+    status, printed = runs.finish(process)
+    assert status == 75, printed
+    assert "Traceback" not in printed
+    assert "singer_jax: stopped after step" in printed.splitlines()[-1]
+    assert not any(map(command_line, decoding))
+    status, printed = runs.finish(runs.start(environment, *arguments))
+    assert status == 0 and "continuing after step" in printed, printed
+    runs.assert_same_student(tmp_path, uninterrupted)
+
+
+def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_path):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=1")
+    process = runs.start(environment, *arguments, "--config.checkpoint.every=1")
+    saving = tmp_path / "checkpoints"
+    runs.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")), process)
+    for number in SIGNALS:
+        runs.signal_group(process, number)
+    status, printed = runs.finish(process)
+    assert status == 75, printed
+    assert "Traceback" not in printed
+    step = int(printed.splitlines()[-1].split("stopped after step ")[1].split()[0])
+    assert step == max(int(path.name) for path in saving.iterdir())  # and no half one
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_during_set_up_ends_at_once_in_one_line(config_file, environment, tmp_path, number):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
+    process = runs.start(environment, *arguments)
+    runs.wait_until(lambda: len(workers(process)) == 2, process)  # which are starting themselves
+    runs.signal_group(process, number)
+    status, printed = runs.finish(process)  # returns when the last worker has closed stderr
+    assert status == 75, printed
+    assert "Traceback" not in printed and "Error" not in printed
+    assert printed.splitlines()[-1].startswith(f"singer_jax: stopped by {number.name}; ")
+
+
+PROGRAM = """
+import sys, threading
+from singer_jax import stopping
+with stopping.handled(), stopping.deferred():
+    print("ready", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_second_ctrl_c_ends_a_job_that_does_not_answer():
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline().startswith("singer_jax: SIGINT: saving and stopping")
+    lines = []
+    while process.poll() is None:  # those within a second count as one
+        process.send_signal(signal.SIGINT)
+        try:
+            lines = process.communicate(timeout=0.2)[1].splitlines()
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.returncode == 75
+    assert len(lines) == 1 and "stopped at once by a second Ctrl-C" in lines[0]
