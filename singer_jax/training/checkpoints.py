@@ -164,8 +164,12 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
-            reason = str(error).split("[tensorstore_spec")[0].strip().splitlines()[0]
+        except Exception as error:
+            # Orbax wraps what the storage found in a bare Exception.
+            found = error.__cause__ if type(error) is Exception else error
+            if not isinstance(found, (OSError, ValueError)):
+                raise
+            reason = str(found).split("[tensorstore_spec")[0].strip().splitlines()[0]
             raise self._damaged(step, reason) from error
 
     def _damaged(self, step: int, reason: str) -> RunError:
