@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,11 +32,20 @@ from singer_jax import parallel
 from singer_jax.config import default
 from singer_jax.methods import singer
 from singer_jax.methods.jacobi import left_singular
+from singer_jax.models.layers import patch_products
 from singer_jax.models.vit import Numerics
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
 from singer_jax.training.setup import setup
 from singer_jax.training.step import jit_step
+
+
+def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`layers.patch_products` by the library."""
+    strides = kernel.shape[:2]
+    return jax.lax.conv_general_dilated(
+        images, kernel, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def parts(model: str, mesh: Mesh, images: int) -> Iterator[tuple[str, str, Callable, tuple]]:
@@ -65,17 +75,23 @@ def parts(model: str, mesh: Mesh, images: int) -> Iterator[tuple[str, str, Calla
 
             return jax.grad(squared, argnums=(0, 1))
 
-        def embed(params: Any, x: Any, graph: Any = graph) -> Any:
-            return nnx.merge(graph, params).embed(x.astype(jnp.float32) / 255)
-
         def twelve(params: Any, x: Any, graph: Any = graph) -> Any:
             return nnx.merge(graph, params).features_at(x, (11,))[11]
 
         pixels = batch(*arch.img_size, 3, dtype=jnp.uint8)
         yield "block, forward", form, block, (params, stream)
         yield "block, forward and backward", form, gradient(block), (params, stream)
-        yield "embedding", form, embed, (params, pixels)
         yield "12 blocks, forward", form, twelve, (params, pixels)
+
+    def squares(kernel: Any, x: Any, embed: Callable) -> Any:
+        return jnp.mean(jnp.square(embed(x.astype(jnp.bfloat16), kernel).astype(jnp.float32)))
+
+    side = arch.patch_size
+    kernel = jax.ShapeDtypeStruct((side, side, 3, dim), jnp.bfloat16, sharding=whole)
+    for form, embed in (("matrix", patch_products), ("convolution", convolution)):
+        yield "embedding", form, lambda k, x, f=embed: f(x.astype(k.dtype), k), (kernel, pixels)
+        gradient_of_kernel = jax.grad(functools.partial(squares, embed=embed))
+        yield "embedding, forward and backward", form, gradient_of_kernel, (kernel, pixels)
 
     norms = batch(arch.num_patches, dtype=jnp.float32)
     yield (

@@ -21,8 +21,6 @@ class Choices:
       flat_linear: linear maps on flattened tokens. XLA on the CPU copies less where one axis is
         contracted; on a TPU the flattening moves 197 tokens in tiles of 8: 5.1 GB of memory
         traffic a block instead of 3.0, forward.
-      patch_matrix: the patch embedding as a matrix product. On the CPU the gradient of the equal
-        convolution is slow; on a TPU the transpose would put 3 channels innermost.
       keep_residual: an optimization barrier behind each residual sum. Without it the backward pass
         on the CPU adds the whole chain up again for every weight gradient, quadratic in the depth.
       stack_frozen: the blocks of a frozen model as one loop over stacked parameters: a compiler for
@@ -34,7 +32,6 @@ class Choices:
     """
 
     flat_linear: bool = False
-    patch_matrix: bool = False
     keep_residual: bool = False
     stack_frozen: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
@@ -43,7 +40,6 @@ class Choices:
 _CHOICES = {
     "cpu": Choices(
         flat_linear=True,
-        patch_matrix=True,
         keep_residual=True,
         compiler_options=(
             ("xla_disable_hlo_passes", "cse_barrier_expander"),

@@ -12,11 +12,14 @@ from jax.sharding import Mesh
 from benchmarks.make_inputs import write_blank_weights
 from benchmarks.topology import tpu_mesh
 from singer_jax import parallel
+from singer_jax.data.sources import TRAIN, make_source
 from singer_jax.methods import nullspace
 from singer_jax.training import checkpoints
+from singer_jax.training.evals import Evaluator
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import jit_step
 from tests import tiny
+from tests.compiled.compiling import Compile
 
 TEACHER, SMALL, STUDENT = (f"vit_{size}_patch16_224" for size in ("large", "small", "tiny"))
 IMAGES = 16  # on four chips
@@ -54,14 +57,63 @@ def batch_of(run: Setup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def test_a_training_step(tmp_path, chips, compiles):
-    run = prepare(tmp_path, chips, "vitkd", SMALL)
+def compile_step(compiles: Compile, at_most: float, run: Setup) -> str:
+    """The text of the compiled step."""
     step = jit_step(run.distillation, run.mesh, run.state, run.teacher)
-    logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(chips))
-    compiles(600, step, run.state, run.teacher, batch_of(run), logged)
+    logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(run.mesh))
+    program = compiles(at_most, step, run.state, run.teacher, batch_of(run), logged)
+    return program.compiled.as_text()
 
 
-def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles):
+METHODS = {
+    "singer": TEACHER,
+    "fitnet": SMALL,
+    "vitkd": SMALL,
+    "vitkd_official": SMALL,
+    "logit_kd": SMALL,
+    "supervised": SMALL,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step(tmp_path, chips, compiles: Compile, method):
+    run = prepare(tmp_path, chips, method, METHODS[method])
+    text = compile_step(compiles, 240, run)
+    # Chips share sums, not images.
+    assert "all-reduce" in text
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_a_step_with_everything_on(tmp_path, compiles: Compile):
+    """Split parameters, micro-batches, rematerialisation, two methods, two grids."""
+    run = prepare(
+        tmp_path,
+        tpu_mesh(fsdp=2),
+        teacher="vit_small_patch16_dinov3",
+        **{
+            "teacher.overrides": {"depth": 4},
+            "method.terms.singer": 1.0,
+            "method.terms.fitnet": 0.5,
+            "method.resample_grids": True,
+            "student.remat": True,
+            "accumulation": 2,
+        },
+    )
+    assert run.distillation.teacher.image_size != run.distillation.student.image_size
+    assert "all-gather" in compile_step(compiles, 300, run)
+
+
+def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
+    run = prepare(tmp_path, chips, teacher=SMALL)
+    config = tiny.config("")
+    config.evals.every, config.batch_size = 1, IMAGES
+    evaluator = Evaluator(config, run, make_source("digits", "", TRAIN))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(chips))
+    compiles(120, evaluator.loss, run.state, run.teacher, batch_of(run), key)
+
+
+def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips)
     student = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
@@ -72,12 +124,12 @@ def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles):
     compiles(180, run.make_state, run.teacher, student)
 
 
-def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles):
+def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):
     compiles(60, checkpoints._checksums, prepare(tmp_path, chips).state)
 
 
 @pytest.mark.parametrize("source", ["mlp", "mlp_norm", "block"])
-def test_a_null_space(tmp_path, chips, compiles, source):
+def test_a_null_space(tmp_path, chips, compiles: Compile, source):
     run = prepare(tmp_path, chips)
 
     def space(teacher):
