@@ -32,8 +32,8 @@ from singer_jax import parallel
 from singer_jax.config import default
 from singer_jax.methods import singer
 from singer_jax.methods.jacobi import left_singular
+from singer_jax.models.architecture import Numerics
 from singer_jax.models.layers import patch_products
-from singer_jax.models.vit import Numerics
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
 from singer_jax.training.setup import setup

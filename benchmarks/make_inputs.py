@@ -18,8 +18,9 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
+from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
-from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import abstract_model, timm_axes, timm_key, to_timm
 from singer_jax.models.zoo import lookup
 

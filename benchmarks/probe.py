@@ -27,9 +27,10 @@ from singer_jax import config as config_lib
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches, worker_count
-from singer_jax.data.sources import TEST, TRAIN, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.evaluation.job import Split, probe_task
+from singer_jax.evaluation.measure import Split, probe_task
 
 RATES = tuple(np.geomspace(0.01, 10, 16).round(4).tolist())
 

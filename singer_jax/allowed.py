@@ -33,7 +33,7 @@ _THRESHOLD = Text(
     "rule=number with the rule quantile, absolute, relative or rank",
 )
 
-# Fields of `models.vit.Architecture`; the bounds are far above any published model.
+# Fields of `models.architecture.Architecture`; the bounds are far above any published model.
 ARCHITECTURE: Mapping[str, Allowed] = {
     "img_size": Either(
         (Range(1, 2**14, whole=True), Each(Range(1, 2**14, whole=True), length=2)),

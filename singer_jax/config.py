@@ -313,7 +313,7 @@ def _model() -> ConfigDict:
     model = ConfigDict()
     model.model = ""  # timm name; empty: as the config.json beside the weights says
     model.weights = ""  # hub name, file, or run; empty: random
-    model.overrides = ConfigDict()  # of fields of models.vit.Architecture
+    model.overrides = ConfigDict()  # of fields of models.architecture.Architecture
     return model
 
 

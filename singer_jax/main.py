@@ -37,18 +37,18 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
 
 
-# Each is called with the configuration and the work directory.
-JOBS = {
-    "distill": "singer_jax.training.loop:distill",
-    "evaluate": "singer_jax.evaluation.job:evaluate",
-    "report": "singer_jax.report.job:report",
-    "compare": "singer_jax.report.job:compare",
-    "export": "singer_jax.export:export",
-    "nullspace": "singer_jax.evaluation.null_spaces:analyse",
-    "check_data": "singer_jax.data.check:check_data",
-    "models": "singer_jax.models.summary:print_models",
-    "quickstart": "singer_jax.quickstart:quickstart",
-}
+# Each is a function of its name in `singer_jax.jobs`, of the configuration and the work directory.
+JOBS = (
+    "distill",
+    "evaluate",
+    "report",
+    "compare",
+    "export",
+    "nullspace",
+    "check_data",
+    "models",
+    "quickstart",
+)
 _WITHOUT_WORKDIR = ("models",)
 
 
@@ -71,8 +71,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
         hosts.join(**joining)
         with hosts.together():
             parallel.start(config.get("precision"))
-            module, function = JOBS[job].split(":")
-            getattr(importlib.import_module(module), function)(config, folder)
+            getattr(importlib.import_module(f"singer_jax.jobs.{job}"), job)(config, folder)
     except (InputError, RunError, Stopped) as error:
         print(f"singer_jax: {error}", file=sys.stderr)
         return error.status

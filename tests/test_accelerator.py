@@ -89,7 +89,7 @@ def test_every_job_runs(accelerator, teacher, on_the_cpu, tmp_path, capsys):
 
 def test_the_quickstart_means_float32(monkeypatch, tmp_path):
     """Its precision stands in its runs, not at the top."""
-    from singer_jax import quickstart
+    from singer_jax.jobs import quickstart
 
     found = []
     monkeypatch.setattr(

@@ -165,16 +165,19 @@ def test_the_table_knows_what_the_code_knows():
 
     from singer_jax import methods
     from singer_jax.evaluation import table1
-    from singer_jax.models import layers, vit
-    from singer_jax.training import setup
+    from singer_jax.models import architecture, layers
 
     assert set(METHODS) == set(methods.METHODS)
     assert set(TASKS) == set(table1.TASKS)
-    assert set(ARCHITECTURE) == {field.name for field in dataclasses.fields(vit.Architecture)}
+    assert set(ARCHITECTURE) == {
+        field.name for field in dataclasses.fields(architecture.Architecture)
+    }
+    assert set(architecture.ACTIVATIONS) == set(layers.ACTIVATIONS)
+    assert set(architecture.MLPS) == set(layers.MLPS)
     for name, known in (
-        ("act_layer", layers.ACTIVATIONS),
-        ("mlp_layer", layers.MLPS),
-        ("global_pool", vit.POOLS),
+        ("act_layer", architecture.ACTIVATIONS),
+        ("mlp_layer", architecture.MLPS),
+        ("global_pool", architecture.POOLS),
     ):
         assert set(ARCHITECTURE[name].names) == set(known)
-    assert set(CONFIGURATION["precision"].names) == set(setup.PRECISIONS)
+    assert set(CONFIGURATION["precision"].names) == set(architecture.PRECISIONS)

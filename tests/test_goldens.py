@@ -24,11 +24,12 @@ from singer_jax.evaluation import heads
 from singer_jax.evaluation import probe as probes
 from singer_jax.methods import nullspace, vitkd
 from singer_jax.models import zoo
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.network import Network
 from singer_jax.models.params import Params, from_leaves, leaves
-from singer_jax.models.vit import Architecture
 from singer_jax.models.weights import load_model, timm_axes, timm_key, to_timm
 from singer_jax.training.optimizer import make_optimizer, make_schedule
-from singer_jax.training.step import Distillation, Network, jit_step
+from singer_jax.training.step import Distillation, jit_step
 
 FOLDER = Path(os.environ.get("SINGER_GOLDENS", Path(__file__).parent / "goldens"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -147,13 +148,19 @@ def _split_folder(root: Path, split: str) -> Path:
 class TfdsSource:
     """A split of a prepared TensorFlow Datasets set in ArrayRecord format, without TensorFlow.
 
+    Args:
+      name: of the set.
+      path: the data directory; empty: TFDS's own.
+      split: `train` or `test`.
+      known: names for the message about an unknown one.
+
     Raises:
       InputError: unknown name, or not prepared in ArrayRecord format.
     """
 
     exif = False
 
-    def __init__(self, name: str, path: str, split: str) -> None:
+    def __init__(self, name: str, path: str, split: str, known: Sequence[str] = ()) -> None:
         import tensorflow_datasets as tfds
 
         options: dict[str, Any] = {"data_dir": path} if path else {}
@@ -167,7 +174,7 @@ class TfdsSource:
                 split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
             )
         except tfds.core.registered.DatasetNotFoundError as error:
-            raise unknown("data.source", name, SOURCES) from error
+            raise unknown("data.source", name, known) from error
         except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
@@ -218,54 +225,3 @@ def evenly(source: Source, count: int) -> Subset:
     """`count` records at even distances (all, if there are fewer): sources are sorted by class."""
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
     return Subset(source, np.unique(chosen))
-
-
-# Named in messages; any other TFDS name is read too.
-SOURCES = (
-    "digits",
-    "folder",
-    "imagenet2012",
-    "imagenet_v2",
-    "imagenet_r",
-    "ade20k",
-    "nyud",
-    "inat19",
-    "aircraft",
-    "pet",
-    "food",
-    "flowers",
-)
-
-
-def make_source(name: str, path: str, split: str) -> Source:
-    """The source of a name.
-
-    Args:
-      name: `digits`; `folder`, or itself the path of a folder; a data set of `benchmarks`; else a
-        TFDS name.
-      path: the folder; for TFDS the data directory, or a folder with the set's own layout
-        (`train/` and `val/` with class folders), or one that holds the official archives' folders.
-      split: `train` or `test`.
-
-    Raises:
-      InputError: unknown name, missing or empty folder, data that is not prepared.
-    """
-    # Not in a loader's worker, which imports this file.
-    from singer_jax.data import benchmarks
-    from singer_jax.files import check_local
-
-    check_local("data.source", name)
-    check_local("data.path", path)
-    if name == "digits":
-        return DigitsSource(split)
-    if os.sep in name or Path(name).is_dir():
-        return FolderSource(name, split)
-    if name == "folder":
-        if not path:
-            raise InputError("data.path: empty; give the folder of images")
-        return FolderSource(path, split)
-    if path and (Path(path) / "train").is_dir():
-        return FolderSource(path, split, exif=False)
-    if name in benchmarks.BENCHMARKS:
-        return benchmarks.open_benchmark(name, path, split)
-    return TfdsSource(name, path, split)

@@ -18,14 +18,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from singer_jax import parallel
+from singer_jax.checkpoints import Checkpoints, checksum
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.heads import Classification, Task
 from singer_jax.evaluation.memory import fitting
 from singer_jax.files import as_path
+from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.network import Network
 from singer_jax.models.params import Params
-from singer_jax.models.vit import Architecture, Numerics
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import (
     abstract_model,
@@ -34,8 +36,6 @@ from singer_jax.models.weights import (
     spec_of_weights,
 )
 from singer_jax.models.zoo import lookup
-from singer_jax.training.checkpoints import Checkpoints, checksum
-from singer_jax.training.step import Network
 
 _MOST_IMAGES = 64  # a device, at once: enough to keep it busy
 

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from singer_jax import parallel
 from singer_jax.errors import RunError
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 Head = dict[str, jax.Array]
 """`kernel` [in, out] and `bias` [out]; a leading axis of rates while several train."""

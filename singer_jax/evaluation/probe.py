@@ -30,7 +30,7 @@ from singer_jax.evaluation.memory import fitting
 from singer_jax.evaluation.progress import Keeper, Progress
 from singer_jax.evaluation.spread import pick, spread
 from singer_jax.models.params import Params
-from singer_jax.training.optimizer import cosine_schedule
+from singer_jax.schedules import cosine_schedule
 
 FINAL_LEARNING_RATE = 1e-8
 

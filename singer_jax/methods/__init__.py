@@ -13,7 +13,8 @@ from singer_jax.methods.singer import Singer
 from singer_jax.methods.supervised import Supervised
 from singer_jax.methods.vitkd import ViTKD, ViTKDOfficial
 from singer_jax.methods.weighted_sum import WeightedSum
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 METHODS: dict[str, type[Method]] = {
     "singer": Singer,

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 Scalars = dict[str, Float[Array, ""]]
 

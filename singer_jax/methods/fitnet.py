@@ -22,7 +22,8 @@ from singer_jax.methods.base import (
     mean_squared_error,
 )
 from singer_jax.methods.tokens import match_tokens
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 
 class FitNet(Method):

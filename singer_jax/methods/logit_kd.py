@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 
 class LogitKD(Method):

@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars, cross_entropy
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 
 class Supervised(Method):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
-from singer_jax.models.vit import Architecture
+from singer_jax.models.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

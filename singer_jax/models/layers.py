@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,7 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
 
-if TYPE_CHECKING:
-    from singer_jax.models.vit import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, Numerics
 
 Rotation = Float[Array, "2 patches head_dim"]
 """Sine and cosine of the angle by which each patch turns each pair of channels."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
-from typing import Any
 
+from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.params import leaves
-from singer_jax.models.vit import Architecture, Numerics
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import MODELS
 
@@ -61,11 +59,6 @@ def models_table() -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-
-
-def print_models(config: Any, workdir: Path) -> None:
-    """The job `models`; neither argument matters."""
-    print(models_table())
 
 
 def _numbers(values: tuple[float, ...]) -> str:

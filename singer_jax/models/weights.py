@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 
 from singer_jax.errors import InputError
 from singer_jax.files import replacing, write_text
+from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
-from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,

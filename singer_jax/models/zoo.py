@@ -9,7 +9,7 @@ from typing import Any
 from singer_jax import ranges
 from singer_jax.allowed import ARCHITECTURE
 from singer_jax.errors import InputError, unknown
-from singer_jax.models.vit import Architecture
+from singer_jax.models.architecture import Architecture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

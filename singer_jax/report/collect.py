@@ -17,16 +17,17 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 
 from singer_jax import parallel
+from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
-from singer_jax.data.sources import TEST, TRAIN, Source, evenly, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_tokens
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
-from singer_jax.training.checkpoints import Checkpoints
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import TrainState
 

@@ -1,1 +1,1 @@
-"""State, step, optimiser, checkpoints and the loop of a training run."""
+"""State, step, optimiser and the loop of a training run."""

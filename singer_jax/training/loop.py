@@ -1,217 +1,91 @@
-"""The job `distill`: from a configuration to a trained student."""
+"""The training loop: steps, their metrics, what is saved between them, and when to stop."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
-from etils import epath
-from flax import nnx
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from singer_jax import config as config_lib
-from singer_jax import hosts, parallel, stopping
-from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
-from singer_jax.data.sources import TRAIN, Source, make_source
-from singer_jax.errors import InputError, Stopped
-from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
+from singer_jax import hosts, stopping
+from singer_jax.errors import Stopped
 from singer_jax.models.params import Params
-from singer_jax.models.weights import export_timm, to_hub_config, to_timm
-from singer_jax.telemetry import LOG, MetricsWriter, Recorder
-from singer_jax.training.checkpoints import Checkpoints, fingerprint
-from singer_jax.training.evals import Evaluator
-from singer_jax.training.flops import step_flops
-from singer_jax.training.setup import Setup, setup
-from singer_jax.training.step import TrainState, jit_step
+from singer_jax.telemetry import Recorder
+from singer_jax.training.step import TrainState
+
+Metrics = dict[str, jax.Array]
 
 
-def distill(config: Any, workdir: epath.Path) -> None:
-    """Trains a student; continues by itself where the work directory holds a checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """What happens between steps.
+
+    Attributes:
+      save: keeps a state after so many steps; may still write when it returns.
+      save_every: steps.
+      kept_in: where `save` keeps it, for messages.
+      saved: returns when everything is written.
+      evaluate: measures a state with the teacher's parameters; None: never.
+      evaluate_every: steps.
+      first: sees the metrics of the first step.
+    """
+
+    save: Callable[[TrainState, int], None]
+    save_every: int
+    kept_in: str
+    saved: Callable[[], None]
+    evaluate: Callable[[TrainState, Params | None], dict[str, float]] | None
+    evaluate_every: int
+    first: Callable[[TrainState, Metrics], None]
+
+
+def train(
+    step_fn: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    teacher: Params | None,
+    batches: Iterator[Any],
+    between: Between,
+    recorder: Recorder,
+) -> TrainState:
+    """Steps from `recorder.start` to `recorder.steps`.
 
     Args:
-      config: as `singer_jax.config.default` describes it.
-      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
+      step_fn: as `jit_step` makes it, compiled.
+      state: before the first of these steps; donated.
+      teacher: its parameters.
+      batches: on the devices, as many as there are steps, with the count of unreadable images.
+      between: what happens between steps.
+      recorder: of the metrics.
 
     Raises:
-      InputError: the configuration cannot work, or is not that of the run in `workdir`.
-      Stopped: after SIGTERM or SIGINT, saved.
-      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
+      Stopped: on request, saved.
+      RunError: a loss or gradient that is not finite; what `batches` raises.
     """
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
-    check_takes_checkpoints(workdir)
-    source = make_source(config.data.source, config.data.path, TRAIN)
-    run = setup(config, len(source), source.num_classes)
-    make_workdir(workdir)
-    with contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        meta = {
-            "data": source.fingerprint(),
-            "config": config.to_dict(),
-            "student": to_hub_config(run.distillation.student.spec),
-        }
-        if start:
-            _check_same_run(config, workdir, meta, checkpoints.meta(start))
-            LOG.info("%s: continuing after step %d of %d", workdir, start, run.steps)
-        if start < run.steps:
-            state = _train(config, workdir, run, source, checkpoints, start, meta)
-        else:
-            state = checkpoints.restore(start, run.state)
-            _write_config(config, workdir)
-    _export_student(workdir / "student", run, state)
-    LOG.info("%s: %d steps done, student exported", workdir, int(state.step))
-
-
-def _train(
-    config: Any,
-    workdir: epath.Path,
-    run: Setup,
-    source: Source,
-    checkpoints: Checkpoints,
-    start: int,
-    meta: dict[str, Any],
-) -> TrainState:
-    teacher = run.load_teacher()
-    if teacher is not None:
-        stacked = run.distillation.teacher.merge(teacher).numerics.stacked
-        meta = meta | {"teacher": fingerprint(teacher, stacked)}
-    if start:
-        _check_same_teacher(config, workdir, meta, checkpoints.meta(start))
-    state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
-    evaluate = Evaluator(config, run, source) if config.evals.every else None
-    LOG.info("%s: %s", workdir, _sizes(state, teacher))
-    total = parallel.total_of_processes(run.mesh)
-    unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     with contextlib.ExitStack() as stack:
-        batches = _batches(config, run, source, start)
-        stack.callback(batches.close)
-
-        def next_batch() -> Any:
-            batch = next(batches)
-            unreadable.add(batch)
-            examples = {key: batch[key] for key in ("image", "label")}
-            return parallel.put_batch(examples, parallel.batch_sharding(run.mesh))
-
-        batch = next_batch()
-        step_fn = jit_step(run.distillation, run.mesh, state, teacher)
-        step_fn = step_fn.lower(state, teacher, batch, np.bool_(True)).compile()
-
-        _write_config(config, workdir)
-        writer = MetricsWriter(workdir, start, config.to_dict() if config.log.wandb else None)
-        stack.callback(writer.close)
-        recorder = Recorder(
-            writer,
-            start=start,
-            steps=run.steps,
-            every=config.log.every,
-            batch_size=config.batch_size,
-            flops=step_flops(run.distillation, run.state, run.teacher, config.batch_size),
-            devices=run.mesh.devices.ravel(),
-        )
-        stack.callback(recorder.close)
-        stack.enter_context(logging_redirect_tqdm([LOG]))
         stack.enter_context(stopping.deferred())
-        stack.callback(checkpoints.wait)
+        stack.callback(between.saved)
         stack.enter_context(hosts.leaving_within(30))
-
-        for step in range(start + 1, run.steps + 1):
+        batch, unreadable = next(batches)
+        for step in range(recorder.start + 1, recorder.steps + 1):
             state, metrics = step_fn(state, teacher, batch, np.bool_(recorder.logs(step)))
-            if step == start + 1:
-                _report_start(run, state, metrics)
-            recorder.add(step, metrics | {"unreadable_images": unreadable.unreadable})
-            last = step == run.steps
+            if step == recorder.start + 1:
+                between.first(state, metrics)
+            recorder.add(step, metrics | {"unreadable_images": unreadable})
+            last = step == recorder.steps
             stop = hosts.stop_after(step) and not last
-            if evaluate and (last or step % config.evals.every == 0):
+            if between.evaluate and (last or step % between.evaluate_every == 0):
                 recorder.flush()
-                writer.write(step, evaluate(state, teacher))
-            if last or stop or step % config.checkpoint.every == 0:
+                recorder.writer.write(step, between.evaluate(state, teacher))
+            if last or stop or step % between.save_every == 0:
                 recorder.flush()  # raises, so that no state is saved after a loss that is no number
-                checkpoints.save(state, step, meta)
+                between.save(state, step)
             if stop:
-                raise Stopped(f"stopped after step {step} of {run.steps}, saved in {workdir}")
+                raise Stopped(
+                    f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}"
+                )
             if not last:
-                batch = next_batch()
+                batch, unreadable = next(batches)
     return state
-
-
-def _sizes(state: TrainState, teacher: Params | None) -> str:
-    count = parameter_overview.count_parameters
-    counts = {
-        "teacher": count(teacher or {}),
-        "student": count(state.params["student"]),
-        "student, untouched": count(state.constants["student"]),
-        "method": count(state.params["method"]),
-    }
-    return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
-
-
-def _batches(config: Any, run: Setup, source: Source, start: int) -> Any:
-    data = config.data
-    return train_batches(
-        source,
-        TrainTransform(run.image_size, data.crop_area, data.crop_ratio, data.flip),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start=start,
-        workers=worker_count(data.workers),
-        strict=data.strict,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def _report_start(run: Setup, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
-    for level, line in method.report(jax.device_get(metrics)):
-        LOG.log(level, line)
-
-
-def _check_same_run(
-    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    """Compares a start with the checkpoint that it continues: only that binds a work directory."""
-    changed = config_lib.differences(config, saved["config"])
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise InputError(
-            f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
-            "; use a new --workdir"
-        )
-    if saved["data"] != meta["data"]:
-        raise InputError(
-            f"{workdir} was trained on other images than {config.data.source} "
-            f"{config.data.path} now holds; use a new --workdir or the same images"
-        )
-
-
-def _check_same_teacher(
-    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    # Checkpoints of older versions say nothing of the teacher's weights.
-    if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
-        raise InputError(
-            f"{workdir} was trained with other teacher weights than {config.teacher.weights} now "
-            "holds; use a new --workdir or the same weights"
-        )
-
-
-def _write_config(config: Any, workdir: epath.Path) -> None:
-    """Writes config.json, once everything that may refuse this start has been seen."""
-    if jax.process_index() > 0:
-        return
-    with writing(workdir):
-        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-
-
-def _export_student(folder: epath.Path, run: Setup, state: TrainState) -> None:
-    gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.mesh))
-    trained, untouched = gather((state.params["student"], state.constants["student"]))
-    if jax.process_index() == 0:
-        spec = run.distillation.student.spec
-        export_timm(folder, spec, to_timm(trained) | to_timm(untouched))

@@ -16,22 +16,17 @@ from jax.sharding import Mesh
 from singer_jax import backends, methods, parallel
 from singer_jax.errors import InputError
 from singer_jax.methods import Method, Needs
-from singer_jax.models import zoo
+from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
-from singer_jax.models.vit import Numerics, VisionTransformer
-from singer_jax.models.weight_files import find_weights, read_hub_config
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import (
     abstract_model,
-    check_weights,
     load_model,
-    model_arguments,
-    spec_of_weights,
 )
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.training.optimizer import make_optimizer, make_schedule
-from singer_jax.training.step import Distillation, Network, TrainState
-
-PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from singer_jax.training.step import Distillation, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +99,13 @@ def setup(config: Any, examples: int, num_classes: int, mesh: Mesh | None = None
         dtype, dtype, backend=backend, stacked=backends.choices(backend).stack_frozen
     )
     if needs.teacher:
-        teacher_spec, teacher_weights = resolve_model("teacher", config.teacher, config)
+        teacher_spec, teacher_weights = _resolve("teacher", config)
         if not teacher_weights:
             raise InputError("teacher.weights: empty; give a hub name, a file or a run")
         graph, abstract_teacher = abstract_model(teacher_spec.arch, teacher_numerics)
         teacher = Network(teacher_spec, graph)
 
-    student_spec, student_weights = resolve_model("student", config.student, config)
+    student_spec, student_weights = _resolve("student", config)
     if not student_weights and "num_classes" not in config.student.overrides:
         classes = teacher.spec.arch.num_classes if needs.teacher_logits else num_classes
         arch = dataclasses.replace(student_spec.arch, num_classes=classes * needs.logits)
@@ -190,42 +185,10 @@ def init_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 
 
-def resolve_model(role: str, model: Any, config: Any) -> tuple[ModelSpec, Path | None]:
-    """A model of the configuration: what it is, and where its weights are.
-
-    Args:
-      role: `teacher` or `student`, for messages.
-      model: the part of the configuration with `model` (empty: as the `config.json` beside the
-        weights says), `weights` and `overrides`.
-      config: for `data.image_size` and `data.normalisation`.
-
-    Raises:
-      InputError: unknown model or architecture field; weights that are not there or of another
-        architecture.
-    """
-    weights = find_weights(model.weights) if model.weights else None
-    name, overrides = model.model, dict(model.overrides)
-    if config.data.image_size is not None:
-        overrides.setdefault("img_size", config.data.image_size)
-    stated = read_hub_config(weights.parent) if weights else {}
-    if not name and "architecture" in stated:
-        name = stated["architecture"]
-        overrides = model_arguments(stated) | overrides
-    if not name:
-        raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
-    spec = zoo.lookup(name, overrides)
-    if weights:
-        spec = spec_of_weights(spec, weights)
-        classes = dict(model.overrides).get("num_classes", spec.arch.num_classes)
-        if classes != spec.arch.num_classes:
-            raise InputError(
-                f"{role}.overrides: num_classes {classes}, but the head in {weights} has "
-                f"{spec.arch.num_classes}"
-            )
-        check_weights(spec, weights)
-    if config.data.normalisation == "imagenet":
-        spec = dataclasses.replace(spec, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
-    return spec, weights
+def _resolve(role: str, config: Any) -> tuple[ModelSpec, Path | None]:
+    chosen, data = config[role], config.data
+    settings = (chosen.model, chosen.weights, dict(chosen.overrides))
+    return resolve_model(role, *settings, data.image_size, data.normalisation)
 
 
 def _check_heads(

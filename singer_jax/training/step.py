@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from singer_jax import parallel
-from singer_jax.errors import InputError
 from singer_jax.methods import Batch, Constant, Forward, Method
+from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
-from singer_jax.models.zoo import ModelSpec
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
 """Raw residual streams by block."""
@@ -37,39 +36,6 @@ class TrainState(NamedTuple):
     params: Params
     constants: Params
     opt_state: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A model without its parameters, and how its input is normalised."""
-
-    spec: ModelSpec
-    graph: nnx.GraphDef
-
-    @property
-    def image_size(self) -> int:
-        """Side of its square input, in pixels.
-
-        Raises:
-          InputError: the input is not square.
-        """
-        height, width = self.spec.arch.img_size
-        if height != width:
-            raise InputError(f"{self.spec.name}: img_size {height} x {width} must be square")
-        return height
-
-    def prepare(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
-        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
-        size = (images.shape[0], *self.spec.arch.img_size, 3)
-        images = images.astype(jnp.float32)
-        if images.shape != size:
-            images = jax.image.resize(images, size, "linear")
-        mean, std = jnp.asarray(self.spec.mean), jnp.asarray(self.spec.std)
-        return (images / 255 - mean) / std
-
-    def merge(self, *params: Params) -> Any:
-        """The model with its parameters."""
-        return nnx.merge(self.graph, *params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from singer_jax import config, parallel
 from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
-from singer_jax.models.vit import Numerics
+from singer_jax.models.architecture import Numerics
+from singer_jax.models.network import Network
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
-from singer_jax.training.step import Network
 from tests.compiled.compiling import Compile, abstract
 
 TASKS = {

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from benchmarks.make_inputs import write_blank_weights
 from benchmarks.topology import tpu_mesh
-from singer_jax import parallel
-from singer_jax.data.sources import TRAIN, make_source
+from singer_jax import checkpoints, parallel
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TRAIN
 from singer_jax.methods import nullspace
-from singer_jax.training import checkpoints
-from singer_jax.training.evals import Evaluator
+from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import jit_step
 from tests import tiny
@@ -105,12 +105,10 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    config = tiny.config("")
-    config.evals.every, config.batch_size = 1, IMAGES
-    evaluator = Evaluator(config, run, make_source("digits", "", TRAIN))
+    held_out = HeldOut(run, make_source("digits", "", TRAIN), IMAGES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(chips))
-    compiles(120, evaluator.loss, run.state, run.teacher, batch_of(run), key)
+    compiles(120, held_out.loss, run.state, run.teacher, batch_of(run), key)
 
 
 def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compile):

@@ -9,15 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from singer_jax.data.sources import (
-    TEST,
-    TRAIN,
-    DigitsSource,
-    FolderSource,
-    Subset,
-    evenly,
-    make_source,
-)
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, evenly
 from singer_jax.errors import InputError
 from tests.tiny import write_images
 

@@ -9,7 +9,8 @@ import pytest
 from singer_jax import main, parallel
 from singer_jax.config import evaluation
 from singer_jax.data.images import EvalTransform, open_image
-from singer_jax.data.sources import TEST, Subset, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation import backbone as backbone_lib
 from singer_jax.evaluation.backbone import load_backbone

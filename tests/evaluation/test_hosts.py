@@ -9,9 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from singer_jax import config as config_lib
-from singer_jax import export, main
-from singer_jax.evaluation import job, null_spaces
-from singer_jax.report import job as report_job
+from singer_jax import main
+from singer_jax.jobs import evaluate, export, nullspace, report
 from tests import runs, tiny
 from tests.data import official
 
@@ -42,19 +41,19 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
         config.probe.protocol, config.probe.epochs, config.probe.views = protocol, 2, 1
         config.probe.batch_size = 5
         config.tasks = ("imagenet", "imagenet_v2", "ade20k") if name == "fast" else ("nyud",)
-        job.evaluate(config, workdir / name)
+        evaluate.evaluate(config, workdir / name)
     config = config_lib.export()
     config.run, config.stablehlo = str(inputs / "run"), False
     export.export(config, workdir / "export")
     config = config_lib.report()
     config.run, config.images = str(inputs / "run"), 3
-    report_job.report(config, workdir)
+    report.report(config, workdir)
     config = config_lib.null_spaces()
     config.teacher = tiny.config(inputs / "teacher.safetensors").teacher
     config.data.source, config.data.workers, config.images = "digits", 0, 11
     config.mesh.data, config.mesh.fsdp, config.precision = 1, 2, "float32"
     config.sources, config.thresholds, config.rank = ("mlp",), ("quantile=0.5",), 2
-    null_spaces.analyse(config, workdir / "nullspace")
+    nullspace.nullspace(config, workdir / "nullspace")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from singer_jax.config import default
 from singer_jax.errors import InputError
 from singer_jax.methods import singer
 from singer_jax.methods.base import Batch, Forward, distilled_layers, match_layers
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 TEACHER = Architecture(
     img_size=(16, 16), patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=0

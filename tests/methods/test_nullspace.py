@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from singer_jax.methods import nullspace
-from singer_jax.models.vit import Architecture, VisionTransformer
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 

@@ -7,7 +7,7 @@ import pytest
 from singer_jax.config import default
 from singer_jax.errors import InputError
 from singer_jax.methods.tokens import match_tokens
-from singer_jax.models.vit import Architecture
+from singer_jax.models.architecture import Architecture
 
 
 def arch(img_size: int = 16, class_token: bool = True, reg_tokens: int = 0) -> Architecture:

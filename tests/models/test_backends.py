@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from singer_jax import parallel
+from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
-from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import load_model
 from singer_jax.models.zoo import lookup
 from tests import tiny

@@ -12,9 +12,10 @@ from flax import nnx
 
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.layers import ACTIVATIONS
 from singer_jax.models.params import leaves
-from singer_jax.models.vit import Architecture, Numerics, VisionTransformer
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import abstract_model
 
 TINY = Architecture(

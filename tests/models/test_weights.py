@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 from singer_jax import parallel
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.architecture import Numerics
 from singer_jax.models.torch_file import TorchTensor
-from singer_jax.models.vit import Numerics, VisionTransformer
+from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
     SafetensorsTensor,
     StoredTensor,

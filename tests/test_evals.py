@@ -9,7 +9,8 @@ import pytest
 
 from singer_jax import main
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.sources import TEST, TRAIN, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from tests import tiny

@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from singer_jax import parallel
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.files import replacing, writing
-from singer_jax.models.vit import Numerics
+from singer_jax.models.architecture import Numerics
+from singer_jax.models.program import features_program
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.telemetry import LOG
 
 PROGRAM_FILE = "features.stablehlo"
 _LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
-_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(config: Any, workdir: epath.Path) -> None:
@@ -60,7 +58,7 @@ def export(config: Any, workdir: epath.Path) -> None:
         export_timm(folder, backbone.network.spec, to_timm(backbone.params))
         if config.stablehlo:
             with replacing(folder / PROGRAM_FILE) as file:
-                file.write_bytes(features_program(backbone))
+                file.write_bytes(features_program(backbone.network, backbone.params))
     LOG.info("%s exported to %s", backbone.network.spec.name, folder)
 
 
@@ -68,23 +66,3 @@ def _stored_dtype(path: Path) -> Any:
     """The dtype of a file's tensors; float32 where they differ."""
     dtypes = {tensor.dtype for tensor in open_weights(path).values()}
     return dtypes.pop() if len(dtypes) == 1 else jnp.float32
-
-
-def features_program(backbone: Backbone) -> bytes:
-    """The model as a self-contained StableHLO program (`jax.export`), parameters included.
-
-    `jax.export.deserialize(data).call(images)` takes uint8 images [batch, height, width, 3] of any
-    batch size and returns `tokens`, the raw output of the last block [batch, tokens, dim], and
-    `pooled`, what the head reads [batch, dim], both float32. It runs on CPU, GPU and TPU.
-    """
-    network, params = backbone.network, jax.tree.map(np.asarray, backbone.params)
-
-    def features(images: jax.Array) -> dict[str, jax.Array]:
-        model = network.merge(params)
-        tokens = model.features(network.prepare(images))[-1]
-        found = {"tokens": tokens, "pooled": model.pooled(tokens)}
-        return {name: value.astype(jnp.float32) for name, value in found.items()}
-
-    (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *network.spec.arch.img_size, 3), jnp.uint8)
-    return jax.export.export(jax.jit(features), platforms=_PLATFORMS)(images).serialize()

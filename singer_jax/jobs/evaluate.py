@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,29 +16,19 @@ from ml_collections import ConfigDict
 
 from singer_jax import hosts, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
-from singer_jax.data.dense import DepthTransform, SegmentationTransform
-from singer_jax.data.images import EvalTransform, TrainTransform
+from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import worker_count
-from singer_jax.data.sources import TEST, TRAIN, Source, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
-from singer_jax.evaluation.heads import Depth, Segmentation, Task
-from singer_jax.evaluation.knn import knn_top1
-from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeResult, probe, score
-from singer_jax.evaluation.progress import FileKeeper, Keeper
-from singer_jax.evaluation.store import stored_examples
+from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.measure import Split, probe_task
+from singer_jax.evaluation.probe import score
+from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
-from singer_jax.models.vit import Numerics
+from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.telemetry import LOG
-from singer_jax.training.setup import PRECISIONS
-
-
-class Split(NamedTuple):
-    """The data of a task; no training split where ImageNet's head is taken."""
-
-    train: Source | None
-    test: Source
 
 
 def evaluate(config: Any, workdir: epath.Path) -> None:
@@ -246,103 +235,6 @@ def _measure(
         with replacing(workdir / "tasks" / f"{name}.npz") as file:
             np.savez(file, **result.head)
     return metrics
-
-
-def probe_task(
-    backbone: Backbone,
-    kind: str,
-    split: Split,
-    config: Any,
-    seed: int = 0,
-    workers: int = 0,
-    store: Path | None = None,
-    keeper: Keeper | None = None,
-) -> tuple[ProbeResult, dict[str, Any]]:
-    """Trains and tests a probe; kNN too where the task is a classification.
-
-    Args:
-      backbone: the model to measure.
-      kind: `classification`, `segmentation` or `depth`.
-      split: its data.
-      config: the `probe` part of the configuration, with a number of epochs.
-      seed: of head, order and crops.
-      workers: of the loader.
-      store: folder of stored features, for the fast protocol; None keeps them in memory.
-      keeper: of the progress; default: nothing is kept.
-
-    Returns:
-      the probe's result, and its metrics as `results.json` holds them.
-    """
-    task, augment, centre = task_of(backbone, kind, split.test.num_classes, config)
-
-    def extract(source: Source) -> Examples:
-        return backbone.extract(source, task, centre, workers)
-
-    test, head_shape = extract(split.test), task.head_shape(backbone.arch)
-    train: Examples | None = None
-    if config.protocol == "fast":
-        views = [centre] + [augment] * config.views
-        of_views = (backbone, split.train, task, views, workers, seed)
-        train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
-        trainer = FeatureTrainer(task, train, head_shape, config, seed, backbone.mesh)
-    else:
-        trainer = CropTrainer(task, backbone, split.train, augment, extract, config, seed, workers)
-    keeper = keeper or Keeper()
-    if kind == "classification" and not keeper.progress.nearest:
-        bank = train or extract(split.train)
-        top1 = knn_top1(
-            bank,
-            test,
-            classes=split.test.num_classes,
-            k=config.knn_k,
-            temperature=config.knn_temperature,
-            mesh=backbone.mesh,
-        )
-        keeper.keep(nearest={"knn_top1": 100 * top1})
-        del bank
-    result = probe(trainer, test, config, seed, keeper)
-    metrics: dict[str, Any] = {
-        **result.last,
-        **keeper.progress.nearest,
-        "learning_rate": result.learning_rate,
-        "held_out": {str(rate): value for rate, value in result.held_out.items()},
-        "best": result.best,
-        "best_epoch": result.best_epoch,
-        "test_images": test.images,
-    }
-    return result, metrics
-
-
-def _in_memory(
-    backbone: Backbone,
-    source: Source,
-    task: Task,
-    views: Sequence[Callable[..., Any]],
-    workers: int,
-    seed: int,
-) -> Examples:
-    """As `stored_examples`, in float32 and without files."""
-    extracted = [
-        backbone.extract(source, task, transform, workers, seed + view)
-        for view, transform in enumerate(views)
-    ]
-    features, labels = (np.concatenate([e[part] for e in extracted]) for part in (0, 1))
-    return Examples(features, labels, len(views))
-
-
-def task_of(
-    backbone: Backbone, kind: str, classes: int, config: Any
-) -> tuple[Task, Callable[..., Any], Callable[..., Any]]:
-    """The task of a kind, its random training transform and its test transform."""
-    size = backbone.image_size
-    if kind == "segmentation":
-        transforms = (SegmentationTransform(size, train=train) for train in (True, False))
-        return Segmentation(classes), *transforms
-    if kind == "depth":
-        transforms = (DepthTransform(size, train=train) for train in (True, False))
-        return Depth(ignore_missing=not config.depth_zero_as_bin), *transforms
-    task = backbone.classification(classes, config.token)
-    return task, TrainTransform(size), EvalTransform(size)
 
 
 def _settings_digest(config: Any) -> str:

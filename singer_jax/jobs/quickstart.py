@@ -14,16 +14,17 @@ from etils import epath
 
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform, open_image
-from singer_jax.data.sources import TEST, TRAIN, Source, Subset, make_source
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN, Source, Subset
 from singer_jax.evaluation.backbone import Backbone, load_backbone
-from singer_jax.evaluation.job import Split, probe_task
+from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
 from singer_jax.files import write_text
+from singer_jax.jobs.distill import distill
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_patch_maps
 from singer_jax.telemetry import LOG
-from singer_jax.training.loop import distill
 from singer_jax.training.setup import setup
 
 _SHOWN = 8  # test images in a picture

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from singer_jax import parallel
+from singer_jax.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.errors import RunError
+from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
-from singer_jax.models.vit import Numerics
 from singer_jax.models.weights import load_model
 from singer_jax.models.zoo import lookup
-from singer_jax.training.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.training.setup import Setup, setup
 from tests import tiny
 

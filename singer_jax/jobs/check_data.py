@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
-from PIL import Image
 
 from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
-from singer_jax.data.dense import DepthTransform, SegmentationTransform
-from singer_jax.data.images import EvalTransform, UnreadableImage, open_image
-from singer_jax.data.sources import TEST, TRAIN, Source, make_source
+from singer_jax.data.contact_sheet import contact_sheet
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN, Source
 from singer_jax.errors import InputError
 from singer_jax.files import make_workdir, replacing
-
-_SIDE = 128
 
 # Examples of each split that the papers of the data sets and SPEC's table state.
 EXPECTED = {
@@ -87,42 +82,3 @@ def _line(name: str, split: str, source: Source, sheet: epath.Path) -> str:
     else:
         line += ", a label for each pixel"
     return f"{line}; {sheet}"
-
-
-def contact_sheet(source: Source, count: int) -> Image.Image:
-    """Images at even distances, each under its label where labels are pictures.
-
-    Raises:
-      InputError: an image or a label that cannot be read.
-    """
-    cells = []
-    for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
-        record = source[int(index)]
-        try:
-            cells.append(_cell(open_image(record.image, source.exif), record.label))
-        except (UnreadableImage, InputError) as error:
-            raise InputError(f"{source.describe(int(index))}: {error}") from error
-    columns = math.ceil(math.sqrt(len(cells)))
-    rows = math.ceil(len(cells) / columns)
-    height, width, _ = cells[0].shape
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    for number, cell in enumerate(cells):
-        top, left = number // columns * height, number % columns * width
-        sheet[top : top + height, left : left + width] = cell
-    return Image.fromarray(sheet)
-
-
-def _cell(image: Image.Image, label: Any) -> np.ndarray:
-    if isinstance(label, int):
-        return EvalTransform(_SIDE)(image)
-    rng = np.random.default_rng(0)
-    if isinstance(label, np.ndarray):
-        pixels, metres = DepthTransform(_SIDE, train=False)(image, label, rng)
-        grey = (metres.clip(0, 10) * 25.5).astype(np.uint8)
-        below = np.repeat(grey[..., None], 3, axis=-1)
-    else:
-        pixels, classes = SegmentationTransform(_SIDE, train=False)(image, label, rng)
-        palette = np.random.default_rng(1).integers(0, 256, (151, 3), dtype=np.uint8)
-        palette[0] = 0
-        below = palette[classes + 1]
-    return np.concatenate([pixels, below])

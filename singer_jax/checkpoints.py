@@ -22,7 +22,6 @@ from singer_jax import parallel
 from singer_jax.errors import RunError
 from singer_jax.files import as_path, check_takes_checkpoints
 from singer_jax.models.params import Params, join, split
-from singer_jax.training.step import TrainState
 
 
 def checksum(leaf: Array) -> UInt32[Array, ""]:
@@ -59,7 +58,7 @@ def fingerprint(params: Params, stacked: bool = False) -> str:
 
     Args:
       params: of the model.
-      stacked: as `models.vit.Numerics.stacked`; changes nothing.
+      stacked: as `models.architecture.Numerics.stacked`; changes nothing.
     """
     found, described = jax.device_get(_of_each_block(params, stacked)), []
     for name, leaf in _by_name(params).items():
@@ -108,8 +107,8 @@ class Checkpoints:
         """Steps done in the latest finished checkpoint; None where there is none."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-        """Starts to save; `meta` is stored as JSON beside the state."""
+    def save(self, state: Any, step: int, meta: dict[str, Any]) -> None:
+        """Starts to save a tree of arrays; `meta` is stored as JSON beside it."""
         checksums = {key: int(value) for key, value in jax.device_get(_checksums(state)).items()}
         self.manager.save(
             step,
@@ -131,8 +130,8 @@ class Checkpoints:
 
         Args:
           step: of the checkpoint.
-          abstract: `jax.ShapeDtypeStruct`s with shardings; a `TrainState`, or a dict of some of its
-            fields with some of their entries.
+          abstract: `jax.ShapeDtypeStruct`s with shardings; the whole state, or a dict of some of
+            its fields with some of their entries.
 
         Raises:
           RunError: a leaf has another shape, dtype or checksum than when it was saved.

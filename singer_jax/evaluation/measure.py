@@ -1,0 +1,123 @@
+"""One task measured: features, kNN and a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from singer_jax.data.dense import DepthTransform, SegmentationTransform
+from singer_jax.data.images import EvalTransform, TrainTransform
+from singer_jax.data.sources import Source
+from singer_jax.evaluation.backbone import Backbone, Examples
+from singer_jax.evaluation.heads import Depth, Segmentation, Task
+from singer_jax.evaluation.knn import knn_top1
+from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeResult, probe
+from singer_jax.evaluation.progress import Keeper
+from singer_jax.evaluation.store import stored_examples
+
+
+class Split(NamedTuple):
+    """The data of a task; no training split where ImageNet's head is taken."""
+
+    train: Source | None
+    test: Source
+
+
+def probe_task(
+    backbone: Backbone,
+    kind: str,
+    split: Split,
+    config: Any,
+    seed: int = 0,
+    workers: int = 0,
+    store: Path | None = None,
+    keeper: Keeper | None = None,
+) -> tuple[ProbeResult, dict[str, Any]]:
+    """Trains and tests a probe; kNN too where the task is a classification.
+
+    Args:
+      backbone: the model to measure.
+      kind: `classification`, `segmentation` or `depth`.
+      split: its data.
+      config: the `probe` part of the configuration, with a number of epochs.
+      seed: of head, order and crops.
+      workers: of the loader.
+      store: folder of stored features, for the fast protocol; None keeps them in memory.
+      keeper: of the progress; default: nothing is kept.
+
+    Returns:
+      the probe's result, and its metrics as `results.json` holds them.
+    """
+    task, augment, centre = task_of(backbone, kind, split.test.num_classes, config)
+
+    def extract(source: Source) -> Examples:
+        return backbone.extract(source, task, centre, workers)
+
+    test, head_shape = extract(split.test), task.head_shape(backbone.arch)
+    train: Examples | None = None
+    if config.protocol == "fast":
+        views = [centre] + [augment] * config.views
+        of_views = (backbone, split.train, task, views, workers, seed)
+        train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
+        trainer = FeatureTrainer(task, train, head_shape, config, seed, backbone.mesh)
+    else:
+        trainer = CropTrainer(task, backbone, split.train, augment, extract, config, seed, workers)
+    keeper = keeper or Keeper()
+    if kind == "classification" and not keeper.progress.nearest:
+        bank = train or extract(split.train)
+        top1 = knn_top1(
+            bank,
+            test,
+            classes=split.test.num_classes,
+            k=config.knn_k,
+            temperature=config.knn_temperature,
+            mesh=backbone.mesh,
+        )
+        keeper.keep(nearest={"knn_top1": 100 * top1})
+        del bank
+    result = probe(trainer, test, config, seed, keeper)
+    metrics: dict[str, Any] = {
+        **result.last,
+        **keeper.progress.nearest,
+        "learning_rate": result.learning_rate,
+        "held_out": {str(rate): value for rate, value in result.held_out.items()},
+        "best": result.best,
+        "best_epoch": result.best_epoch,
+        "test_images": test.images,
+    }
+    return result, metrics
+
+
+def _in_memory(
+    backbone: Backbone,
+    source: Source,
+    task: Task,
+    views: Sequence[Callable[..., Any]],
+    workers: int,
+    seed: int,
+) -> Examples:
+    """As `stored_examples`, in float32 and without files."""
+    extracted = [
+        backbone.extract(source, task, transform, workers, seed + view)
+        for view, transform in enumerate(views)
+    ]
+    features, labels = (np.concatenate([e[part] for e in extracted]) for part in (0, 1))
+    return Examples(features, labels, len(views))
+
+
+def task_of(
+    backbone: Backbone, kind: str, classes: int, config: Any
+) -> tuple[Task, Callable[..., Any], Callable[..., Any]]:
+    """The task of a kind, its random training transform and its test transform."""
+    size = backbone.image_size
+    if kind == "segmentation":
+        transforms = (SegmentationTransform(size, train=train) for train in (True, False))
+        return Segmentation(classes), *transforms
+    if kind == "depth":
+        transforms = (DepthTransform(size, train=train) for train in (True, False))
+        return Depth(ignore_missing=not config.depth_zero_as_bin), *transforms
+    task = backbone.classification(classes, config.token)
+    return task, TrainTransform(size), EvalTransform(size)

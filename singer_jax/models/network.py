@@ -1,0 +1,100 @@
+"""A model as the rest of the system meets it: what it is, its input, where its weights are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from singer_jax.errors import InputError
+from singer_jax.models import zoo
+from singer_jax.models.params import Params
+from singer_jax.models.weight_files import find_weights, read_hub_config
+from singer_jax.models.weights import check_weights, model_arguments, spec_of_weights
+from singer_jax.models.zoo import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model without its parameters, and how its input is normalised."""
+
+    spec: ModelSpec
+    graph: nnx.GraphDef
+
+    @property
+    def image_size(self) -> int:
+        """Side of its square input, in pixels.
+
+        Raises:
+          InputError: the input is not square.
+        """
+        height, width = self.spec.arch.img_size
+        if height != width:
+            raise InputError(f"{self.spec.name}: img_size {height} x {width} must be square")
+        return height
+
+    def prepare(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
+        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
+        size = (images.shape[0], *self.spec.arch.img_size, 3)
+        images = images.astype(jnp.float32)
+        if images.shape != size:
+            images = jax.image.resize(images, size, "linear")
+        mean, std = jnp.asarray(self.spec.mean), jnp.asarray(self.spec.std)
+        return (images / 255 - mean) / std
+
+    def merge(self, *params: Params) -> Any:
+        """The model with its parameters."""
+        return nnx.merge(self.graph, *params)
+
+
+def resolve_model(
+    role: str,
+    model: str,
+    weights: str,
+    overrides: Mapping[str, Any],
+    image_size: int | None = None,
+    normalisation: str = "model",
+) -> tuple[ModelSpec, Path | None]:
+    """A model that a user names: what it is, and where its weights are.
+
+    Args:
+      role: `teacher` or `student`, for messages.
+      model: a timm name; empty: as the `config.json` beside the weights says.
+      weights: a hub name, a file or a run; empty: none.
+      overrides: fields of its architecture.
+      image_size: side of its input in pixels, where `overrides` do not say it; None: the model's.
+      normalisation: `imagenet` takes ImageNet's statistics, `model` its own.
+
+    Raises:
+      InputError: unknown model or architecture field; weights that are not there or of another
+        architecture.
+    """
+    file = find_weights(weights) if weights else None
+    fields = dict(overrides)
+    if image_size is not None:
+        fields.setdefault("img_size", image_size)
+    stated = read_hub_config(file.parent) if file else {}
+    if not model and "architecture" in stated:
+        model = stated["architecture"]
+        fields = model_arguments(stated) | fields
+    if not model:
+        raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
+    spec = zoo.lookup(model, fields)
+    if file:
+        spec = spec_of_weights(spec, file)
+        classes = overrides.get("num_classes", spec.arch.num_classes)
+        if classes != spec.arch.num_classes:
+            raise InputError(
+                f"{role}.overrides: num_classes {classes}, but the head in {file} has "
+                f"{spec.arch.num_classes}"
+            )
+        check_weights(spec, file)
+    if normalisation == "imagenet":
+        spec = dataclasses.replace(spec, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
+    return spec, file

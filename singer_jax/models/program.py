@@ -1,0 +1,33 @@
+"""A model as a program of its own, for those who have no Python."""
+
+from __future__ import annotations
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from singer_jax.models.network import Network
+from singer_jax.models.params import Params
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def features_program(network: Network, params: Params) -> bytes:
+    """The model as a self-contained StableHLO program (`jax.export`), parameters included.
+
+    `jax.export.deserialize(data).call(images)` takes uint8 images [batch, height, width, 3] of any
+    batch size and returns `tokens`, the raw output of the last block [batch, tokens, dim], and
+    `pooled`, what the head reads [batch, dim], both float32. It runs on CPU, GPU and TPU.
+    """
+    params = jax.tree.map(np.asarray, params)
+
+    def features(images: jax.Array) -> dict[str, jax.Array]:
+        model = network.merge(params)
+        tokens = model.features(network.prepare(images))[-1]
+        found = {"tokens": tokens, "pooled": model.pooled(tokens)}
+        return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *network.spec.arch.img_size, 3), jnp.uint8)
+    return jax.export.export(jax.jit(features), platforms=_PLATFORMS)(images).serialize()
