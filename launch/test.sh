@@ -5,4 +5,5 @@ source "$(dirname "$0")/common.sh"
 prepare requirements-dev.txt
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "$@"
+# A file's tests stay together: what they share is made once.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -1,0 +1,83 @@
+"""The distillation configurations that are shipped, and a text of what each one is.
+
+  python -m tests.shipped
+
+writes the texts anew; a change in them is a change for users.
+"""
+
+import collections
+import importlib.util
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from benchmarks.make_inputs import write_blank_weights
+from singer_jax import parallel
+from singer_jax.config import PROTOCOLS, flatten
+from singer_jax.training.setup import setup
+
+ROOT = Path(__file__).parents[1]
+TEXTS = Path(__file__).with_name("shipped")
+
+
+def distillations() -> dict[str, ConfigDict]:
+    """By name and protocol, such as `singer_vitl_vitt_paper`."""
+    found = {}
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for protocol in PROTOCOLS:
+            config = module.get_config(protocol)
+            if config.job == "distill":
+                found[f"{file.stem}_{protocol}"] = config
+    return found
+
+
+def describe(config: ConfigDict) -> str:
+    """Every key, the distilled layers, and every group of parameters on a 4 x 2 mesh."""
+    lines = [f"{key}: {value!r}" for key, value in sorted(flatten(config).items())]
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_blank_weights(Path(folder) / "t.safetensors", config.teacher.model)
+        config.teacher.weights = str(weights)
+        run = setup(config, 1_281_167, 1000, parallel.make_mesh(4, 2))
+    state = run.state
+    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
+    pairs = zip(method.teacher_layers, method.student_layers, strict=True)
+    lines.append("layers: " + ", ".join(f"{own} <- {layer}" for layer, own in pairs))
+    lines.append(f"steps: {run.steps}")
+    decay = config.optimizer.weight_decay
+    for part, tree, what in (
+        ("teacher", run.teacher, "frozen"),
+        ("trained", state.params, f"weight decay {decay:g}"),
+        ("kept", state.constants, "not trained"),
+    ):
+        lines += [f"{part}/{group}, {what}" for group in _groups(tree)]
+    return "\n".join(lines) + "\n"
+
+
+def _groups(tree: object) -> list[str]:
+    """Leaves whose names differ only by numbers together."""
+    groups = collections.defaultdict(list)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = re.sub(r"\b\d+\b", "*", parallel.leaf_name(path))
+        groups[name, leaf.dtype.name, leaf.sharding.spec].append(math.prod(leaf.shape))
+    return [
+        f"{name}: {len(sizes)} x {sizes[0]:,} {dtype} {tuple(spec) or 'replicated'}"
+        for (name, dtype, spec), sizes in groups.items()
+    ]
+
+
+if __name__ == "__main__":
+    if jax.device_count() < 8:
+        raise SystemExit("set XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    TEXTS.mkdir(exist_ok=True)
+    for name, config in distillations().items():
+        (TEXTS / f"{name}.txt").write_text(describe(config))
+        print(name, os.path.relpath(TEXTS))
