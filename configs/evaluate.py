@@ -3,7 +3,7 @@
   python -m singer_jax.main --config=configs/evaluate.py --config.run=runs/singer_vitl_vitt \
       --config.data.path=/data --workdir=runs/singer_vitl_vitt/evaluation
 
-Every task whose data is below /data (README, "Data") is measured; `--config.data.source=FOLDER`
+Every task whose data is below /data (docs/data.md) is measured; `--config.data.source=FOLDER`
 measures one labelled source instead. `--config.weights=NAME_OR_FILE` (and
 `--config.model=TIMM_NAME`, where the name does not say it) measures a stranger's model the same
 way. The default is the published probe: 150 epochs (ADE20K and NYUd 200) on new crops at a learning

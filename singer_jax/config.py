@@ -37,7 +37,7 @@ def default(protocol: str = "recommended") -> ConfigDict:
 
     Args:
       protocol: `recommended`, or `paper`: what the official code does, except where it is plainly
-        broken (README, "Differences from the official code").
+        broken (docs/differences.md).
 
     Raises:
       InputError: another protocol.

@@ -55,7 +55,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 NOTE = (
     "Published numbers are the paper's. Those of ADE20K and NYUd come from data preparation with "
-    "faults (README) and are not directly comparable."
+    "faults (docs/differences.md) and are not directly comparable."
 )
 
 _VIT_L, _VIT_S, _VIT_T = (f"vit_{size}_patch16_224" for size in ("large", "small", "tiny"))

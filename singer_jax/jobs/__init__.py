@@ -1,1 +1,1 @@
-"""One file a command: the story of its run. Only here is a `ConfigDict` seen."""
+"""One file a command: the story of its run."""
