@@ -1,6 +1,6 @@
 """What the compiler makes of the training step for a TPU, part by part, without a TPU.
 
-  pip install -r requirements-dev.txt
+  pip install ".[dev]"
   python -m benchmarks.compiled --parts
   python -m benchmarks.compiled --step --topology v5e:4x4
 

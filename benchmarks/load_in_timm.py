@@ -2,7 +2,7 @@
 
   python -m benchmarks.load_in_timm runs/quickstart/singer/student
 
-needs the packages of requirements-bench.txt (docs/benchmarks.md). Prints the largest absolute
+needs the packages of the extra bench (docs/benchmarks.md). Prints the largest absolute
 difference of the last block's raw tokens and of the model's output on random images.
 """
 

@@ -1,6 +1,6 @@
 """One SiNGER training step against the same step in eager PyTorch with timm models.
 
-  pip install -r requirements-bench.txt && pip install --no-deps timm torchvision==0.28.0
+  pip install ".[bench]" && pip install --no-deps timm torchvision==0.28.0
   python -m benchmarks.step --teacher vit_large_patch16_224 --student vit_tiny_patch16_224 --batch 4
 
 Both start from the same weights and see the same images; their first losses must agree. Both reuse

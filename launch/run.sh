@@ -5,7 +5,7 @@
 #   bash launch/run.sh
 #   bash launch/run.sh --config=configs/singer_vitl_vitt.py --workdir=runs/mine
 source "$(dirname "$0")/common.sh"
-prepare requirements.txt
+prepare .
 if [ $# -eq 0 ]; then
   echo "quickstart: digits, results in runs/quickstart"
   set -- --config=configs/quickstart.py --workdir=runs/quickstart

@@ -2,7 +2,7 @@
 # Sets up .venv with the development tools, then runs the linter and all tests; arguments go to
 # pytest. PYTHON names another interpreter.
 source "$(dirname "$0")/common.sh"
-prepare requirements-dev.txt
+prepare '.[dev]'
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
 # A file's tests stay together: what they share is made once.

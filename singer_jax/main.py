@@ -2,6 +2,8 @@
 
   python -m singer_jax.main --config=configs/NAME.py[:protocol] --workdir=DIR [--config.key=value]
 
+or, where it is installed, `singer-jax --config=NAME[:protocol] ...` with a shipped configuration.
+
 Exit status: 0 done; 1 failed, finished checkpoints are kept; 2 something given is wrong, one line
 says what; 75 stopped on request and saved, the same command continues.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,8 +116,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         files = [s.removeprefix("config=") for s in settings if s.startswith("config=")]
         if not files and not {"help", "helpfull", "helpshort"} & set(settings):
             raise InputError("--config: missing; give a file as --config=configs/NAME.py")
-        if files and not Path(files[-1].split(":")[0]).is_file():
-            raise InputError(f"--config: no file {files[-1].split(':')[0]}")
+        files = [_config_file(file) for file in files]
+        paths = iter(files)
+        argv = [
+            f"--config={next(paths)}" if re.match("--?config=", argument) else argument
+            for argument in argv
+        ]
         try:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError):
@@ -132,6 +139,26 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(_refuse(message))
 
 
-if __name__ == "__main__":
+def _config_file(given: str) -> str:
+    """A configuration's path, with the protocol behind it; a shipped one may be named alone."""
+    name, colon, protocol = given.partition(":")
+    if Path(name).is_file():
+        return given
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
+        shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+        if name in shipped:
+            return f"{shipped[name]}{colon}{protocol}"
+        if shipped and re.fullmatch(r"\w+", name):
+            raise unknown("--config", name, shipped)
+    raise InputError(f"--config: no file {name}")
+
+
+def console() -> None:
+    """The command `singer-jax`."""
     with stopping.handled():
         app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    console()

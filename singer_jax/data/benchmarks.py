@@ -128,7 +128,7 @@ def _require(root: Path, names: Sequence[str]) -> None:
     missing = [name for name in names if not (root / name).exists()]
     if missing:
         raise InputError(
-            f'{root} is not completely unpacked: missing {", ".join(missing)} (docs/data.md)'
+            f"{root} is not completely unpacked: missing {', '.join(missing)} (docs/data.md)"
         )
 
 
@@ -354,4 +354,4 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
             return TfdsSource(benchmark.tfds, root, split)
         except InputError as error:
             raise NotInstalled(f"{name}: {looked}, and {error}") from error
-    raise NotInstalled(f'{name}: {looked} (docs/data.md)')
+    raise NotInstalled(f"{name}: {looked} (docs/data.md)")

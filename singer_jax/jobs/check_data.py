@@ -69,7 +69,7 @@ def check_data(config: Any, workdir: epath.Path) -> None:
     if wrong:
         raise InputError("; ".join(wrong))
     if not found:
-        raise InputError('data.path: no data set found (docs/data.md)')
+        raise InputError("data.path: no data set found (docs/data.md)")
 
 
 def _line(name: str, split: str, source: Source, sheet: epath.Path) -> str:

@@ -182,7 +182,7 @@ def _find_data(
     if not splits:
         raise InputError(
             "data.path: none of the data sets is there; set it to the folder that holds them "
-            '(docs/data.md), or give one as data.source'
+            "(docs/data.md), or give one as data.source"
         )
     return table1.TASKS, splits, skipped
 
