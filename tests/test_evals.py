@@ -13,6 +13,8 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.jobs import distill
+from singer_jax.training.held_out import HeldOut
 from tests import tiny
 
 
@@ -53,3 +55,19 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     assert len(np.unique(kept.features, axis=0)) == 8  # cat and dog hold the same eight pictures
     with pytest.raises(RunError, match=r"train/cat/003\.jpg"):
         model.extract(train, task, transform)
+
+
+def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
+    """So that an evaluation never needs more memory than a step."""
+    made = []
+
+    class Recorded(HeldOut):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            made.append(self.batch_size)
+
+    monkeypatch.setattr(distill, "HeldOut", Recorded)
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.steps, config.evals.every, config.accumulation = 1, 1, 4
+    assert main.run(config, tmp_path / "run") == 0
+    assert made == [config.batch_size // 4]
