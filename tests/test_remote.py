@@ -1,7 +1,6 @@
 """Work directories behind gs://: an emulated store, reached by each library's own client."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,18 +18,8 @@ from singer_jax.config import compare, evaluation, export, report
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.telemetry import MetricsWriter
-from tests import tiny
+from tests import runs, tiny
 from tests.object_store import BUCKET, object_store
-
-CONFIG = """
-from tests import tiny
-
-def get_config(protocol="recommended"):
-    config = tiny.config({teacher!r}, protocol=protocol)
-    config.steps = 20
-    config.checkpoint.every = 3
-    return config
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +29,22 @@ def environment(tmp_path_factory):
         cache = tmp_path_factory.mktemp("cache")
         for name, value in (store | {"XDG_CACHE_HOME": str(cache)}).items():
             patch.setenv(name, value)
-        inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-        yield inherited | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.getcwd(),
-        }
+        yield runs.environment(cache / "xla")
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "remote_run.py").write_text(CONFIG.format(teacher=str(teacher)))
+    (folder / "remote_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
     return folder / "remote_run.py"
 
 
 @pytest.fixture(scope="module")
 def distil(environment, config_file):
     def start(workdir: object) -> subprocess.Popen:
-        arguments = [f"--config={config_file}", f"--workdir={workdir}"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "singer_jax.main", *arguments],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.steps=20")
+        return runs.start(environment, *arguments)
 
     return start
 

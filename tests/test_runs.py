@@ -1,82 +1,27 @@
 """Whole runs in processes of their own: killed, stopped, resumed, refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests import tiny
-
-CONFIG = """
-from tests import tiny
-
-def get_config(protocol="recommended"):
-    config = tiny.config({teacher!r}, protocol=protocol)
-    config.steps = 40
-    config.checkpoint.every = 3
-    return config
-"""
+from tests import runs, tiny
+from tests.runs import assert_same_student, finish, start, steps, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "tiny_run.py").write_text(CONFIG.format(teacher=str(teacher)))
+    (folder / "tiny_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
     return folder / "tiny_run.py"
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """One device and a compilation cache of its own."""
-    inherited = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    cache = tmp_path_factory.mktemp("xla")
-    return inherited | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.getcwd(),
-    }
-
-
-def start(environment: dict, *arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "singer_jax.main", *map(str, arguments)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, printed = process.communicate(timeout=300)
-    return process.returncode, printed
-
-
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        if (workdir / "metrics.jsonl").exists():
-            rows = (workdir / "metrics.jsonl").read_text().splitlines()
-            if rows and json.loads(rows[-1])["step"] >= step:
-                return
-        time.sleep(0.01)
-
-
-def student(workdir: Path) -> dict[str, np.ndarray]:
-    return load_file(workdir / "student" / "model.safetensors")
-
-
-def steps(workdir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
+    return runs.environment(tmp_path_factory.mktemp("xla"))
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +54,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert not (tmp_path / "student").exists()
     status, printed = finish(start(environment, *arguments))
     assert status == 0, printed
-    expected, found = student(uninterrupted), student(tmp_path)
-    assert set(found) == set(expected)
-    for key, value in expected.items():
-        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    assert_same_student(tmp_path, uninterrupted)
     assert steps(tmp_path) == sorted(set(steps(tmp_path)))  # no row twice
     assert set(steps(uninterrupted)) <= set(steps(tmp_path))
 
@@ -130,8 +72,7 @@ def test_a_stopped_run_saves_says_so_and_continues(
     assert "stopped after step" in printed.splitlines()[-1]
     status, printed = finish(start(environment, *arguments))
     assert status == 0 and "continuing after step" in printed
-    for key, value in student(uninterrupted).items():
-        np.testing.assert_array_equal(student(tmp_path)[key], value, err_msg=key)
+    assert_same_student(tmp_path, uninterrupted)
 
 
 def test_more_steps_continue_a_finished_run(config_file, environment, tmp_path):
