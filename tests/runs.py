@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests import tiny
+
 CONFIG = """
 from tests import tiny
 
@@ -22,6 +24,14 @@ def get_config(protocol="recommended"):
     config.checkpoint.every = 3
     return config
 """
+
+
+def write_config(folder: Path) -> Path:
+    """A configuration file of a run of 40 tiny steps, with its teacher beside."""
+    teacher = tiny.write_teacher(folder / "teacher.safetensors")
+    file = folder / "tiny_run.py"
+    file.write_text(CONFIG.format(teacher=str(teacher)))
+    return file
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:

@@ -42,6 +42,7 @@ def distillations() -> dict[str, ConfigDict]:
 
 def describe(config: ConfigDict) -> str:
     """Every key, the distilled layers, and every group of parameters on a 4 x 2 mesh."""
+    config = config.copy_and_resolve_references()
     lines = [f"{key}: {value!r}" for key, value in sorted(flatten(config).items())]
     with tempfile.TemporaryDirectory() as folder:
         weights = write_blank_weights(Path(folder) / "t.safetensors", config.teacher.model)

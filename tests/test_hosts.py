@@ -28,9 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_file(folder) -> Path:
-    teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "tiny_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
-    return folder / "tiny_run.py"
+    return runs.write_config(folder)
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "remote_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
-    return folder / "remote_run.py"
+    return runs.write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")

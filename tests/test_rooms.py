@@ -27,7 +27,8 @@ main
 LEVEL = {
     room: number for number, line in enumerate(ORDER.strip().splitlines()) for room in line.split()
 }
-FILES = sorted(PACKAGE.rglob("*.py"))
+FRONT_DOOR = PACKAGE / "__init__.py"
+FILES = sorted(set(PACKAGE.rglob("*.py")) - {FRONT_DOOR})
 
 
 def module(file: Path) -> str:
@@ -54,7 +55,7 @@ def room(name: str) -> str:
     return name.split(".")[1]
 
 
-@pytest.mark.parametrize("file", FILES[1:], ids=module)
+@pytest.mark.parametrize("file", FILES, ids=module)
 def test_imports_point_down(file):
     own = room(module(file))
     for name in imported(file):
@@ -77,7 +78,6 @@ def test_no_two_files_import_each_other():
     assert [name for name in imports if name in reaches(name)] == []
 
 
-@pytest.mark.parametrize("package", ["jax", "flax", "numpy"])
-def test_the_front_door_imports_nothing(package):
-    code = f"import singer_jax, sys; assert {package!r} not in sys.modules"
+def test_the_front_door_imports_nothing():
+    code = "import singer_jax, sys; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -7,16 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import runs, tiny
+from tests import runs
 from tests.runs import assert_same_student, finish, start, steps, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "tiny_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
-    return folder / "tiny_run.py"
+    return runs.write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")

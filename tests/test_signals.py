@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs, tiny
+from tests import runs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,10 +19,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    teacher = tiny.write_teacher(folder / "teacher.safetensors")
-    (folder / "tiny_run.py").write_text(runs.CONFIG.format(teacher=str(teacher)))
-    return folder / "tiny_run.py"
+    return runs.write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -21,13 +24,19 @@ def features_program(network: Network, params: Params) -> bytes:
     `pooled`, what the head reads [batch, dim], both float32. It runs on CPU, GPU and TPU.
     """
     params = jax.tree.map(np.asarray, params)
+    return exported(network, lambda images: tokens_and_pooled(network, params, images)).serialize()
 
-    def features(images: jax.Array) -> dict[str, jax.Array]:
-        model = network.merge(params)
-        tokens = model.features(network.prepare(images))[-1]
-        found = {"tokens": tokens, "pooled": model.pooled(tokens)}
-        return {name: value.astype(jnp.float32) for name, value in found.items()}
 
+def tokens_and_pooled(network: Network, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+    """What the program computes."""
+    model = network.merge(params)
+    tokens = model.features(network.prepare(images))[-1]
+    found = {"tokens": tokens, "pooled": model.pooled(tokens)}
+    return {name: value.astype(jnp.float32) for name, value in found.items()}
+
+
+def exported(network: Network, function: Callable, *arguments: Any) -> jax.export.Exported:
+    """A function of abstract arguments and, as its last, of any number of the network's images."""
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.spec.arch.img_size, 3), jnp.uint8)
-    return jax.export.export(jax.jit(features), platforms=_PLATFORMS)(images).serialize()
+    return jax.export.export(jax.jit(function), platforms=_PLATFORMS)(*arguments, images)

@@ -1,6 +1,6 @@
 """Every program of the evaluation compiles for a TPU, in bounded time, without one."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from singer_jax import config, parallel
 from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
+from singer_jax.models import program
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.network import Network
 from singer_jax.models.weights import abstract_model
@@ -119,19 +120,8 @@ def test_nearest_neighbours(chips, compiles: Compile):
 
 def test_the_exported_program(chips, model, compiles: Compile):
     """What `features.stablehlo` holds, lowered for all platforms, compiled for one."""
-    small = dataclasses.replace(model, params=None)
-    network = small.network
-
-    def features(params, images):
-        tokens = network.merge(params).features(network.prepare(images))[-1]
-        return {"tokens": tokens, "pooled": network.merge(params).pooled(tokens)}
-
-    (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.uint8)
+    computes = functools.partial(program.tokens_and_pooled, model.network)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
-    exported = jax.export.export(jax.jit(features), platforms=("cpu", "cuda", "tpu"))(
-        params, images
-    )
-    called = jax.jit(exported.call)
+    called = jax.jit(program.exported(model.network, computes, params).call)
     images = jax.ShapeDtypeStruct((IMAGES, 224, 224, 3), jnp.uint8)
     compiles(120, called, model.params, abstract(images, parallel.batch_sharding(chips)))
