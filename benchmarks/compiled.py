@@ -29,7 +29,7 @@ from benchmarks.make_inputs import write_blank_weights
 from benchmarks.results import report
 from benchmarks.topology import Program, compile_timed, tpu_mesh
 from singer_jax import parallel
-from singer_jax.config import default
+from singer_jax.config import default, settings_of
 from singer_jax.methods import singer
 from singer_jax.methods.jacobi import left_singular
 from singer_jax.models.architecture import Numerics
@@ -126,7 +126,7 @@ def whole_step(teacher: str, student: str, mesh: Mesh, images: int) -> Program:
     with tempfile.TemporaryDirectory() as folder:
         weights = write_blank_weights(Path(folder) / "teacher.safetensors", teacher)
         config.teacher.weights = str(weights)
-        run = setup(config, 1_281_167, 1000, mesh)
+        run = setup(settings_of(config), 1_281_167, 1000, mesh)
     split = parallel.batch_sharding(mesh)
     shape = (config.batch_size, run.image_size, run.image_size, 3)
     batch = {

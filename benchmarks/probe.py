@@ -23,7 +23,6 @@ import numpy as np
 
 from benchmarks.make_inputs import write_images, write_weights
 from benchmarks.results import report
-from singer_jax import config as config_lib
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches, worker_count
@@ -31,6 +30,7 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
+from singer_jax.evaluation.probe import ProbeSettings
 
 RATES = tuple(np.geomspace(0.01, 10, 16).round(4).tolist())
 
@@ -57,11 +57,10 @@ def main(arguments: argparse.Namespace) -> None:
         workers = worker_count(None)
 
         def run(protocol: str, rates: tuple[float, ...], epochs: int) -> None:
-            config = config_lib.probe()
-            config.protocol, config.learning_rates, config.epochs = protocol, rates, epochs
+            settings = ProbeSettings(protocol=protocol, learning_rates=rates, epochs=epochs)
             store = root / "features"
             shutil.rmtree(store, ignore_errors=True)  # extraction is part of the measurement
-            probe_task(backbone, "classification", split, config, 0, workers, store)
+            probe_task(backbone, "classification", split, settings, 0, workers, store)
 
         def extract() -> None:
             task, transform = backbone.classification(8, None), EvalTransform(backbone.image_size)

@@ -35,7 +35,7 @@ def jax_step(arguments: argparse.Namespace, shared: Path) -> tuple[Callable[[], 
     from safetensors.numpy import save_file
 
     from singer_jax import parallel
-    from singer_jax.config import default
+    from singer_jax.config import default, settings_of
     from singer_jax.models.params import join
     from singer_jax.models.weights import to_timm
     from singer_jax.telemetry import peak_flops
@@ -52,7 +52,7 @@ def jax_step(arguments: argparse.Namespace, shared: Path) -> tuple[Callable[[], 
     config.method.rank, config.method.quantile = RANK, QUANTILE
     config.method.nullspace.start = "official"
     config.steps, config.schedule.name, config.schedule.milestones = 1000, "multistep", ()
-    run = setup(config, 1000 * arguments.batch, 0)
+    run = setup(settings_of(config), 1000 * arguments.batch, 0)
     teacher = run.load_teacher()
     state = run.init_state(teacher)
 

@@ -5,7 +5,9 @@ python -m singer_jax.main --config=configs/models.py
 
 from ml_collections import ConfigDict
 
+from singer_jax.config import models
+
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
     """Nothing to choose."""
-    return ConfigDict({"job": "models"})
+    return models()

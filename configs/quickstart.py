@@ -9,7 +9,7 @@ tell the methods apart. This shows that everything works, not what SiNGER is goo
 
 from ml_collections import ConfigDict
 
-from singer_jax.config import default, probe
+from singer_jax.config import default, quickstart
 
 
 def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDict:
@@ -40,7 +40,7 @@ def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDic
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
     """Runs `teacher`, `fitnet` and `singer`, and one `probe` for all."""
-    config = ConfigDict({"job": "quickstart"})
+    config = quickstart(protocol)
     config.teacher = _run(protocol, embed_dim=96, depth=4, num_heads=3)
     config.teacher.method.name = "supervised"
     config.teacher.epochs = 80
@@ -51,7 +51,6 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
         config[name].method.quantile = 0.9  # of 16 patches
         config[name].teacher.model = config.teacher.student.model
         config[name].teacher.overrides = config.teacher.student.overrides.to_dict()
-    config.probe = probe(protocol)
     config.probe.protocol = "fast"
     config.probe.epochs = 100
     config.probe.learning_rates = (0.1, 0.5, 2.0)

@@ -22,13 +22,13 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from singer_jax import config as config_lib
 from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped, unknown
 from singer_jax.files import as_path
+from singer_jax.settings import flatten
 
-# No job is imported before it runs: a loader's worker imports this file again, and must not start
-# an accelerator.
+# Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
+# again, and must not start an accelerator.
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Configuration file, :protocol behind it.", lock_config=True
@@ -40,18 +40,6 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
 
 
-# Each is a function of its name in `singer_jax.jobs`, of the configuration and the work directory.
-JOBS = (
-    "distill",
-    "evaluate",
-    "report",
-    "compare",
-    "export",
-    "nullspace",
-    "check_data",
-    "models",
-    "quickstart",
-)
 _WITHOUT_WORKDIR = ("models",)
 
 
@@ -65,16 +53,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
     """
     try:
         folder = as_path(workdir)
-        job = str(config.get("job"))
-        if job not in JOBS:
-            raise unknown("job", job, JOBS)
-        config_lib.check(config)
         from singer_jax import hosts, parallel
+        from singer_jax.config import settings_of
 
+        settings = settings_of(config)
         hosts.join(**joining)
         with hosts.together():
-            parallel.start(config.get("precision"))
-            getattr(importlib.import_module(f"singer_jax.jobs.{job}"), job)(config, folder)
+            parallel.start(getattr(settings, "precision", None))
+            job = importlib.import_module(f"singer_jax.jobs.{settings.job}")
+            getattr(job, settings.job)(settings, folder)
     except (InputError, RunError, Stopped) as error:
         print(f"singer_jax: {error}", file=sys.stderr)
         return error.status
@@ -126,7 +113,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError):
             # An override of a key that is not there.
-            known = config_lib.flatten(flags.FLAGS["config"].parser.parse(files[-1]))
+            known = flatten(flags.FLAGS["config"].parser.parse(files[-1]))
             keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
             raise unknown(
                 "configuration key", next(key for key in keys if key not in known), known

@@ -6,6 +6,7 @@ parallelism) by the rules below and replicated over `data`. One device is a 1 x 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import re
@@ -21,6 +22,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from singer_jax import backends
 from singer_jax.errors import InputError
+from singer_jax.ranges import COUNT, optional
+from singer_jax.settings import Settings, setting
 
 # Which dimension of a parameter is split over `fsdp`; the first rule that matches the end of a
 # parameter's path decides, also inside an optimizer state. Everything else is replicated.
@@ -32,6 +35,16 @@ SHARDING_RULES = (
 )
 
 _PART = 2**26  # bytes that a process sends to the others at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings(Settings):
+    """How the devices are arranged."""
+
+    data: int | None = setting(
+        None, optional(COUNT), "devices over which batches alone are split; None: all / fsdp"
+    )
+    fsdp: int = setting(1, COUNT, "devices over which parameters are split too")
 
 
 def start(precision: str | None = None) -> None:

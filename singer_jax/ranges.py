@@ -1,7 +1,6 @@
 """What a setting may be: small objects that decide it and say it in words.
 
-They hold no names of settings, so that they can stand in any table or in a dataclass field's
-metadata.
+They hold no names of settings; a field of `singer_jax.settings` names one.
 """
 
 from __future__ import annotations
@@ -161,6 +160,19 @@ class Either:
 
     def __str__(self) -> str:
         return ", or ".join(map(str, self.kinds))
+
+
+SEED = Range(0, 2**32, high_open=True, whole=True)
+COUNT = Range(1, 2**31, high_open=True, whole=True)
+FROM_ZERO = Range(0, 2**31, high_open=True, whole=True)
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+SHARE = Range(0, 1)
+BETWEEN = Range(0, 1, low_open=True, high_open=True)
+DECAY = Range(0, 1, high_open=True)
+SIDE = Range(1, 2**14, whole=True)
+TEXT = Text()
+NAME = Text(".*\\S.*", "a name or folder")
 
 
 def optional(allowed: Allowed) -> Either:

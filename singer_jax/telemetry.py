@@ -7,6 +7,7 @@ dispatched, so that reading them never makes it wait.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import logging
 import math
@@ -21,6 +22,8 @@ from etils import epath
 
 from singer_jax.errors import RunError
 from singer_jax.files import Mirror
+from singer_jax.ranges import COUNT, Flag
+from singer_jax.settings import Settings, setting
 
 # Dense bfloat16 FLOP/s of one device, by the start of its `device_kind` (vendor data sheets).
 PEAK_FLOPS = {
@@ -38,6 +41,14 @@ PEAK_FLOPS = {
 }
 
 LOG = logging.getLogger("singer_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings(Settings):
+    """What a run says of itself, and when."""
+
+    every: int = setting(50, COUNT, "between two rows of metrics", "steps")
+    wandb: bool = setting(False, Flag(), "also send them to Weights & Biases")
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:

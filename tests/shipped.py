@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from benchmarks.make_inputs import write_blank_weights
 from singer_jax import parallel
-from singer_jax.config import PROTOCOLS, flatten
+from singer_jax.config import PROTOCOLS, settings_of
+from singer_jax.settings import flatten
 from singer_jax.training.setup import setup
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def describe(config: ConfigDict) -> str:
     with tempfile.TemporaryDirectory() as folder:
         weights = write_blank_weights(Path(folder) / "t.safetensors", config.teacher.model)
         config.teacher.weights = str(weights)
-        run = setup(config, 1_281_167, 1000, parallel.make_mesh(4, 2))
+        run = setup(settings_of(config), 1_281_167, 1000, parallel.make_mesh(4, 2))
     state = run.state
     method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
     pairs = zip(method.teacher_layers, method.student_layers, strict=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from singer_jax import parallel
 from singer_jax.checkpoints import Checkpoints, checksum, fingerprint
+from singer_jax.config import settings_of
 from singer_jax.errors import RunError
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
@@ -27,7 +28,7 @@ def teacher_file(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def run(teacher_file) -> Setup:
-    return setup(tiny.config(teacher_file), 64, 10)
+    return setup(settings_of(tiny.config(teacher_file)), 64, 10)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_another_mesh_can_go_on(saved, teacher_file):
     folder, state = saved
     config = tiny.config(teacher_file)
     config.mesh.data, config.mesh.fsdp = 4, 2
-    many = setup(config, 64, 10)
+    many = setup(settings_of(config), 64, 10)
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
         restored = checkpoints.restore(3, many.state)
     kernel = restored.params["student"]["blocks"][0]["mlp"]["fc1"]["kernel"]

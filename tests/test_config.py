@@ -1,7 +1,9 @@
-"""One table says what every key may be, and no key can be forgotten."""
+"""Every key of every job is checked, and its page is as the code."""
 
 import math
 import re
+import subprocess
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -10,12 +12,19 @@ from ml_collections import ConfigDict
 
 from singer_jax import config as config_lib
 from singer_jax import main
-from singer_jax.allowed import ARCHITECTURE, CONFIGURATION, HUB_CONFIG, METHODS, TASKS
 from singer_jax.errors import InputError
-from singer_jax.ranges import Each, Either, Flag, Nothing, OneOf, Range, Text, check
+from singer_jax.jobs import JOBS
+from singer_jax.methods import METHODS, WeightedSumSettings
+from singer_jax.methods.fitnet import FitNetSettings
+from singer_jax.methods.singer import SingerSettings
+from singer_jax.models import architecture, layers
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.weight_files import HUB_CONFIG
+from singer_jax.ranges import Allowed, Each, Either, Flag, Nothing, OneOf, Range, Text, check
+from singer_jax.settings import ABSENT, flatten, from_flat, leaves, to_dict
+from singer_jax.training.setup import DistillSettings
 
 ROOT = Path(__file__).parents[1]
-JOBS = sorted(main.JOBS)
 
 # Nothing that any setting may be.
 ALWAYS_WRONG = [math.nan, math.inf, -math.inf, 10**400, -(10**400), object(), {1: 2}, b"x", 1j]
@@ -83,7 +92,13 @@ def right_values(allowed: object) -> list[object]:
     raise AssertionError(f"no values for {allowed}")
 
 
-TABLES = CONFIGURATION | {f"overrides.{k}": v for k, v in ARCHITECTURE.items()} | HUB_CONFIG
+def keys() -> dict[str, Allowed]:
+    """Of all jobs; those of the quickstart are those of its parts."""
+    jobs = [leaves(config_lib.defaults(job)) for job in JOBS if job != "quickstart"]
+    return {key: setting.allowed for known in jobs for key, setting in known.items()} | HUB_CONFIG
+
+
+TABLES = keys()
 
 
 @pytest.mark.parametrize("key", TABLES)
@@ -98,6 +113,11 @@ def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(key):
         check(key, value, TABLES[key])
 
 
+def config_of(job: str) -> ConfigDict:
+    names = {"distill": "default", "evaluate": "evaluation", "nullspace": "null_spaces"}
+    return getattr(config_lib, names.get(job, job))()
+
+
 def set_key(config, key: str, value: object) -> None:
     *sections, name = key.split(".")
     for section in sections:
@@ -108,20 +128,20 @@ def set_key(config, key: str, value: object) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_key_of_every_job_is_checked_at_the_front_door(job, capsys, tmp_path, monkeypatch):
-    """Before anything is imported or started; each key with a wrong value of its own."""
+    """Before anything is started; each key with a wrong value of its own."""
     from singer_jax import parallel
 
     def started(*arguments):
         raise AssertionError("work began")
 
     monkeypatch.setattr(parallel, "start", started)
-    allowed = config_lib.allowed_of(job)
-    assert set(config_lib.flatten(config_lib._DEFAULTS[job]())) <= set(allowed)
-    for key, values in allowed.items():
-        if key == "job":
+    known = leaves(config_lib.defaults(job))
+    assert set(flatten(config_of(job))) == {k for k, s in known.items() if s.default is not ABSENT}
+    for key, setting in known.items():
+        if key.endswith("job"):
             continue
-        config = config_lib._DEFAULTS[job]()
-        set_key(config, key, wrong_values(values)[0])
+        config = config_of(job)
+        set_key(config, key, wrong_values(setting.allowed)[0])
         assert main.run(config, tmp_path) == 2, key
         printed = capsys.readouterr().err
         assert key in printed and len(printed.splitlines()) == 1
@@ -134,7 +154,7 @@ def test_every_configuration_that_is_shipped_passes():
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         for protocol in config_lib.PROTOCOLS:
-            config_lib.check(module.get_config(protocol))
+            config_lib.settings_of(module.get_config(protocol))
 
 
 @pytest.mark.parametrize("given", [{}, {"job": None}, {"job": ["distill"]}])
@@ -147,37 +167,80 @@ def test_keys_that_are_missing_or_unknown_are_named():
     config = config_lib.default()
     del config.method.rank
     with pytest.raises(InputError, match=r"^method\.rank: missing; start from"):
-        config_lib.check(config)
+        config_lib.settings_of(config)
     config = config_lib.evaluation()
     config.probe.lerning_rates = (0.1,)
     with pytest.raises(InputError, match=r"closest: probe\.learning_rates"):
-        config_lib.check(config)
+        config_lib.settings_of(config)
 
 
-def test_no_entry_of_the_table_is_left_over():
-    used = {k for job in JOBS for k in config_lib.flatten(config_lib._DEFAULTS[job]())}
-    assert set(CONFIGURATION) == {k for k in used if k in CONFIGURATION}
-    assert set(config_lib._DEFAULTS) == set(main.JOBS)
-
-
-def test_the_table_knows_what_the_code_knows():
-    import dataclasses
-
-    from singer_jax import methods
-    from singer_jax.evaluation import table1
-    from singer_jax.models import architecture, layers
-
-    assert set(METHODS) == set(methods.METHODS)
-    assert set(TASKS) == set(table1.TASKS)
-    assert set(ARCHITECTURE) == {
-        field.name for field in dataclasses.fields(architecture.Architecture)
+@pytest.mark.parametrize("job", JOBS)
+def test_settings_come_back_from_their_keys(job):
+    settings = config_lib.defaults(job)
+    assert config_lib.settings_of(config_of(job)) == settings
+    changed = {
+        key: next(v for v in right_values(known.allowed) if v != known.default)
+        for key, known in leaves(settings).items()
+        if not key.endswith("job") and ".overrides." not in key and ".terms." not in key
     }
+    # The first of several methods; its settings hold only what it reads.
+    changed |= {key: "singer" for key in changed if key.endswith("method.name")}
+    other = from_flat(settings, changed)
+    assert from_flat(settings, flatten(to_dict(other))) == other
+    assert other != settings or not changed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_key_that_a_method_does_not_read_is_left_at_its_default(name):
+    """So that it makes no other run of it."""
+    config = config_lib.default()
+    config.method.name, config.method.rank, config.method.mask_ratio = name, 3, 0.25
+    section = to_dict(config_lib.settings_of(config))["method"]
+    assert section["name"] == name
+    assert section["rank"] == (3 if name == "singer" else 64)
+    assert section["mask_ratio"] == (0.25 if "vitkd" in name else 0.5)
+
+
+def test_each_method_has_its_own_default_where_they_differ():
+    config = config_lib.default()
+    config.method.terms.singer, config.method.terms.fitnet = 1.0, 0.5
+    (_, singer), (_, fitnet) = config_lib.settings_of(config).method.methods
+    assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 10.0)
+    config.method.weights.kd = 1.0
+    settings = config_lib.settings_of(config)
+    (_, singer), (_, fitnet) = settings.method.methods
+    assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 1.0)
+    assert to_dict(settings)["method"]["weights"]["kd"] == 1.0
+
+
+def test_settings_check_themselves():
+    with pytest.raises(InputError, match=r"^SingerSettings\.rank: 0; give a whole number"):
+        SingerSettings(rank=0)
+    with pytest.raises(InputError, match=r"Architecture\.act_layer .relu."):
+        Architecture(act_layer="relu")
+    assert SingerSettings(layers=[1, 2]).layers == (1, 2)
+
+
+def test_summed_methods_share_their_keys():
+    parts = ((1.0, SingerSettings(layers=(1,))), (1.0, FitNetSettings(layers=(2,))))
+    settings = DistillSettings(method=WeightedSumSettings(parts))
+    with pytest.raises(InputError, match=r"method\.layers: \(1,\) and \(2,\); summed"):
+        to_dict(settings)
+
+
+def test_the_page_of_all_keys_is_current():
+    """`python -m singer_jax.config > docs/configuration.md` writes it anew."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == config_lib.documentation()
+
+
+def test_reading_a_configuration_starts_no_device():
+    code = (
+        "import singer_jax.config as c; from jax._src import xla_bridge\n"
+        "[c.defaults(job) for job in c.JOBS]; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_names_that_are_said_twice_agree():
     assert set(architecture.ACTIVATIONS) == set(layers.ACTIVATIONS)
     assert set(architecture.MLPS) == set(layers.MLPS)
-    for name, known in (
-        ("act_layer", architecture.ACTIVATIONS),
-        ("mlp_layer", architecture.MLPS),
-        ("global_pool", architecture.POOLS),
-    ):
-        assert set(ARCHITECTURE[name].names) == set(known)
-    assert set(CONFIGURATION["precision"].names) == set(architecture.PRECISIONS)

@@ -23,12 +23,20 @@ from singer_jax.config import default
 from singer_jax.evaluation import heads
 from singer_jax.evaluation import probe as probes
 from singer_jax.methods import nullspace, vitkd
+from singer_jax.methods.section import MethodSection
+from singer_jax.methods.singer import SingerSettings
 from singer_jax.models import zoo
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params, from_leaves, leaves
 from singer_jax.models.weights import load_model, timm_axes, timm_key, to_timm
-from singer_jax.training.optimizer import make_optimizer, make_schedule
+from singer_jax.settings import Settings, flatten, from_flat
+from singer_jax.training.optimizer import (
+    OptimizerSettings,
+    ScheduleSettings,
+    make_optimizer,
+    make_schedule,
+)
 from singer_jax.training.step import Distillation, jit_step
 
 FOLDER = Path(os.environ.get("SINGER_GOLDENS", Path(__file__).parent / "goldens"))
@@ -95,7 +103,7 @@ def network(folder: Path, case: dict, role: str) -> tuple[Network, Params]:
     return Network(spec, graph), params
 
 
-def method_config(case: dict) -> object:
+def method_settings(case: dict) -> Settings:
     """The `paper` protocol with the settings of a `distill` case."""
     config = default("paper").method
     config.name = METHODS[case["method"]]
@@ -111,7 +119,7 @@ def method_config(case: dict) -> object:
         config.weights.generation = kd * case.get("beta", 1.0)
     else:
         config.weights.update(case["weights"])
-    return config
+    return MethodSection().from_flat(SingerSettings(), flatten(config), "")
 
 
 def recorded_parts(method: methods.Method, golden: dict[str, np.ndarray]) -> Params:
@@ -134,8 +142,8 @@ def test_distill(folder: Path, case: dict, monkeypatch):
     expected = load_file(folder / "arrays.safetensors")
     teacher, teacher_params = network(folder, case, "teacher")
     student, student_params = network(folder, case, "student")
-    config = method_config(case)
-    method = methods.make(teacher.merge(teacher_params), student.spec.arch, config, nnx.Rngs(0))
+    of_method = method_settings(case)
+    method = methods.make(teacher.merge(teacher_params), student.spec.arch, of_method, nnx.Rngs(0))
     layers = case.get("mimic_student_layers", []) + case["student_layers"]
     assert list(method.student_layers) == layers
     if case["method"] == "singer":
@@ -144,19 +152,18 @@ def test_distill(folder: Path, case: dict, monkeypatch):
     nnx.update(method, recorded_parts(method, recorded_method))
 
     settings = case["optimizer"]
-    needs = methods.needs(config)
+    needs = methods.needs(of_method)
     distillation = Distillation(
         student=student,
         teacher=teacher,
         method=nnx.graphdef(method),
         optimizer=make_optimizer(
-            SimpleNamespace(
+            OptimizerSettings(
                 name=settings["name"],
                 b1=settings["betas"][0],
                 b2=settings["betas"][1],
                 eps=settings["eps"],
                 weight_decay=settings["weight_decay"],
-                clip_norm=0,
             ),
             lambda step: settings["lr"],
         ),
@@ -226,15 +233,13 @@ def check_null_spaces(case: dict, teacher: object, method: methods.Method, expec
 def test_schedule(folder: Path, case: dict):
     expected = load_file(folder / "arrays.safetensors")
     for number, settings in enumerate(case["schedules"]):
-        config = default().schedule
-        config.update(
-            {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in config}
-        )
-        config.name = settings["type"].lower()
+        of_schedule = {"name": settings["type"].lower()} | settings
         per_epoch = -(-settings["num_examples"] // settings["batch_size"])
         assert per_epoch == settings["steps_per_epoch"]
         steps = settings["epochs"] * per_epoch
-        schedule = make_schedule(config, settings["lr"], steps, per_epoch)
+        schedule = make_schedule(
+            from_flat(ScheduleSettings(), of_schedule), settings["lr"], steps, per_epoch
+        )
         rates = [float(schedule(step)) for step in range(steps)]
         assert_equal(case, f"schedule {number}", np.array(rates), expected[f"lr.{number}"])
 

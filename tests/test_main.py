@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
+from singer_jax.jobs import JOBS
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,14 @@ def _empty_folder(config, folder) -> None:
         (_break("optimizer.name", "adam"), ["unknown optimizer.name", "adamw"]),
         (_break("teacher.weights", "/nowhere/w.safetensors"), ["/nowhere/w.safetensors"]),
         (_break("teacher.weights", ""), ["teacher.weights: empty"]),
-        (_break("student.overrides", {"width": 3}), ["unknown architecture field", "'width'"]),
+        (
+            _break("student.overrides", {"width": 3}),
+            [
+                "unknown configuration key 'student.overrides.width'",
+                "student.overrides.embed_dim",
+                "'width'",
+            ],
+        ),
         (_break("accumulation", 0), ["accumulation: 0", "at least 1"]),
         (_break("checkpoint.every", 0), ["checkpoint.every: 0", "at least 1"]),
         (_break("student.overrides", {"num_heads": 0}), ["student.overrides.num_heads: 0; give a"]),
@@ -269,7 +277,7 @@ def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(protocol)
-    assert config.job in main.JOBS
+    assert config.job in JOBS
     assert f"configs/{file}" in module.__doc__ or "launch/run.sh" in module.__doc__
     if config.job == "distill":
         from singer_jax.models.zoo import lookup

@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parents[1] / "singer_jax"
 ORDER = """
 errors
 ranges
-allowed
+settings
 backends stopping files schedules
 models data hosts parallel
-checkpoints telemetry methods config
+checkpoints telemetry methods
 training evaluation
 report
 jobs
+config
 main
 """
 

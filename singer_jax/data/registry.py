@@ -1,7 +1,8 @@
-"""Sources by name."""
+"""Sources by name, and what a user says of his images."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from singer_jax.data.benchmarks import BENCHMARKS, open_benchmark
 from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
 from singer_jax.errors import InputError
 from singer_jax.files import check_local
+from singer_jax.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
+from singer_jax.settings import Settings, setting
 
 # Named in messages; any other TFDS name is read too.
 SOURCES = (
@@ -25,6 +28,55 @@ SOURCES = (
     "food",
     "flowers",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which images."""
+
+    source: str = setting(
+        "imagenet2012",
+        NAME,
+        "`digits`, `folder` (or the path of one), a data set of docs/data.md or a TFDS name",
+    )
+    path: str = setting("", TEXT, "the folder; of TFDS its data directory")
+    workers: int | None = setting(
+        None,
+        optional(Range(0, 1024, whole=True)),
+        "decoding processes; None: one a spare core; 0: a thread",
+    )
+    normalisation: str = setting(
+        "model",
+        OneOf(("model", "imagenet")),
+        "mean and deviation of each model's own, or ImageNet's for all (official code)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedDataSettings(DataSettings):
+    """Which images, at which size."""
+
+    image_size: int | None = setting(
+        None, optional(SIDE), "side of the models' input; None: each one's own", "pixels"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingDataSettings(SizedDataSettings):
+    """Which images, and how they are cropped for training."""
+
+    crop_area: tuple[float, float] = setting(
+        (0.08, 1.0),
+        Each(Range(0, 1, low_open=True), length=2, ascending=True),
+        "smallest and largest share of an image's area that a crop covers",
+    )
+    crop_ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3),
+        Each(Range(0, 100, low_open=True), length=2, ascending=True),
+        "smallest and largest width of a crop over its height",
+    )
+    flip: float = setting(0.5, SHARE, "probability that a crop is mirrored")
+    strict: bool = setting(False, Flag(), "an unreadable image stops the run")
 
 
 def make_source(name: str, path: str, split: str) -> Source:

@@ -14,7 +14,13 @@ from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Depth, Segmentation, Task
 from singer_jax.evaluation.knn import knn_top1
-from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeResult, probe
+from singer_jax.evaluation.probe import (
+    CropTrainer,
+    FeatureTrainer,
+    ProbeResult,
+    ProbeSettings,
+    probe,
+)
 from singer_jax.evaluation.progress import Keeper
 from singer_jax.evaluation.store import stored_examples
 
@@ -30,7 +36,7 @@ def probe_task(
     backbone: Backbone,
     kind: str,
     split: Split,
-    config: Any,
+    settings: ProbeSettings,
     seed: int = 0,
     workers: int = 0,
     store: Path | None = None,
@@ -42,7 +48,7 @@ def probe_task(
       backbone: the model to measure.
       kind: `classification`, `segmentation` or `depth`.
       split: its data.
-      config: the `probe` part of the configuration, with a number of epochs.
+      settings: of the probe, with a number of epochs.
       seed: of head, order and crops.
       workers: of the loader.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
@@ -51,20 +57,22 @@ def probe_task(
     Returns:
       the probe's result, and its metrics as `results.json` holds them.
     """
-    task, augment, centre = task_of(backbone, kind, split.test.num_classes, config)
+    task, augment, centre = task_of(backbone, kind, split.test.num_classes, settings)
 
     def extract(source: Source) -> Examples:
         return backbone.extract(source, task, centre, workers)
 
     test, head_shape = extract(split.test), task.head_shape(backbone.arch)
     train: Examples | None = None
-    if config.protocol == "fast":
-        views = [centre] + [augment] * config.views
+    if settings.protocol == "fast":
+        views = [centre] + [augment] * settings.views
         of_views = (backbone, split.train, task, views, workers, seed)
         train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
-        trainer = FeatureTrainer(task, train, head_shape, config, seed, backbone.mesh)
+        trainer = FeatureTrainer(task, train, head_shape, settings, seed, backbone.mesh)
     else:
-        trainer = CropTrainer(task, backbone, split.train, augment, extract, config, seed, workers)
+        trainer = CropTrainer(
+            task, backbone, split.train, augment, extract, settings, seed, workers
+        )
     keeper = keeper or Keeper()
     if kind == "classification" and not keeper.progress.nearest:
         bank = train or extract(split.train)
@@ -72,13 +80,13 @@ def probe_task(
             bank,
             test,
             classes=split.test.num_classes,
-            k=config.knn_k,
-            temperature=config.knn_temperature,
+            k=settings.knn_k,
+            temperature=settings.knn_temperature,
             mesh=backbone.mesh,
         )
         keeper.keep(nearest={"knn_top1": 100 * top1})
         del bank
-    result = probe(trainer, test, config, seed, keeper)
+    result = probe(trainer, test, settings, seed, keeper)
     metrics: dict[str, Any] = {
         **result.last,
         **keeper.progress.nearest,
@@ -109,7 +117,7 @@ def _in_memory(
 
 
 def task_of(
-    backbone: Backbone, kind: str, classes: int, config: Any
+    backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
 ) -> tuple[Task, Callable[..., Any], Callable[..., Any]]:
     """The task of a kind, its random training transform and its test transform."""
     size = backbone.image_size
@@ -118,6 +126,6 @@ def task_of(
         return Segmentation(classes), *transforms
     if kind == "depth":
         transforms = (DepthTransform(size, train=train) for train in (True, False))
-        return Depth(ignore_missing=not config.depth_zero_as_bin), *transforms
-    task = backbone.classification(classes, config.token)
+        return Depth(ignore_missing=not settings.depth_zero_as_bin), *transforms
+    task = backbone.classification(classes, settings.token)
     return task, TrainTransform(size), EvalTransform(size)

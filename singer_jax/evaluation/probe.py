@@ -30,7 +30,19 @@ from singer_jax.evaluation.memory import fitting
 from singer_jax.evaluation.progress import Keeper, Progress
 from singer_jax.evaluation.spread import pick, spread
 from singer_jax.models.params import Params
+from singer_jax.ranges import (
+    BETWEEN,
+    COUNT,
+    FROM_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Each,
+    Flag,
+    OneOf,
+    optional,
+)
 from singer_jax.schedules import cosine_schedule
+from singer_jax.settings import Settings, setting
 
 FINAL_LEARNING_RATE = 1e-8
 
@@ -38,6 +50,37 @@ _MOST_SCORED = 256  # images at once
 
 Within = Callable[[int, Head], None]
 """Called with the steps done and the heads between two epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings(Settings):
+    """How a linear probe is trained, and kNN beside it."""
+
+    epochs: int | None = setting(
+        None, optional(COUNT), "of training; None: as published, 150 (ADE20K and NYUd 200)"
+    )
+    batch_size: int = setting(64, COUNT, "of all devices together", "images")
+    learning_rates: tuple[float, ...] = setting(
+        (0.5,), Each(POSITIVE, least=1), "of several the best on held-out training images is taken"
+    )
+    held_out: float = setting(0.1, BETWEEN, "share of the training images to choose it on")
+    weight_decay: float = setting(1e-6, NOT_NEGATIVE, "times the parameter")
+    token: str | None = setting(
+        None,
+        optional(OneOf(("cls", "avg", "pooled"))),
+        "class token, mean of the patches or the model's own; None: cls where there is one",
+    )
+    protocol: str = setting(
+        "paper",
+        OneOf(("paper", "fast")),
+        "new crops in every epoch, through the backbone; or features are extracted once",
+    )
+    views: int = setting(0, FROM_ZERO, "augmented views of `fast`, beside the centre crop")
+    depth_zero_as_bin: bool = setting(
+        False, Flag(), "pixels without depth train the first bin (official code)"
+    )
+    knn_k: int = setting(20, COUNT, "neighbours of kNN")
+    knn_temperature: float = setting(0.07, POSITIVE, "of their weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +235,11 @@ class Trainer(Protocol):
 
 
 def probe(
-    trainer: Trainer, test: Examples, config: Any, seed: int = 0, keeper: Keeper | None = None
+    trainer: Trainer,
+    test: Examples,
+    settings: ProbeSettings,
+    seed: int = 0,
+    keeper: Keeper | None = None,
 ) -> ProbeResult:
     """Trains a linear head and tests it after every epoch.
 
@@ -202,20 +249,20 @@ def probe(
     Args:
       trainer: for the training images.
       test: of the test split.
-      config: the `probe` part of the configuration.
+      settings: with a number of epochs.
       seed: of the choice of held-out images.
       keeper: of the progress, from which it goes on; default: nothing is kept.
 
     Raises:
       Stopped: on request, with the progress kept.
     """
-    task, rates = trainer.task, tuple(config.learning_rates)
+    task, rates = trainer.task, tuple(settings.learning_rates)
     keeper = keeper or Keeper()
     order = np.random.default_rng(seed).permutation(trainer.images)
     held_out: dict[float, float] = {}
     if len(rates) > 1:
         if not keeper.progress.held_out:
-            cut = max(1, round(config.held_out * len(order)))
+            cut = max(1, round(settings.held_out * len(order)))
             heads = _train(trainer, order[cut:], rates, keeper)
             found = score(task, heads, trainer.centre(order[:cut]), trainer.mesh)
             scores = tuple(metrics[task.score] for metrics in found)
@@ -262,18 +309,18 @@ class _Trainer:
         task: Task,
         images: int,
         head_shape: tuple[int, int],
-        config: Any,
+        settings: ProbeSettings,
         seed: int,
         mesh: Mesh,
     ) -> None:
         if head_shape[1] < 2:
             raise InputError("the probe needs labels: one folder of images a class")
         self.task, self.images, self.head_shape = task, images, head_shape
-        self.config, self.seed, self.mesh = config, seed, mesh
-        self.rows = math.ceil(config.batch_size / mesh.size) * mesh.size
+        self.settings, self.seed, self.mesh = settings, seed, mesh
+        self.rows = math.ceil(settings.batch_size / mesh.size) * mesh.size
 
     def steps_per_epoch(self, images: int) -> int:
-        return math.ceil(images / self.config.batch_size)
+        return math.ceil(images / self.settings.batch_size)
 
     def start(self, rates: Sequence[float], progress: Progress) -> Head:
         """Those of the progress, or new ones; on every device."""
@@ -290,12 +337,12 @@ class _Trainer:
 
         def of_rate(head: Head, peak: Array, *xs: Array) -> Head:
             features, labels, valid, step = xs
-            settings = {
-                "steps": self.config.epochs * self.steps_per_epoch(images),
-                "weight_decay": self.config.weight_decay,
+            of_all = {
+                "steps": self.settings.epochs * self.steps_per_epoch(images),
+                "weight_decay": self.settings.weight_decay,
                 "mesh": self.mesh,
             }
-            return sgd_step(self.task, head, features, labels, step, peak, valid, **settings)[0]
+            return sgd_step(self.task, head, features, labels, step, peak, valid, **of_all)[0]
 
         def of_rates(heads: Head, *xs: Array) -> Head:
             in_axes = (0, 0, *[None] * len(xs))
@@ -313,7 +360,7 @@ class FeatureTrainer(_Trainer):
       train: of the training split; with one view only the centre crop is trained on, with more
         the others.
       head_shape: inputs and outputs.
-      config: the `probe` part of the configuration.
+      settings: with a number of epochs.
       seed: of the head and the order.
       mesh: over whose devices features and batches are split; default: one.
     """
@@ -323,12 +370,12 @@ class FeatureTrainer(_Trainer):
         task: Task,
         train: Examples,
         head_shape: tuple[int, int],
-        config: Any,
+        settings: ProbeSettings,
         seed: int = 0,
         mesh: Mesh | None = None,
     ) -> None:
         mesh = mesh or parallel.make_mesh(1)
-        super().__init__(task, train.images, head_shape, config, seed, mesh)
+        super().__init__(task, train.images, head_shape, settings, seed, mesh)
         self._train = train
 
     def centre(self, chosen: np.ndarray) -> Examples:
@@ -347,8 +394,8 @@ class FeatureTrainer(_Trainer):
         run_epoch = (self._on_device if on_device else self._streamed)(len(chosen), rates)
         rng, heads = np.random.default_rng(self.seed), self.start(rates, start)
         order = np.zeros(0, chosen.dtype)
-        passes, wanted = 0, steps * self.config.batch_size
-        for number in range(self.config.epochs):
+        passes, wanted = 0, steps * self.settings.batch_size
+        for number in range(self.settings.epochs):
             while len(order) < wanted:
                 view = 1 + passes % (train.views - 1) if train.views > 1 else 0
                 order = np.concatenate([order, rng.permutation(chosen) + view * train.images])
@@ -391,8 +438,8 @@ class FeatureTrainer(_Trainer):
     def epoch(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
         """(heads, features, labels, number of the first step, indices [steps, batch]) -> heads."""
         step, mesh = self.step(images, rates), self.mesh
-        valid = np.arange(self.rows) < self.config.batch_size
-        take = np.arange(self.rows) % self.config.batch_size
+        valid = np.arange(self.rows) < self.settings.batch_size
+        take = np.arange(self.rows) % self.settings.batch_size
 
         @jax.jit
         def epoch(heads: Head, features: Array, labels: Array, first: Array, order: Array) -> Head:
@@ -416,7 +463,7 @@ class CropTrainer(_Trainer):
       source: the training split.
       transform: makes the random crops.
       centre_of: centre-crop features of a source.
-      config: the `probe` part of the configuration.
+      settings: with a number of epochs.
       seed: of the head, the order and the crops.
       workers: of the loader.
     """
@@ -428,12 +475,12 @@ class CropTrainer(_Trainer):
         source: Source,
         transform: Callable[..., Any],
         centre_of: Callable[[Source], Examples],
-        config: Any,
+        settings: ProbeSettings,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
         head_shape = task.head_shape(backbone.arch)
-        super().__init__(task, len(source), head_shape, config, seed, backbone.mesh)
+        super().__init__(task, len(source), head_shape, settings, seed, backbone.mesh)
         self.backbone, self.source, self.transform = backbone, source, transform
         self.centre_of, self.workers = centre_of, workers
 
@@ -453,7 +500,7 @@ class CropTrainer(_Trainer):
         batches = train_batches(
             Subset(self.source, chosen),
             self.transform,
-            batch_size=self.config.batch_size,
+            batch_size=self.settings.batch_size,
             seed=self.seed,
             start=start.step,
             workers=self.workers,
@@ -461,7 +508,7 @@ class CropTrainer(_Trainer):
             rows=self.backbone.rows(self.rows),
         )
         with contextlib.closing(batches):
-            for number in range(start.step, self.config.epochs * steps):
+            for number in range(start.step, self.settings.epochs * steps):
                 batch = self.backbone.put(next(batches), self.rows)
                 heads = step(self.backbone.params, heads, batch, np.int32(number))
                 if (number + 1) % steps == 0:

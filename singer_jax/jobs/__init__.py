@@ -1,1 +1,16 @@
-"""One file a command: the story of its run."""
+"""The commands: one file each, with a function of its name that takes settings and a folder.
+
+The function's annotation says of which class its settings are.
+"""
+
+JOBS = (
+    "distill",
+    "evaluate",
+    "report",
+    "compare",
+    "export",
+    "nullspace",
+    "check_data",
+    "models",
+    "quickstart",
+)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
 from singer_jax.data.contact_sheet import contact_sheet
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import DataSettings, make_source
 from singer_jax.data.sources import TEST, TRAIN, Source
 from singer_jax.errors import InputError
 from singer_jax.files import make_workdir, replacing
+from singer_jax.ranges import COUNT, OneOf
+from singer_jax.settings import Settings, section, setting
 
 # Examples of each split that the papers of the data sets and SPEC's table state.
 EXPECTED = {
@@ -29,17 +31,26 @@ EXPECTED = {
 }
 
 
-def check_data(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class CheckDataSettings(Settings):
+    """Which data."""
+
+    job: str = setting("check_data", OneOf(("check_data",)), "the command")
+    data: DataSettings = section(DataSettings(source="table1"))
+    images: int = setting(16, COUNT, "of each split on its contact sheet")
+
+
+def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
     """Prints a line a split and writes a contact sheet, SOURCE_SPLIT.png, of each.
 
     Args:
-      config: as `singer_jax.config.check_data` describes it.
+      settings: which data.
       workdir: for the sheets.
 
     Raises:
       InputError: nothing there, or a data set that is there in part.
     """
-    data = config.data
+    data = settings.data
     names = tuple(BENCHMARKS) if data.source == "table1" else (data.source,)
     make_workdir(workdir)
     found, wrong = 0, []
@@ -64,7 +75,7 @@ def check_data(config: Any, workdir: epath.Path) -> None:
             label = Path(name).name
             sheet = workdir / f"{label}_{split}.png"
             with replacing(sheet) as file:
-                contact_sheet(source, config.images).save(file)
+                contact_sheet(source, settings.images).save(file)
             print(_line(label, split, source, sheet))
     if wrong:
         raise InputError("; ".join(wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,42 +10,51 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax.config import flatten
 from singer_jax.errors import InputError
 from singer_jax.files import as_path, write_text, writing
-from singer_jax.jobs.report import read_config, results_of
+from singer_jax.jobs.report import read_settings, results_of
+from singer_jax.ranges import NAME, Each, OneOf
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
+from singer_jax.settings import Settings, flatten, setting, to_dict
 
 
-def compare(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class CompareSettings(Settings):
+    """Which runs."""
+
+    job: str = setting("compare", OneOf(("compare",)), "the command")
+    runs: tuple[str, ...] = setting((), Each(NAME), "work directories with an evaluation/")
+
+
+def compare(settings: CompareSettings, workdir: epath.Path) -> None:
     """Several runs in one table: methods by tasks, mean and standard deviation over seeds.
 
     Writes compare.json and compare/index.html below the work directory, and prints the table.
 
     Args:
-      config: as `singer_jax.config.compare` describes it.
+      settings: which runs.
       workdir: of what is written.
 
     Raises:
       InputError: fewer than two runs, not a run, or one that is not evaluated.
     """
-    if len(config.runs) < 2:
+    if len(settings.runs) < 2:
         raise InputError("runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\"")
     described: list[dict[str, Any]] = []
-    for folder in map(as_path, config.runs):
-        settings = read_config(folder)
-        rows, _ = results_of(folder, settings)
+    for folder in map(as_path, settings.runs):
+        its_settings = read_settings(folder)
+        rows, _ = results_of(folder, its_settings)
         if "measured here" not in rows:
             raise InputError(
                 f"runs: {folder} is not evaluated; run the job evaluate with "
                 f"--workdir={folder}/evaluation"
             )
-        flat = flatten(settings.to_dict()) | {"probe": _protocol(folder)}
+        flat = flatten(to_dict(its_settings)) | {"probe": _protocol(folder)}
         described.append(
             {
                 "kind": {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_METHOD)},
-                "seed": settings.seed,
+                "seed": its_settings.seed,
                 "row": rows["measured here"],
                 "curve": read_metrics(folder),
             }

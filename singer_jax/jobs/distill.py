@@ -1,4 +1,4 @@
-"""The job `distill`: from a configuration to a trained student."""
+"""The job `distill`: from settings to a trained student."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from etils import epath
 from flax import nnx
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from singer_jax import config as config_lib
 from singer_jax import parallel
 from singer_jax.checkpoints import Checkpoints, fingerprint
 from singer_jax.data.images import EvalTransform, TrainTransform
@@ -30,53 +29,54 @@ from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models.params import Params, join
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
+from singer_jax.settings import flatten, from_flat, to_dict
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.loop import Between, train
-from singer_jax.training.setup import Setup, setup
+from singer_jax.training.setup import DistillSettings, Setup, setup
 from singer_jax.training.step import TrainState, jit_step
 
 
-def distill(config: Any, workdir: epath.Path) -> None:
+def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     """Trains a student; continues by itself where the work directory holds a checkpoint.
 
     Args:
-      config: as `singer_jax.config.default` describes it.
+      settings: of the run.
       workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
 
     Raises:
-      InputError: the configuration cannot work, or is not that of the run in `workdir`.
+      InputError: the settings cannot work, or are not those of the run in `workdir`.
       Stopped: after SIGTERM or SIGINT, saved.
       RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
     """
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+    if settings.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     check_takes_checkpoints(workdir)
-    source = make_source(config.data.source, config.data.path, TRAIN)
-    run = setup(config, len(source), source.num_classes)
+    source = make_source(settings.data.source, settings.data.path, TRAIN)
+    run = setup(settings, len(source), source.num_classes)
     make_workdir(workdir)
-    with contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+    with contextlib.closing(Checkpoints(workdir, settings.checkpoint.keep)) as checkpoints:
         start = checkpoints.latest_step() or 0
         meta = {
             "data": source.fingerprint(),
-            "config": config.to_dict(),
+            "config": to_dict(settings),
             "student": to_hub_config(run.distillation.student.spec),
         }
         if start:
-            _check_same_run(config, workdir, meta, checkpoints.meta(start))
+            _check_same_run(settings, workdir, meta, checkpoints.meta(start))
             LOG.info("%s: continuing after step %d of %d", workdir, start, run.steps)
         if start < run.steps:
-            state = _train(config, workdir, run, source, checkpoints, start, meta)
+            state = _train(settings, workdir, run, source, checkpoints, start, meta)
         else:
             state = checkpoints.restore(start, run.state)
-            _write_config(config, workdir)
+            _write_config(settings, workdir)
     _export_student(workdir / "student", run, state)
     LOG.info("%s: %d steps done, student exported", workdir, int(state.step))
 
 
 def _train(
-    config: Any,
+    settings: DistillSettings,
     workdir: epath.Path,
     run: Setup,
     source: Source,
@@ -89,37 +89,37 @@ def _train(
         stacked = run.distillation.teacher.merge(teacher).numerics.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
-        _check_same_teacher(config, workdir, meta, checkpoints.meta(start))
+        _check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
     state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
-    evaluate = _evaluation(config, run, source) if config.evals.every else None
+    evaluate = _evaluation(settings, run, source) if settings.evals.every else None
     LOG.info("%s: %s", workdir, _sizes(state, teacher))
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(contextlib.closing(_batches(config, run, source, start)))
+        batches = stack.enter_context(contextlib.closing(_batches(settings, run, source, start)))
         first = next(batches)
         step_fn = jit_step(run.distillation, run.mesh, state, teacher)
         step_fn = step_fn.lower(state, teacher, first[0], np.bool_(True)).compile()
 
-        _write_config(config, workdir)
-        writer = MetricsWriter(workdir, start, config.to_dict() if config.log.wandb else None)
+        _write_config(settings, workdir)
+        writer = MetricsWriter(workdir, start, to_dict(settings) if settings.log.wandb else None)
         stack.callback(writer.close)
         recorder = Recorder(
             writer,
             start=start,
             steps=run.steps,
-            every=config.log.every,
-            batch_size=config.batch_size,
-            flops=step_flops(run.distillation, run.state, run.teacher, config.batch_size),
+            every=settings.log.every,
+            batch_size=settings.batch_size,
+            flops=step_flops(run.distillation, run.state, run.teacher, settings.batch_size),
             devices=run.mesh.devices.ravel(),
         )
         stack.callback(recorder.close)
         stack.enter_context(logging_redirect_tqdm([LOG]))
         between = Between(
             save=lambda state, step: checkpoints.save(state, step, meta),
-            save_every=config.checkpoint.every,
+            save_every=settings.checkpoint.every,
             kept_in=str(workdir),
             saved=checkpoints.wait,
             evaluate=evaluate,
-            evaluate_every=config.evals.every,
+            evaluate_every=settings.evals.every,
             first=functools.partial(_report_start, run),
         )
         rest, first = itertools.chain([first], batches), None  # kept no longer than its step
@@ -137,16 +137,18 @@ def _sizes(state: TrainState, teacher: Params | None) -> str:
     return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
 
 
-def _batches(config: Any, run: Setup, source: Source, start: int) -> Iterator[tuple[Any, Any]]:
+def _batches(
+    settings: DistillSettings, run: Setup, source: Source, start: int
+) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
-    data = config.data
+    data = settings.data
     total = parallel.total_of_processes(run.mesh)
     unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     batches = train_batches(
         source,
         TrainTransform(run.image_size, data.crop_area, data.crop_ratio, data.flip),
-        batch_size=config.batch_size,
-        seed=config.seed,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
         start=start,
         workers=worker_count(data.workers),
         strict=data.strict,
@@ -162,7 +164,7 @@ def _batches(config: Any, run: Setup, source: Source, start: int) -> Iterator[tu
 
 
 def _evaluation(
-    config: Any, run: Setup, train_split: Source
+    settings: DistillSettings, run: Setup, train_split: Source
 ) -> Callable[[TrainState, Params | None], dict[str, float]]:
     """Evaluation while training: the losses on held-out images and, with labels, kNN.
 
@@ -176,14 +178,14 @@ def _evaluation(
       InputError: no test split, or one with fewer images than devices.
     """
     try:
-        test_split = make_source(config.data.source, config.data.path, TEST)
+        test_split = make_source(settings.data.source, settings.data.path, TEST)
     except InputError as error:
         raise InputError(
-            f"evals.every: {config.evals.every}, but there is nothing to evaluate on: {error}; "
+            f"evals.every: {settings.evals.every}, but there is nothing to evaluate on: {error}; "
             "set evals.every=0 or add a test split"
         ) from error
-    test, bank = (evenly(source, config.evals.images) for source in (test_split, train_split))
-    workers = worker_count(config.data.workers)
+    test, bank = (evenly(source, settings.evals.images) for source in (test_split, train_split))
+    workers = worker_count(settings.data.workers)
     unreadable: set[str] = set()
 
     def name(source: Source, indices: np.ndarray) -> None:
@@ -197,7 +199,7 @@ def _evaluation(
     held_out = HeldOut(
         run,
         test,
-        config.batch_size // config.accumulation,
+        settings.batch_size // settings.accumulation,
         workers,
         functools.partial(name, test),
     )
@@ -231,10 +233,10 @@ def _report_start(run: Setup, state: TrainState, metrics: dict[str, jax.Array]) 
 
 
 def _check_same_run(
-    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
 ) -> None:
     """Compares a start with the checkpoint that it continues: only that binds a work directory."""
-    changed = config_lib.differences(config, saved["config"])
+    changed = _differences(settings, saved["config"])
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise InputError(
@@ -243,28 +245,58 @@ def _check_same_run(
         )
     if saved["data"] != meta["data"]:
         raise InputError(
-            f"{workdir} was trained on other images than {config.data.source} "
-            f"{config.data.path} now holds; use a new --workdir or the same images"
+            f"{workdir} was trained on other images than {settings.data.source} "
+            f"{settings.data.path} now holds; use a new --workdir or the same images"
         )
 
 
+# A run may be continued with other values of these; any other difference is another run.
+_RESUMABLE = (
+    "steps",
+    "epochs",
+    "data.path",
+    "data.workers",
+    "data.strict",
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "evals.",
+)
+
+
+def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
+    """Keys whose values make these settings another run than the saved one, and both values.
+
+    Settings that the run does not read make no difference; those that are newer than the saved run
+    had their default then.
+    """
+    theirs = flatten(saved)
+    theirs |= flatten(to_dict(from_flat(DistillSettings(), theirs)))
+    ours = flatten(to_dict(settings))
+    return [
+        f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
+        for key in sorted(ours | theirs)
+        if ours.get(key) != theirs.get(key) and not key.startswith(_RESUMABLE)
+    ]
+
+
 def _check_same_teacher(
-    config: Any, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
 ) -> None:
     # Checkpoints of older versions say nothing of the teacher's weights.
     if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
         raise InputError(
-            f"{workdir} was trained with other teacher weights than {config.teacher.weights} now "
+            f"{workdir} was trained with other teacher weights than {settings.teacher.weights} now "
             "holds; use a new --workdir or the same weights"
         )
 
 
-def _write_config(config: Any, workdir: epath.Path) -> None:
+def _write_config(settings: DistillSettings, workdir: epath.Path) -> None:
     """Writes config.json, once everything that may refuse this start has been seen."""
     if jax.process_index() > 0:
         return
     with writing(workdir):
-        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        write_text(workdir / "config.json", json.dumps(to_dict(settings), indent=2) + "\n")
 
 
 def _export_student(folder: epath.Path, run: Setup, state: TrainState) -> None:

@@ -12,44 +12,65 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from singer_jax import hosts, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import worker_count
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import DataSettings, make_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
-from singer_jax.evaluation.probe import score
+from singer_jax.evaluation.probe import ProbeSettings, score
 from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.ranges import SEED, TEXT, Each, OneOf
+from singer_jax.settings import Settings, section, setting, to_dict
 from singer_jax.telemetry import LOG
 
 
-def evaluate(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings(Settings):
+    """What is measured, on which data, how."""
+
+    job: str = setting("evaluate", OneOf(("evaluate",)), "the command")
+    seed: int = setting(0, SEED, "of heads, order and crops")
+    run: str = setting("", TEXT, "a work directory: its student; or else")
+    weights: str = setting("", TEXT, "a hub name or file, and")
+    model: str = setting(
+        "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
+    )
+    precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "of activations")
+    data: DataSettings = section(DataSettings(source="table1"))
+    tasks: tuple[str, ...] = setting(
+        (), Each(OneOf(tuple(table1.TASKS))), "of table1; none: all whose data are there"
+    )
+    mesh: parallel.MeshSettings = section(parallel.MeshSettings())
+    probe: ProbeSettings = section(ProbeSettings())
+
+
+def evaluate(settings: EvaluateSettings, workdir: epath.Path) -> None:
     """Measures one backbone; a task that is finished is not done again.
 
     Args:
-      config: as `singer_jax.config.evaluation` describes it.
+      settings: what, on which data, how.
       workdir: for results.json, tasks/ (what is finished) and features/ (of the fast protocol).
 
     Raises:
       InputError: nothing to evaluate, no data at all, or data that is there in part.
       Stopped: on request; the same command goes on with the probe that was under way.
     """
-    benchmarks, splits, skipped = _find_data(config)
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    benchmarks, splits, skipped = _find_data(settings)
+    mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     backbone = load_backbone(
         mesh,
-        run=config.run,
-        weights=config.weights,
-        model=config.model,
-        numerics=Numerics(PRECISIONS[config.precision]),
+        run=settings.run,
+        weights=settings.weights,
+        model=settings.model,
+        numerics=Numerics(PRECISIONS[settings.precision]),
     )
     if jax.process_index() == 0:
         make_workdir(workdir)
@@ -58,7 +79,7 @@ def evaluate(config: Any, workdir: epath.Path) -> None:
 
     identity = {
         "model": backbone.digest(),
-        "settings": _settings_digest(config),
+        "settings": _settings_digest(settings),
     }
     finished = parallel.of_first_process(
         {
@@ -68,15 +89,15 @@ def evaluate(config: Any, workdir: epath.Path) -> None:
         }
     )
     with stopping.deferred():
-        _measure_all(config, workdir, backbone, benchmarks, splits, skipped, identity, finished)
-    rows, note = _summarise(config, workdir, backbone, finished, skipped)
-    if config.data.source == "table1" and jax.process_index() == 0:
+        _measure_all(settings, workdir, backbone, benchmarks, splits, skipped, identity, finished)
+    rows, note = _summarise(settings, workdir, backbone, finished, skipped)
+    if settings.data.source == "table1" and jax.process_index() == 0:
         print(table1.format_rows(rows))
         print(note)
 
 
 def _measure_all(
-    config: Any,
+    settings: EvaluateSettings,
     workdir: epath.Path,
     backbone: Backbone,
     benchmarks: dict[str, table1.Benchmark],
@@ -101,26 +122,26 @@ def _measure_all(
         head = finished.get("imagenet", {}).get("key")
         if benchmark.kind == "transfer" and not head:
             reason = "needs the head of the task imagenet, which is not measured"
-            if config.tasks:
+            if settings.tasks:
                 raise InputError(f"tasks: {name} {reason}; add imagenet")
             skipped[name] = reason
             continue
         key = _key(benchmark, split, head)
         if finished.get(name, {}).get("key") != key:
             LOG.info("== %s", name)
-            measured = _with_statistics(backbone, benchmark, config.data.normalisation)
+            measured = _with_statistics(backbone, benchmark, settings.data.normalisation)
             of_all = hashlib.sha256(json.dumps([identity, key]).encode()).hexdigest()
             keeper = FileKeeper(workdir / "tasks" / f"{name}.progress.npz", of_all, asked)
-            metrics = _measure(name, benchmark, measured, split, config, workdir, keeper)
+            metrics = _measure(name, benchmark, measured, split, settings, workdir, keeper)
             finished[name] = {**identity, "key": key, "metrics": metrics}
             _write(workdir / "tasks" / f"{name}.json", finished[name])
             keeper.remove()
         LOG.info("%s: %s", name, _brief(finished[name]["metrics"]))
-        _summarise(config, workdir, backbone, finished, skipped)
+        _summarise(settings, workdir, backbone, finished, skipped)
 
 
 def _summarise(
-    config: Any,
+    settings: EvaluateSettings,
     workdir: epath.Path,
     backbone: Backbone,
     finished: dict[str, dict[str, Any]],
@@ -128,12 +149,12 @@ def _summarise(
 ) -> tuple[dict[str, Any], str]:
     """Writes results.json of what is finished; returns the rows of the table and its note."""
     results = {name: found["metrics"] for name, found in finished.items()}
-    run = _config_of(config.run)
+    run = _config_of(settings.run)
     rows: dict[str, Any] = {"measured here": table1.row(results)}
     content = {
         "model": backbone.network.spec.name,
         "run": {k: run[k] for k in ("seed", "method", "teacher", "student")} if run else None,
-        "protocol": config.probe.protocol,
+        "protocol": settings.probe.protocol,
         "tasks": results,
         "skipped": {name: reason for name, reason in skipped.items() if name not in results},
         "table1": rows["measured here"],
@@ -147,12 +168,12 @@ def _summarise(
 
 
 def _find_data(
-    config: Any,
+    settings: EvaluateSettings,
 ) -> tuple[dict[str, table1.Benchmark], dict[str, Split], dict[str, str]]:
     """The tasks, the data of those that have some, and why the others are skipped."""
-    data = config.data
+    data = settings.data
     named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
-    chosen = tuple(config.tasks) or tuple(table1.TASKS)
+    chosen = tuple(settings.tasks) or tuple(table1.TASKS)
     if data.source in named and table1.TASKS[named[data.source]].kind != "classification":
         chosen = (named[data.source],)
     elif data.source != "table1":
@@ -176,7 +197,7 @@ def _find_data(
             train = None if transfer else open_benchmark(benchmark.data, data.path, TRAIN)
             splits[name] = Split(train, test)
         except NotInstalled as error:
-            if name in config.tasks or data.source != "table1":
+            if name in settings.tasks or data.source != "table1":
                 raise
             skipped[name] = str(error)
     if not splits:
@@ -202,11 +223,11 @@ def _measure(
     benchmark: table1.Benchmark,
     backbone: Backbone,
     split: Split,
-    config: Any,
+    settings: EvaluateSettings,
     workdir: epath.Path,
     keeper: FileKeeper,
 ) -> dict[str, Any]:
-    workers, first = worker_count(config.data.workers), jax.process_index() == 0
+    workers, first = worker_count(settings.data.workers), jax.process_index() == 0
     if benchmark.kind == "transfer":
         file = workdir / "tasks" / "imagenet.npz"
         head = parallel.of_first_process(dict(np.load(download(file))) if first else None)
@@ -215,18 +236,19 @@ def _measure(
             raise InputError(
                 f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
             )
-        task = backbone.classification(classes, config.probe.token)
+        task = backbone.classification(classes, settings.probe.token)
         test = backbone.extract(split.test, task, EvalTransform(backbone.image_size), workers)
         heads = {part: value[None] for part, value in head.items()}
         return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
-    settings = ConfigDict(config.probe)
-    settings.epochs = benchmark.epochs if settings.epochs is None else settings.epochs
+    probe = settings.probe
+    if probe.epochs is None:
+        probe = dataclasses.replace(probe, epochs=benchmark.epochs)
     result, metrics = probe_task(
         backbone,
         benchmark.kind,
         split,
-        settings,
-        config.seed,
+        probe,
+        settings.seed,
         workers,
         cached(workdir / "features" / name),
         keeper,
@@ -237,14 +259,14 @@ def _measure(
     return metrics
 
 
-def _settings_digest(config: Any) -> str:
-    settings = {
-        "probe": config.probe.to_dict(),
-        "seed": config.seed,
-        "precision": config.precision,
-        "normalisation": config.data.normalisation,
+def _settings_digest(settings: EvaluateSettings) -> str:
+    measured = {
+        "probe": to_dict(settings.probe),
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "normalisation": settings.data.normalisation,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,52 @@ from singer_jax.models.architecture import Numerics
 from singer_jax.models.program import features_program
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.ranges import COUNT, TEXT, Flag, OneOf, optional
+from singer_jax.settings import Settings, setting
 from singer_jax.telemetry import LOG
 
 PROGRAM_FILE = "features.stablehlo"
 _LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
 
 
-def export(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class ExportSettings(Settings):
+    """What is exported."""
+
+    job: str = setting("export", OneOf(("export",)), "the command")
+    run: str = setting("", TEXT, "a work directory: its student; empty: --workdir itself; or else")
+    weights: str = setting("", TEXT, "a hub name or file, and")
+    model: str = setting(
+        "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
+    )
+    step: int | None = setting(None, optional(COUNT), "of the checkpoint; None: the latest")
+    stablehlo: bool = setting(True, Flag(), "also write features.stablehlo")
+
+
+def export(settings: ExportSettings, workdir: epath.Path) -> None:
     """Writes `student/` with `model.safetensors`, `config.json` and `features.stablehlo`.
 
     Args:
-      config: as `singer_jax.config.export` describes it.
+      settings: what is exported.
       workdir: where `student/` is made; without `run` and `weights` also the run to export.
 
     Raises:
       InputError: nothing to export, or a folder that cannot be written.
     """
     numerics = Numerics()
-    if config.weights:
-        dtype = _stored_dtype(find_weights(config.weights))
+    if settings.weights:
+        dtype = _stored_dtype(find_weights(settings.weights))
         numerics = Numerics(param_dtype=dtype)
     backbone = load_backbone(
         parallel.make_mesh(),  # whole on each device, so that process 0 has it all
-        run="" if config.weights else config.run or str(workdir),
-        weights=config.weights,
-        model=config.model,
-        step=config.step,
+        run="" if settings.weights else settings.run or str(workdir),
+        weights=settings.weights,
+        model=settings.model,
+        step=settings.step,
         numerics=numerics,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
-    if config.stablehlo and size > _LARGEST_PROGRAM:
+    if settings.stablehlo and size > _LARGEST_PROGRAM:
         raise InputError(
             f"{size / 2**30:.1f} GiB of parameters do not fit into one StableHLO file (2 GiB); "
             "set --config.stablehlo=False"
@@ -56,7 +73,7 @@ def export(config: Any, workdir: epath.Path) -> None:
     folder = workdir / "student"
     with writing(folder):
         export_timm(folder, backbone.network.spec, to_timm(backbone.params))
-        if config.stablehlo:
+        if settings.stablehlo:
             with replacing(folder / PROGRAM_FILE) as file:
                 file.write_bytes(features_program(backbone.network, backbone.params))
     LOG.info("%s exported to %s", backbone.network.spec.name, folder)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 from etils import epath
 
 from singer_jax.models.summary import models_table
+from singer_jax.ranges import OneOf
+from singer_jax.settings import Settings, setting
 
 
-def models(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class ModelsSettings(Settings):
+    """None."""
+
+    job: str = setting("models", OneOf(("models",)), "the command")
+
+
+def models(settings: ModelsSettings, workdir: epath.Path) -> None:
     """Prints the table; neither argument matters."""
     print(models_table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 
 from singer_jax import parallel
 from singer_jax.data.loader import worker_count
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import SizedDataSettings, make_source
 from singer_jax.data.sources import TRAIN, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.null_spaces import collect_patches, describe_layer
@@ -19,41 +20,75 @@ from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.models.network import Network, resolve_model
+from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.weights import load_model
+from singer_jax.ranges import BETWEEN, COUNT, FROM_ZERO, Each, Flag, OneOf, Text, optional
 from singer_jax.report.pictures import save_spectra
+from singer_jax.settings import Settings, section, setting
+
+_NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+_THRESHOLD = Text(
+    f"({'|'.join(spaces.RULES)})={_NUMBER}",
+    "rule=number with the rule quantile, absolute, relative or rank",
+)
 
 
-def nullspace(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class NullspaceSettings(Settings):
+    """Of which teacher, on which images."""
+
+    job: str = setting("nullspace", OneOf(("nullspace",)), "the command")
+    teacher: ModelSettings = section(ModelSettings())
+    precision: str = setting(
+        "bfloat16", OneOf(tuple(PRECISIONS)), "of activations, and of the teacher's parameters"
+    )
+    layers: tuple[int, ...] | None = setting(
+        None,
+        optional(Each(FROM_ZERO)),
+        "teacher blocks from 0, ascending; None: at the published relative depths",
+    )
+    append_last: bool = setting(True, Flag(), "also the teacher's last block")
+    rank: int = setting(64, COUNT, "of the refiner")
+    quantile: float = setting(
+        0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
+    )
+    images: int = setting(64, COUNT, "of the training split, to measure the outliers on")
+    sources: tuple[str, ...] = setting(
+        spaces.SOURCES, Each(OneOf(spaces.SOURCES), least=1), "linear maps that are decomposed"
+    )
+    thresholds: tuple[str, ...] = setting(
+        ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1"),
+        Each(_THRESHOLD, least=1),
+        "below which a singular value counts as null",
+    )
+    data: SizedDataSettings = section(SizedDataSettings())
+    mesh: parallel.MeshSettings = section(parallel.MeshSettings())
+
+
+def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     """Prints the table and writes nullspace.json and nullspace.png.
 
     Args:
-      config: as `singer_jax.config.null_spaces` describes it.
+      settings: of which teacher, on which images.
       workdir: for both files.
 
     Raises:
       InputError: a layer or threshold out of range, no teacher, no images.
     """
-    thresholds = [_parse(text) for text in config.thresholds]
-    spec, weights = resolve_model(
-        "teacher",
-        config.teacher.model,
-        config.teacher.weights,
-        dict(config.teacher.overrides),
-        config.data.image_size,
-        config.data.normalisation,
-    )
+    thresholds = [_parse(text) for text in settings.thresholds]
+    data = settings.data
+    spec, weights = resolve_model("teacher", settings.teacher, data.image_size, data.normalisation)
     if not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
-    layers = teacher_layers(config, DEPTHS, spec.arch)
+    layers = teacher_layers(settings.layers, settings.append_last, DEPTHS, spec.arch)
     for rule, threshold in thresholds:
         spaces.check_threshold(rule, threshold, spec.arch.embed_dim)
-    images = make_source(config.data.source, config.data.path, TRAIN)
-    few = evenly(images, config.images)
+    images = make_source(data.source, data.path, TRAIN)
+    few = evenly(images, settings.images)
     make_workdir(workdir)
 
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    dtype = PRECISIONS[config.precision]
+    mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    dtype = PRECISIONS[settings.precision]
     graph, params = load_model(
         spec,
         weights,
@@ -61,7 +96,7 @@ def nullspace(config: Any, workdir: epath.Path) -> None:
         lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
     network = Network(spec, graph)
-    workers = min(worker_count(config.data.workers), 2)
+    workers = min(worker_count(data.workers), 2)
     patches = collect_patches(network, params, mesh, few, layers, workers)
 
     rows: list[dict[str, Any]] = []
@@ -73,10 +108,10 @@ def nullspace(config: Any, workdir: epath.Path) -> None:
             mesh,
             layer,
             patches[layer],
-            sources=config.sources,
+            sources=settings.sources,
             thresholds=thresholds,
-            rank=config.rank,
-            quantile=config.quantile,
+            rank=settings.rank,
+            quantile=settings.quantile,
         )
         rows += found
     if jax.process_index() > 0:

@@ -6,8 +6,8 @@ both students alike, prints one table and saves one picture a model. What is don
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -19,42 +19,58 @@ from singer_jax.data.sources import TEST, TRAIN, Source, Subset
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
+from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.files import write_text
 from singer_jax.jobs.distill import distill
+from singer_jax.ranges import OneOf
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_patch_maps
+from singer_jax.settings import Settings, section, setting
 from singer_jax.telemetry import LOG
-from singer_jax.training.setup import setup
+from singer_jax.training.setup import DistillSettings, setup
 
 _SHOWN = 8  # test images in a picture
 _FITTED = 512  # training images that the map to the teacher's features is fitted on
 
 
-def quickstart(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class QuickstartSettings(Settings):
+    """Three runs, and the probe that measures them."""
+
+    job: str = setting("quickstart", OneOf(("quickstart",)), "the command")
+    teacher: DistillSettings = section(DistillSettings())
+    fitnet: DistillSettings = section(DistillSettings())
+    singer: DistillSettings = section(DistillSettings())
+    probe: ProbeSettings = section(ProbeSettings())
+
+
+def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     """Runs what configs/quickstart.py describes; raises what `distill` raises.
 
     Args:
-      config: with `teacher`, `fitnet` and `singer`, each as `singer_jax.config.default`, and
-        `probe`.
+      settings: of the three runs and the probe.
       workdir: one folder a run, results.json, report/.
     """
-    for name in ("teacher", "fitnet", "singer"):
-        run = config[name]
-        if name != "teacher":
-            run.teacher.weights = str(workdir / "teacher")
+    fitnet, singer = (
+        dataclasses.replace(
+            run, teacher=dataclasses.replace(run.teacher, weights=str(workdir / "teacher"))
+        )
+        for run in (settings.fitnet, settings.singer)
+    )
+    for name, run in (("teacher", settings.teacher), ("fitnet", fitnet), ("singer", singer)):
         LOG.info("== %s (%s)", name, workdir / name)
         distill(run, workdir / name)
 
     mesh = parallel.make_mesh()
     backbones = {
         "teacher": load_backbone(mesh, run=str(workdir / "teacher")),
-        "student, untrained": _untrained(config.singer),
+        "student, untrained": _untrained(singer),
         "student, FitNet": load_backbone(mesh, run=str(workdir / "fitnet")),
         "student, SiNGER": load_backbone(mesh, run=str(workdir / "singer")),
     }
     LOG.info("== measuring")
-    data = config.singer.data
+    data = singer.data
     train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
     fitted = Subset(train, np.arange(_FITTED))
     teacher_fitted, teacher_test = (
@@ -64,7 +80,7 @@ def quickstart(config: Any, workdir: epath.Path) -> None:
     results = {}
     for name, backbone in backbones.items():
         split = Split(train, test)
-        _, scores = probe_task(backbone, "classification", split, config.probe, config.singer.seed)
+        _, scores = probe_task(backbone, "classification", split, settings.probe, singer.seed)
         tokens = patch_tokens(backbone, test)
         results[name] = {
             "linear_top1": scores["top1"],
@@ -85,15 +101,15 @@ def quickstart(config: Any, workdir: epath.Path) -> None:
     page = workdir / "report" / "index.html"
     baselines = {"student, fitnet": workdir / "fitnet"}
     columns = {name: _columns(row) for name, row in results.items()}
-    write_page(page, collect(workdir / "singer", config.singer, baselines, _SHOWN, columns))
+    write_page(page, collect(workdir / "singer", singer, baselines, _SHOWN, columns))
     print(_table(results))
     print(f"One picture a model in {page.parent}, and the report: {page}")
 
 
-def _untrained(config: Any) -> Backbone:
+def _untrained(settings: DistillSettings) -> Backbone:
     """The student as it was before its first step."""
-    source = make_source(config.data.source, config.data.path, TRAIN)
-    run = setup(config, len(source), source.num_classes)
+    source = make_source(settings.data.source, settings.data.path, TRAIN)
+    run = setup(settings, len(source), source.num_classes)
     return Backbone(run.distillation.student, run.init_student(), run.mesh)
 
 

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
-from singer_jax.config import default
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
 from singer_jax.files import as_path
+from singer_jax.ranges import COUNT, NAME, TEXT, Each, OneOf
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
+from singer_jax.settings import Settings, flatten, from_flat, setting, to_dict
 from singer_jax.telemetry import LOG
+from singer_jax.training.setup import DistillSettings
 
 
-def report(config: Any, workdir: epath.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class ReportSettings(Settings):
+    """Which run, and what is shown."""
+
+    job: str = setting("report", OneOf(("report",)), "the command")
+    run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
+    baselines: tuple[str, ...] = setting(
+        (), Each(NAME), "other runs, whose students are shown beside"
+    )
+    images: int = setting(6, COUNT, "how many are shown")
+
+
+def report(settings: ReportSettings, workdir: epath.Path) -> None:
     """Writes `report/index.html` below the work directory.
 
     Args:
-      config: as `singer_jax.config.report` describes it.
+      settings: which run, and what is shown.
       workdir: of the page; without `run` also the run itself.
 
     Raises:
       InputError: not a run, or one without a finished checkpoint.
     """
-    run = as_path(config.run) if config.run else workdir
-    settings = read_config(run)
+    run = as_path(settings.run) if settings.run else workdir
+    its_settings = read_settings(run)
     baselines = {}
-    for folder in map(as_path, config.baselines):
-        other = read_config(folder)
-        baselines[f"student, {other.method.name} ({folder.name})"] = folder
-    rows, note = results_of(run, settings)
-    found = collect(run, settings, baselines, config.images, rows, note)
+    for folder in map(as_path, settings.baselines):
+        other = read_settings(folder)
+        baselines[f"student, {other.method_name} ({folder.name})"] = folder
+    rows, note = results_of(run, its_settings)
+    found = collect(run, its_settings, baselines, settings.images, rows, note)
     if jax.process_index() > 0:
         return
     file = workdir / "report" / "index.html"
@@ -43,8 +56,8 @@ def report(config: Any, workdir: epath.Path) -> None:
     LOG.info("%s written", file)
 
 
-def read_config(run: epath.Path) -> ConfigDict:
-    """The configuration of a run.
+def read_settings(run: epath.Path) -> DistillSettings:
+    """The settings of a run; those that are newer than the run have their defaults.
 
     Raises:
       InputError: the folder is not a run.
@@ -52,13 +65,12 @@ def read_config(run: epath.Path) -> ConfigDict:
     file = run / "config.json"
     if not file.is_file():
         raise InputError(f"run: {run} is not the work directory of a run: no config.json")
-    config = default()
-    with config.ignore_type():
-        config.update(json.loads(file.read_text()))  # keys that are newer than the run keep theirs
-    return config
+    return from_flat(DistillSettings(), flatten(json.loads(file.read_text())))
 
 
-def results_of(run: epath.Path, settings: Any) -> tuple[dict[str, dict[str, float | None]], str]:
+def results_of(
+    run: epath.Path, settings: DistillSettings
+) -> tuple[dict[str, dict[str, float | None]], str]:
     """Rows of the results table from RUN/evaluation/results.json, published ones beside, a note."""
     file = run / "evaluation" / "results.json"
     rows: dict[str, dict[str, float | None]] = {}
@@ -73,7 +85,7 @@ def results_of(run: epath.Path, settings: Any) -> tuple[dict[str, dict[str, floa
             if metric in metrics
         }
         rows["measured here"] = measured
-    paper = table1.published(settings.to_dict(), "")
+    paper = table1.published(to_dict(settings), "")
     if paper:
         rows[f"published: {paper[0]}"] = paper[1]
         note = table1.NOTE

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Constant, Forward, Method, Needs
@@ -12,9 +10,10 @@ from singer_jax.methods.logit_kd import LogitKD
 from singer_jax.methods.singer import Singer
 from singer_jax.methods.supervised import Supervised
 from singer_jax.methods.vitkd import ViTKD, ViTKDOfficial
-from singer_jax.methods.weighted_sum import WeightedSum
+from singer_jax.methods.weighted_sum import WeightedSum, WeightedSumSettings
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.settings import Settings
 
 METHODS: dict[str, type[Method]] = {
     "singer": Singer,
@@ -25,31 +24,40 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
 }
 
-__all__ = ["METHODS", "Batch", "Constant", "Forward", "Method", "make", "needs"]
+__all__ = ["METHODS", "Batch", "Constant", "Forward", "Method", "chosen", "make", "needs"]
 
 
-def _chosen(config: Any) -> dict[str, float]:
-    """Methods and weights: `terms` where any is not 0, else `name` alone."""
-    terms = {name: float(weight) for name, weight in config.terms.items() if weight}
-    return terms or {config.name: 1.0}
-
-
-def needs(config: Any) -> Needs:
-    """What the configured methods look at.
+def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
+    """The methods that settings are of, by name, each with its weight and its own settings.
 
     Args:
-      config: the `method` part of the configuration.
+      settings: of a method in `METHODS`, or of a sum of several.
+
+    Raises:
+      ValueError: of no method in `METHODS`.
     """
-    each = [METHODS[name].needs(config) for name in _chosen(config)]
+    names = {method.Settings: name for name, method in METHODS.items()}
+    several = isinstance(settings, WeightedSumSettings)
+    parts = settings.methods if several else ((1.0, settings),)
+    for _, part in parts:
+        if type(part) not in names:
+            raise ValueError(f"{type(part).__name__} is of no method in singer_jax.methods.METHODS")
+    return {names[type(part)]: (weight, part) for weight, part in parts}
+
+
+def needs(settings: Settings) -> Needs:
+    """What the methods look at; arguments and errors as `chosen`."""
+    each = [METHODS[name].needs(own) for name, (_, own) in chosen(settings).items()]
     return Needs(*(any(values) for values in zip(*each, strict=True)))
 
 
 def make(
-    teacher: VisionTransformer | None, student: Architecture, config: Any, rngs: nnx.Rngs
+    teacher: VisionTransformer | None, student: Architecture, settings: Settings, rngs: nnx.Rngs
 ) -> Method:
-    """The configured method, or the sum of several; arguments and errors as `Method`."""
-    weights = _chosen(config)
-    methods = {name: METHODS[name](teacher, student, config, rngs) for name in weights}
+    """The method, or the sum of several; arguments and errors as `chosen` and `Method`."""
+    parts = chosen(settings)
+    methods = {name: METHODS[name](teacher, student, own, rngs) for name, (_, own) in parts.items()}
+    weights = {name: weight for name, (weight, _) in parts.items()}
     if list(weights.values()) == [1.0]:
         return next(iter(methods.values()))
     return WeightedSum(methods, weights)

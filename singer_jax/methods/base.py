@@ -1,9 +1,9 @@
 """What distillation methods share: the interface, the matching of layers, the adapters.
 
 A method is an NNX module. Its `nnx.Param`s are trained, its `Constant`s are computed once, saved
-and left alone. Adding one is a file with a subclass of `Method` and a line in
-`methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in `models/vit.py`;
-rank is that of a LoRA update.
+and left alone. Adding one is a file with its settings and a subclass of `Method`, and a line in
+`methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in `models/vit.py`; rank
+is that of a LoRA update.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import FROM_ZERO, Each, Flag, OneOf, optional
+from singer_jax.settings import Settings, setting
 
 Scalars = dict[str, Float[Array, ""]]
 
@@ -73,25 +75,53 @@ class Needs(NamedTuple):
     teacher_logits: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenSettings(Settings):
+    """How student and teacher are compared, by every method that compares tokens."""
+
+    matching: str = setting(
+        "last_to_last",
+        OneOf(("last_to_last", "official")),
+        "which student block learns from a teacher block (`methods.base.match_layers`)",
+    )
+    resample_grids: bool = setting(
+        False, Flag(), "compare models of other grids on the teacher's grid"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings(TokenSettings):
+    """Which blocks are distilled."""
+
+    layers: tuple[int, ...] | None = setting(
+        None,
+        optional(Each(FROM_ZERO)),
+        "teacher blocks from 0, ascending; None: at the published relative depths",
+    )
+    append_last: bool = setting(True, Flag(), "also distil the teacher's last block")
+
+
 class Method(nnx.Module):
     """A distillation loss with trainable parts.
 
-    A subclass is made by `Subclass(teacher, student, config, rngs)`: the teacher (None for a method
-    without one), the student's architecture, the `method` part of the configuration, NNX random
-    streams. It may run under `jax.jit`.
+    A subclass names the class of its settings and is made by `Subclass(teacher, student, settings,
+    rngs)`: the teacher (None for a method without one), the student's architecture, its settings,
+    NNX random streams. It may run under `jax.jit`.
 
     Attributes:
+      Settings: the class of its settings, all of which have defaults.
       teacher_layers, student_layers: the distilled blocks, matched one to one.
       tokens: which tokens are compared; None where no features are.
     """
 
+    Settings: ClassVar[type[Settings]] = Settings
     teacher_layers: tuple[int, ...] = ()
     student_layers: tuple[int, ...] = ()
     tokens: TokenMatch | None = None
 
     @classmethod
-    def needs(cls, config: Any) -> Needs:
-        """What `loss` will look at, from the `method` part of the configuration."""
+    def needs(cls, settings: Any) -> Needs:
+        """What `loss` will look at."""
         return Needs()
 
     @property
@@ -159,12 +189,16 @@ def match_layers(
 
 
 def teacher_layers(
-    config: Any, relative_depths: Sequence[float], teacher: Architecture
+    layers: Sequence[int] | None,
+    append_last: bool,
+    relative_depths: Sequence[float],
+    teacher: Architecture,
 ) -> tuple[int, ...]:
     """Distilled teacher blocks, ascending.
 
     Args:
-      config: reads `layers` (None: at `relative_depths`) and `append_last`.
+      layers: indices of blocks; None: at `relative_depths`.
+      append_last: also the last block.
       relative_depths: of the method's published layers; 0.75 is block 17 of 24.
       teacher: for its depth.
 
@@ -172,11 +206,10 @@ def teacher_layers(
       InputError: an index out of range or twice, or none at all.
     """
     depth = teacher.depth
-    layers = config.layers
     if layers is None:
         layers = sorted({max(0, round(relative * depth) - 1) for relative in relative_depths})
     layers = [int(layer) for layer in layers]
-    if config.append_last and depth - 1 not in layers:
+    if append_last and depth - 1 not in layers:
         layers.append(depth - 1)
     for layer in layers:
         if not 0 <= layer < depth:
@@ -191,20 +224,23 @@ def teacher_layers(
 
 
 def distilled_layers(
-    config: Any, relative_depths: Sequence[float], teacher: Architecture, student: Architecture
+    settings: LayerSettings,
+    relative_depths: Sequence[float],
+    teacher: Architecture,
+    student: Architecture,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Distilled teacher blocks and the student blocks matched to them.
 
     Args:
-      config: as for `teacher_layers`, and `matching`.
+      settings: which layers, and how they are matched.
       relative_depths: of the method's published layers.
       teacher, student: for their depths.
 
     Raises:
       InputError: as `teacher_layers` and `match_layers`.
     """
-    layers = teacher_layers(config, relative_depths, teacher)
-    return layers, match_layers(config.matching, layers, teacher.depth, student.depth)
+    layers = teacher_layers(settings.layers, settings.append_last, relative_depths, teacher)
+    return layers, match_layers(settings.matching, layers, teacher.depth, student.depth)
 
 
 def freeze(module: nnx.Module, *names: str) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +13,7 @@ from flax import nnx
 from singer_jax.methods.base import (
     Batch,
     Forward,
+    LayerSettings,
     Method,
     Needs,
     Scalars,
@@ -24,6 +25,25 @@ from singer_jax.methods.base import (
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import NOT_NEGATIVE, optional
+from singer_jax.settings import Settings, section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class FitNetWeights(Settings):
+    """Of the terms of the loss."""
+
+    kd: float = setting(10.0, NOT_NEGATIVE, "of the distillation loss")
+    ce: float | None = setting(
+        None, optional(NOT_NEGATIVE), "of the cross-entropy with the labels; None: no such term"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FitNetSettings(LayerSettings):
+    """Of FitNet."""
+
+    weights: FitNetWeights = section(FitNetWeights())
 
 
 class FitNet(Method):
@@ -34,20 +54,26 @@ class FitNet(Method):
     the optimiser's weight decay.
     """
 
+    Settings = FitNetSettings
+
     @classmethod
-    def needs(cls, config: Any) -> Needs:
+    def needs(cls, settings: FitNetSettings) -> Needs:
         """The head and labels only for the cross-entropy."""
-        return Needs(logits=config.weights.ce is not None, labels=bool(config.weights.ce))
+        return Needs(logits=settings.weights.ce is not None, labels=bool(settings.weights.ce))
 
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: FitNetSettings,
+        rngs: nnx.Rngs,
     ) -> None:
         self.teacher_layers, self.student_layers = distilled_layers(
-            config, (0.5, 0.75), teacher.arch, student
+            settings, (0.5, 0.75), teacher.arch, student
         )
-        self.tokens = match_tokens(student, teacher.arch, config)
-        self.kd_weight = 10.0 if config.weights.kd is None else config.weights.kd
-        self.ce_weight = config.weights.ce
+        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        self.kd_weight = settings.weights.kd
+        self.ce_weight = settings.weights.ce
         self.adapter = nnx.Dict(
             {
                 str(layer): linear_adapter(student.embed_dim, teacher.arch.embed_dim, rngs)

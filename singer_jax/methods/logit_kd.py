@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,44 @@ from flax import nnx
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import NOT_NEGATIVE, POSITIVE
+from singer_jax.settings import Settings, section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitKDWeights(Settings):
+    """Of the terms of the loss."""
+
+    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitKDSettings(Settings):
+    """Of logit distillation."""
+
+    temperature: float = setting(4.0, POSITIVE, "of both softmaxes")
+    weights: LogitKDWeights = section(LogitKDWeights())
 
 
 class LogitKD(Method):
     """T^2 KL(teacher || student) of the class probabilities at temperature T; no labels needed."""
 
+    Settings = LogitKDSettings
+
     @classmethod
-    def needs(cls, config: Any) -> Needs:
+    def needs(cls, settings: LogitKDSettings) -> Needs:
         """Both heads."""
         return Needs(logits=True, teacher_logits=True)
 
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: LogitKDSettings,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.temperature = config.temperature
-        self.kd_weight = 1.0 if config.weights.kd is None else config.weights.kd
+        self.temperature = settings.temperature
+        self.kd_weight = settings.weights.kd
         self.last = teacher.arch.depth - 1
 
     @property

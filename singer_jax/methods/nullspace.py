@@ -6,6 +6,7 @@ values near the threshold.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,40 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.errors import InputError
 from singer_jax.methods.jacobi import left_singular
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import NOT_NEGATIVE, OneOf, optional
+from singer_jax.settings import Settings, setting
+
+SOURCES = ("mlp", "mlp_norm", "block")
+RULES = ("quantile", "absolute", "relative", "rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class NullSpaceSettings(Settings):
+    """Where the null space comes from, and how a refiner uses it."""
+
+    use: str = setting(
+        "project",
+        OneOf(("project", "soft", "init", "random")),
+        "the update is projected onto the null space, filtered softly, only started in it, or "
+        "neither",
+    )
+    source: str = setting(
+        "mlp", OneOf(SOURCES), "the linear map that is decomposed (`methods.nullspace.linear_map`)"
+    )
+    rule: str = setting(
+        "quantile", OneOf(RULES), "how `threshold` is read; `relative` is to the largest value"
+    )
+    threshold: float = setting(0.5, NOT_NEGATIVE, "below which a singular value counts as null")
+    start: str | None = setting(
+        None,
+        optional(OneOf(("identity", "official"))),
+        "of the refiner; None: identity, of `init` and `random` official",
+    )
+    order: str = setting(
+        "most_null",
+        OneOf(("most_null", "official")),
+        "which directions `init` starts from (`methods.nullspace.directions`)",
+    )
 
 
 class NullSpace(NamedTuple):

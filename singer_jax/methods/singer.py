@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,19 @@ from singer_jax.methods.base import (
     Batch,
     Constant,
     Forward,
+    LayerSettings,
     Method,
     Scalars,
     distilled_layers,
     linear_adapter,
     mean_squared_error,
 )
+from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import BETWEEN, COUNT, NOT_NEGATIVE
+from singer_jax.settings import Settings, section, setting
 
 # Of the published distilled layers, beside the last: block 17 of 24.
 DEPTHS = (0.75,)
@@ -40,12 +44,34 @@ DEPTHS = (0.75,)
 SMALL_SHARE = 0.2
 
 
+@dataclasses.dataclass(frozen=True)
+class SingerWeights(Settings):
+    """Of the terms of the loss (paper equation 8)."""
+
+    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+    outlier: float = setting(0.01, NOT_NEGATIVE, "of the outlier loss")
+    info: float = setting(1.0, NOT_NEGATIVE, "of the information loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class SingerSettings(LayerSettings):
+    """Of SiNGER."""
+
+    rank: int = setting(64, COUNT, "of the refiner, at most the teacher's width")
+    quantile: float = setting(
+        0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
+    )
+    weights: SingerWeights = section(SingerWeights())
+    nullspace: NullSpaceSettings = section(NullSpaceSettings())
+
+
 class Refiner(nnx.Module):
     """A low-rank update of the patch tokens: F + F A B Q (paper section 3.1).
 
     Args:
       space: singular vectors and values of what reads the layer.
-      config: reads `rank` and `nullspace`.
+      rank: of the update.
+      settings: how the null space is used.
       rngs: stream `params` for random directions.
 
     Attributes:
@@ -54,8 +80,9 @@ class Refiner(nnx.Module):
       singular_values, threshold, null_dim: [dim], tau and how many lie below it, for reports.
     """
 
-    def __init__(self, space: nullspace.NullSpace, config: Any, rngs: nnx.Rngs) -> None:
-        settings, rank = config.nullspace, config.rank
+    def __init__(
+        self, space: nullspace.NullSpace, rank: int, settings: NullSpaceSettings, rngs: nnx.Rngs
+    ) -> None:
         tau = nullspace.threshold_value(space, settings.rule, settings.threshold)
         self.singular_values = Constant(space.values)
         self.threshold = Constant(tau)
@@ -159,26 +186,29 @@ def cosine_similarity_matrix(
 class Singer(Method):
     """SiNGER with `project`, `soft`, `init` or `random` refiners."""
 
+    Settings = SingerSettings
+
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: SingerSettings,
+        rngs: nnx.Rngs,
     ) -> None:
-        check(teacher.arch, config)
+        check(teacher.arch, settings)
         self.teacher_layers, self.student_layers = distilled_layers(
-            config, DEPTHS, teacher.arch, student
+            settings, DEPTHS, teacher.arch, student
         )
-        self.tokens = match_tokens(student, teacher.arch, config)
+        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
         self.last = teacher.arch.depth - 1
-        self.quantile = config.quantile
-        weights = config.weights
-        self.kd_weight = 1.0 if weights.kd is None else weights.kd
-        self.outlier_weight = weights.outlier
-        self.info_weight = weights.info
+        self.quantile = settings.quantile
+        self.weights = settings.weights
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            source = nullspace.linear_map(teacher, layer, config.nullspace.source)
+            source = nullspace.linear_map(teacher, layer, settings.nullspace.source)
             space = nullspace.decompose(source)
-            self.refiner[str(layer)] = Refiner(space, config, rngs)
+            self.refiner[str(layer)] = Refiner(space, settings.rank, settings.nullspace, rngs)
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
             )
@@ -214,9 +244,9 @@ class Singer(Method):
             previous = patches
         layers = len(self.teacher_layers)
         return {
-            "kd": self.kd_weight * kd / layers,
-            "outlier": self.outlier_weight * outlier / layers,
-            "info": self.info_weight * info / layers,
+            "kd": self.weights.kd * kd / layers,
+            "outlier": self.weights.outlier * outlier / layers,
+            "info": self.weights.info * info / layers,
         }
 
     def diagnose(self, teacher: Forward | None) -> Scalars:
@@ -294,9 +324,9 @@ class Singer(Method):
         return metrics
 
 
-def check(teacher: Architecture, config: Any) -> None:
+def check(teacher: Architecture, settings: SingerSettings) -> None:
     """Raises `InputError` for settings that do not fit the teacher."""
-    if config.rank > teacher.embed_dim:
-        raise InputError(f"method.rank: {config.rank} is not in 1..{teacher.embed_dim}")
-    settings = config.nullspace
-    nullspace.check_threshold(settings.rule, settings.threshold, teacher.embed_dim)
+    if settings.rank > teacher.embed_dim:
+        raise InputError(f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}")
+    rule, threshold = settings.nullspace.rule, settings.nullspace.threshold
+    nullspace.check_threshold(rule, threshold, teacher.embed_dim)

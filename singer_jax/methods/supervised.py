@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars, cross_entropy
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedSettings(Settings):
+    """None."""
 
 
 class Supervised(Method):
     """The quickstart's teacher, and the baseline without distillation."""
 
+    Settings = SupervisedSettings
+
     @classmethod
-    def needs(cls, config: Any) -> Needs:
+    def needs(cls, settings: Settings) -> Needs:
         """Labels and logits, no teacher."""
         return Needs(teacher=False, logits=True, labels=True)
 
     def __init__(
-        self, teacher: VisionTransformer | None, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer | None,
+        student: Architecture,
+        settings: Settings,
+        rngs: nnx.Rngs,
     ) -> None:
-        """Has no parts of its own; the arguments are those of every method."""
+        """Has no parts and no settings of its own; the arguments are those of every method."""
 
     def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Term `ce`."""

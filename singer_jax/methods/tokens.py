@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +67,17 @@ class TokenMatch:
         return ", ".join(compared)
 
 
-def match_tokens(student: Architecture, teacher: Architecture, config: Any) -> TokenMatch:
+def match_tokens(student: Architecture, teacher: Architecture, resample_grids: bool) -> TokenMatch:
     """The tokens that are compared.
 
     Args:
       student, teacher: architectures.
-      config: reads `resample_grids`.
+      resample_grids: the student's patches may be resampled onto the teacher's grid.
 
     Raises:
       InputError: another grid of patches, and `resample_grids` is off.
     """
-    if student.grid != teacher.grid and not config.resample_grids:
+    if student.grid != teacher.grid and not resample_grids:
         raise InputError(
             f"the student has {student.grid[0]} x {student.grid[1]} patches, the teacher "
             f"{teacher.grid[0]} x {teacher.grid[1]}: set method.resample_grids=True to compare on "

@@ -7,8 +7,8 @@ two forms of the SiNGER repository: its own (`ViTKD`) and that of the authors of
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from singer_jax.methods.base import (
     Forward,
     Method,
     Scalars,
+    TokenSettings,
     freeze,
     linear_adapter,
     match_layers,
@@ -29,6 +30,37 @@ from singer_jax.methods.base import (
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import BETWEEN, FROM_ZERO, NOT_NEGATIVE, Each, Flag
+from singer_jax.settings import Settings, section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTKDWeights(Settings):
+    """Of the terms of the loss."""
+
+    mimic: float = setting(1.0, NOT_NEGATIVE, "of the first blocks")
+    generation: float = setting(1.0, NOT_NEGATIVE, "of the generated last block")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTKDSettings(TokenSettings):
+    """Of ViTKD as in the SiNGER repository."""
+
+    mimic_layers: tuple[int, ...] = setting(
+        (0, 2), Each(FROM_ZERO), "teacher blocks from 0 that are mimicked"
+    )
+    mask_ratio: float = setting(0.5, BETWEEN, "share of the tokens that is masked")
+    train_generator: bool = setting(
+        True, Flag(), "train what generates; the official code leaves it at its start"
+    )
+    weights: ViTKDWeights = section(ViTKDWeights())
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTKDOfficialSettings(ViTKDSettings):
+    """Of ViTKD as its authors published it."""
+
+    weights: ViTKDWeights = section(ViTKDWeights(mimic=3e-5, generation=3e-6))
 
 
 class Generator(nnx.Module):
@@ -53,22 +85,24 @@ def masking_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]
 class _Masked(Method):
     """What both forms share: layers, tokens, weights, a generator and a mask token."""
 
-    _weights: tuple[float, float]
-
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: ViTKDSettings,
+        rngs: nnx.Rngs,
     ) -> None:
         arch = teacher.arch
         last = arch.depth - 1
-        mimic = tuple(int(layer) for layer in config.mimic_layers)
+        mimic = tuple(int(layer) for layer in settings.mimic_layers)
         for layer in mimic:
             if not 0 <= layer < last:
                 raise InputError(
                     f"method.mimic_layers: {layer} is not in 0..{last - 1} (the teacher's last "
                     f"block, {last}, is generated)"
                 )
-        matched = match_layers(config.matching, mimic, arch.depth, student.depth)
-        (generated,) = match_layers(config.matching, (last,), arch.depth, student.depth)
+        matched = match_layers(settings.matching, mimic, arch.depth, student.depth)
+        (generated,) = match_layers(settings.matching, (last,), arch.depth, student.depth)
         if generated in matched:
             raise InputError(
                 f"method.mimic_layers: student block {generated} would both mimic and generate; "
@@ -76,14 +110,9 @@ class _Masked(Method):
             )
         self.teacher_layers = (*mimic, last)
         self.student_layers = (*matched, generated)
-        self.tokens = match_tokens(student, arch, config)
-        self.mask_ratio = config.mask_ratio
-        self.mimic_weight, self.generation_weight = (
-            default if weight is None else weight
-            for default, weight in zip(
-                self._weights, (config.weights.mimic, config.weights.generation), strict=True
-            )
-        )
+        self.tokens = match_tokens(student, arch, settings.resample_grids)
+        self.mask_ratio = settings.mask_ratio
+        self.weights = settings.weights
         self.mask_token = nnx.Param(
             jax.nn.initializers.normal(0.02)(rngs.params(), (1, 1, arch.embed_dim))
         )
@@ -92,12 +121,16 @@ class _Masked(Method):
 class ViTKD(_Masked):
     """Mean squared errors of all tokens: two mimicked blocks, and the masked tokens of the last."""
 
-    _weights = (1.0, 1.0)
+    Settings = ViTKDSettings
 
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: ViTKDSettings,
+        rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(teacher, student, config, rngs)
+        super().__init__(teacher, student, settings, rngs)
         dim = teacher.arch.embed_dim
         self.adapter = nnx.Dict(
             {
@@ -106,7 +139,7 @@ class ViTKD(_Masked):
             }
         )
         self.generator = nnx.Dict({str(self.student_layers[-1]): Generator(dim, rngs)})
-        if not config.train_generator:
+        if not settings.train_generator:
             freeze(self.generator)
             freeze(self, "mask_token")
 
@@ -130,20 +163,24 @@ class ViTKD(_Masked):
         elements = jnp.maximum(jnp.sum(masked), 1) * generated.shape[-1]
         generation = jnp.sum(jnp.where(masked, squared, 0.0)) / elements
         return {
-            "mimic": self.mimic_weight * mimic,
-            "generation": self.generation_weight * generation,
+            "mimic": self.weights.mimic * mimic,
+            "generation": self.weights.generation * generation,
         }
 
 
 class ViTKDOfficial(_Masked):
     """Squared errors of the patches, summed over an image; a fixed number of patches is masked."""
 
-    _weights = (3e-5, 3e-6)
+    Settings = ViTKDOfficialSettings
 
     def __init__(
-        self, teacher: VisionTransformer, student: Architecture, config: Any, rngs: nnx.Rngs
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: ViTKDOfficialSettings,
+        rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(teacher, student, config, rngs)
+        super().__init__(teacher, student, settings, rngs)
         dim = teacher.arch.embed_dim
         self.mimic = nnx.Dict(
             {
@@ -153,7 +190,7 @@ class ViTKDOfficial(_Masked):
         )
         self.align = linear_adapter(student.embed_dim, dim, rngs)
         self.generator = Generator(dim, rngs)
-        if not config.train_generator:
+        if not settings.train_generator:
             for part in (self.mimic, self.align, self.generator):
                 freeze(part)
             freeze(self, "mask_token")
@@ -182,8 +219,8 @@ class ViTKDOfficial(_Masked):
         )
         generation = jnp.sum(jnp.where(masked, jnp.square(generated - of_teacher[-1]), 0.0))
         return {
-            "mimic": self.mimic_weight * mimic / images,
-            "generation": self.generation_weight / self.mask_ratio * generation / images,
+            "mimic": self.weights.mimic * mimic / images,
+            "generation": self.weights.generation / self.mask_ratio * generation / images,
         }
 
     def _masked(self, noise: Float[Array, "batch patches"]) -> Bool[Array, "batch patches"]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Scalars
+from singer_jax.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSumSettings(Settings):
+    """Weights and settings of different methods."""
+
+    methods: tuple[tuple[float, Settings], ...] = ()
 
 
 class WeightedSum(Method):

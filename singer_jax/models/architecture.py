@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from singer_jax import backends
+from singer_jax.ranges import NOT_NEGATIVE, SIDE, Each, Either, Flag, OneOf, Range, optional
+from singer_jax.settings import Settings, setting
 
 # Names of timm's arguments that have a meaning here.
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -18,61 +20,73 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class Architecture(Settings):
     """What timm's keyword arguments of the same names say about a vision transformer.
 
-    Attributes:
-      img_size: input height and width in pixels.
-      patch_size: side of a square patch in pixels.
-      embed_dim: width of the residual stream.
-      depth: number of blocks.
-      num_heads: attention heads; `embed_dim` is a multiple of it.
-      mlp_ratio: hidden width of the MLP over `embed_dim`.
-      num_classes: outputs of the head; 0 leaves the head out.
-      class_token: whether there is one.
-      reg_tokens: register tokens, after the class token.
-      no_embed_class: the position embedding covers patches only (DeiT-III, registers).
-      pre_norm: LayerNorm before the first block, and no bias in the patch embedding (CLIP).
-      init_values: initial LayerScale factor; None leaves LayerScale out.
-      norm_eps: epsilon of every LayerNorm.
-      act_layer: `gelu` or `quick_gelu`.
-      mlp_layer: `mlp`, `swiglu_packed` (DINOv2 giant) or `swiglu` (DINOv3).
-      qkv_bias: whether attention projects with a bias.
-      global_pool: what the head reads after the norm: the class token (`token`), the mean of the
-        patches (`avg`) or attention pooling (`map`, SigLIP).
-      eva: timm's class Eva as DINOv3 configures it: rotary instead of learned positions, no bias of
-        the keys.
+    The bounds are far above any published model.
 
     Raises:
-      ValueError: if the image is not a whole number of patches, the width not one of heads, or a
-        name is unknown.
+      InputError: a value that its field may not have.
+      ValueError: the image is not a whole number of patches, or the width not one of heads.
     """
 
-    img_size: tuple[int, int] = (224, 224)
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    class_token: bool = True
-    reg_tokens: int = 0
-    no_embed_class: bool = False
-    pre_norm: bool = False
-    init_values: float | None = None
-    norm_eps: float = 1e-6
-    act_layer: str = "gelu"
-    mlp_layer: str = "mlp"
-    qkv_bias: bool = True
-    global_pool: str = "token"
-    eva: bool = False
+    img_size: tuple[int, int] = setting(
+        (224, 224),
+        Either((SIDE, Each(SIDE, length=2))),
+        "height and width of the input; one number for a square",
+        "pixels",
+    )
+    patch_size: int = setting(16, Range(1, 2**12, whole=True), "side of a square patch", "pixels")
+    embed_dim: int = setting(768, Range(1, 2**16, whole=True), "width of the residual stream")
+    depth: int = setting(12, Range(1, 1000, whole=True), "number of blocks")
+    num_heads: int = setting(
+        12, Range(1, 2**12, whole=True), "attention heads; `embed_dim` is a multiple of it"
+    )
+    mlp_ratio: float = setting(
+        4.0, Range(0, 64, low_open=True), "hidden width of the MLP over `embed_dim`"
+    )
+    num_classes: int = setting(
+        1000, Range(0, 2**24, whole=True), "outputs of the head; 0 leaves the head out"
+    )
+    class_token: bool = setting(True, Flag(), "whether there is a class token")
+    reg_tokens: int = setting(
+        0, Range(0, 2**10, whole=True), "register tokens, after the class token"
+    )
+    no_embed_class: bool = setting(
+        False, Flag(), "the position embedding covers patches only (DeiT-III, registers)"
+    )
+    pre_norm: bool = setting(
+        False,
+        Flag(),
+        "LayerNorm before the first block, and no bias in the patch embedding (CLIP)",
+    )
+    init_values: float | None = setting(
+        None, optional(NOT_NEGATIVE), "initial LayerScale factor; None leaves LayerScale out"
+    )
+    norm_eps: float = setting(1e-6, Range(0, 1, low_open=True), "epsilon of every LayerNorm")
+    act_layer: str = setting("gelu", OneOf(ACTIVATIONS), "activation of the MLP")
+    mlp_layer: str = setting(
+        "mlp", OneOf(MLPS), "`swiglu_packed` as in DINOv2 giant, `swiglu` as in DINOv3"
+    )
+    qkv_bias: bool = setting(True, Flag(), "whether attention projects with a bias")
+    global_pool: str = setting(
+        "token",
+        OneOf(POOLS),
+        "what the head reads after the norm: the class token, the mean of the patches (`avg`) or "
+        "attention pooling (`map`, SigLIP)",
+    )
+    eva: bool = setting(
+        False,
+        Flag(),
+        "timm's class Eva as DINOv3 configures it: rotary instead of learned positions, no bias of "
+        "the keys",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "embed_dim", "depth", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r} is not a positive number")
-        if any(side <= 0 or side % self.patch_size for side in self.img_size):
+        super().__post_init__()
+        if isinstance(self.img_size, int):
+            object.__setattr__(self, "img_size", (self.img_size,) * 2)
+        if any(side % self.patch_size for side in self.img_size):
             raise ValueError(
                 f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
             )
@@ -90,13 +104,6 @@ class Architecture:
             )
         if self.eva and self.embed_dim // self.num_heads % 4:
             raise ValueError("rotary positions need a head width that is a multiple of 4")
-        for name, known in (
-            ("act_layer", ACTIVATIONS),
-            ("mlp_layer", MLPS),
-            ("global_pool", POOLS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs a class token")
 
@@ -143,3 +150,7 @@ class Numerics:
     def choices(self) -> backends.Choices:
         """What is computed differently on this backend."""
         return backends.choices(self.backend)
+
+
+# What overrides of an architecture may be, by field.
+FIELDS = {field.name: field.metadata["setting"] for field in dataclasses.fields(Architecture)}

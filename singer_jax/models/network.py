@@ -14,10 +14,50 @@ from jaxtyping import Array, Float, Num
 
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.architecture import FIELDS
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import check_weights, model_arguments, spec_of_weights
 from singer_jax.models.zoo import ModelSpec
+from singer_jax.ranges import TEXT, Flag
+from singer_jax.settings import ABSENT, Setting, Settings, section, setting
+
+
+class _Overrides:
+    """A section of some fields of `Architecture`."""
+
+    def leaves(self, value: Mapping[str, Any], prefix: str) -> dict[str, Setting]:
+        return {
+            prefix + name: dataclasses.replace(field, default=value.get(name, ABSENT))
+            for name, field in FIELDS.items()
+        }
+
+    def to_dict(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(value)
+
+    def from_flat(
+        self, value: Mapping[str, Any], flat: Mapping[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        given = {name: flat[prefix + name] for name in FIELDS if prefix + name in flat}
+        return dict(value) | given
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model, and its weights."""
+
+    model: str = setting("", TEXT, "timm name; empty: as the config.json beside the weights says")
+    weights: str = setting("", TEXT, "hub name, file or run; empty: random")
+    overrides: Mapping[str, Any] = section({}, _Overrides())
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSettings(ModelSettings):
+    """Which model to train, and from where."""
+
+    remat: bool = setting(
+        False, Flag(), "recompute blocks in the backward pass: less memory, more time"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +95,7 @@ class Network:
 
 def resolve_model(
     role: str,
-    model: str,
-    weights: str,
-    overrides: Mapping[str, Any],
+    settings: ModelSettings,
     image_size: int | None = None,
     normalisation: str = "model",
 ) -> tuple[ModelSpec, Path | None]:
@@ -65,9 +103,7 @@ def resolve_model(
 
     Args:
       role: `teacher` or `student`, for messages.
-      model: a timm name; empty: as the `config.json` beside the weights says.
-      weights: a hub name, a file or a run; empty: none.
-      overrides: fields of its architecture.
+      settings: what the user says of it.
       image_size: side of its input in pixels, where `overrides` do not say it; None: the model's.
       normalisation: `imagenet` takes ImageNet's statistics, `model` its own.
 
@@ -75,8 +111,8 @@ def resolve_model(
       InputError: unknown model or architecture field; weights that are not there or of another
         architecture.
     """
-    file = find_weights(weights) if weights else None
-    fields = dict(overrides)
+    file = find_weights(settings.weights) if settings.weights else None
+    model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
     stated = read_hub_config(file.parent) if file else {}
@@ -88,7 +124,7 @@ def resolve_model(
     spec = zoo.lookup(model, fields)
     if file:
         spec = spec_of_weights(spec, file)
-        classes = overrides.get("num_classes", spec.arch.num_classes)
+        classes = settings.overrides.get("num_classes", spec.arch.num_classes)
         if classes != spec.arch.num_classes:
             raise InputError(
                 f"{role}.overrides: num_classes {classes}, but the head in {file} has "

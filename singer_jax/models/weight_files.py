@@ -16,14 +16,24 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from singer_jax import ranges
-from singer_jax.allowed import HUB_CONFIG
 from singer_jax.errors import InputError
 from singer_jax.files import as_path, cached, download, is_remote
+from singer_jax.models.architecture import FIELDS
 from singer_jax.models.torch_file import open_torch_file
+from singer_jax.ranges import POSITIVE, SIDE, Allowed, Each, Range, Text
 
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+
+# What is read of timm's config.json beside weights; its `model_args` are fields of `Architecture`.
+HUB_CONFIG: Mapping[str, Allowed] = {
+    "architecture": Text("\\S+", "the name of a model"),
+    "num_classes": FIELDS["num_classes"].allowed,
+    "pretrained_cfg.input_size": Each(SIDE, length=3),
+    "pretrained_cfg.mean": Each(Range(), length=3),
+    "pretrained_cfg.std": Each(POSITIVE, length=3),
+}
 
 _LONGEST_KEY = 200  # characters of a tensor's name, far above timm's
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from singer_jax import ranges
-from singer_jax.allowed import ARCHITECTURE
 from singer_jax.errors import InputError, unknown
-from singer_jax.models.architecture import Architecture
+from singer_jax.models.architecture import FIELDS, Architecture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -174,13 +173,9 @@ def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
         raise unknown("model", name, MODELS)
     spec, overrides = MODELS[name], dict(overrides or {})
     for key, value in overrides.items():
-        if key not in ARCHITECTURE:
-            raise unknown(f"architecture field of {name}", key, ARCHITECTURE)
-        ranges.check(f"{key} of {name}", value, ARCHITECTURE[key])
-    if isinstance(overrides.get("img_size"), int):
-        overrides["img_size"] = (overrides["img_size"],) * 2
-    if "img_size" in overrides:
-        overrides["img_size"] = tuple(overrides["img_size"])
+        if key not in FIELDS:
+            raise unknown(f"architecture field of {name}", key, FIELDS)
+        ranges.check(f"{key} of {name}", value, FIELDS[key].allowed)
     try:
         return dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **overrides))
     except ValueError as error:

@@ -28,7 +28,8 @@ from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_t
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
-from singer_jax.training.setup import Setup, setup
+from singer_jax.settings import to_dict
+from singer_jax.training.setup import DistillSettings, Setup, setup
 from singer_jax.training.step import TrainState
 
 _FITTED = 256  # training images that the maps to the teacher's features are fitted on
@@ -89,18 +90,22 @@ class Report:
     note: str = ""
 
 
-def restore(run: epath.Path, config: Any) -> tuple[Setup, TrainState, Params | None, int]:
+def restore(
+    run: epath.Path, settings: DistillSettings
+) -> tuple[Setup, TrainState, Params | None, int]:
     """A run as it is at its latest checkpoint: setup, state, the teacher's parameters, the step.
 
     Raises:
       InputError: no finished checkpoint.
     """
-    source = make_source(config.data.source, config.data.path, TRAIN)
+    source = make_source(settings.data.source, settings.data.path, TRAIN)
     # On the devices that are here, not those of the training.
-    config = config.copy_and_resolve_references()
-    config.mesh.data, config.mesh.fsdp = None, 1
-    config.batch_size = jax.device_count() * config.accumulation
-    prepared = setup(config, len(source), source.num_classes)
+    settings = dataclasses.replace(
+        settings,
+        mesh=parallel.MeshSettings(),
+        batch_size=jax.device_count() * settings.accumulation,
+    )
+    prepared = setup(settings, len(source), source.num_classes)
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
@@ -117,7 +122,7 @@ def read_metrics(run: epath.Path) -> list[dict[str, float]]:
 
 def collect(
     run: epath.Path,
-    config: Any,
+    settings: DistillSettings,
     baselines: dict[str, epath.Path],
     shown: int,
     results: dict[str, dict[str, float | None]],
@@ -127,18 +132,18 @@ def collect(
 
     Args:
       run: the work directory.
-      config: its configuration.
+      settings: of the run.
       baselines: other runs whose students are shown beside, by name.
       shown: how many images.
       results: rows of the results table.
       note: below it.
     """
-    prepared, state, teacher_params, step = restore(run, config)
+    prepared, state, teacher_params, step = restore(run, settings)
     mesh, network = prepared.mesh, prepared.distillation.teacher
     if network is None:
-        raise InputError(f"run: {run} has no teacher to compare with ({config.method.name})")
-    train = make_source(config.data.source, config.data.path, TRAIN)
-    source = _test_or_train(config, train)
+        raise InputError(f"run: {run} has no teacher to compare with ({settings.method_name})")
+    train = make_source(settings.data.source, settings.data.path, TRAIN)
+    source = _test_or_train(settings, train)
     few, fitted = evenly(source, shown), evenly(train, _FITTED)
 
     arch = network.spec.arch
@@ -184,7 +189,7 @@ def collect(
         tokens = of_shown["refined"][last]
         cosine = cosine_to_teacher(tokens, target, None)
         models.append(ModelMaps("teacher, refined", tokens, arch.grid, cosine))
-    students = {f"student, {config.method.name}": run} | baselines
+    students = {f"student, {settings.method_name}": run} | baselines
     for name, folder in students.items():
         backbone = load_backbone(mesh, run=str(folder))
         tokens = patch_tokens(backbone, few)
@@ -205,9 +210,9 @@ def collect(
         for layer in layers
     ]
     return Report(
-        f"{config.method.name}: {network.spec.name} to {prepared.distillation.student.spec.name}, "
-        f"step {step}",
-        config.to_dict(),
+        f"{settings.method_name}: {network.spec.name} to "
+        f"{prepared.distillation.student.spec.name}, step {step}",
+        to_dict(settings),
         read_metrics(run),
         _pixels(few, prepared.image_size),
         models,
@@ -217,9 +222,9 @@ def collect(
     )
 
 
-def _test_or_train(config: Any, train: Source) -> Source:
+def _test_or_train(settings: DistillSettings, train: Source) -> Source:
     try:
-        return make_source(config.data.source, config.data.path, TEST)
+        return make_source(settings.data.source, settings.data.path, TEST)
     except InputError:  # a folder of unlabelled images has no test split
         return train
 

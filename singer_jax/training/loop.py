@@ -13,10 +13,20 @@ import numpy as np
 from singer_jax import hosts, stopping
 from singer_jax.errors import Stopped
 from singer_jax.models.params import Params
+from singer_jax.ranges import COUNT, FROM_ZERO
+from singer_jax.settings import Settings, setting
 from singer_jax.telemetry import Recorder
 from singer_jax.training.step import TrainState
 
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalsSettings(Settings):
+    """Evaluation while training: kNN and the held-out losses, on the test split."""
+
+    every: int = setting(0, FROM_ZERO, "between two evaluations; 0: never", "steps")
+    images: int = setting(1000, COUNT, "of the test split, and of the training split for kNN")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import optax
 
+from singer_jax.ranges import COUNT, DECAY, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Each, OneOf
 from singer_jax.schedules import cosine_schedule
+from singer_jax.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """How parameters are updated."""
+
+    name: str = setting("adamw", OneOf(("adamw", "sgd")), "which optimiser")
+    learning_rate: float = setting(1e-3, NOT_NEGATIVE, "the peak of the schedule")
+    b1: float = setting(0.9, DECAY, "decay of AdamW's first moment")
+    b2: float = setting(0.999, DECAY, "decay of AdamW's second moment")
+    eps: float = setting(1e-8, NOT_NEGATIVE, "added to the root of AdamW's second moment")
+    weight_decay: float = setting(1e-4, NOT_NEGATIVE, "of every parameter")
+    momentum: float = setting(0.9, DECAY, "of SGD")
+    clip_norm: float = setting(0.0, NOT_NEGATIVE, "largest norm of all gradients; 0: any")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings(Settings):
+    """The learning rate by step."""
+
+    name: str = setting("cosine", OneOf(("cosine", "multistep")), "its shape")
+    warmup_epochs: int = setting(5, FROM_ZERO, "linear warm-up of `cosine`", "epochs")
+    final_ratio: float = setting(1e-4, SHARE, "last over largest learning rate of `cosine`")
+    milestones: tuple[int, ...] = setting(
+        (30, 60, 90), Each(COUNT), "when `multistep` lowers the learning rate", "epochs"
+    )
+    gamma: float = setting(0.1, POSITIVE, "what `multistep` multiplies it with")
 
 
 def make_schedule(
-    config: Any, learning_rate: float, steps: int, steps_per_epoch: int
+    settings: ScheduleSettings, learning_rate: float, steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     Args:
-      config: the `schedule` part: `name` (`cosine`, `multistep`), `warmup_epochs`, `final_ratio`,
-        `milestones` (epochs), `gamma`.
+      settings: of the schedule.
       learning_rate: the peak.
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch).
     """
-    if config.name == "cosine":
-        warmup = config.warmup_epochs * steps_per_epoch
-        return cosine_schedule(learning_rate, steps, warmup, config.final_ratio)
-    boundaries = {epoch * steps_per_epoch: config.gamma for epoch in config.milestones}
+    if settings.name == "cosine":
+        warmup = settings.warmup_epochs * steps_per_epoch
+        return cosine_schedule(learning_rate, steps, warmup, settings.final_ratio)
+    boundaries = {epoch * steps_per_epoch: settings.gamma for epoch in settings.milestones}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
 
-def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimizerSettings, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     """AdamW, or SGD with weight decay added to the gradient, equal to PyTorch's.
 
     Args:
-      config: the `optimizer` part: `name`, `b1`, `b2`, `eps`, `weight_decay` (on every parameter),
-        `momentum`, `clip_norm` (0: no clipping).
+      settings: of the optimiser; the learning rate is `schedule`'s.
       schedule: learning rate by step.
     """
-    if config.name == "adamw":
+    if settings.name == "adamw":
         update = optax.adamw(
-            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+            schedule, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay
         )
     else:
         update = optax.chain(
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(schedule, config.momentum or None),
+            optax.add_decayed_weights(settings.weight_decay),
+            optax.sgd(schedule, settings.momentum or None),
         )
-    if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if settings.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
     return update

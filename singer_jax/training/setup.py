@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs, failing early and saying why."""
+"""From settings to everything a run needs, failing early and saying why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from singer_jax import backends, methods, parallel
+from singer_jax.checkpoints import CheckpointSettings
+from singer_jax.data.registry import TrainingDataSettings
 from singer_jax.errors import InputError
 from singer_jax.methods import Method, Needs
+from singer_jax.methods.section import MethodSection
+from singer_jax.methods.singer import SingerSettings
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.models.network import Network, resolve_model
+from singer_jax.models.network import ModelSettings, Network, StudentSettings, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import (
@@ -25,8 +28,51 @@ from singer_jax.models.weights import (
     load_model,
 )
 from singer_jax.models.zoo import ModelSpec
-from singer_jax.training.optimizer import make_optimizer, make_schedule
+from singer_jax.ranges import COUNT, SEED, OneOf, optional
+from singer_jax.settings import Settings, section, setting
+from singer_jax.telemetry import LogSettings
+from singer_jax.training.loop import EvalsSettings
+from singer_jax.training.optimizer import (
+    OptimizerSettings,
+    ScheduleSettings,
+    make_optimizer,
+    make_schedule,
+)
 from singer_jax.training.step import Distillation, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings(Settings):
+    """All of a distillation."""
+
+    job: str = setting("distill", OneOf(("distill",)), "the command")
+    seed: int = setting(0, SEED, "of everything random")
+    steps: int | None = setting(
+        None, optional(COUNT), "of the run; None: epochs x ceil(examples / batch_size)"
+    )
+    epochs: int = setting(100, COUNT, "passes over the images, where `steps` is None")
+    batch_size: int = setting(512, COUNT, "of all devices together", "images")
+    accumulation: int = setting(1, COUNT, "micro-batches a step")
+    precision: str = setting(
+        "bfloat16",
+        OneOf(tuple(PRECISIONS)),
+        "of activations, and of the teacher's parameters",
+    )
+    teacher: ModelSettings = section(ModelSettings())
+    student: StudentSettings = section(StudentSettings())
+    method: Settings = section(SingerSettings(), MethodSection())
+    data: TrainingDataSettings = section(TrainingDataSettings())
+    optimizer: OptimizerSettings = section(OptimizerSettings())
+    schedule: ScheduleSettings = section(ScheduleSettings())
+    mesh: parallel.MeshSettings = section(parallel.MeshSettings())
+    checkpoint: CheckpointSettings = section(CheckpointSettings())
+    evals: EvalsSettings = section(EvalsSettings())
+    log: LogSettings = section(LogSettings())
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, or those of the summed ones."""
+        return " + ".join(methods.chosen(self.method))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,56 +108,58 @@ class Setup:
     init_state: Callable[[Params | None], TrainState]
 
 
-def setup(config: Any, examples: int, num_classes: int, mesh: Mesh | None = None) -> Setup:
-    """Checks a configuration and prepares its run.
+def setup(
+    settings: DistillSettings, examples: int, num_classes: int, mesh: Mesh | None = None
+) -> Setup:
+    """Checks settings against models and devices, and prepares their run.
 
     Args:
-      config: as `singer_jax.config.default` describes it.
+      settings: of the run.
       examples: size of the training split.
       num_classes: of its labels; 0 without labels.
       mesh: of the devices that will compute, which may be only described; None: as configured, of
         the devices that are here.
 
     Raises:
-      InputError: anything in the configuration that cannot work; before any long work.
+      InputError: anything in the settings that cannot work; before any long work.
     """
-    needs = methods.needs(config.method)
+    needs = methods.needs(settings.method)
     if needs.labels and not num_classes:
         raise InputError(
             "the method needs labels, but the images have none; put them into one folder a class"
         )
-    mesh = mesh or parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if config.batch_size % (mesh.size * config.accumulation):
+    mesh = mesh or parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    if settings.batch_size % (mesh.size * settings.accumulation):
         raise InputError(
-            f"batch_size: {config.batch_size} is not divisible by {mesh.size} devices x "
-            f"{config.accumulation} micro-batches"
+            f"batch_size: {settings.batch_size} is not divisible by {mesh.size} devices x "
+            f"{settings.accumulation} micro-batches"
         )
-    steps_per_epoch = math.ceil(examples / config.batch_size)
-    steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
-    learning_rate = config.optimizer.learning_rate
-    schedule = make_schedule(config.schedule, learning_rate, steps, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    steps_per_epoch = math.ceil(examples / settings.batch_size)
+    steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
+    learning_rate = settings.optimizer.learning_rate
+    schedule = make_schedule(settings.schedule, learning_rate, steps, steps_per_epoch)
+    optimizer = make_optimizer(settings.optimizer, schedule)
 
-    dtype = PRECISIONS[config.precision]
+    dtype = PRECISIONS[settings.precision]
     teacher, abstract_teacher, teacher_weights = None, None, None
     backend = parallel.platform(mesh)
     teacher_numerics = Numerics(
         dtype, dtype, backend=backend, stacked=backends.choices(backend).stack_frozen
     )
     if needs.teacher:
-        teacher_spec, teacher_weights = _resolve("teacher", config)
+        teacher_spec, teacher_weights = _resolve("teacher", settings)
         if not teacher_weights:
             raise InputError("teacher.weights: empty; give a hub name, a file or a run")
         graph, abstract_teacher = abstract_model(teacher_spec.arch, teacher_numerics)
         teacher = Network(teacher_spec, graph)
 
-    student_spec, student_weights = _resolve("student", config)
-    if not student_weights and "num_classes" not in config.student.overrides:
+    student_spec, student_weights = _resolve("student", settings)
+    if not student_weights and "num_classes" not in settings.student.overrides:
         classes = teacher.spec.arch.num_classes if needs.teacher_logits else num_classes
         arch = dataclasses.replace(student_spec.arch, num_classes=classes * needs.logits)
         student_spec = dataclasses.replace(student_spec, arch=arch)
     _check_heads(needs, student_spec, teacher, num_classes)
-    student_numerics = Numerics(dtype, jnp.float32, config.student.remat, backend)
+    student_numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
     student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
 
     def place(abstract: Params) -> Params:
@@ -122,8 +170,8 @@ def setup(config: Any, examples: int, num_classes: int, mesh: Mesh | None = None
 
     def make_method(teacher_params: Params | None) -> Method:
         model = teacher.merge(teacher_params) if teacher else None
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 1))
-        return methods.make(model, student_spec.arch, config.method, rngs)
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
+        return methods.make(model, student_spec.arch, settings.method, rngs)
 
     abstract_method = nnx.eval_shape(make_method, abstract_teacher)
     distillation = Distillation(
@@ -135,12 +183,12 @@ def setup(config: Any, examples: int, num_classes: int, mesh: Mesh | None = None
         blocks=student_spec.arch.depth if needs.logits else max(abstract_method.student_layers) + 1,
         head=needs.logits,
         teacher_reads=abstract_method.teacher_reads,
-        seed=config.seed,
-        accumulation=config.accumulation,
+        seed=settings.seed,
+        accumulation=settings.accumulation,
     )
 
     def random_student() -> Params:
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(config.seed), 0))
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 0))
         model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
         return nnx.to_pure_dict(nnx.state(model))
 
@@ -185,10 +233,9 @@ def init_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 
 
-def _resolve(role: str, config: Any) -> tuple[ModelSpec, Path | None]:
-    chosen, data = config[role], config.data
-    settings = (chosen.model, chosen.weights, dict(chosen.overrides))
-    return resolve_model(role, *settings, data.image_size, data.normalisation)
+def _resolve(role: str, settings: DistillSettings) -> tuple[ModelSpec, Path | None]:
+    data = settings.data
+    return resolve_model(role, getattr(settings, role), data.image_size, data.normalisation)
 
 
 def _check_heads(

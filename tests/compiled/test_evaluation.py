@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks.topology import tpu_mesh
-from singer_jax import config, parallel
+from singer_jax import parallel
 from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
@@ -81,8 +81,7 @@ def test_feature_extraction_and_scores(chips, model, compiles: Compile, kind):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_published_probe_s_step(chips, model, compiles: Compile, kind):
-    settings = config.probe()
-    settings.epochs, settings.batch_size = 2, IMAGES
+    settings = probe.ProbeSettings(epochs=2, batch_size=IMAGES)
     trainer = probe.CropTrainer(TASKS[kind], model, np.zeros(64), None, None, settings)
     step = trainer.crop_step(64, (0.1, 0.5))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(chips))
@@ -91,8 +90,7 @@ def test_the_published_probe_s_step(chips, model, compiles: Compile, kind):
 
 
 def test_an_epoch_of_the_fast_probe(chips, model, compiles: Compile):
-    settings = config.probe()
-    settings.epochs, settings.batch_size = 2, IMAGES
+    settings = probe.ProbeSettings(epochs=2, batch_size=IMAGES)
     train = Examples(np.zeros((64, 1024), np.float32), np.zeros(64, np.int32))
     task = TASKS["classification"]
     trainer = probe.FeatureTrainer(task, train, task.head_shape(model.arch), settings, mesh=chips)

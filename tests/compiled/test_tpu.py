@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from benchmarks.make_inputs import write_blank_weights
 from benchmarks.topology import tpu_mesh
 from singer_jax import checkpoints, parallel
+from singer_jax.config import settings_of
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
 from singer_jax.methods import nullspace
@@ -45,7 +46,7 @@ def prepare(
     config.method.mimic_layers = (0,)
     config.precision, config.batch_size = "bfloat16", IMAGES
     config.update_from_flattened_dict(changes)
-    return setup(config, examples=1000, num_classes=1000, mesh=mesh)
+    return setup(settings_of(config), examples=1000, num_classes=1000, mesh=mesh)
 
 
 def batch_of(run: Setup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:

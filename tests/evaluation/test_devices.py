@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from singer_jax import config as config_lib
 from singer_jax import parallel
 from singer_jax.data.sources import Record
 from singer_jax.evaluation import memory
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
 from singer_jax.evaluation.heads import Depth, Segmentation
 from singer_jax.evaluation.knn import knn_top1
-from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, count, score
+from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeSettings, count, score
 from singer_jax.evaluation.progress import Progress
 from singer_jax.evaluation.spread import pick, spread
 from tests import tiny
@@ -62,13 +61,12 @@ def backbone_on(weights):
 
 
 def crop_trainer(backbone: Backbone, task: object) -> CropTrainer:
-    source, config = Pixels(task), config_lib.probe()
-    config.epochs, config.batch_size = 1, 16
+    source, settings = Pixels(task), ProbeSettings(epochs=1, batch_size=16)
 
     def centre_of(split: object) -> Examples:
         return backbone.extract(split, task, source)
 
-    return CropTrainer(task, backbone, source, source, centre_of, config)
+    return CropTrainer(task, backbone, source, source, centre_of, settings)
 
 
 def collectives(program: str) -> dict[str, int]:
@@ -143,10 +141,9 @@ def test_stored_features_train_the_heads_of_one_device(mesh, bytes_, monkeypatch
     task, rng = Segmentation(3), np.random.default_rng(0)
     features = rng.standard_normal((21, 2, 2, 5)).astype(np.float16)
     train = Examples(features, rng.integers(-1, 3, (21, 4, 4)).astype(np.int32))
-    config = config_lib.probe()
-    config.epochs, config.batch_size = 3, 10
+    settings = ProbeSettings(epochs=3, batch_size=10)
     one, many = (
-        FeatureTrainer(task, train, (5, 3), config, mesh=parallel.make_mesh(*shape))
+        FeatureTrainer(task, train, (5, 3), settings, mesh=parallel.make_mesh(*shape))
         for shape in ((1, 1), mesh)
     )
     for a, b in zip(one.train(np.arange(21), RATES), many.train(np.arange(21), RATES), strict=True):

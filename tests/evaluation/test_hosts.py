@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from singer_jax import config as config_lib
 from singer_jax import main
+from singer_jax.config import settings_of
 from singer_jax.jobs import evaluate, export, nullspace, report
 from tests import runs, tiny
 from tests.data import official
@@ -41,19 +42,19 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
         config.probe.protocol, config.probe.epochs, config.probe.views = protocol, 2, 1
         config.probe.batch_size = 5
         config.tasks = ("imagenet", "imagenet_v2", "ade20k") if name == "fast" else ("nyud",)
-        evaluate.evaluate(config, workdir / name)
+        evaluate.evaluate(settings_of(config), workdir / name)
     config = config_lib.export()
     config.run, config.stablehlo = str(inputs / "run"), False
-    export.export(config, workdir / "export")
+    export.export(settings_of(config), workdir / "export")
     config = config_lib.report()
     config.run, config.images = str(inputs / "run"), 3
-    report.report(config, workdir)
+    report.report(settings_of(config), workdir)
     config = config_lib.null_spaces()
     config.teacher = tiny.config(inputs / "teacher.safetensors").teacher
     config.data.source, config.data.workers, config.images = "digits", 0, 11
     config.mesh.data, config.mesh.fsdp, config.precision = 1, 2, "float32"
     config.sources, config.thresholds, config.rank = ("mlp",), ("quantile=0.5",), 2
-    nullspace.nullspace(config, workdir / "nullspace")
+    nullspace.nullspace(settings_of(config), workdir / "nullspace")
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,20 @@
 """The linear probe: rates trained together, chosen without the test split."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from singer_jax import config as config_lib
 from singer_jax.errors import InputError
 from singer_jax.evaluation import memory
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.heads import Classification
-from singer_jax.evaluation.probe import FeatureTrainer, probe
+from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
 
 
 @pytest.fixture
-def config():
-    config = config_lib.probe()
-    config.epochs, config.batch_size = 5, 16
-    return config
+def settings() -> ProbeSettings:
+    return ProbeSettings(epochs=5, batch_size=16)
 
 
 TASK, SHAPE = Classification(4), (6, 4)
@@ -30,10 +29,10 @@ def clusters(images: int, seed: int, classes: int = 4, dim: int = 6) -> Examples
     return Examples(values.astype(np.float32), labels)
 
 
-def test_rates_trained_together_are_those_trained_alone(config):
+def test_rates_trained_together_are_those_trained_alone(settings):
     train, chosen = clusters(70, 1), np.arange(70)
     rates = (0.01, 0.5, 3.0)
-    trainer = FeatureTrainer(TASK, train, SHAPE, config, seed=3)
+    trainer = FeatureTrainer(TASK, train, SHAPE, settings, seed=3)
     *_, together = trainer.train(chosen, rates)
     for index, rate in enumerate(rates):
         *_, alone = trainer.train(chosen, (rate,))
@@ -44,21 +43,21 @@ def test_rates_trained_together_are_those_trained_alone(config):
             )
 
 
-def test_the_rate_is_chosen_without_a_look_at_the_test_split(config):
-    config.learning_rates = (1e-6, 0.5)
-    trainer = FeatureTrainer(TASK, clusters(200, 1), SHAPE, config)
+def test_the_rate_is_chosen_without_a_look_at_the_test_split(settings):
+    settings = dataclasses.replace(settings, learning_rates=(1e-6, 0.5))
+    trainer = FeatureTrainer(TASK, clusters(200, 1), SHAPE, settings)
     test = clusters(100, 2)
-    result = probe(trainer, test, config)
+    result = probe(trainer, test, settings)
     assert result.learning_rate == 0.5
     assert result.held_out[0.5] > result.held_out[1e-6]
     assert result.last["top1"] > 80
     # On a test split whose labels are wrong the untrained head would win; the choice stays.
-    wrong = probe(trainer, Examples(test.features, (test.labels + 1) % 4), config)
+    wrong = probe(trainer, Examples(test.features, (test.labels + 1) % 4), settings)
     assert wrong.held_out == result.held_out and wrong.learning_rate == 0.5
 
 
-def test_held_out_images_are_not_trained_on_while_choosing(config):
-    config.learning_rates = (0.1, 0.5)
+def test_held_out_images_are_not_trained_on_while_choosing(settings):
+    settings = dataclasses.replace(settings, learning_rates=(0.1, 0.5))
     seen = []
 
     class Watched(FeatureTrainer):
@@ -70,16 +69,16 @@ def test_held_out_images_are_not_trained_on_while_choosing(config):
             seen.append((0, set(chosen.tolist())))
             return super().centre(chosen)
 
-    probe(Watched(TASK, clusters(50, 1), SHAPE, config), clusters(10, 2), config)
+    probe(Watched(TASK, clusters(50, 1), SHAPE, settings), clusters(10, 2), settings)
     (both, choosing), (_, held_out), (one, final) = seen
     assert (both, one) == (2, 1) and final == set(range(50))
     assert len(held_out) == 5 and not held_out & choosing and held_out | choosing == final
 
 
-def test_a_head_learns_what_can_be_learnt(config):
-    config.epochs = 30
+def test_a_head_learns_what_can_be_learnt(settings):
+    settings = dataclasses.replace(settings, epochs=30)
     train, test = clusters(400, 1), clusters(400, 2)
-    result = probe(FeatureTrainer(TASK, train, SHAPE, config), test, config)
+    result = probe(FeatureTrainer(TASK, train, SHAPE, settings), test, settings)
     nearest = np.argmin(
         [
             np.square(test.features - train.features[train.labels == label].mean(0)).sum(1)
@@ -92,20 +91,20 @@ def test_a_head_learns_what_can_be_learnt(config):
     assert result.best["top1"] >= result.last["top1"] and 1 <= result.best_epoch <= 30
 
 
-def test_images_without_labels_cannot_be_probed(config):
+def test_images_without_labels_cannot_be_probed(settings):
     with pytest.raises(InputError, match="labels"):
-        FeatureTrainer(TASK, clusters(50, 1), (6, 0), config)
+        FeatureTrainer(TASK, clusters(50, 1), (6, 0), settings)
 
 
-def test_views_are_trained_in_turn_and_the_centre_crop_chooses(config, monkeypatch):
-    config.epochs, config.batch_size = 4, 10
+def test_views_are_trained_in_turn_and_the_centre_crop_chooses(monkeypatch):
+    settings = ProbeSettings(epochs=4, batch_size=10)
     one, two, three = (clusters(20, seed) for seed in (1, 2, 3))
     views = Examples(
         np.concatenate([v.features for v in (one, two, three)]),
         np.concatenate([v.labels for v in (one, two, three)]),
         3,
     )
-    trainer = FeatureTrainer(TASK, views, SHAPE, config)
+    trainer = FeatureTrainer(TASK, views, SHAPE, settings)
     assert trainer.images == 20
     np.testing.assert_array_equal(trainer.centre(np.arange(20)).features, one.features)
     whole = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from singer_jax import config as config_lib
 from singer_jax.errors import Stopped
 from singer_jax.evaluation import memory
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.heads import Classification
-from singer_jax.evaluation.probe import FeatureTrainer, probe
+from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
 from singer_jax.evaluation.progress import FileKeeper, Keeper
 from tests import runs, tiny
 
@@ -45,13 +44,12 @@ def examples(images: int, seed: int) -> Examples:
 )
 def test_stopped_anywhere_a_probe_ends_with_the_same_bits(bytes_, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: bytes_)
-    config = config_lib.probe()
-    config.epochs, config.batch_size, config.learning_rates = 3, 16, (0.1, 0.5)
+    settings = ProbeSettings(epochs=3, batch_size=16, learning_rates=(0.1, 0.5))
     train, test = examples(50, 1), examples(20, 2)
 
     def run(keeper: Keeper | None = None) -> tuple:
-        trainer = FeatureTrainer(Classification(4), train, (6, 4), config)
-        result = probe(trainer, test, config, keeper=keeper)
+        trainer = FeatureTrainer(Classification(4), train, (6, 4), settings)
+        result = probe(trainer, test, settings, keeper=keeper)
         return result.head, result.held_out, result.last, result.best, result.best_epoch
 
     file, expected = tmp_path / "probe.npz", run()

@@ -15,10 +15,18 @@ from hypothesis import strategies as st
 from singer_jax import methods
 from singer_jax.config import default
 from singer_jax.errors import InputError
-from singer_jax.methods import singer
-from singer_jax.methods.base import Batch, Forward, distilled_layers, match_layers
+from singer_jax.methods import WeightedSumSettings, singer
+from singer_jax.methods.base import (
+    Batch,
+    Forward,
+    LayerSettings,
+    distilled_layers,
+    match_layers,
+)
+from singer_jax.methods.section import MethodSection
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.settings import Settings, flatten
 
 TEACHER = Architecture(
     img_size=(16, 16), patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=0
@@ -28,11 +36,14 @@ STUDENT = Architecture(
 )
 
 
-def config(protocol: str = "recommended", **nullspace: object) -> object:
+def settings(protocol: str = "recommended", **keys: object) -> Settings:
+    """Of a method; keys of its null space are given without their section."""
     config = default(protocol).method
     config.rank, config.quantile = 4, 0.8
-    config.nullspace.update(nullspace)
-    return config
+    for key, value in keys.items():
+        within = config.nullspace if key in config.nullspace else config
+        within[key] = value
+    return MethodSection().from_flat(singer.SingerSettings(), flatten(config), "")
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +74,14 @@ def patches_of(features: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("use", ["project", "soft"])
 def test_projected_refiners_start_at_the_identity(teacher, images, use):
-    method = singer.Singer(teacher, STUDENT, config(use=use), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings(use=use), nnx.Rngs(0))
     features = teacher.features(images)[2]
     refined = singer.refine(method.refiner["2"], features, 1)
     np.testing.assert_array_equal(refined, features)
 
 
 def test_the_official_start_doubles_the_null_components(teacher, images):
-    method = singer.Singer(teacher, STUDENT, config("paper", threshold=10.0), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings("paper", threshold=10.0), nnx.Rngs(0))
     refiner, patches = method.refiner["2"], patches_of(teacher.features(images)[2])
     directions = refiner.up[...]
     refined = patches + refiner.update(patches)
@@ -78,7 +89,7 @@ def test_the_official_start_doubles_the_null_components(teacher, images):
 
 
 def test_prefix_tokens_pass_unchanged(teacher, images):
-    method = singer.Singer(teacher, STUDENT, config("paper"), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings("paper"), nnx.Rngs(0))
     features = teacher.features(images)[2]
     refined = singer.refine(method.refiner["2"], features, 1)
     np.testing.assert_array_equal(refined[:, 0], features[:, 0])
@@ -86,7 +97,7 @@ def test_prefix_tokens_pass_unchanged(teacher, images):
 
 
 def test_identical_features_have_no_info_loss(teacher, student, images):
-    method = singer.Singer(teacher, STUDENT, config(), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings(), nnx.Rngs(0))
     terms = method.loss(forward(teacher, images), forward(student, images), BATCH)
     # The last layer compares its similarities with those of the layer before it.
     last, before = (patches_of(teacher.features(images)[layer]) for layer in (3, 2))
@@ -95,9 +106,7 @@ def test_identical_features_have_no_info_loss(teacher, student, images):
 
 
 def test_one_distilled_layer_is_compared_with_itself(teacher, student, images):
-    settings = config()
-    settings.layers = ()
-    method = singer.Singer(teacher, STUDENT, settings, nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings(layers=()), nnx.Rngs(0))
     assert method.teacher_layers == (3,)
     terms = method.loss(forward(teacher, images), forward(student, images), BATCH)
     assert terms["info"] == 0
@@ -150,7 +159,7 @@ def test_equal_norms_have_neither_outlier_loss_nor_nan_gradient():
 
 
 def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, student, images):
-    method = singer.Singer(teacher, STUDENT, config("paper"), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings("paper"), nnx.Rngs(0))
     graph, parts, constants = nnx.split(method, nnx.Param, methods.Constant)
     student_graph, student_params = nnx.split(student)
 
@@ -168,13 +177,12 @@ def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, st
 
 
 def test_fitnet_with_weightless_cross_entropy_reaches_the_head(teacher, student, images):
-    settings = config("paper")
-    kind = methods.METHODS["fitnet"]
-    assert kind.needs(settings).logits and not kind.needs(settings).labels
-    method = kind(teacher, STUDENT, settings, nnx.Rngs(0))
+    weightless = settings("paper", name="fitnet")
+    assert methods.needs(weightless).logits and not methods.needs(weightless).labels
+    method = methods.make(teacher, STUDENT, weightless, nnx.Rngs(0))
     terms = method.loss(forward(teacher, images), forward(student, images), BATCH)
     assert terms["ce"] == 0
-    assert not kind.needs(config()).logits
+    assert not methods.needs(settings(name="fitnet")).logits
 
 
 @pytest.mark.parametrize(
@@ -205,34 +213,30 @@ def test_last_block_learns_from_the_last_block(teacher_depth, student_depth, dat
     ("layers", "message"),
     [
         ((4,), "4 is out of range, the teacher has blocks 0 to 3"),
-        ((-1,), "-1 is out of range"),
+        ((0, 0), "distinct"),
         ((2, 1), "ascending"),
         ((0, 1, 2), "4 distilled layers, but the student has only 3 blocks"),
     ],
 )
 def test_bad_layers_are_named(layers, message):
-    settings = config()
-    settings.layers = layers
     with pytest.raises(InputError, match=message):
-        distilled_layers(settings, (0.75,), TEACHER, STUDENT)
+        distilled_layers(LayerSettings(layers=layers), (0.75,), TEACHER, STUDENT)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("nullspace.threshold", 1.5, r"1.5 is not in 0..1, the range of the rule quantile"),
+        ("threshold", 1.5, r"1.5 is not in 0..1, the range of the rule quantile"),
         ("rank", 25, "method.rank: 25 is not in 1..24"),
     ],
 )
 def test_settings_that_do_not_fit_the_teacher_are_named(teacher, key, value, message):
-    settings = config()
-    settings.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=message):
-        singer.Singer(teacher, STUDENT, settings, nnx.Rngs(0))
+        singer.Singer(teacher, STUDENT, settings(**{key: value}), nnx.Rngs(0))
 
 
 def test_the_report_warns_where_there_is_no_null_space(teacher, student, images):
-    method = singer.Singer(teacher, STUDENT, config(rule="absolute", threshold=0.0), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings(rule="absolute", threshold=0.0), nnx.Rngs(0))
     metrics = method.diagnose(forward(teacher, images))
     lines = [line for _, line in method.report(metrics)]
     assert any("teacher layer 2: 0 of 24 singular values" in line for line in lines)
@@ -243,9 +247,8 @@ def test_the_report_warns_where_there_is_no_null_space(teacher, student, images)
 @pytest.mark.parametrize("name", ["vitkd", "vitkd_official"])
 @pytest.mark.parametrize("protocol", ["recommended", "paper"])
 def test_the_generator_is_trained_or_saved_as_it_is(teacher, student, images, name, protocol):
-    settings = config(protocol)
-    settings.name, settings.mimic_layers = name, (0,)
-    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    of_method = settings(protocol, name=name, mimic_layers=(0,))
+    method = methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
     trained = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, nnx.Param))}
     saved = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, methods.Constant))}
     generating = {"generator", "mask_token"}
@@ -260,9 +263,8 @@ def test_the_generator_is_trained_or_saved_as_it_is(teacher, student, images, na
 
 
 def test_masking_differs_from_step_to_step(teacher, student, images):
-    settings = config()
-    settings.name, settings.mimic_layers = "vitkd", (0,)
-    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    of_method = settings(name="vitkd", mimic_layers=(0,))
+    method = methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
     seen = (forward(teacher, images), forward(student, images))
     losses = [
         float(method.loss(*seen, Batch(BATCH.labels, jax.random.key(step)))["generation"])
@@ -274,19 +276,16 @@ def test_masking_differs_from_step_to_step(teacher, student, images):
 @pytest.mark.parametrize("layers", [(3,), (-1,), (0, 1, 2)])
 def test_vitkd_layers_that_cannot_work_are_named(teacher, layers):
     """Block 3 is the last; three blocks leave the student none to generate from."""
-    settings = config()
-    settings.name, settings.mimic_layers = "vitkd", layers
-    with pytest.raises(InputError, match=r"method\.mimic_layers"):
-        methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    with pytest.raises(InputError, match=r"mimic_layers"):
+        of_method = settings(name="vitkd", mimic_layers=layers)
+        methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
 
 
 def test_logit_kd_is_the_divergence_at_its_temperature(images):
     heads = dataclasses.replace(TEACHER, num_classes=5)
     teacher = VisionTransformer(heads, rngs=nnx.Rngs(0))
     student = VisionTransformer(STUDENT, rngs=nnx.Rngs(1))
-    settings = config()
-    settings.name = "logit_kd"
-    method = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    method = methods.make(teacher, STUDENT, settings(name="logit_kd"), nnx.Rngs(0))
     terms = method.loss(forward(teacher, images), forward(student, images), BATCH)
     taught, own = (
         scipy.special.softmax(np.asarray(model(images), np.float64) / 4, axis=1)
@@ -300,9 +299,8 @@ def test_logit_kd_is_the_divergence_at_its_temperature(images):
 
 
 def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
-    settings = config()
-    settings.terms.singer, settings.terms.fitnet = 1.0, 0.25
-    both = methods.make(teacher, STUDENT, settings, nnx.Rngs(0))
+    parts = ((1.0, settings()), (0.25, settings(name="fitnet")))
+    both = methods.make(teacher, STUDENT, WeightedSumSettings(parts), nnx.Rngs(0))
     seen = (forward(teacher, images), forward(student, images), BATCH)
     terms = both.loss(*seen)
     singly = both.methods["singer"].loss(*seen)
@@ -318,9 +316,8 @@ def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
 
 def test_weightless_cross_entropy_minds_no_labels(teacher, images):
     """A head of fewer classes than the data, or of none, has no effect."""
-    settings = config("paper")
     student = VisionTransformer(dataclasses.replace(STUDENT, num_classes=2), rngs=nnx.Rngs(1))
-    method = methods.METHODS["fitnet"](teacher, STUDENT, settings, nnx.Rngs(0))
+    method = methods.make(teacher, STUDENT, settings("paper", name="fitnet"), nnx.Rngs(0))
     batch = Batch(jnp.array([0, 5, 999]), jax.random.key(0))
     terms = method.loss(forward(teacher, images), forward(student, images), batch)
     assert terms["ce"] == 0 and jnp.isfinite(terms["kd"])

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from singer_jax.config import default
 from singer_jax.errors import InputError
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
@@ -21,12 +20,6 @@ def arch(img_size: int = 16, class_token: bool = True, reg_tokens: int = 0) -> A
         reg_tokens=reg_tokens,
         global_pool="token" if class_token else "map",
     )
-
-
-def config(resample_grids: bool = False) -> object:
-    config = default().method
-    config.resample_grids = resample_grids
-    return config
 
 
 def numbered(of: Architecture) -> jnp.ndarray:
@@ -46,7 +39,7 @@ def numbered(of: Architecture) -> jnp.ndarray:
     ],
 )
 def test_prefix_tokens_are_compared_by_role(student, teacher, of_student, of_teacher, words):
-    match = match_tokens(student, teacher, config())
+    match = match_tokens(student, teacher, resample_grids=False)
     np.testing.assert_array_equal(match.of_student(numbered(student))[0, :, 0], list(of_student))
     np.testing.assert_array_equal(match.of_teacher(numbered(teacher))[0, :, 0], list(of_teacher))
     assert words in match.describe()
@@ -54,7 +47,7 @@ def test_prefix_tokens_are_compared_by_role(student, teacher, of_student, of_tea
 
 def test_patches_are_resampled_bilinearly_onto_the_teachers_grid():
     student, teacher = arch(8), arch(16)
-    match = match_tokens(student, teacher, config(resample_grids=True))
+    match = match_tokens(student, teacher, resample_grids=True)
     tokens = jnp.asarray([7.0, 0, 4, 8, 12])[None, :, None]  # 2 x 2 patches: a plane
     resampled = match.of_student(tokens)[0, :, 0]
     assert resampled[0] == 7
@@ -66,4 +59,4 @@ def test_patches_are_resampled_bilinearly_onto_the_teachers_grid():
 
 def test_other_grids_without_the_option_are_an_error():
     with pytest.raises(InputError, match=r"2 x 2 patches.*4 x 4.*method.resample_grids=True"):
-        match_tokens(arch(8), arch(16), config())
+        match_tokens(arch(8), arch(16), resample_grids=False)

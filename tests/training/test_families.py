@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from singer_jax import parallel
+from singer_jax.config import settings_of
 from singer_jax.training.setup import Setup, setup
 from singer_jax.training.step import jit_step
 from tests import tiny
@@ -33,7 +34,7 @@ def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> S
     config.teacher.model = config.student.model = model
     config.optimizer.learning_rate = 1e-2
     config.update_from_flattened_dict(changes)
-    return setup(config, examples=8, num_classes=10)
+    return setup(settings_of(config), examples=8, num_classes=10)
 
 
 def losses(run: Setup, steps: int = 5, size: int = 16) -> list[float]:
@@ -81,7 +82,7 @@ def test_a_teacher_of_another_family_patch_and_input_size_teaches(tmp_path, meth
     config.method.resample_grids = True
     config.method.mimic_layers = (0,)
     config.optimizer.learning_rate = 1e-2
-    run = setup(config, examples=8, num_classes=0)
+    run = setup(settings_of(config), examples=8, num_classes=0)
     assert run.image_size == 24
     found = losses(run, size=24)
     assert np.all(np.isfinite(found)) and found[-1] < found[0]

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.make_inputs import write_blank_weights
 from singer_jax import methods
+from singer_jax.config import settings_of
 from singer_jax.models.zoo import MODELS
 from singer_jax.training import flops
 from singer_jax.training.setup import Setup, setup
@@ -34,7 +35,7 @@ def prepare(folder, family: str, method: str = "singer", **changes: object) -> S
     config.teacher.weights = str(write_blank_weights(folder / "t.safetensors", family, **overrides))
     config.method.mimic_layers = (0,)
     config.update_from_flattened_dict(changes)
-    return setup(config, examples=64, num_classes=10)
+    return setup(settings_of(config), examples=64, num_classes=10)
 
 
 def counted_by_xla(run: Setup, images: int) -> float:

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from singer_jax import parallel
+from singer_jax.config import settings_of
 from singer_jax.methods import nullspace
 from singer_jax.models.params import leaves
 from singer_jax.training.setup import Setup, setup
@@ -23,7 +24,7 @@ def teacher_file(tmp_path_factory) -> str:
 def prepare(teacher_file: str, **changes: object) -> Setup:
     config = tiny.config(teacher_file)
     config.update_from_flattened_dict(changes)
-    return setup(config, examples=64, num_classes=10)
+    return setup(settings_of(config), examples=64, num_classes=10)
 
 
 def batch_of(run: Setup, size: int = 8, seed: int = 0) -> dict:

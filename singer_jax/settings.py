@@ -1,0 +1,164 @@
+"""Settings: frozen dataclasses whose fields say their default, unit, range and meaning.
+
+Each room declares those that its code reads; a section is a field that holds settings. From them
+come the check of a configuration, its keys (`section.key`), and docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+from singer_jax import ranges
+from singer_jax.errors import InputError, unknown
+from singer_jax.ranges import Allowed
+
+Flat = dict[str, Any]
+"""Values by dotted key."""
+
+ABSENT = object()
+"""The default of a key that need not be there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One value: its default, what it may be, what it means, in which unit."""
+
+    default: Any
+    allowed: Allowed
+    meaning: str
+    unit: str = ""
+
+
+def setting(default: Any, allowed: Allowed, meaning: str, unit: str = "") -> Any:
+    """A field of `Settings`."""
+    metadata = {"setting": Setting(default, allowed, meaning, unit)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section(Protocol):
+    """How the keys of a section follow from its value."""
+
+    def leaves(self, value: Any, prefix: str) -> dict[str, Setting]:
+        """As `leaves` of a value."""
+
+    def to_dict(self, value: Any) -> dict[str, Any]:
+        """As `to_dict` of a value."""
+
+    def from_flat(self, value: Any, flat: Mapping[str, Any], prefix: str) -> Any:
+        """As `from_flat`, from a value with the defaults."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a piece of code lets its user choose.
+
+    Raises:
+      InputError: a value that its field may not have.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            known, value = field.metadata.get("setting"), getattr(self, field.name)
+            if known:
+                object.__setattr__(self, field.name, _as_tuple(value))
+                ranges.check(f"{type(self).__name__}.{field.name}", value, known.allowed)
+
+
+class _Fields:
+    """They are those of the fields of the settings that it holds."""
+
+    def leaves(self, value: Settings, prefix: str) -> dict[str, Setting]:
+        return leaves(value, prefix)
+
+    def to_dict(self, value: Settings) -> dict[str, Any]:
+        return to_dict(value)
+
+    def from_flat(self, value: Settings, flat: Mapping[str, Any], prefix: str) -> Settings:
+        return from_flat(value, flat, prefix)
+
+
+def section(default: Any, kind: Section | None = None) -> Any:
+    """A field of `Settings` that holds settings, or what `kind` says."""
+    return dataclasses.field(
+        default_factory=lambda: default, metadata={"section": kind or _Fields()}
+    )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def leaves(settings: Settings, prefix: str = "") -> dict[str, Setting]:
+    """Every key of settings, those of their sections included; the defaults are their values."""
+    found: dict[str, Setting] = {}
+    for field in dataclasses.fields(settings):
+        key, value = prefix + field.name, getattr(settings, field.name)
+        if "setting" in field.metadata:
+            found[key] = dataclasses.replace(field.metadata["setting"], default=value)
+        else:
+            found |= field.metadata["section"].leaves(value, f"{key}.")
+    return found
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """The values by key, a dict for each section."""
+    return {
+        field.name: value
+        if "setting" in field.metadata
+        else field.metadata["section"].to_dict(value)
+        for field in dataclasses.fields(settings)
+        for value in [getattr(settings, field.name)]
+    }
+
+
+def from_flat(settings: S, flat: Mapping[str, Any], prefix: str = "") -> S:
+    """These settings with other values.
+
+    Args:
+      settings: keep their value where no other is given.
+      flat: values by key; keys that are not theirs are not read.
+      prefix: of their keys.
+
+    Raises:
+      InputError: a value that its field may not have.
+    """
+    changed = {}
+    for field in dataclasses.fields(settings):
+        key, value = prefix + field.name, getattr(settings, field.name)
+        if "setting" in field.metadata:
+            changed[field.name] = flat.get(key, value)
+        else:
+            section = field.metadata["section"]
+            changed[field.name] = section.from_flat(value, flat, f"{key}.")
+    return dataclasses.replace(settings, **changed)
+
+
+def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
+    """Raises `InputError` for the first key that is unknown, wrong or missing."""
+    for key, value in flat.items():
+        if key not in known:
+            section = key.rpartition(".")[0]
+            beside = [other for other in known if section and other.startswith(f"{section}.")]
+            raise unknown("configuration key", key, beside or known)
+        ranges.check(key, value, known[key].allowed)
+    missing = [k for k, setting in known.items() if k not in flat and setting.default is not ABSENT]
+    if missing:
+        raise InputError(
+            f"{missing[0]}: missing; start from singer_jax.config, which has all keys of a job"
+        )
+
+
+def flatten(nested: Any, prefix: str = "") -> Flat:
+    """Values of nested dicts by dotted key; lists as tuples, so that JSON changes nothing."""
+    flat: Flat = {}
+    for key, value in nested.items():
+        if hasattr(value, "items"):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = _as_tuple(value)
+    return flat
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
