@@ -77,7 +77,7 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
     found = np.load(tmp_path / "out.npz")
     backbone = load_backbone(mesh, run=str(run))
     model = backbone.network.merge(backbone.params)
-    tokens = model.features(backbone.network.prepare(images))[-1]
+    tokens = model.features(backbone.network.spec.prepare(images))[-1]
     np.testing.assert_allclose(found["tokens"], tokens, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["pooled"], model.pooled(tokens), rtol=1e-4, atol=1e-5)
 

@@ -113,7 +113,6 @@ def _empty_folder(config, folder) -> None:
             [
                 "unknown configuration key 'student.overrides.width'",
                 "student.overrides.embed_dim",
-                "'width'",
             ],
         ),
         (_break("accumulation", 0), ["accumulation: 0", "at least 1"]),

@@ -21,7 +21,7 @@ checkpoints telemetry methods
 training evaluation
 report
 jobs
-config
+config library
 main
 """
 

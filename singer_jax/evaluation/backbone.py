@@ -112,7 +112,7 @@ class Backbone:
     ) -> Float[Array, "batch ..."]:
         """What the head of a task reads, in float32; traceable."""
         model = self.network.merge(params)
-        tokens = model.features(self.network.prepare(images))[-1].astype(jnp.float32)
+        tokens = model.features(self.network.spec.prepare(images))[-1].astype(jnp.float32)
         return task.features(model, tokens).astype(jnp.float32)
 
     def rows(self, batch_size: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def collect_patches(
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[int, jax.Array]:
-        features = network.merge(params).features(network.prepare(images), max(layers) + 1)
+        features = network.merge(params).features(network.spec.prepare(images), max(layers) + 1)
         return {layer: features[layer][:, prefix:].astype(jnp.float32) for layer in layers}
 
     patches: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
@@ -41,6 +41,11 @@ class Forward:
     model: VisionTransformer
     features: Mapping[int, Float[Array, "batch tokens dim"]]
 
+    @classmethod
+    def of(cls, model: VisionTransformer, images: Num[Array, "batch height width 3"]) -> Forward:
+        """A model that knows its `spec`, and all its features of images in 0..255."""
+        return cls(model, dict(enumerate(model.features(model.spec.prepare(images)))))
+
     def head_output(self) -> Float[Array, "batch outputs"]:
         """What the model's head makes of its last feature."""
         return self.model.head_output(self.features[self.model.arch.depth - 1])
@@ -55,8 +60,8 @@ class Batch:
       key: for this step's random numbers.
     """
 
-    labels: Int[Array, " batch"]
-    key: jax.Array
+    labels: Int[Array, " batch"] | None = None
+    key: jax.Array | None = None
 
 
 class Needs(NamedTuple):

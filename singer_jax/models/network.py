@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
 
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
@@ -78,15 +75,6 @@ class Network:
         if height != width:
             raise InputError(f"{self.spec.name}: img_size {height} x {width} must be square")
         return height
-
-    def prepare(self, images: Num[Array, "batch height width 3"]) -> Float[Array, "..."]:
-        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
-        size = (images.shape[0], *self.spec.arch.img_size, 3)
-        images = images.astype(jnp.float32)
-        if images.shape != size:
-            images = jax.image.resize(images, size, "linear")
-        mean, std = jnp.asarray(self.spec.mean), jnp.asarray(self.spec.std)
-        return (images / 255 - mean) / std
 
     def merge(self, *params: Params) -> Any:
         """The model with its parameters."""

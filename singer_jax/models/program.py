@@ -30,7 +30,7 @@ def features_program(network: Network, params: Params) -> bytes:
 def tokens_and_pooled(network: Network, params: Params, images: jax.Array) -> dict[str, jax.Array]:
     """What the program computes."""
     model = network.merge(params)
-    tokens = model.features(network.prepare(images))[-1]
+    tokens = model.features(network.spec.prepare(images))[-1]
     found = {"tokens": tokens, "pooled": model.pooled(tokens)}
     return {name: value.astype(jnp.float32) for name, value in found.items()}
 

@@ -26,6 +26,7 @@ from singer_jax.models.layers import (
     linear,
     rotation,
 )
+from singer_jax.models.zoo import ModelSpec
 
 
 class VisionTransformer(nnx.Module):
@@ -38,7 +39,13 @@ class VisionTransformer(nnx.Module):
       arch: sizes and variants.
       numerics: dtypes and rematerialisation.
       rngs: stream `params`; initialised as timm does by default.
+
+    Attributes:
+      spec: what `singer_jax.create_model` and `load_model` know of it: its timm name and the
+        statistics of its input; else None.
     """
+
+    spec: ModelSpec | None = None
 
     def __init__(
         self, arch: Architecture, numerics: Numerics = Numerics(), *, rngs: nnx.Rngs

@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
 from singer_jax import ranges
 from singer_jax.errors import InputError, unknown
 from singer_jax.models.architecture import FIELDS, Architecture
@@ -30,6 +34,16 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def prepare(
+        self, images: Num[Array, "batch height width 3"]
+    ) -> Float[Array, "batch height width 3"]:
+        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
+        size = (images.shape[0], *self.arch.img_size, 3)
+        images = jnp.asarray(images, jnp.float32)
+        if images.shape != size:
+            images = jax.image.resize(images, size, "linear")
+        return (images / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
 
 def _sizes(embed_dim: int, depth: int, num_heads: int) -> dict[str, int]:

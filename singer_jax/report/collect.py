@@ -156,7 +156,7 @@ def collect(
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[str, dict[int, jax.Array]]:
-        features = network.merge(params).features(network.prepare(images))
+        features = network.merge(params).features(network.spec.prepare(images))
         prefix = arch.num_prefix_tokens
         found = {"teacher": {layer: features[layer] for layer in {*layers, last}}}
         if singer:

@@ -69,7 +69,7 @@ class Distillation:
         if self.teacher is None:
             return {}
         model = self.teacher.merge(teacher)
-        return model.features_at(self.teacher.prepare(batch["image"]), self.teacher_reads)
+        return model.features_at(self.teacher.spec.prepare(batch["image"]), self.teacher_reads)
 
     def loss(
         self,
@@ -97,7 +97,7 @@ class Distillation:
         """
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
-        own = student.features(self.student.prepare(batch["image"]), self.blocks)
+        own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
         seen = Forward(student, dict(enumerate(own)))
         taught = Forward(self.teacher.merge(teacher), features) if self.teacher else None
         terms = method.loss(taught, seen, Batch(batch["label"], key))

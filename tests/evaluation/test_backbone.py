@@ -127,7 +127,7 @@ def test_a_model_without_class_token_is_probed_on_its_pooled_output(mesh, digits
     found = backbone.extract(few, task, EvalTransform(16)).features
     images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(5)])
     network = backbone.network
-    expected = network.merge(backbone.params)(network.prepare(jnp.asarray(images)))
+    expected = network.merge(backbone.params)(network.spec.prepare(jnp.asarray(images)))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="has no class token"):
         backbone.classification(10, "cls")

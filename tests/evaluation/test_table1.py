@@ -71,7 +71,7 @@ def tokens_and_labels(run: Path, data: str, task: str) -> tuple[np.ndarray, list
         else:
             dense = {"segmentation": SegmentationTransform, "depth": DepthTransform}
             pixels, label = dense[benchmark.kind](16, train=False)(image, record.label, rng)
-        found.append(np.asarray(model.features(backbone.network.prepare(pixels[None]))[-1][0]))
+        found.append(np.asarray(model.features(backbone.network.spec.prepare(pixels[None]))[-1][0]))
         labels.append(label)
     return np.stack(found).astype(np.float64), labels
 

@@ -1,0 +1,18 @@
+from .data.registry import TrainingDataSettings
+from .errors import InputError, RunError, Stopped
+from .library import create_model, distill, list_models, load_model, save_model
+from .methods import METHODS, nullspace
+from .methods.base import Batch, Constant, Forward, Method
+from .methods.fitnet import FitNet, FitNetSettings
+from .methods.logit_kd import LogitKD, LogitKDSettings
+from .methods.nullspace import NullSpaceSettings
+from .methods.singer import Singer, SingerSettings
+from .methods.supervised import Supervised, SupervisedSettings
+from .methods.vitkd import ViTKD, ViTKDOfficial, ViTKDOfficialSettings, ViTKDSettings
+from .methods.weighted_sum import WeightedSum, WeightedSumSettings
+from .models.architecture import Architecture, Numerics
+from .models.network import ModelSettings, StudentSettings
+from .models.vit import VisionTransformer
+from .ranges import Range
+from .settings import Settings, setting
+from .training.setup import DistillSettings

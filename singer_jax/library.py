@@ -1,0 +1,111 @@
+"""What `import singer_jax` offers beside classes: models in and out, and a distillation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flax import nnx
+
+from singer_jax import parallel
+from singer_jax.errors import InputError
+from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.files import as_path
+from singer_jax.jobs import distill as job
+from singer_jax.models import zoo
+from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.training.setup import DistillSettings
+
+
+def list_models() -> list[str]:
+    """The timm names that are known, in alphabetical order."""
+    return sorted(zoo.MODELS)
+
+
+def create_model(
+    name: str, *, rngs: nnx.Rngs | None = None, precision: str = "float32", **overrides: Any
+) -> VisionTransformer:
+    """A model with random weights, as timm initialises it.
+
+    Args:
+      name: of timm, such as `vit_tiny_patch16_224`.
+      rngs: stream `params`; default: seed 0.
+      precision: of activations, `float32` or `bfloat16`.
+      **overrides: fields of `Architecture`, such as `img_size=96, num_classes=0`.
+
+    Raises:
+      InputError: unknown name or field, or sizes that do not fit together.
+    """
+    spec = zoo.lookup(name, overrides)
+    numerics = Numerics(PRECISIONS[precision])
+    model = VisionTransformer(spec.arch, numerics, rngs=rngs or nnx.Rngs(0))
+    model.spec = spec
+    return model
+
+
+def load_model(
+    name: str | os.PathLike[str], *, model: str = "", precision: str = "float32"
+) -> VisionTransformer:
+    """A pretrained or distilled model.
+
+    `model.features(model.spec.prepare(images))` are the raw residual streams after its blocks,
+    [batch, tokens, dim]; `model(...)` of the same what timm's model returns.
+
+    Args:
+      name: a work directory, whose student it is; a file of weights, or a folder with
+        model.safetensors; or a hub name such as `timm/vit_tiny_patch16_224.augreg_in21k`.
+      model: its timm name, where neither the hub name nor a config.json beside the weights says it.
+      precision: of activations, `float32` or `bfloat16`.
+
+    Raises:
+      InputError: nothing there, or weights of another architecture.
+    """
+    given = os.fspath(name)
+    of_run = (as_path(given) / "checkpoints").is_dir()
+    backbone = load_backbone(
+        parallel.make_mesh(1),
+        run=given if of_run else "",
+        weights="" if of_run else given,
+        model=model,
+        numerics=Numerics(PRECISIONS[precision]),
+    )
+    loaded = backbone.network.merge(backbone.params)
+    loaded.spec = backbone.network.spec
+    return loaded
+
+
+def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
+    """Writes `model.safetensors` and `config.json` in timm's layout.
+
+    Args:
+      model: of `create_model` or `load_model`, trained further or not.
+      folder: is made if it is not there.
+
+    Raises:
+      InputError: a model that does not say what it is, or that timm could not load.
+    """
+    if model.spec is None:
+        raise InputError("the model does not say which timm model it is; make it by create_model")
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    export_timm(as_path(folder), model.spec, to_timm(params))
+
+
+def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
+    """Trains a student, or continues where the work directory holds a checkpoint.
+
+    `load_model(workdir)` is the student. A script that calls it with `data.workers` other than 0
+    needs `if __name__ == "__main__":`.
+
+    Args:
+      settings: of the run.
+      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
+
+    Raises:
+      InputError: the settings cannot work, or are not those of the run in `workdir`.
+      Stopped: after SIGTERM or SIGINT, saved.
+      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
+    """
+    parallel.start(settings.precision)
+    job.distill(settings, as_path(workdir))

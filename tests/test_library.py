@@ -1,0 +1,138 @@
+"""The blocks of docs/library.md run as they stand; what the front door offers is there."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from huggingface_hub import constants
+from safetensors.numpy import load_file
+
+import singer_jax
+from singer_jax import main
+from singer_jax.config import settings_of
+from singer_jax.errors import InputError
+from singer_jax.models.weights import to_timm
+from tests import runs, tiny
+from tests.models.test_weights import fake_hub
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "library.md").read_text()
+TITLES = re.findall(r"^## (.*)$", PAGE, flags=re.M)
+BLOCKS = dict(zip(TITLES, re.findall(r"```python\n(.*?)```", PAGE, flags=re.S), strict=True))
+WEIGHTS = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A Hugging Face cache with random weights under the name of real ones."""
+    folder = tmp_path_factory.mktemp("hub")
+    singer_jax.save_model(singer_jax.create_model("vit_tiny_patch16_224"), folder / "model")
+    files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    fake_hub(folder / "hub", WEIGHTS, files)
+    return folder / "hub"
+
+
+def run(title: str, hub: Path, folder: Path, monkeypatch) -> dict[str, object]:
+    """What a block leaves behind."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(BLOCKS[title], title, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("title", BLOCKS)
+def test_a_block_is_short(title):
+    assert len(BLOCKS[title].splitlines()) < 25
+
+
+def test_patch_features(hub, tmp_path, monkeypatch, capsys):
+    run("Patch features of a timm model", hub, tmp_path, monkeypatch)
+    shape, statistics = capsys.readouterr().out.splitlines()
+    assert shape == "(2, 196, 192)" and statistics == "(0.5, 0.5, 0.5) (0.5, 0.5, 0.5)"
+
+
+def test_a_loop_of_one_s_own_trains_student_and_method_and_nothing_else(
+    hub, tmp_path, monkeypatch, capsys
+):
+    names = run("SiNGER in a training loop of one's own", hub, tmp_path, monkeypatch)
+    losses = eval(capsys.readouterr().out)
+    assert losses[-1] < losses[0]
+    saved = load_file(tmp_path / "student" / "model.safetensors")
+    fresh = singer_jax.create_model("vit_tiny_patch16_224", embed_dim=96, depth=4, num_classes=0)
+    start = to_timm(nnx.to_pure_dict(nnx.state(fresh)))
+    assert set(saved) == set(start)
+    assert not np.array_equal(saved["patch_embed.proj.weight"], start["patch_embed.proj.weight"])
+    # Nothing but Params is trained: the projection of the refiner is as the method made it.
+    again = singer_jax.Singer(
+        names["teacher"], names["student"].arch, singer_jax.SingerSettings(rank=16), nnx.Rngs(0)
+    )
+    for layer, refiner in names["method"].refiner.items():
+        np.testing.assert_array_equal(refiner.projection[...], again.refiner[layer].projection[...])
+    before, after = (
+        to_timm(nnx.to_pure_dict(nnx.state(model)))
+        for model in (singer_jax.load_model(WEIGHTS), names["teacher"])
+    )
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value)
+
+
+def test_a_null_space(hub, tmp_path, monkeypatch, capsys):
+    run("A look into a null space", hub, tmp_path, monkeypatch)
+    count, share = capsys.readouterr().out.splitlines()
+    assert count.startswith("96 of 192 directions below")
+    assert 0 < float(share.split()[0]) < 1
+
+
+def test_a_whole_run_and_its_student(hub, tmp_path, monkeypatch, capsys):
+    run("A whole run", hub, tmp_path, monkeypatch)
+    assert "depth=2" in capsys.readouterr().out
+    run_again, exported = (
+        singer_jax.load_model(tmp_path / "runs" / "mine" / part) for part in (".", "student")
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    features = [m.features(m.spec.prepare(images))[-1] for m in (run_again, exported)]
+    np.testing.assert_array_equal(*features)
+
+
+def test_a_new_method_trains_by_its_settings_and_by_its_name(hub, tmp_path, monkeypatch):
+    monkeypatch.setitem(singer_jax.METHODS, "norms", None)  # taken out again at the end
+    names = run("A new method", hub, tmp_path, monkeypatch)
+    given = singer_jax.DistillSettings(method=names["NormSettings"](weight=0.5))
+    teacher = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    config = tiny.config(teacher)
+    config.method.name, config.method.weight = "norms", 0.5
+    config.steps = 2
+    by_name = settings_of(config)
+    assert by_name.method == given.method
+    assert main.run(config, tmp_path / "command") == 0
+    singer_jax.distill(dataclasses.replace(by_name, method=given.method), tmp_path / "library")
+    runs.assert_same_student(tmp_path / "command", tmp_path / "library")
+    rows = (tmp_path / "library" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["train/loss_norms"] > 0
+
+
+def test_what_is_offered_is_there_and_nothing_is_imported_before():
+    code = (
+        "import singer_jax, sys\n"
+        "assert not {'jax', 'flax', 'numpy'} & set(sys.modules)\n"
+        "assert {'load_model', 'save_model', 'list_models', 'distill'} < set(dir(singer_jax))\n"
+        "for name in singer_jax.__all__: getattr(singer_jax, name)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_what_a_model_cannot_be_is_said(tmp_path):
+    with pytest.raises(InputError, match=r"unknown model 'vit_tiny'; closest"):
+        singer_jax.create_model("vit_tiny")
+    with pytest.raises(InputError, match=r"no weights file at .*nothing"):
+        singer_jax.load_model(tmp_path / "nothing")
+    model = singer_jax.VisionTransformer(singer_jax.Architecture(depth=1), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="does not say which timm model"):
+        singer_jax.save_model(model, tmp_path)
