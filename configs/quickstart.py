@@ -2,9 +2,9 @@
 
   bash launch/run.sh
 
-Under six minutes on two cores. Linear top-1 on the 360 held-out digits is about 98 % for the
-teacher and 96 to 98 % for both students: the digits are too easy, and their teacher too small, to
-tell the methods apart. This shows that everything works, not what SiNGER is good for.
+About 150 CPU seconds. Linear top-1 on the 360 held-out digits is about 97 % for the teacher and 95
+to 97 % for both students: the digits are too easy, and their teacher too small, to tell the methods
+apart. This shows that everything works, not what SiNGER is good for.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from singer_jax.config import default, quickstart
 
 
-def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDict:
+def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
     config = default(protocol)
     config.student.model = "vit_tiny_patch16_224"
     config.student.overrides = {
@@ -20,7 +20,8 @@ def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDic
         "patch_size": 4,
         "embed_dim": embed_dim,
         "depth": depth,
-        "num_heads": num_heads,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
     }
     config.precision = "float32"
     config.data.source = "digits"
@@ -28,30 +29,32 @@ def _run(protocol: str, embed_dim: int, depth: int, num_heads: int) -> ConfigDic
     config.data.flip = 0.0  # a mirrored digit is none
     config.data.crop_area = (0.6, 1.0)
     config.data.crop_ratio = (0.8, 1.25)
-    config.epochs = 40
+    config.epochs = 18
     config.batch_size = 64
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.05
-    config.schedule.warmup_epochs = 4
+    config.schedule.warmup_epochs = 2
     config.checkpoint.every = 500
-    config.evals.every = 460
+    config.evals.every = 414  # the end
     return config
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
     """Runs `teacher`, `fitnet` and `singer`, and one `probe` for all."""
     config = quickstart(protocol)
-    config.teacher = _run(protocol, embed_dim=96, depth=4, num_heads=3)
+    config.teacher = _run(protocol, embed_dim=64, depth=4)
     config.teacher.method.name = "supervised"
-    config.teacher.epochs = 80
+    config.teacher.epochs = 36
+    config.teacher.optimizer.learning_rate = 2e-3
+    config.teacher.evals.every = 0
     for name in ("fitnet", "singer"):
-        config[name] = _run(protocol, embed_dim=64, depth=3, num_heads=2)
+        config[name] = _run(protocol, embed_dim=48, depth=3)
         config[name].method.name = name
         config[name].method.rank = 16
         config[name].method.quantile = 0.9  # of 16 patches
         config[name].teacher.model = config.teacher.student.model
         config[name].teacher.overrides = config.teacher.student.overrides.to_dict()
     config.probe.protocol = "fast"
-    config.probe.epochs = 100
+    config.probe.epochs = 50
     config.probe.learning_rates = (0.1, 0.5, 2.0)
     return config

@@ -1,7 +1,10 @@
-"""Settings of all tests: eight virtual CPU devices, exact products, no deadlines."""
+"""Settings of all tests: eight virtual CPU devices, exact products, no deadlines, one cache."""
 
 import os
+import shutil
+import tempfile
 
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -23,6 +26,15 @@ hypothesis.settings.load_profile("default")
 def mesh() -> jax.sharding.Mesh:
     """One device."""
     return parallel.make_mesh(1, 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept for this run of the tests alone, in all its processes."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="singer_jax_tests_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -34,12 +34,10 @@ def write_config(folder: Path) -> Path:
     return file
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Virtual CPU devices and a compilation cache of its own."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """Virtual CPU devices, and the compilation cache of these tests."""
     return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.getcwd(),
     }

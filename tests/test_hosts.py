@@ -32,8 +32,8 @@ def config_file(folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(folder) -> dict[str, str]:
-    return runs.environment(folder / "xla")
+def environment() -> dict[str, str]:
+    return runs.environment()
 
 
 def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> list[str]:
@@ -97,7 +97,7 @@ def test_a_signal_to_one_of_four_stops_all_after_one_step_and_one_process_goes_o
     processes[2].send_signal(signal.SIGTERM)
     end_of(processes, 75, "stopped after step", "saved in")
     assert len([p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]) == 1
-    two_devices = runs.environment(Path(environment["JAX_COMPILATION_CACHE_DIR"]), 2)
+    two_devices = runs.environment(2)
     process = runs.start(two_devices, *arguments(config_file, tmp_path, 2))
     status, printed = runs.finish(process)
     assert status == 0 and "continuing after step" in printed, printed

@@ -29,7 +29,7 @@ def environment(tmp_path_factory):
         cache = tmp_path_factory.mktemp("cache")
         for name, value in (store | {"XDG_CACHE_HOME": str(cache)}).items():
             patch.setenv(name, value)
-        yield runs.environment(cache / "xla")
+        yield runs.environment()
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ def config_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    return runs.environment(tmp_path_factory.mktemp("xla"))
+def environment() -> dict[str, str]:
+    return runs.environment()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    return runs.environment(tmp_path_factory.mktemp("xla"))
+def environment() -> dict[str, str]:
+    return runs.environment()
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def train_batches(
       batch_size: global; a multiple of `process_count`.
       seed: of order and crops.
       start: the first step.
-      workers: processes that decode; 0 decodes in threads of this process.
+      workers: processes that decode; 0 decodes in a thread of this one.
       strict: an unreadable image raises instead of being replaced.
       process_index, process_count: which part of each batch.
       rows: instead of these, which rows of each batch, for batches of any size: rows from
@@ -183,7 +183,7 @@ def _rows_of_batches(
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[ImageBatch]:
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     if workers == 0:
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

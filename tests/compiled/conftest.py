@@ -1,9 +1,20 @@
 """Compiling with a bound."""
 
+from collections.abc import Iterator
+
+import jax
 import pytest
 
 from benchmarks.topology import Program, compile_timed
 from tests.compiled.compiling import Compile
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_cache() -> Iterator[None]:
+    """What was compiled before would take no time."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def inputs(tmp_path_factory) -> Path:
 def results(inputs, tmp_path_factory) -> tuple[Path, Path]:
     """The folders of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    environment = runs.environment(one / "xla")
+    environment = runs.environment()
     program = ("-c", SCRIPT, str(inputs), str(two))
     hosts = runs.start_together(environment, 2, program=program)
     run_jobs(inputs, one / "host0")

@@ -77,7 +77,7 @@ def test_a_stopped_command_continues_to_the_same_results(tmp_path):
     weights = tiny.write_described(tmp_path / "weights")
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(weights)))
-    environment = runs.environment(tmp_path / "xla")
+    environment = runs.environment()
 
     def start(workdir: str) -> subprocess.Popen:
         return runs.start(environment, f"--config={file}", f"--workdir={tmp_path / workdir}")
@@ -109,7 +109,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(tiny.write_described(tmp_path / "weights"))))
     arguments = (f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.probe.epochs=9999")
-    processes = runs.start_together(runs.environment(tmp_path / "xla"), 2, *arguments)
+    processes = runs.start_together(runs.environment(), 2, *arguments)
     progress = tmp_path / "run" / "tasks" / "digits.progress.npz"
     runs.wait_until(functools.partial(in_phase, progress, False), processes[0])
     processes[1].send_signal(signal.SIGTERM)
