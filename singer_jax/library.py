@@ -93,19 +93,10 @@ def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None
 
 
 def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
-    """Trains a student, or continues where the work directory holds a checkpoint.
+    """Trains a student, as the command does; `load_model(workdir)` is it then.
 
-    `load_model(workdir)` is the student. A script that calls it with `data.workers` other than 0
-    needs `if __name__ == "__main__":`.
-
-    Args:
-      settings: of the run.
-      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
-
-    Raises:
-      InputError: the settings cannot work, or are not those of the run in `workdir`.
-      Stopped: after SIGTERM or SIGINT, saved.
-      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
+    Arguments and errors are those of `singer_jax.jobs.distill.distill`. A script that calls it with
+    `data.workers` other than 0 needs `if __name__ == "__main__":`.
     """
     parallel.start(settings.precision)
     job.distill(settings, as_path(workdir))

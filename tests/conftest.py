@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -26,6 +27,19 @@ hypothesis.settings.load_profile("default")
 def mesh() -> jax.sharding.Mesh:
     """One device."""
     return parallel.make_mesh(1, 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most tests take the compiler's time; its optimisations are for programs that run longer.
+
+    Commands in processes of their own, and modules marked `optimized`, compile as users do.
+    """
+    quickly = request.node.get_closest_marker("optimized") is None
+    if not quickly:
+        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,6 +39,8 @@ from singer_jax.training.optimizer import (
 )
 from singer_jax.training.step import Distillation, jit_step
 
+pytestmark = pytest.mark.optimized
+
 FOLDER = Path(os.environ.get("SINGER_GOLDENS", Path(__file__).parent / "goldens"))
 
 METHODS = {

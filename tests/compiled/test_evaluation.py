@@ -20,6 +20,8 @@ from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
 from tests.compiled.compiling import Compile, abstract
 
+pytestmark = pytest.mark.optimized
+
 TASKS = {
     "classification": Classification(1000),
     "segmentation": Segmentation(150),

@@ -22,6 +22,8 @@ from singer_jax.training.step import jit_step
 from tests import tiny
 from tests.compiled.compiling import Compile
 
+pytestmark = pytest.mark.optimized
+
 TEACHER, SMALL, STUDENT = (f"vit_{size}_patch16_224" for size in ("large", "small", "tiny"))
 IMAGES = 16  # on four chips
 
