@@ -190,7 +190,9 @@ def match_layers(
     }
     of_teacher, of_student = depths[rule]
     distance = np.abs(of_teacher[:, None] - of_student[None, :])
-    return tuple(int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1])
+    matched = [int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1]]
+    # Of several assignments with the least sum, the one in which no two pairs cross.
+    return tuple(sorted(matched) if rule == "last_to_last" else matched)
 
 
 def teacher_layers(

@@ -193,6 +193,7 @@ def test_fitnet_with_weightless_cross_entropy_reaches_the_head(teacher, student,
         ("official", (8, 11), 12, 12, (7, 10)),  # the student's last block stays untrained
         ("last_to_last", (8, 11), 12, 12, (8, 11)),
         ("last_to_last", (0, 1, 2), 3, 3, (0, 1, 2)),
+        ("last_to_last", (5, 6, 7), 8, 4, (1, 2, 3)),  # (2, 1, 3) is as near
     ],
 )
 def test_layers_are_matched(rule, layers, teacher_depth, student_depth, expected):
