@@ -92,9 +92,11 @@ def test_the_quickstart_means_float32(monkeypatch, tmp_path):
     from singer_jax.jobs import quickstart
 
     found = []
-    monkeypatch.setattr(
-        quickstart, "quickstart", lambda *_: found.append(jax.config.jax_default_matmul_precision)
-    )
+
+    def seen(settings: quickstart.QuickstartSettings, workdir: object) -> None:
+        found.append(jax.config.jax_default_matmul_precision)
+
+    monkeypatch.setattr(quickstart, "quickstart", seen)
     jax.config.update("jax_default_matmul_precision", None)
     assert main.run(get_config(), tmp_path) == 0
     assert found == ["highest"]
