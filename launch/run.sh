@@ -9,6 +9,6 @@ prepare .
 if [ $# -eq 0 ]; then
   echo "quickstart: digits, results in runs/quickstart"
   set -- --config=configs/quickstart.py --workdir=runs/quickstart
-  export NPROC=1 # for XLA: at these sizes two threads take longer together than one
+  export NPROC=1 # XLA's threads: at these sizes two take more CPU seconds than one
 fi
 exec .venv/bin/python -m singer_jax.main "$@"

@@ -42,6 +42,11 @@ _PAPER: dict[str, dict[str, Any]] = {
     "evaluate": {"data.normalisation": "imagenet", "probe.depth_zero_as_bin": True},
     "nullspace": {"precision": "float32", "data.normalisation": "imagenet"},
 }
+_PAPER["quickstart"] = {"probe.depth_zero_as_bin": True} | {
+    f"{run}.{key}": value
+    for run in ("teacher", "fitnet", "singer")
+    for key, value in _PAPER["distill"].items()
+}
 
 
 def default(protocol: str = "recommended") -> ConfigDict:
@@ -99,11 +104,7 @@ def null_spaces(protocol: str = "recommended") -> ConfigDict:
 
 def quickstart(protocol: str = "recommended") -> ConfigDict:
     """The keys of the job `quickstart`; raises as `default`."""
-    config = _of_job("quickstart", protocol)
-    for run in ("teacher", "fitnet", "singer"):
-        config[run] = default(protocol)
-    config.probe = probe(protocol)
-    return config
+    return _of_job("quickstart", protocol)
 
 
 def settings_of(config: Any) -> Settings:

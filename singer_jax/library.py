@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from singer_jax import parallel
+from singer_jax import parallel, ranges
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.files import as_path
@@ -17,6 +17,11 @@ from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.training.setup import DistillSettings
+
+
+def _numerics(precision: str) -> Numerics:
+    ranges.check("precision", precision, ranges.OneOf(tuple(PRECISIONS)))
+    return Numerics(PRECISIONS[precision])
 
 
 def list_models() -> list[str]:
@@ -36,11 +41,10 @@ def create_model(
       **overrides: fields of `Architecture`, such as `img_size=96, num_classes=0`.
 
     Raises:
-      InputError: unknown name or field, or sizes that do not fit together.
+      InputError: unknown name, field or precision, or sizes that do not fit together.
     """
     spec = zoo.lookup(name, overrides)
-    numerics = Numerics(PRECISIONS[precision])
-    model = VisionTransformer(spec.arch, numerics, rngs=rngs or nnx.Rngs(0))
+    model = VisionTransformer(spec.arch, _numerics(precision), rngs=rngs or nnx.Rngs(0))
     model.spec = spec
     return model
 
@@ -60,7 +64,7 @@ def load_model(
       precision: of activations, `float32` or `bfloat16`.
 
     Raises:
-      InputError: nothing there, or weights of another architecture.
+      InputError: nothing there, weights of another architecture, or an unknown precision.
     """
     given = os.fspath(name)
     of_run = (as_path(given) / "checkpoints").is_dir()
@@ -69,7 +73,7 @@ def load_model(
         run=given if of_run else "",
         weights="" if of_run else given,
         model=model,
-        numerics=Numerics(PRECISIONS[precision]),
+        numerics=_numerics(precision),
     )
     loaded = backbone.network.merge(backbone.params)
     loaded.spec = backbone.network.spec

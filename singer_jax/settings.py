@@ -6,6 +6,7 @@ come the check of a configuration, its keys (`section.key`), and docs/configurat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
@@ -13,9 +14,6 @@ from typing import Any, Protocol, TypeVar
 from singer_jax import ranges
 from singer_jax.errors import InputError, unknown
 from singer_jax.ranges import Allowed
-
-Flat = dict[str, Any]
-"""Values by dotted key."""
 
 ABSENT = object()
 """The default of a key that need not be there."""
@@ -67,7 +65,7 @@ class Settings:
 
 
 class _Fields:
-    """They are those of the fields of the settings that it holds."""
+    """The keys are the fields of the settings that the section holds."""
 
     def leaves(self, value: Settings, prefix: str) -> dict[str, Setting]:
         return leaves(value, prefix)
@@ -82,7 +80,7 @@ class _Fields:
 def section(default: Any, kind: Section | None = None) -> Any:
     """A field of `Settings` that holds settings, or what `kind` says."""
     return dataclasses.field(
-        default_factory=lambda: default, metadata={"section": kind or _Fields()}
+        default_factory=lambda: copy.copy(default), metadata={"section": kind or _Fields()}
     )
 
 
@@ -149,9 +147,9 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
         )
 
 
-def flatten(nested: Any, prefix: str = "") -> Flat:
+def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
     """Values of nested dicts by dotted key; lists as tuples, so that JSON changes nothing."""
-    flat: Flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         if hasattr(value, "items"):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -14,7 +14,7 @@ from singer_jax import config as config_lib
 from singer_jax import main
 from singer_jax.errors import InputError
 from singer_jax.jobs import JOBS
-from singer_jax.methods import METHODS, WeightedSumSettings
+from singer_jax.methods import METHODS, WeightedSumSettings, chosen
 from singer_jax.methods.fitnet import FitNetSettings
 from singer_jax.methods.singer import SingerSettings
 from singer_jax.models import architecture, layers
@@ -226,6 +226,8 @@ def test_summed_methods_share_their_keys():
     settings = DistillSettings(method=WeightedSumSettings(parts))
     with pytest.raises(InputError, match=r"method\.layers: \(1,\) and \(2,\); summed"):
         to_dict(settings)
+    with pytest.raises(ValueError, match="each once"):
+        chosen(WeightedSumSettings(parts[:1] * 2))
 
 
 def test_the_page_of_all_keys_is_current():

@@ -135,6 +135,8 @@ def test_what_is_offered_is_there_and_nothing_is_imported_before():
 def test_what_a_model_cannot_be_is_said(tmp_path):
     with pytest.raises(InputError, match=r"unknown model 'vit_tiny'; closest"):
         singer_jax.create_model("vit_tiny")
+    with pytest.raises(InputError, match=r"unknown precision 'float16'"):
+        singer_jax.create_model("vit_tiny_patch16_224", precision="float16")
     with pytest.raises(InputError, match=r"no weights file at .*nothing"):
         singer_jax.load_model(tmp_path / "nothing")
     model = singer_jax.VisionTransformer(singer_jax.Architecture(depth=1), rngs=nnx.Rngs(0))

@@ -34,7 +34,7 @@ def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
       settings: of a method in `METHODS`, or of a sum of several.
 
     Raises:
-      ValueError: of no method in `METHODS`.
+      ValueError: of no method in `METHODS`, or a sum of none or of one method twice.
     """
     names = {method.Settings: name for name, method in METHODS.items()}
     several = isinstance(settings, WeightedSumSettings)
@@ -42,7 +42,10 @@ def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
     for _, part in parts:
         if type(part) not in names:
             raise ValueError(f"{type(part).__name__} is of no method in singer_jax.methods.METHODS")
-    return {names[type(part)]: (weight, part) for weight, part in parts}
+    found = {names[type(part)]: (weight, part) for weight, part in parts}
+    if not found or len(found) < len(parts):
+        raise ValueError("a sum of methods holds one or more, each once")
+    return found
 
 
 def needs(settings: Settings) -> Needs:

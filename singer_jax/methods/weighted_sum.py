@@ -15,7 +15,7 @@ from singer_jax.settings import Settings
 class WeightedSumSettings(Settings):
     """Weights and settings of different methods."""
 
-    methods: tuple[tuple[float, Settings], ...] = ()
+    methods: tuple[tuple[float, Settings], ...]
 
 
 class WeightedSum(Method):
