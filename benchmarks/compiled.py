@@ -36,8 +36,8 @@ from singer_jax.models.architecture import Numerics
 from singer_jax.models.layers import patch_products
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
+from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup
-from singer_jax.training.step import jit_step
 
 
 def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -40,8 +40,8 @@ def jax_step(arguments: argparse.Namespace, shared: Path) -> tuple[Callable[[], 
     from singer_jax.models.weights import to_timm
     from singer_jax.telemetry import peak_flops
     from singer_jax.training.flops import step_flops
-    from singer_jax.training.setup import setup
-    from singer_jax.training.step import jit_step
+    from singer_jax.training.program import jit_step
+    from singer_jax.training.setup import setup_students
 
     config = default()
     config.teacher.model = arguments.teacher
@@ -52,7 +52,8 @@ def jax_step(arguments: argparse.Namespace, shared: Path) -> tuple[Callable[[], 
     config.method.rank, config.method.quantile = RANK, QUANTILE
     config.method.nullspace.start = "official"
     config.steps, config.schedule.name, config.schedule.milestones = 1000, "multistep", ()
-    run = setup(settings_of(config), 1000 * arguments.batch, 0)
+    runs = setup_students(settings_of(config), 1000 * arguments.batch, 0)
+    run = runs.any
     teacher = run.load_teacher()
     state = run.init_state(teacher)
 
@@ -93,7 +94,7 @@ def jax_step(arguments: argparse.Namespace, shared: Path) -> tuple[Callable[[], 
         return float(metrics["loss"])
 
     facts = {
-        "flops": step_flops(run.distillation, run.state, run.teacher, arguments.batch),
+        "flops": step_flops(runs.students, runs.states, runs.teacher, arguments.batch),
         "peak": peak_flops(run.mesh.devices.ravel()),
     }
     return step, facts | {"device": jax.devices()[0].device_kind}

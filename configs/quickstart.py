@@ -40,20 +40,20 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Runs `teacher`, `fitnet` and `singer`, and one `probe` for all."""
+    """A `teacher`, its students `distilled` from it in one run, and one `probe` for all."""
     config = quickstart(protocol)
     config.teacher = _run(protocol, embed_dim=64, depth=4)
     config.teacher.method.name = "supervised"
     config.teacher.epochs = 36
     config.teacher.optimizer.learning_rate = 2e-3
     config.teacher.evals.every = 0
+    config.distilled = _run(protocol, embed_dim=48, depth=3)
+    config.distilled.teacher.model = config.teacher.student.model
+    config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()
+    config.distilled.method.rank = 16
+    config.distilled.method.quantile = 0.9  # of 16 patches
     for name in ("fitnet", "singer"):
-        config[name] = _run(protocol, embed_dim=48, depth=3)
-        config[name].method.name = name
-        config[name].method.rank = 16
-        config[name].method.quantile = 0.9  # of 16 patches
-        config[name].teacher.model = config.teacher.student.model
-        config[name].teacher.overrides = config.teacher.student.overrides.to_dict()
+        config.distilled.students[name] = {"method": {"name": name}}
     config.probe.protocol = "fast"
     config.probe.epochs = 50
     config.probe.learning_rates = (0.1, 0.5, 2.0)

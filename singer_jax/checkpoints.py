@@ -189,16 +189,22 @@ class Checkpoints:
             f"{folder}/{step} to continue from the one before it"
         )
 
-    def restore_student(self, step: int, abstract: Params) -> Params:
-        """The student's parameters alone, trained and untouched; raises as `restore`."""
-        saved = self._saved_leaves(step)
+    def restore_student(self, step: int, abstract: Params, name: str = "") -> Params:
+        """A student's parameters alone, trained and untouched; raises as `restore`.
+
+        Args:
+          step: of the checkpoint.
+          abstract: as for `restore`.
+          name: which of several students.
+        """
+        saved, within = self._saved_leaves(step), f"{name}/" if name else ""
         trained, untouched = split(
-            abstract, lambda keys: f"params/student/{'/'.join(map(str, keys))}" in saved
+            abstract, lambda keys: f"{within}params/student/{'/'.join(map(str, keys))}" in saved
         )
-        state = self.restore(
-            step, {"params": {"student": trained}, "constants": {"student": untouched}}
-        )
-        return join(state["params"]["student"], state["constants"]["student"])
+        parts = {"params": {"student": trained}, "constants": {"student": untouched}}
+        found = self.restore(step, {name: parts} if name else parts)
+        found = found[name] if name else found
+        return join(found["params"]["student"], found["constants"]["student"])
 
     def wait(self) -> None:
         """Until everything is on disk."""

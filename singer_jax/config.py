@@ -44,7 +44,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 }
 _PAPER["quickstart"] = {"probe.depth_zero_as_bin": True} | {
     f"{run}.{key}": value
-    for run in ("teacher", "fitnet", "singer")
+    for run in ("teacher", "distilled")
     for key, value in _PAPER["distill"].items()
 }
 
@@ -115,7 +115,7 @@ def settings_of(config: Any) -> Settings:
         name, the value and what is allowed.
     """
     settings = defaults(str(config.get("job")))
-    flat = settings_lib.flatten(config)
+    flat = settings_lib.flatten(config, empty=True)  # a student may be all that the run says
     settings_lib.check(settings_lib.leaves(settings), flat)
     return settings_lib.from_flat(settings, flat)
 
@@ -168,8 +168,10 @@ def documentation() -> str:
         "",
         "Every key of every command. A value is given as `--config.key=value`, or set in a file",
         "like those in `configs/`. Where the protocol `:paper` has another default, it stands",
-        "behind. The sections of `quickstart` are `teacher`, `fitnet` and `singer`, each with the",
-        "keys of `distill`, and `probe`, as in `evaluate`.",
+        "behind. The sections of `quickstart` are `teacher` and `distilled`, each with the keys of",
+        "`distill`, and `probe`, as in `evaluate`. A student of several, `students.NAME`, has the",
+        "keys of `student` (`students.NAME.model`), and `seed`, `method` and `optimizer`; what it",
+        "does not say is as the run says.",
         "",
         "This page is made: `python -m singer_jax.config > docs/configuration.md`.",
     ]

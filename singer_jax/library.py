@@ -16,7 +16,7 @@ from singer_jax.models import zoo
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import export_timm, to_timm
-from singer_jax.training.setup import DistillSettings
+from singer_jax.training.settings import DistillSettings
 
 
 def _numerics(precision: str) -> Numerics:

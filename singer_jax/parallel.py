@@ -7,6 +7,7 @@ parallelism) by the rules below and replicated over `data`. One device is a 1 x 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pickle
 import re
@@ -203,6 +204,21 @@ def total_of_processes(mesh: Mesh) -> Callable[[int], jax.Array] | None:
         return add(jax.make_array_from_process_local_data(sharding, numbers))
 
     return total
+
+
+@functools.cache
+def device_memory(mesh: Mesh) -> int:
+    """Bytes of the smallest of the mesh's devices.
+
+    What the device says (GPU, TPU); the CPU says nothing, its devices share the host's memory.
+    """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    found = min(
+        (device.memory_stats() or {}).get("bytes_limit", host) for device in mesh.local_devices
+    )
+    if jax.process_count() > 1:  # all must choose the same sizes; MiB, as integers have 32 bits
+        found = int(multihost_utils.process_allgather(np.int32(found >> 20)).min()) << 20
+    return found
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

@@ -119,6 +119,23 @@ class Nothing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Nothing: it is said in another place.
+
+    Attributes:
+      where: that place, in words.
+    """
+
+    where: str
+
+    def admits(self, value: Any) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"it {self.where}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Each:
     """A tuple (or list) of such values.
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from singer_jax import ranges
 from singer_jax.errors import InputError, unknown
-from singer_jax.ranges import Allowed
+from singer_jax.ranges import Allowed, Elsewhere
 
 ABSENT = object()
 """The default of a key that need not be there."""
@@ -133,13 +133,22 @@ def from_flat(settings: S, flat: Mapping[str, Any], prefix: str = "") -> S:
 
 
 def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
-    """Raises `InputError` for the first key that is unknown, wrong or missing."""
+    """Raises `InputError` for the first key that is unknown, wrong or missing.
+
+    Args:
+      known: by key; NAME in one stands for any name.
+      flat: values by key, as of `flatten`.
+    """
     for key, value in flat.items():
-        if key not in known:
-            section = key.rpartition(".")[0]
-            beside = [other for other in known if section and other.startswith(f"{section}.")]
-            raise unknown("configuration key", key, beside or known)
-        ranges.check(key, value, known[key].allowed)
+        place = _place(key, known)
+        if value == {} and any(other.startswith(f"{place}.") for other in known):
+            continue
+        if place not in known:
+            section = place.rpartition(".")[0]
+            given = [k for k, one in known.items() if not isinstance(one.allowed, Elsewhere)]
+            beside = [other for other in given if section and other.startswith(f"{section}.")]
+            raise unknown("configuration key", key, beside or given)
+        ranges.check(key, value, known[place].allowed)
     missing = [k for k, setting in known.items() if k not in flat and setting.default is not ABSENT]
     if missing:
         raise InputError(
@@ -147,12 +156,34 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
         )
 
 
-def flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Values of nested dicts by dotted key; lists as tuples, so that JSON changes nothing."""
+def _place(key: str, known: Mapping[str, Setting]) -> str:
+    """The key with NAME in the place of a name, where the known keys have one there."""
+    for section in {other.partition("NAME")[0] for other in known if "NAME." in other}:
+        if key.startswith(section) and key not in known:
+            _, dot, rest = key.removeprefix(section).partition(".")
+            return f"{section}NAME{dot}{rest}"
+    return key
+
+
+def below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose keys start with `prefix`, by the rest of their keys."""
+    start = len(prefix)
+    return {key[start:]: value for key, value in flat.items() if key.startswith(prefix)}
+
+
+def flatten(nested: Any, prefix: str = "", *, empty: bool = False) -> dict[str, Any]:
+    """Values of nested dicts by dotted key; lists as tuples, so that JSON changes nothing.
+
+    Args:
+      nested: the dicts.
+      prefix: of their keys.
+      empty: whether a dict without keys is a value, `{}`.
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if hasattr(value, "items"):
-            flat |= flatten(value, f"{prefix}{key}.")
+            within = flatten(value, f"{prefix}{key}.", empty=empty)
+            flat |= within if within or not empty else {f"{prefix}{key}": {}}
         else:
             flat[f"{prefix}{key}"] = _as_tuple(value)
     return flat

@@ -13,8 +13,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ class LogSettings(Settings):
 
     every: int = setting(50, COUNT, "between two rows of metrics", "steps")
     wandb: bool = setting(False, Flag(), "also send them to Weights & Biases")
+
+
+def metric_name(group: str, student: str, name: str) -> str:
+    """`group/name`, of one of several students `group/student/name`."""
+    return "/".join(filter(None, (group, student, name)))
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
@@ -141,6 +147,11 @@ def _cut_back(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+def in_words(stopped: Mapping[str, str]) -> str:
+    """Each stopped student and how it went wrong."""
+    return "; ".join(f"{name}: {how}" for name, how in stopped.items())
+
+
 class Recorder:
     """Follows a training loop: writes its metrics late, shows progress, stops it at a NaN.
 
@@ -151,6 +162,7 @@ class Recorder:
       batch_size: global.
       flops: of one step on all devices.
       devices: on which the step runs; of an unlisted kind they leave `train/mfu` out.
+      stopped: students that went wrong before, and how; those that go wrong are added.
     """
 
     LAG = 2  # steps in flight
@@ -165,6 +177,7 @@ class Recorder:
         batch_size: int,
         flops: int,
         devices: Sequence[jax.Device],
+        stopped: dict[str, str] | None = None,
     ) -> None:
         from tqdm.auto import tqdm
 
@@ -172,7 +185,9 @@ class Recorder:
         peak = peak_flops(devices)
         self.flops_share = flops / peak if peak else None
         self.start, self.steps = start, steps
-        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.pending: collections.deque[tuple[int, dict[str, Any], dict[str, Any]]]
+        self.pending = collections.deque()
+        self.stopped = {} if stopped is None else stopped
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -187,16 +202,26 @@ class Recorder:
         """Whether a step (counted from 1) gets a row: the first, every n-th, the last."""
         return step in (self.start + 1, self.steps) or step % self.every == 0
 
-    def add(self, step: int, metrics: dict[str, jax.Array | float]) -> None:
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, Mapping[str, jax.Array]],
+        common: Mapping[str, jax.Array | float] = MappingProxyType({}),
+    ) -> None:
         """Takes the metrics of a dispatched step (counted from 1), reads those of an earlier one.
 
+        Args:
+          step: its number.
+          metrics: of each student by name; the name of a single one is empty.
+          common: of all.
+
         Raises:
-          RunError: the loss or the gradient of a step is not finite.
+          RunError: the loss or the gradient of the only student is not finite, or all are stopped.
         """
-        for value in metrics.values():
+        for value in jax.tree.leaves((metrics, common)):
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
-        self.pending.append((step, metrics))
+        self.pending.append((step, metrics, common))
         while len(self.pending) > self.LAG:
             self._read()
 
@@ -207,13 +232,16 @@ class Recorder:
         self.writer.flush()
 
     def _read(self) -> None:
-        step, arrays = self.pending.popleft()
-        metrics = {f"train/{name}": float(value) for name, value in arrays.items()}
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise RunError(
-                    f"{name} is {metrics[name]} at step {step}; the last good checkpoint is kept"
-                )
+        step, students, common = self.pending.popleft()
+        metrics = {f"train/{name}": float(value) for name, value in common.items()}
+        losses = {}
+        for student, arrays in students.items():
+            own = {name: float(value) for name, value in arrays.items()}
+            if student not in self.stopped and not self._stops(step, student, own):
+                losses[student] = own["loss"]
+                metrics |= {metric_name("train", student, k): value for k, value in own.items()}
+        if not losses:
+            raise RunError(f"no student goes on: {in_words(self.stopped)}")
         self.bar.update()
         if not self.logs(step):
             return
@@ -225,14 +253,30 @@ class Recorder:
             if self.flops_share:
                 metrics["train/mfu"] = steps_per_second * self.flops_share
             self.bar.set_postfix_str(
-                f"loss {metrics['train/loss']:.4g}, "
-                f"{metrics['train/images_per_second']:.0f} images/s"
+                f"loss {', '.join(f'{name} {value:.4g}'.strip() for name, value in losses.items())}"
+                f", {metrics['train/images_per_second']:.0f} images/s"
             )
             self.writer.write(step, metrics)
         else:
             # The first step of this start: its time is mostly that of the start itself.
             self.row_time = time.perf_counter()
             self.writer.write(step, metrics)
+
+    def _stops(self, step: int, student: str, metrics: Mapping[str, float]) -> bool:
+        """Whether a student goes wrong in a step, in which the step then kept its state."""
+        if all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            return False
+        first = next(
+            name
+            for name in (*filter(lambda name: name.startswith("loss_"), metrics), *metrics)
+            if not math.isfinite(metrics[name])
+        )
+        found = f"{metric_name('train', student, first)} is {metrics[first]} at step {step}"
+        if not student:
+            raise RunError(f"{found}; the last good checkpoint is kept")
+        self.stopped[student] = f"{found}, stopped after step {step - 1}"
+        LOG.error("student %s: %s; the others go on", student, self.stopped[student])
+        return True
 
     def close(self) -> None:
         """Ends the progress bar."""

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import jax
 from flax import nnx
@@ -21,7 +22,7 @@ from benchmarks.make_inputs import write_blank_weights
 from singer_jax import parallel
 from singer_jax.config import PROTOCOLS, settings_of
 from singer_jax.settings import flatten
-from singer_jax.training.setup import setup
+from singer_jax.training.setup import Setup, setup_students
 
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).with_name("shipped")
@@ -31,37 +32,48 @@ def distillations() -> dict[str, ConfigDict]:
     """By name and protocol, such as `singer_vitl_vitt_paper`."""
     found = {}
     for file in sorted((ROOT / "configs").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         for protocol in PROTOCOLS:
-            config = module.get_config(protocol)
+            config = load(file.stem).get_config(protocol)
             if config.job == "distill":
                 found[f"{file.stem}_{protocol}"] = config
     return found
 
 
+def load(name: str) -> ModuleType:
+    """A shipped configuration file."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def describe(config: ConfigDict) -> str:
-    """Every key, the distilled layers, and every group of parameters on a 4 x 2 mesh."""
+    """Every key, the distilled layers, and every group of parameters on a 4 x 2 mesh.
+
+    Of several students not their groups: each is that of another shipped configuration.
+    """
     config = config.copy_and_resolve_references()
     lines = [f"{key}: {value!r}" for key, value in sorted(flatten(config).items())]
     with tempfile.TemporaryDirectory() as folder:
         weights = write_blank_weights(Path(folder) / "t.safetensors", config.teacher.model)
         config.teacher.weights = str(weights)
-        run = setup(settings_of(config), 1_281_167, 1000, parallel.make_mesh(4, 2))
+        run = setup_students(settings_of(config), 1_281_167, 1000, parallel.make_mesh(4, 2))
+    for name, own in run.each.items():
+        lines.append(f"layers: {name} {_layers(own)}".replace("  ", " "))
+    lines.append(f"steps: {run.any.steps}")
+    lines += [f"teacher/{group}, frozen" for group in _groups(run.teacher)]
+    if "" in run.each:  # several are those of other configurations
+        decay, state = config.optimizer.weight_decay, run.each[""].state
+        lines += [f"trained/{group}, weight decay {decay:g}" for group in _groups(state.params)]
+        lines += [f"kept/{group}, not trained" for group in _groups(state.constants)]
+    return "\n".join(lines) + "\n"
+
+
+def _layers(run: Setup) -> str:
     state = run.state
     method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
     pairs = zip(method.teacher_layers, method.student_layers, strict=True)
-    lines.append("layers: " + ", ".join(f"{own} <- {layer}" for layer, own in pairs))
-    lines.append(f"steps: {run.steps}")
-    decay = config.optimizer.weight_decay
-    for part, tree, what in (
-        ("teacher", run.teacher, "frozen"),
-        ("trained", state.params, f"weight decay {decay:g}"),
-        ("kept", state.constants, "not trained"),
-    ):
-        lines += [f"{part}/{group}, {what}" for group in _groups(tree)]
-    return "\n".join(lines) + "\n"
+    return ", ".join(f"{own} <- {layer}" for layer, own in pairs)
 
 
 def _groups(tree: object) -> list[str]:

@@ -37,7 +37,8 @@ from singer_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
 )
-from singer_jax.training.step import Distillation, jit_step
+from singer_jax.training.program import jit_step
+from singer_jax.training.step import Distillation
 
 pytestmark = pytest.mark.optimized
 

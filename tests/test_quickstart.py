@@ -16,7 +16,7 @@ def test_it_trains_measures_and_draws_and_does_nothing_twice(tmp_path, capsys):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    for name in ("teacher", "fitnet", "singer"):
+    for name in ("teacher", "distilled"):
         config[name].steps, config[name].mesh.data = 3, 1
     config.probe.epochs = 2
     assert main.run(config.copy_and_resolve_references(), tmp_path) == 0

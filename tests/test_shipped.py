@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from singer_jax import main
+from singer_jax.config import PROTOCOLS, settings_of
+from singer_jax.telemetry import metric_name
 from tests import shipped, tiny
 
 CONFIGS = shipped.distillations()
+METHODS = ("fitnet", "vitkd", "singer")
+VITL = ("vits_fitnet", "vits_singer", "vitt_fitnet", "vitt_vitkd", "vitt_singer")
 
 
 def test_each_has_a_text():
@@ -40,5 +44,24 @@ def test_it_trains_when_it_is_shrunk(name, tmp_path):
     config.data.source, config.data.workers, config.log.every = "digits", 0, 1
     assert main.run(config, tmp_path / "run") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    losses = [row["train/loss"] for row in rows]
-    assert len(losses) == 2 and np.all(np.isfinite(losses)) and losses[0] > 0
+    for name in settings_of(config).each():
+        losses = [row[metric_name("train", name, "loss")] for row in rows]
+        assert len(losses) == 2 and np.all(np.isfinite(losses)) and losses[0] > 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("family", "which", "alone"),
+    [
+        ("table1_vitl", "", {name: name.partition("_")[::2] for name in VITL}),
+        ("table1_deit3", "", {name: ("deit3b", name) for name in METHODS}),
+        ("table1_deit3", "small,", {name: ("deit3t", name) for name in METHODS}),
+    ],
+)
+def test_a_row_of_table_1_is_the_run_that_is_shipped_alone(family, which, alone, protocol):
+    students = settings_of(shipped.load(family).get_config(which + protocol)).each()
+    teacher = "vitl" if family == "table1_vitl" else "deit3s" if which else "deit3l"
+    assert set(students) == set(alone)
+    for name, (student, method) in alone.items():
+        single = shipped.load(f"{method}_{teacher}_{student}").get_config(protocol)
+        assert students[name] == settings_of(single)

@@ -48,14 +48,16 @@ def recorder(folder: Path, **options: object) -> Recorder:
     return Recorder(MetricsWriter(folder), **(defaults | options))
 
 
-def metrics(loss: float) -> dict:
-    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0), "unreadable_images": 2}
+def metrics(loss: float) -> tuple[dict, dict]:
+    """Of a single student, and of all."""
+    own = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0)}
+    return {"": own}, {"unreadable_images": 2}
 
 
 def test_a_row_for_the_first_step_every_third_and_the_last(tmp_path):
     follow = recorder(tmp_path)
     for step in range(1, 8):
-        follow.add(step, metrics(step))
+        follow.add(step, *metrics(step))
     follow.flush()
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 6, 7]
     assert rows(tmp_path)[1]["train/loss"] == 3
@@ -67,7 +69,7 @@ def test_a_row_for_the_first_step_every_third_and_the_last(tmp_path):
 def test_metrics_are_read_late_so_that_the_device_never_waits(tmp_path):
     follow = recorder(tmp_path, every=1)
     for step in range(1, 4):
-        follow.add(step, metrics(step))
+        follow.add(step, *metrics(step))
         assert len(follow.pending) == min(step, Recorder.LAG)
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
@@ -75,7 +77,7 @@ def test_metrics_are_read_late_so_that_the_device_never_waits(tmp_path):
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
 def test_a_number_that_is_none_stops_the_run_and_names_the_step(tmp_path, key):
     follow = recorder(tmp_path)
-    follow.add(1, metrics(1.0))
-    follow.add(2, metrics(1.0) | {key: jnp.float32(math.nan)})
+    follow.add(1, *metrics(1.0))
+    follow.add(2, {"": metrics(1.0)[0][""] | {key: jnp.float32(math.nan)}})
     with pytest.raises(RunError, match=f"train/{key} is nan at step 2"):
         follow.flush()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from singer_jax.evaluation.heads import Classification, Task
 from singer_jax.evaluation.memory import fitting
 from singer_jax.files import as_path
 from singer_jax.models.architecture import Architecture, Numerics
-from singer_jax.models.network import Network
+from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import (
@@ -159,30 +159,8 @@ class Backbone:
           RunError: an image cannot be read.
           Exception: what `before_batch` raises.
         """
-        compute = functools.partial(_examples, self.network, task, self.mesh)
-        batch_size = self.images_at_once(task) * self.mesh.size
-        batches = eval_batches(
-            source,
-            transform,
-            batch_size=batch_size,
-            workers=workers,
-            strict=left_out is None,
-            seed=seed,
-            rows=self.rows(batch_size),
-        )
-        pending = None  # the device works on a batch while the one before is taken away
-        with contextlib.closing(batches):
-            for batch in batches:
-                self.before_batch()
-                replaced = batch["unreadable"] >= 0  # it would be scored as another
-                if replaced.any():
-                    left_out(batch["unreadable"][batch["valid"] & replaced])
-                    batch = batch | {"valid": batch["valid"] & ~replaced}
-                computed = compute(self.params, self.put(batch, batch_size))
-                if pending:
-                    yield _select(*pending)
-                pending = computed
-        yield _select(*pending)
+        each = _batches_of_each([self], source, [task], transform, workers, seed, left_out)
+        return (batch for (batch,) in each)
 
     def extract(
         self,
@@ -197,6 +175,80 @@ class Backbone:
         batches = self.batches(source, task, transform, workers, seed, left_out)
         features, labels = zip(*batches, strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
+
+
+def extract_each(
+    backbones: Mapping[str, Backbone],
+    source: Source,
+    tasks: Mapping[str, Task],
+    transform: Callable[[int], Callable[..., Any]],
+    workers: int = 0,
+    left_out: Callable[[np.ndarray], None] | None = None,
+) -> dict[str, Examples]:
+    """`Backbone.extract` of several, by name; those of one image size read each image once.
+
+    Args:
+      backbones: on one mesh.
+      source: the images.
+      tasks: of each backbone.
+      transform: from the side of an image to what makes it.
+      workers, left_out: as for `Backbone.batches`.
+
+    Raises:
+      RunError: as `Backbone.batches`.
+    """
+    found = {}
+    for size in sorted({backbone.image_size for backbone in backbones.values()}):
+        names = [name for name, backbone in backbones.items() if backbone.image_size == size]
+        of_size, its_tasks = ([by_name[name] for name in names] for by_name in (backbones, tasks))
+        given = (of_size, source, its_tasks, transform(size), workers)
+        for name, batches in zip(
+            names, zip(*_batches_of_each(*given, left_out=left_out), strict=True), strict=True
+        ):
+            features, labels = zip(*batches, strict=True)
+            found[name] = Examples(np.concatenate(features), np.concatenate(labels))
+    return found
+
+
+def _batches_of_each(
+    backbones: Sequence[Backbone],
+    source: Source,
+    tasks: Sequence[Task],
+    transform: Callable[..., Any],
+    workers: int = 0,
+    seed: int = 0,
+    left_out: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """As `Backbone.batches`, a list of one for each of several that see the same images."""
+    first = backbones[0]
+    sizes = [own.images_at_once(task) for own, task in zip(backbones, tasks, strict=True)]
+    batch_size = min(sizes) * first.mesh.size
+    batches = eval_batches(
+        source,
+        transform,
+        batch_size=batch_size,
+        workers=workers,
+        strict=left_out is None,
+        seed=seed,
+        rows=first.rows(batch_size),
+    )
+    pending: list[Any] = []  # the devices work on a batch while the one before is taken away
+    with contextlib.closing(batches):
+        for batch in batches:
+            first.before_batch()
+            replaced = batch["unreadable"] >= 0  # it would be scored as another
+            if replaced.any():
+                left_out(batch["unreadable"][batch["valid"] & replaced])
+                batch = batch | {"valid": batch["valid"] & ~replaced}
+            put = first.put(batch, batch_size)
+            computed = [
+                _examples(own.network, task, own.mesh, own.params, put)
+                for own, task in zip(backbones, tasks, strict=True)
+            ]
+            if pending:
+                yield [_select(*arrays) for arrays in pending]
+            pending = computed
+    yield [_select(*arrays) for arrays in pending]
 
 
 @jax.jit
@@ -231,6 +283,7 @@ def load_backbone(
     run: str = "",
     weights: str = "",
     model: str = "",
+    student: str = "",
     step: int | None = None,
     numerics: Numerics = Numerics(),
 ) -> Backbone:
@@ -241,6 +294,7 @@ def load_backbone(
       run: a work directory: the student of its latest checkpoint; or else
       weights: a hub name or file, and
       model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
+      student: of a run with several, which of them.
       step: of the checkpoint of a run; None: the latest.
       numerics: dtypes of the model.
 
@@ -248,7 +302,7 @@ def load_backbone(
       InputError: nothing given, nothing there, or weights of another architecture.
     """
     if run:
-        return _of_run(mesh, as_path(run), step, numerics)
+        return _of_run(mesh, as_path(run), student, step, numerics)
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -265,7 +319,33 @@ def load_backbone(
     return Backbone(Network(spec, graph), params, mesh)
 
 
-def _of_run(mesh: Mesh, run: epath.Path, step: int | None, numerics: Numerics) -> Backbone:
+def load_teacher(
+    mesh: Mesh,
+    settings: ModelSettings,
+    image_size: int | None = None,
+    normalisation: str = "model",
+    numerics: Numerics = Numerics(),
+) -> Backbone:
+    """The teacher of a run, as the run took it.
+
+    Args:
+      mesh: where it lives.
+      settings: what the run says of it.
+      image_size, normalisation: as for `models.network.resolve_model`.
+      numerics: dtypes of the model.
+
+    Raises:
+      InputError: weights that are not there or of another architecture.
+    """
+    spec, path = resolve_model("teacher", settings, image_size, normalisation)
+    place = functools.partial(parallel.tree_shardings, mesh)
+    graph, params = load_model(spec, path, numerics, place)
+    return Backbone(Network(spec, graph), params, mesh)
+
+
+def _of_run(
+    mesh: Mesh, run: epath.Path, student: str, step: int | None, numerics: Numerics
+) -> Backbone:
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
@@ -275,7 +355,13 @@ def _of_run(mesh: Mesh, run: epath.Path, step: int | None, numerics: Numerics) -
         if step is not None and step not in finished:
             raise InputError(f"step: {run} holds checkpoints {sorted(finished)}, not {step}")
         step = max(finished) if step is None else step
-        spec = from_hub_config(checkpoints.meta(step)["student"])
+        meta = checkpoints.meta(step)
+        students = meta.get("students") or {"": meta["student"]}
+        if student not in students:
+            told = ", ".join(students) if "" not in students else "one student without a name"
+            raise InputError(f"student: {student!r}, but {run} has {told}")
+        spec = from_hub_config(students[student])
         graph, abstract = abstract_model(spec.arch, numerics)
-        params = checkpoints.restore_student(step, parallel.with_shardings(mesh, abstract))
+        abstract = parallel.with_shardings(mesh, abstract)
+        params = checkpoints.restore_student(step, abstract, student)
     return Backbone(Network(spec, graph), params, mesh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.sources import Source
-from singer_jax.evaluation.backbone import Backbone, Examples
+from singer_jax.evaluation.backbone import Backbone, Examples, extract_each
 from singer_jax.evaluation.heads import Depth, Segmentation, Task
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import (
@@ -41,6 +41,7 @@ def probe_task(
     workers: int = 0,
     store: Path | None = None,
     keeper: Keeper | None = None,
+    test: Examples | None = None,
 ) -> tuple[ProbeResult, dict[str, Any]]:
     """Trains and tests a probe; kNN too where the task is a classification.
 
@@ -53,16 +54,19 @@ def probe_task(
       workers: of the loader.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
       keeper: of the progress; default: nothing is kept.
+      test: features of the test split, as `test_examples`; default: extracted here.
 
     Returns:
       the probe's result, and its metrics as `results.json` holds them.
     """
-    task, augment, centre = task_of(backbone, kind, split.test.num_classes, settings)
+    task = task_of(backbone, kind, split.test.num_classes, settings)
+    augment, centre = transforms_of(kind, backbone.image_size)
 
     def extract(source: Source) -> Examples:
         return backbone.extract(source, task, centre, workers)
 
-    test, head_shape = extract(split.test), task.head_shape(backbone.arch)
+    test = test or extract(split.test)
+    head_shape = task.head_shape(backbone.arch)
     train: Examples | None = None
     if settings.protocol == "fast":
         views = [centre] + [augment] * settings.views
@@ -116,16 +120,36 @@ def _in_memory(
     return Examples(features, labels, len(views))
 
 
-def task_of(
-    backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
-) -> tuple[Task, Callable[..., Any], Callable[..., Any]]:
-    """The task of a kind, its random training transform and its test transform."""
-    size = backbone.image_size
+def test_examples(
+    backbones: Mapping[str, Backbone],
+    kind: str,
+    source: Source,
+    settings: ProbeSettings,
+    workers: int = 0,
+) -> dict[str, Examples]:
+    """Features of a test split of several models, by name; images are decoded and cropped once."""
+    tasks = {
+        name: task_of(backbone, kind, source.num_classes, settings)
+        for name, backbone in backbones.items()
+    }
+    return extract_each(
+        backbones, source, tasks, lambda size: transforms_of(kind, size)[1], workers
+    )
+
+
+def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings) -> Task:
+    """The task of a kind: `segmentation`, `depth`, or a classification."""
     if kind == "segmentation":
-        transforms = (SegmentationTransform(size, train=train) for train in (True, False))
-        return Segmentation(classes), *transforms
+        return Segmentation(classes)
     if kind == "depth":
-        transforms = (DepthTransform(size, train=train) for train in (True, False))
-        return Depth(ignore_missing=not settings.depth_zero_as_bin), *transforms
-    task = backbone.classification(classes, settings.token)
-    return task, TrainTransform(size), EvalTransform(size)
+        return Depth(ignore_missing=not settings.depth_zero_as_bin)
+    return backbone.classification(classes, settings.token)
+
+
+def transforms_of(kind: str, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The random training transform of a kind of task and its test transform, to `size` pixels."""
+    if kind == "segmentation":
+        return SegmentationTransform(size, train=True), SegmentationTransform(size, train=False)
+    if kind == "depth":
+        return DepthTransform(size, train=True), DepthTransform(size, train=False)
+    return TrainTransform(size), EvalTransform(size)

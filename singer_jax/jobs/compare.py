@@ -1,4 +1,4 @@
-"""The job `compare`: several runs side by side."""
+"""The job `compare`: several runs, or the students of one, side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from etils import epath
 
 from singer_jax.errors import InputError
 from singer_jax.files import as_path, write_text, writing
-from singer_jax.jobs.report import read_settings, results_of
+from singer_jax.jobs.report import MEASURED, read_settings, results_of_student
 from singer_jax.ranges import NAME, Each, OneOf
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
@@ -37,27 +37,30 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
       workdir: of what is written.
 
     Raises:
-      InputError: fewer than two runs, not a run, or one that is not evaluated.
+      InputError: fewer than two students, not a run, or one that is not evaluated.
     """
-    if len(settings.runs) < 2:
-        raise InputError("runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\"")
     described: list[dict[str, Any]] = []
     for folder in map(as_path, settings.runs):
-        its_settings = read_settings(folder)
-        rows, _ = results_of(folder, its_settings)
-        if "measured here" not in rows:
-            raise InputError(
-                f"runs: {folder} is not evaluated; run the job evaluate with "
-                f"--workdir={folder}/evaluation"
+        for student, own in read_settings(folder).each().items():
+            rows, _ = results_of_student(folder, student, own)
+            if MEASURED not in rows:
+                raise InputError(
+                    f"runs: {folder} is not evaluated; run the job evaluate with "
+                    f"--workdir={folder}/evaluation"
+                )
+            flat = flatten(to_dict(own)) | {"probe": _protocol(folder / "evaluation" / student)}
+            described.append(
+                {
+                    "kind": {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_METHOD)},
+                    "seed": own.seed,
+                    "row": rows[MEASURED],
+                    "curve": read_metrics(folder, student),
+                }
             )
-        flat = flatten(to_dict(its_settings)) | {"probe": _protocol(folder)}
-        described.append(
-            {
-                "kind": {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_METHOD)},
-                "seed": its_settings.seed,
-                "row": rows["measured here"],
-                "curve": read_metrics(folder),
-            }
+    if len(described) < 2:
+        raise InputError(
+            "runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\", or one of several "
+            "students"
         )
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry, name in zip(described, _names([e["kind"] for e in described]), strict=True):
@@ -102,8 +105,8 @@ def _names(kinds: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _protocol(run: epath.Path) -> str:
-    return json.loads((run / "evaluation" / "results.json").read_text())["protocol"]
+def _protocol(evaluation: epath.Path) -> str:
+    return json.loads((evaluation / "results.json").read_text())["protocol"]
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The job `distill`: from settings to a trained student."""
+"""The job `distill`: from settings to a trained student, or to several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,81 +23,101 @@ from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
-from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Backbone
+from singer_jax.errors import InputError, RunError
+from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models.params import Params, join
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.settings import flatten, from_flat, to_dict
-from singer_jax.telemetry import LOG, MetricsWriter, Recorder
+from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.loop import Between, train
-from singer_jax.training.setup import DistillSettings, Setup, setup
-from singer_jax.training.step import TrainState, jit_step
+from singer_jax.training.program import compile_step
+from singer_jax.training.settings import DistillSettings
+from singer_jax.training.setup import Setups, restore_states, saved_tree, setup_students
+from singer_jax.training.step import Metrics, TrainState
 
 
 def distill(settings: DistillSettings, workdir: epath.Path) -> None:
-    """Trains a student; continues by itself where the work directory holds a checkpoint.
+    """Trains one student or several; continues by itself where `workdir` holds a checkpoint.
 
     Args:
       settings: of the run.
-      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/.
+      workdir: for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/, or of
+        several students/NAME/.
 
     Raises:
       InputError: the settings cannot work, or are not those of the run in `workdir`.
       Stopped: after SIGTERM or SIGINT, saved.
-      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint.
+      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint. Of
+        several students the others are trained and exported before it is raised.
     """
     if settings.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     check_takes_checkpoints(workdir)
     source = make_source(settings.data.source, settings.data.path, TRAIN)
-    run = setup(settings, len(source), source.num_classes)
+    run = setup_students(settings, len(source), source.num_classes)
+    steps = run.any.steps
     make_workdir(workdir)
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint.keep)) as checkpoints:
         start = checkpoints.latest_step() or 0
-        meta = {
-            "data": source.fingerprint(),
-            "config": to_dict(settings),
-            "student": to_hub_config(run.distillation.student.spec),
-        }
+        meta = {"data": source.fingerprint(), "config": to_dict(settings)} | _described(run)
+        stopped: dict[str, str] = {}
         if start:
-            _check_same_run(settings, workdir, meta, checkpoints.meta(start))
-            LOG.info("%s: continuing after step %d of %d", workdir, start, run.steps)
-        if start < run.steps:
-            state = _train(settings, workdir, run, source, checkpoints, start, meta)
+            saved = checkpoints.meta(start)
+            stopped |= saved.get("stopped", {})
+            _check_same_run(settings, workdir, meta, saved)
+            LOG.info("%s: continuing after step %d of %d", workdir, start, steps)
+        if start < steps:
+            states = _train(settings, workdir, run, source, checkpoints, start, meta, stopped)
         else:
-            state = checkpoints.restore(start, run.state)
+            states = restore_states(checkpoints, start, run)
             _write_config(settings, workdir)
-    _export_student(workdir / "student", run, state)
-    LOG.info("%s: %d steps done, student exported", workdir, int(state.step))
+    _export_students(workdir, run, states)
+    told = ", ".join(filter(None, states)) or "student"
+    LOG.info("%s: %d steps done, %s exported", workdir, steps, told)
+    if stopped:
+        raise RunError(f"{workdir}: {in_words(stopped)}; the other students are done")
+
+
+def _described(run: Setups) -> dict[str, Any]:
+    """What the students are, for a checkpoint."""
+    specs = {name: own.distillation.student.spec for name, own in run.each.items()}
+    configs = {name: to_hub_config(spec) for name, spec in specs.items()}
+    return {"student": configs[""]} if "" in configs else {"students": configs}
 
 
 def _train(
     settings: DistillSettings,
     workdir: epath.Path,
-    run: Setup,
+    run: Setups,
     source: Source,
     checkpoints: Checkpoints,
     start: int,
     meta: dict[str, Any],
-) -> TrainState:
-    teacher = run.load_teacher()
+    stopped: dict[str, str],
+) -> Mapping[str, TrainState]:
+    """The states after the last step; adds to `stopped` the students that went wrong."""
+    teacher, mesh = run.load_teacher(), run.any.mesh
     if teacher is not None:
-        stacked = run.distillation.teacher.merge(teacher).numerics.stacked
+        stacked = run.taught_by.numerics.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
         _check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
-    state = checkpoints.restore(start, run.state) if start else run.init_state(teacher)
-    evaluate = _evaluation(settings, run, source) if settings.evals.every else None
-    LOG.info("%s: %s", workdir, _sizes(state, teacher))
+    states = restore_states(checkpoints, start, run) if start else run.init_states(teacher)
+    every = settings.evals.every
+    evaluate = _evaluation(settings, run, source, stopped) if every else None
+    LOG.info("%s: %s", workdir, _sizes(states, teacher))
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(_batches(settings, run, source, start)))
         first = next(batches)
-        step_fn = jit_step(run.distillation, run.mesh, state, teacher)
-        step_fn = step_fn.lower(state, teacher, first[0], np.bool_(True)).compile()
+        program = compile_step(
+            run.students, mesh, states, teacher, first[0], settings.students.schedule
+        )
+        if program.told:
+            LOG.info("%s: %s", workdir, program.told)
 
         _write_config(settings, workdir)
         writer = MetricsWriter(workdir, start, to_dict(settings) if settings.log.wandb else None)
@@ -105,16 +125,21 @@ def _train(
         recorder = Recorder(
             writer,
             start=start,
-            steps=run.steps,
+            steps=run.any.steps,
             every=settings.log.every,
             batch_size=settings.batch_size,
-            flops=step_flops(run.distillation, run.state, run.teacher, settings.batch_size),
-            devices=run.mesh.devices.ravel(),
+            flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
+            devices=mesh.devices.ravel(),
+            stopped=stopped,
         )
         stack.callback(recorder.close)
         stack.enter_context(logging_redirect_tqdm([LOG]))
+
+        def save(states: Mapping[str, TrainState], step: int) -> None:
+            checkpoints.save(saved_tree(states), step, meta | {"stopped": stopped})
+
         between = Between(
-            save=lambda state, step: checkpoints.save(state, step, meta),
+            save=save,
             save_every=settings.checkpoint.every,
             kept_in=str(workdir),
             saved=checkpoints.wait,
@@ -123,26 +148,28 @@ def _train(
             first=functools.partial(_report_start, run),
         )
         rest, first = itertools.chain([first], batches), None  # kept no longer than its step
-        return train(step_fn, state, teacher, rest, between, recorder)
+        return train(program.step, states, teacher, rest, between, recorder)
 
 
-def _sizes(state: TrainState, teacher: Params | None) -> str:
+def _sizes(states: Mapping[str, TrainState], teacher: Params | None) -> str:
     count = parameter_overview.count_parameters
-    counts = {
-        "teacher": count(teacher or {}),
-        "student": count(state.params["student"]),
-        "student, untouched": count(state.constants["student"]),
-        "method": count(state.params["method"]),
-    }
+    counts = {"teacher": count(teacher or {})}
+    for name, state in states.items():
+        before = f"{name}: " if name else ""
+        counts |= {
+            f"{before}student": count(state.params["student"]),
+            f"{before}student, untouched": count(state.constants["student"]),
+            f"{before}method": count(state.params["method"]),
+        }
     return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
 
 
 def _batches(
-    settings: DistillSettings, run: Setup, source: Source, start: int
+    settings: DistillSettings, run: Setups, source: Source, start: int
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
-    data = settings.data
-    total = parallel.total_of_processes(run.mesh)
+    data, mesh = settings.data, run.any.mesh
+    total = parallel.total_of_processes(mesh)
     unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     batches = train_batches(
         source,
@@ -159,20 +186,22 @@ def _batches(
         for batch in batches:
             unreadable.add(batch)
             examples = {key: batch[key] for key in ("image", "label")}
-            put = parallel.put_batch(examples, parallel.batch_sharding(run.mesh))
+            put = parallel.put_batch(examples, parallel.batch_sharding(mesh))
             yield put, unreadable.unreadable
 
 
 def _evaluation(
-    settings: DistillSettings, run: Setup, train_split: Source
-) -> Callable[[TrainState, Params | None], dict[str, float]]:
+    settings: DistillSettings, run: Setups, train_split: Source, stopped: Mapping[str, str]
+) -> Callable[[Mapping[str, TrainState], Params | None], dict[str, float]]:
     """Evaluation while training: the losses on held-out images and, with labels, kNN.
 
-    An image that cannot be read is named once; kNN leaves it out.
+    An image that cannot be read is named once; kNN leaves it out. Students in `stopped` are left
+    out.
 
     Returns:
-      a function that gives `eval/held_out/loss`, `eval/held_out/loss_<term>`, `eval/knn/top1` and
-      `eval/images/unreadable`, how many images of both splits could not be read so far.
+      a function that gives `eval/held_out/loss`, `eval/held_out/loss_<term>` and `eval/knn/top1`,
+      of several students behind `eval/NAME/`, and `eval/images/unreadable`, how many images of both
+      splits could not be read so far.
 
     Raises:
       InputError: no test split, or one with fewer images than devices.
@@ -185,10 +214,10 @@ def _evaluation(
             "set evals.every=0 or add a test split"
         ) from error
     test, bank = (evenly(source, settings.evals.images) for source in (test_split, train_split))
-    workers = worker_count(settings.data.workers)
+    workers, mesh = worker_count(settings.data.workers), run.any.mesh
     unreadable: set[str] = set()
 
-    def name(source: Source, indices: np.ndarray) -> None:
+    def say_unreadable(source: Source, indices: np.ndarray) -> None:
         for described in map(source.describe, indices.tolist()):
             if described not in unreadable:
                 unreadable.add(described)
@@ -201,35 +230,57 @@ def _evaluation(
         test,
         settings.batch_size // settings.accumulation,
         workers,
-        functools.partial(name, test),
+        functools.partial(say_unreadable, test),
     )
 
-    def evaluate(state: TrainState, teacher: Params | None) -> dict[str, float]:
-        losses = held_out(state, teacher)
-        metrics = {f"eval/held_out/{term}": value for term, value in losses.items()}
-        if test.num_classes and bank.num_classes:
+    def nearest(states: Mapping[str, TrainState]) -> dict[str, float]:
+        backbones, tasks = {}, {}
+        for name, state in states.items():
             params = join(state.params["student"], state.constants["student"])
-            backbone = Backbone(run.distillation.student, params, run.mesh)
-            task = backbone.classification(test.num_classes, None)
-            transform = EvalTransform(backbone.image_size)
-            features = (
-                backbone.extract(
-                    source, task, transform, workers, left_out=functools.partial(name, source)
-                )
-                for source in (bank, test)
+            own = run.each[name].distillation.student
+            backbones[name] = Backbone(own, params, mesh)
+            tasks[name] = backbones[name].classification(test.num_classes, None)
+        banks, tests = (
+            extract_each(
+                backbones,
+                source,
+                tasks,
+                EvalTransform,
+                workers,
+                functools.partial(say_unreadable, source),
             )
-            top1 = knn_top1(*features, classes=test.num_classes, mesh=run.mesh)
-            metrics["eval/knn/top1"] = 100 * top1
+            for source in (bank, test)
+        )
+        return {
+            name: 100 * knn_top1(banks[name], tests[name], classes=test.num_classes, mesh=mesh)
+            for name in states
+        }
+
+    def evaluate(states: Mapping[str, TrainState], teacher: Params | None) -> dict[str, float]:
+        losses = held_out(states, teacher)
+        going_on = {name: state for name, state in states.items() if name not in stopped}
+        metrics = {
+            metric_name("eval", name, f"held_out/{term}"): value
+            for name in going_on
+            for term, value in losses[name].items()
+        }
+        if test.num_classes and bank.num_classes:
+            for name, top1 in nearest(going_on).items():
+                metrics[metric_name("eval", name, "knn/top1")] = top1
         metrics["eval/images/unreadable"] = len(unreadable)
         return metrics
 
     return evaluate
 
 
-def _report_start(run: Setup, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
-    for level, line in method.report(jax.device_get(metrics)):
-        LOG.log(level, line)
+def _report_start(
+    run: Setups, states: Mapping[str, TrainState], metrics: Mapping[str, Metrics]
+) -> None:
+    for name, own in run.each.items():
+        params, constants = states[name].params["method"], states[name].constants["method"]
+        method = nnx.merge(own.distillation.method, params, constants)
+        for level, line in method.report(jax.device_get(metrics[name])):
+            LOG.log(level, f"{name}: {line}" if name else line)
 
 
 def _check_same_run(
@@ -261,6 +312,7 @@ _RESUMABLE = (
     "checkpoint.",
     "log.",
     "evals.",
+    "students.schedule",
 )
 
 
@@ -299,9 +351,11 @@ def _write_config(settings: DistillSettings, workdir: epath.Path) -> None:
         write_text(workdir / "config.json", json.dumps(to_dict(settings), indent=2) + "\n")
 
 
-def _export_student(folder: epath.Path, run: Setup, state: TrainState) -> None:
-    gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.mesh))
-    trained, untouched = gather((state.params["student"], state.constants["student"]))
-    if jax.process_index() == 0:
-        spec = run.distillation.student.spec
-        export_timm(folder, spec, to_timm(trained) | to_timm(untouched))
+def _export_students(workdir: epath.Path, run: Setups, states: Mapping[str, TrainState]) -> None:
+    gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.any.mesh))
+    for name, own in run.each.items():
+        parts = gather((states[name].params["student"], states[name].constants["student"]))
+        if jax.process_index() == 0:
+            folder = workdir / "students" / name if name else workdir / "student"
+            trained, untouched = map(to_timm, parts)
+            export_timm(folder, own.distillation.student.spec, trained | untouched)

@@ -15,21 +15,22 @@ from etils import epath
 
 from singer_jax import hosts, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
-from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import DataSettings, make_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import Backbone, load_backbone
-from singer_jax.evaluation.measure import Split, probe_task
+from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, load_teacher
+from singer_jax.evaluation.measure import Split, probe_task, test_examples
 from singer_jax.evaluation.probe import ProbeSettings, score
 from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
+from singer_jax.jobs.report import read_settings
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.ranges import SEED, TEXT, Each, OneOf
 from singer_jax.settings import Settings, section, setting, to_dict
 from singer_jax.telemetry import LOG
+from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class EvaluateSettings(Settings):
     job: str = setting("evaluate", OneOf(("evaluate",)), "the command")
     seed: int = setting(0, SEED, "of heads, order and crops")
     run: str = setting("", TEXT, "a work directory: its student; or else")
+    student: str = setting(
+        "", TEXT, "one of several students of `run`; empty: all of them and the teacher"
+    )
     weights: str = setting("", TEXT, "a hub name or file, and")
     model: str = setting(
         "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
@@ -52,59 +56,110 @@ class EvaluateSettings(Settings):
     probe: ProbeSettings = section(ProbeSettings())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A model to measure.
+
+    Attributes:
+      name: of a student of several, or `teacher`; else empty.
+      folder: of its results.
+      backbone: the model.
+      run: settings of the run that made it.
+      identity: of the model and the settings, for what was measured before.
+      finished: what is measured, by task.
+      skipped: why the other tasks are not.
+    """
+
+    name: str
+    folder: epath.Path
+    backbone: Backbone
+    run: DistillSettings | None
+    identity: dict[str, str]
+    finished: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
+
+
 def evaluate(settings: EvaluateSettings, workdir: epath.Path) -> None:
-    """Measures one backbone; a task that is finished is not done again.
+    """Measures one model, or all students of a run and their teacher on the same images.
+
+    A task that is finished is not done again.
 
     Args:
       settings: what, on which data, how.
-      workdir: for results.json, tasks/ (what is finished) and features/ (of the fast protocol).
+      workdir: for results.json, tasks/ (what is finished) and features/ (of the fast protocol); of
+        several models in a folder of each one's name.
 
     Raises:
       InputError: nothing to evaluate, no data at all, or data that is there in part.
       Stopped: on request; the same command goes on with the probe that was under way.
     """
     benchmarks, splits, skipped = _find_data(settings)
-    mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-    backbone = load_backbone(
-        mesh,
-        run=settings.run,
-        weights=settings.weights,
-        model=settings.model,
-        numerics=Numerics(PRECISIONS[settings.precision]),
-    )
-    if jax.process_index() == 0:
-        make_workdir(workdir)
+    subjects = _subjects(settings, workdir, (*table1.TASKS, *splits), skipped)
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
-
-    identity = {
-        "model": backbone.digest(),
-        "settings": _settings_digest(settings),
-    }
-    finished = parallel.of_first_process(
-        {
-            name: found
-            for name in (*table1.TASKS, *splits)
-            if (found := _finished(workdir / "tasks" / f"{name}.json", identity))
-        }
-    )
     with stopping.deferred():
-        _measure_all(settings, workdir, backbone, benchmarks, splits, skipped, identity, finished)
-    rows, note = _summarise(settings, workdir, backbone, finished, skipped)
+        _measure_all(settings, subjects, benchmarks, splits)
+    rows: dict[str, Any] = {}
+    for subject in subjects:
+        rows |= _summarise(settings, subject)
     if settings.data.source == "table1" and jax.process_index() == 0:
         print(table1.format_rows(rows))
-        print(note)
+        print(table1.NOTE)
+
+
+def _subjects(
+    settings: EvaluateSettings,
+    workdir: epath.Path,
+    tasks: tuple[str, ...],
+    skipped: dict[str, str],
+) -> list[_Subject]:
+    mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    numerics = Numerics(PRECISIONS[settings.precision])
+    described = as_path(settings.run) / "config.json" if settings.run else None
+    run = read_settings(as_path(settings.run)) if described and described.is_file() else None
+    students = run.each() if run and run.students.named else {}
+    backbones: dict[str, Backbone] = {}
+    if students and not settings.student:
+        for name in students:
+            backbones[name] = load_backbone(mesh, run=settings.run, student=name, numerics=numerics)
+        if run.teacher.weights:
+            data = run.data
+            backbones["teacher"] = load_teacher(
+                mesh, run.teacher, data.image_size, data.normalisation, numerics
+            )
+    else:
+        backbones[settings.student] = load_backbone(
+            mesh,
+            run=settings.run,
+            weights=settings.weights,
+            model=settings.model,
+            student=settings.student,
+            numerics=numerics,
+        )
+    found = []
+    for name, backbone in backbones.items():
+        folder = workdir / name if name else workdir
+        if jax.process_index() == 0:
+            make_workdir(folder)
+        identity = {"model": backbone.digest(), "settings": _settings_digest(settings)}
+        finished = parallel.of_first_process(
+            {
+                task: known
+                for task in tasks
+                if (known := _finished(folder / "tasks" / f"{task}.json", identity))
+            }
+        )
+        own = None if name == "teacher" else students.get(name, run)
+        parts = (name, folder, backbone, own, identity, finished, dict(skipped))
+        found.append(_Subject(*parts))
+    return found
 
 
 def _measure_all(
     settings: EvaluateSettings,
-    workdir: epath.Path,
-    backbone: Backbone,
+    subjects: list[_Subject],
     benchmarks: dict[str, table1.Benchmark],
     splits: dict[str, Split],
-    skipped: dict[str, str],
-    identity: dict[str, str],
-    finished: dict[str, dict[str, Any]],
 ) -> None:
     """Adds to `finished` what is not in it, and to `skipped` what cannot be measured."""
     questions = itertools.count(1)
@@ -114,57 +169,80 @@ def _measure_all(
 
     def stop_if_asked() -> None:
         if asked():
-            raise Stopped(f"stopped while extracting features; what is done is kept in {workdir}")
+            folder = subjects[0].folder if len(subjects) == 1 else subjects[0].folder.parent
+            raise Stopped(f"stopped while extracting features; what is done is kept in {folder}")
 
-    backbone = dataclasses.replace(backbone, before_batch=stop_if_asked)
-    for name, split in splits.items():
-        benchmark = benchmarks[name]
-        head = finished.get("imagenet", {}).get("key")
-        if benchmark.kind == "transfer" and not head:
-            reason = "needs the head of the task imagenet, which is not measured"
-            if settings.tasks:
-                raise InputError(f"tasks: {name} {reason}; add imagenet")
-            skipped[name] = reason
+    for task, split in splits.items():
+        benchmark = benchmarks[task]
+        due: dict[str, tuple[_Subject, Backbone, str]] = {}
+        for subject in subjects:
+            head = subject.finished.get("imagenet", {}).get("key")
+            if benchmark.kind == "transfer" and not head:
+                reason = "needs the head of the task imagenet, which is not measured"
+                if settings.tasks:
+                    raise InputError(f"tasks: {task} {reason}; add imagenet")
+                subject.skipped[task] = reason
+                continue
+            key = _key(benchmark, split, head)
+            if subject.finished.get(task, {}).get("key") == key:
+                _say(subject, task)
+                _summarise(settings, subject)
+                continue
+            backbone = dataclasses.replace(subject.backbone, before_batch=stop_if_asked)
+            backbone = _with_statistics(backbone, benchmark, settings.data.normalisation)
+            due[subject.name] = subject, backbone, key
+        if not due:
             continue
-        key = _key(benchmark, split, head)
-        if finished.get(name, {}).get("key") != key:
-            LOG.info("== %s", name)
-            measured = _with_statistics(backbone, benchmark, settings.data.normalisation)
-            of_all = hashlib.sha256(json.dumps([identity, key]).encode()).hexdigest()
-            keeper = FileKeeper(workdir / "tasks" / f"{name}.progress.npz", of_all, asked)
-            metrics = _measure(name, benchmark, measured, split, settings, workdir, keeper)
-            finished[name] = {**identity, "key": key, "metrics": metrics}
-            _write(workdir / "tasks" / f"{name}.json", finished[name])
+        LOG.info("== %s", task)
+        tests = test_examples(
+            {name: backbone for name, (_, backbone, _) in due.items()},
+            benchmark.kind,
+            split.test,
+            settings.probe,
+            worker_count(settings.data.workers),
+        )
+        for name, (subject, backbone, key) in due.items():
+            of_all = hashlib.sha256(json.dumps([subject.identity, key]).encode()).hexdigest()
+            kept = subject.folder / "tasks"
+            keeper = FileKeeper(kept / f"{task}.progress.npz", of_all, asked)
+            metrics = _measure(
+                task, benchmark, backbone, split, settings, subject.folder, keeper, tests.pop(name)
+            )
+            subject.finished[task] = {**subject.identity, "key": key, "metrics": metrics}
+            _write(kept / f"{task}.json", subject.finished[task])
             keeper.remove()
-        LOG.info("%s: %s", name, _brief(finished[name]["metrics"]))
-        _summarise(settings, workdir, backbone, finished, skipped)
+            _say(subject, task)
+            _summarise(settings, subject)
 
 
-def _summarise(
-    settings: EvaluateSettings,
-    workdir: epath.Path,
-    backbone: Backbone,
-    finished: dict[str, dict[str, Any]],
-    skipped: dict[str, str],
-) -> tuple[dict[str, Any], str]:
-    """Writes results.json of what is finished; returns the rows of the table and its note."""
-    results = {name: found["metrics"] for name, found in finished.items()}
-    run = _config_of(settings.run)
-    rows: dict[str, Any] = {"measured here": table1.row(results)}
+def _say(subject: _Subject, task: str) -> None:
+    name = f"{subject.name}: {task}" if subject.name else task
+    LOG.info("%s: %s", name, _brief(subject.finished[task]["metrics"]))
+
+
+def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
+    """Writes results.json of what is finished; returns the rows of the table."""
+    results = {name: found["metrics"] for name, found in subject.finished.items()}
+    run = to_dict(subject.run) if subject.run else None
+    measured = f"{subject.name}, measured here" if subject.name else "measured here"
+    rows: dict[str, Any] = {measured: table1.row(results)}
+    model = subject.backbone.network.spec.name
     content = {
-        "model": backbone.network.spec.name,
+        "model": model,
         "run": {k: run[k] for k in ("seed", "method", "teacher", "student")} if run else None,
         "protocol": settings.probe.protocol,
         "tasks": results,
-        "skipped": {name: reason for name, reason in skipped.items() if name not in results},
-        "table1": rows["measured here"],
+        "skipped": {
+            name: reason for name, reason in subject.skipped.items() if name not in results
+        },
+        "table1": rows[measured],
     }
-    paper = table1.published(run, backbone.network.spec.name)
+    paper = table1.published(run, model)
     if paper:
         rows[f"published: {paper[0]}"] = paper[1]
         content["published"] = {"of": paper[0], "row": paper[1]}
-    _write(workdir / "results.json", content)
-    return rows, table1.NOTE
+    _write(subject.folder / "results.json", content)
+    return rows
 
 
 def _find_data(
@@ -226,6 +304,7 @@ def _measure(
     settings: EvaluateSettings,
     workdir: epath.Path,
     keeper: FileKeeper,
+    test: Examples,
 ) -> dict[str, Any]:
     workers, first = worker_count(settings.data.workers), jax.process_index() == 0
     if benchmark.kind == "transfer":
@@ -237,7 +316,6 @@ def _measure(
                 f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
             )
         task = backbone.classification(classes, settings.probe.token)
-        test = backbone.extract(split.test, task, EvalTransform(backbone.image_size), workers)
         heads = {part: value[None] for part, value in head.items()}
         return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
     probe = settings.probe
@@ -252,6 +330,7 @@ def _measure(
         workers,
         cached(workdir / "features" / name),
         keeper,
+        test,
     )
     if first:
         with replacing(workdir / "tasks" / f"{name}.npz") as file:
@@ -298,8 +377,3 @@ def _write(file: epath.Path, content: Any) -> None:
 def _brief(metrics: dict[str, Any]) -> str:
     numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-
-
-def _config_of(run: str) -> dict[str, Any] | None:
-    file = as_path(run) / "config.json"
-    return json.loads(file.read_text()) if run and file.is_file() else None

@@ -1,7 +1,8 @@
 """The job `quickstart`: everything once, small and from scratch, on the embedded digits.
 
-Trains a teacher, distils it with FitNet and with SiNGER, measures teacher, untrained student and
-both students alike, prints one table and saves one picture a model. What is done is not done again.
+Trains a teacher, distils it with FitNet and with SiNGER in one run, measures teacher, untrained
+student and both students alike, prints one table and saves one picture a model. What is done is not
+done again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_patch_maps
 from singer_jax.settings import Settings, section, setting
 from singer_jax.telemetry import LOG
-from singer_jax.training.setup import DistillSettings, setup
+from singer_jax.training.settings import DistillSettings
+from singer_jax.training.setup import setup_students
 
 _SHOWN = 8  # test images in a picture
 _FITTED = 512  # training images that the map to the teacher's features is fitted on
@@ -36,12 +38,11 @@ _FITTED = 512  # training images that the map to the teacher's features is fitte
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartSettings(Settings):
-    """Three runs, and the probe that measures them."""
+    """Two runs, and the probe that measures their models."""
 
     job: str = setting("quickstart", OneOf(("quickstart",)), "the command")
     teacher: DistillSettings = section(DistillSettings())
-    fitnet: DistillSettings = section(DistillSettings())
-    singer: DistillSettings = section(DistillSettings())
+    distilled: DistillSettings = section(DistillSettings())
     probe: ProbeSettings = section(ProbeSettings())
 
 
@@ -49,28 +50,24 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     """Runs what configs/quickstart.py describes; raises what `distill` raises.
 
     Args:
-      settings: of the three runs and the probe.
+      settings: of both runs and the probe; the students are `fitnet` and `singer`.
       workdir: one folder a run, results.json, report/.
     """
-    fitnet, singer = (
-        dataclasses.replace(
-            run, teacher=dataclasses.replace(run.teacher, weights=str(workdir / "teacher"))
-        )
-        for run in (settings.fitnet, settings.singer)
-    )
-    for name, run in (("teacher", settings.teacher), ("fitnet", fitnet), ("singer", singer)):
+    weights = dataclasses.replace(settings.distilled.teacher, weights=str(workdir / "teacher"))
+    distilled = dataclasses.replace(settings.distilled, teacher=weights)
+    for name, run in (("teacher", settings.teacher), ("distilled", distilled)):
         LOG.info("== %s (%s)", name, workdir / name)
         distill(run, workdir / name)
 
-    mesh = parallel.make_mesh()
+    mesh, students = parallel.make_mesh(), str(workdir / "distilled")
     backbones = {
         "teacher": load_backbone(mesh, run=str(workdir / "teacher")),
-        "student, untrained": _untrained(singer),
-        "student, FitNet": load_backbone(mesh, run=str(workdir / "fitnet")),
-        "student, SiNGER": load_backbone(mesh, run=str(workdir / "singer")),
+        "student, untrained": _untrained(distilled),
+        "student, FitNet": load_backbone(mesh, run=students, student="fitnet"),
+        "student, SiNGER": load_backbone(mesh, run=students, student="singer"),
     }
     LOG.info("== measuring")
-    data = singer.data
+    data = distilled.data
     train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
     fitted = Subset(train, np.arange(_FITTED))
     teacher_fitted, teacher_test = (
@@ -80,7 +77,7 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     results = {}
     for name, backbone in backbones.items():
         split = Split(train, test)
-        _, scores = probe_task(backbone, "classification", split, settings.probe, singer.seed)
+        _, scores = probe_task(backbone, "classification", split, settings.probe, distilled.seed)
         tokens = patch_tokens(backbone, test)
         results[name] = {
             "linear_top1": scores["top1"],
@@ -99,17 +96,16 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
         )
     write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     page = workdir / "report" / "index.html"
-    baselines = {"student, fitnet": workdir / "fitnet"}
     columns = {name: _columns(row) for name, row in results.items()}
-    write_page(page, collect(workdir / "singer", singer, baselines, _SHOWN, columns))
+    write_page(page, collect(workdir / "distilled", distilled, {}, _SHOWN, columns))
     print(_table(results))
     print(f"One picture a model in {page.parent}, and the report: {page}")
 
 
 def _untrained(settings: DistillSettings) -> Backbone:
-    """The student as it was before its first step."""
+    """The students as they were before their first step: alike, of one seed."""
     source = make_source(settings.data.source, settings.data.path, TRAIN)
-    run = setup(settings, len(source), source.num_classes)
+    run = setup_students(settings, len(source), source.num_classes).any
     return Backbone(run.distillation.student, run.init_student(), run.mesh)
 
 

@@ -16,7 +16,7 @@ from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.settings import Settings, flatten, from_flat, setting, to_dict
 from singer_jax.telemetry import LOG
-from singer_jax.training.setup import DistillSettings
+from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,36 @@ def read_settings(run: epath.Path) -> DistillSettings:
 def results_of(
     run: epath.Path, settings: DistillSettings
 ) -> tuple[dict[str, dict[str, float | None]], str]:
-    """Rows of the results table from RUN/evaluation/results.json, published ones beside, a note."""
-    file = run / "evaluation" / "results.json"
+    """Rows of the results table, published ones beside, and a note.
+
+    From RUN/evaluation/results.json; of several students RUN/evaluation/NAME/results.json.
+    """
+    rows: dict[str, dict[str, float | None]] = {}
+    note = ""
+    for name, own in settings.each().items():
+        found, its_note = results_of_student(run, name, own)
+        rows |= {
+            f"{name}, {row}" if row == MEASURED and name else row: of for row, of in found.items()
+        }
+        note = note or its_note
+    return rows, note
+
+
+MEASURED = "measured here"
+
+
+def results_of_student(
+    run: epath.Path, name: str, settings: DistillSettings
+) -> tuple[dict[str, dict[str, float | None]], str]:
+    """`results_of` one student.
+
+    Args:
+      run: the work directory.
+      name: of the student; empty where it is the only one.
+      settings: of its own run.
+    """
+    folder = run / "evaluation" / name if name else run / "evaluation"
+    file = folder / "results.json"
     rows: dict[str, dict[str, float | None]] = {}
     note = ""
     if file.is_file():
@@ -84,7 +112,7 @@ def results_of(
             for metric in ("top1", "knn_top1", "miou", "rmse")
             if metric in metrics
         }
-        rows["measured here"] = measured
+        rows[MEASURED] = measured
     paper = table1.published(to_dict(settings), "")
     if paper:
         rows[f"published: {paper[0]}"] = paper[1]

@@ -6,8 +6,11 @@ values near the threshold.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +77,7 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
         of attention and MLP side by side, each behind its norm's scale, so that neither path sees
         a perturbation in the null space, up to the norms' centring and rescaling.
     """
-    block = model.block(min(layer + 1, model.arch.depth - 1))
+    block = model.block(_reader(model, layer))
 
     def read(x: Array) -> Array:
         return x.astype(jnp.float32)
@@ -91,6 +94,36 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
         second = second if layer_scale is None else second * read(layer_scale)
     maps = [jnp.matmul(part, second, precision=Precision.HIGHEST) for part in first]
     return jnp.concatenate(maps, axis=1)
+
+
+def _reader(model: VisionTransformer, layer: int) -> int:
+    return min(layer + 1, model.arch.depth - 1)
+
+
+_once: contextvars.ContextVar[dict[Any, NullSpace] | None] = contextvars.ContextVar(
+    "decomposed", default=None
+)
+
+
+@contextlib.contextmanager
+def decomposing_once() -> Iterator[None]:
+    """Within it `of_layer` decomposes each linear map once, of models that outlive it."""
+    token = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+def of_layer(model: VisionTransformer, layer: int, source: str) -> NullSpace:
+    """`decompose` of `linear_map`, whose arguments these are."""
+    known = _once.get()
+    if known is None:
+        return decompose(linear_map(model, layer, source))
+    key = (id(model), _reader(model, layer), source)
+    if key not in known:
+        known[key] = decompose(linear_map(model, layer, source))
+    return known[key]
 
 
 def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:

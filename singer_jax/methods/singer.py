@@ -206,8 +206,7 @@ class Singer(Method):
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            source = nullspace.linear_map(teacher, layer, settings.nullspace.source)
-            space = nullspace.decompose(source)
+            space = nullspace.of_layer(teacher, layer, settings.nullspace.source)
             self.refiner[str(layer)] = Refiner(space, settings.rank, settings.nullspace, rngs)
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
 from singer_jax.settings import to_dict
-from singer_jax.training.setup import DistillSettings, Setup, setup
+from singer_jax.training.settings import DistillSettings
+from singer_jax.training.setup import Setups, restore_states, setup_students
 from singer_jax.training.step import TrainState
 
 _FITTED = 256  # training images that the maps to the teacher's features are fitted on
@@ -55,9 +56,12 @@ class ModelMaps:
 
 @dataclasses.dataclass(frozen=True)
 class LayerNorms:
-    """Patch norms of a distilled layer, before and after refinement, and its null space."""
+    """Patch norms of a distilled layer, before and after refinement, and its null space.
 
-    layer: int
+    `name` says which layer, and for which of several students it is refined.
+    """
+
+    name: str
     before: Float[np.ndarray, " patches"]
     after: Float[np.ndarray, " patches"]
     singular_values: Float[np.ndarray, " dim"]
@@ -74,7 +78,7 @@ class Report:
       config: as nested dicts.
       rows: of metrics.jsonl.
       images: as the models saw them.
-      models: teacher, refined teacher, student, baselines.
+      models: teacher, refined teachers, students, baselines.
       layers: of a method with refiners.
       results: rows of numbers by name, with the names of the columns; published ones included.
       note: below the results.
@@ -92,8 +96,8 @@ class Report:
 
 def restore(
     run: epath.Path, settings: DistillSettings
-) -> tuple[Setup, TrainState, Params | None, int]:
-    """A run as it is at its latest checkpoint: setup, state, the teacher's parameters, the step.
+) -> tuple[Setups, dict[str, TrainState], Params | None, int]:
+    """A run as it is at its latest checkpoint: setups, states, the teacher's parameters, the step.
 
     Raises:
       InputError: no finished checkpoint.
@@ -105,19 +109,35 @@ def restore(
         mesh=parallel.MeshSettings(),
         batch_size=jax.device_count() * settings.accumulation,
     )
-    prepared = setup(settings, len(source), source.num_classes)
+    prepared = setup_students(settings, len(source), source.num_classes)
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"run: {run} has no finished checkpoint yet")
-        state = checkpoints.restore(step, prepared.state)
-    return prepared, state, prepared.load_teacher(), step
+        states = restore_states(checkpoints, step, prepared)
+    return prepared, states, prepared.load_teacher(), step
 
 
-def read_metrics(run: epath.Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; none where there is no such file."""
+def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; none where there is no such file.
+
+    Args:
+      run: the work directory.
+      student: one of several, whose metrics get the names of a single one's, without the others'.
+    """
     file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if not student:
+        return rows
+    common = {"step", "time"}
+    return [
+        {
+            name.replace(f"/{student}/", "/", 1): value
+            for name, value in row.items()
+            if name in common or name.split("/")[1] == student
+        }
+        for row in rows
+    ]
 
 
 def collect(
@@ -138,8 +158,8 @@ def collect(
       results: rows of the results table.
       note: below it.
     """
-    prepared, state, teacher_params, step = restore(run, settings)
-    mesh, network = prepared.mesh, prepared.distillation.teacher
+    prepared, states, teacher_params, step = restore(run, settings)
+    mesh, network = prepared.any.mesh, prepared.students.teacher
     if network is None:
         raise InputError(f"run: {run} has no teacher to compare with ({settings.method_name})")
     train = make_source(settings.data.source, settings.data.path, TRAIN)
@@ -147,22 +167,19 @@ def collect(
     few, fitted = evenly(source, shown), evenly(train, _FITTED)
 
     arch = network.spec.arch
-    method = nnx.merge(
-        prepared.distillation.method, state.params["method"], state.constants["method"]
-    )
-    singer = _singer_of(method)
+    singers = _singers(prepared, states)
     last = arch.depth - 1
-    layers = singer.teacher_layers if singer else ()
+    layers = {layer for singer in singers.values() for layer in singer.teacher_layers}
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-    def patches_of(params: Params, images: jax.Array) -> dict[str, dict[int, jax.Array]]:
+    def patches_of(params: Params, images: jax.Array) -> dict[str, Any]:
         features = network.merge(params).features(network.spec.prepare(images))
         prefix = arch.num_prefix_tokens
         found = {"teacher": {layer: features[layer] for layer in {*layers, last}}}
-        if singer:
-            found["refined"] = {
+        for name, singer in singers.items():
+            found[f"refined {name}"] = {
                 layer: refine(singer.refiner[str(layer)], features[layer], prefix)
-                for layer in layers
+                for layer in singer.teacher_layers
             }
         return jax.tree.map(lambda x: x[:, prefix:].astype(jnp.float32), found)
 
@@ -185,13 +202,18 @@ def collect(
     of_shown, of_fitted = run_on(few), run_on(fitted)
     target, target_fitted = of_shown["teacher"][last], of_fitted["teacher"][last]
     models = [ModelMaps("teacher", target, arch.grid, None)]
-    if singer and last in layers:
-        tokens = of_shown["refined"][last]
-        cosine = cosine_to_teacher(tokens, target, None)
-        models.append(ModelMaps("teacher, refined", tokens, arch.grid, cosine))
-    students = {f"student, {settings.method_name}": run} | baselines
-    for name, folder in students.items():
-        backbone = load_backbone(mesh, run=str(folder))
+    for name, singer in singers.items():
+        if last in singer.teacher_layers:
+            tokens = of_shown[f"refined {name}"][last]
+            cosine = cosine_to_teacher(tokens, target, None)
+            told = f"teacher, refined for {name}" if name else "teacher, refined"
+            models.append(ModelMaps(told, tokens, arch.grid, cosine))
+    students = {
+        f"student, {name or own.method_name}": (run, name) for name, own in settings.each().items()
+    }
+    students |= {name: (folder, "") for name, folder in baselines.items()}
+    for name, (folder, student) in students.items():
+        backbone = load_backbone(mesh, run=str(folder), student=student)
         tokens = patch_tokens(backbone, few)
         cosine = None
         if backbone.arch.grid == arch.grid:
@@ -200,18 +222,20 @@ def collect(
         models.append(ModelMaps(name, tokens, backbone.arch.grid, cosine))
     norms = [
         LayerNorms(
-            layer,
+            f"layer {layer}, {name}" if name else f"layer {layer}",
             np.linalg.norm(of_fitted["teacher"][layer], axis=-1).ravel(),
-            np.linalg.norm(of_fitted["refined"][layer], axis=-1).ravel(),
+            np.linalg.norm(of_fitted[f"refined {name}"][layer], axis=-1).ravel(),
             np.asarray(singer.refiner[str(layer)].singular_values[...]),
             float(singer.refiner[str(layer)].threshold[...]),
             int(singer.refiner[str(layer)].null_dim[...]),
         )
-        for layer in layers
+        for name, singer in singers.items()
+        for layer in singer.teacher_layers
     ]
+    learners = [own.distillation.student.spec.name for own in prepared.each.values()]
     return Report(
         f"{settings.method_name}: {network.spec.name} to "
-        f"{prepared.distillation.student.spec.name}, step {step}",
+        f"{', '.join(dict.fromkeys(learners))}, step {step}",
         to_dict(settings),
         read_metrics(run),
         _pixels(few, prepared.image_size),
@@ -229,10 +253,17 @@ def _test_or_train(settings: DistillSettings, train: Source) -> Source:
         return train
 
 
-def _singer_of(method: Any) -> Singer | None:
-    if isinstance(method, WeightedSum):
-        method = method.methods.get("singer")
-    return method if isinstance(method, Singer) else None
+def _singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
+    """The method of each student that learns by SiNGER."""
+    found = {}
+    for name, own in prepared.each.items():
+        params, constants = states[name].params["method"], states[name].constants["method"]
+        method = nnx.merge(own.distillation.method, params, constants)
+        if isinstance(method, WeightedSum):
+            method = method.methods.get("singer")
+        if isinstance(method, Singer):
+            found[name] = method
+    return found
 
 
 def _pixels(source: Source, size: int) -> UInt8[np.ndarray, "images size size 3"]:

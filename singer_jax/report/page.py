@@ -159,21 +159,31 @@ def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
 
 def _training(rows: Sequence[Mapping[str, float]]) -> str:
     """Loss terms and learning rate over the steps, and what was evaluated on the way."""
-    names = column_order(list(rows))
-    losses = [n for n in names if n == "train/loss" or n.startswith("train/loss_")]
-    groups = [(losses, "log"), (["train/learning_rate"], "linear")]
-    groups += [([name], "linear") for name in names if name.startswith("eval/")]
+    panels: dict[tuple[str, str], dict[str, str]] = {}  # columns by label, by title and scale
+    for name in column_order(list(rows)):
+        group, _, rest = name.partition("/")
+        student, _, metric = rest.rpartition("/")
+        if group == "eval":  # held_out/loss, of one of several students NAME/held_out/loss
+            student, _, place = student.rpartition("/")
+            metric = f"{place}/{metric}"
+            panels.setdefault((metric, "linear"), {})[student or metric] = name
+        elif metric == "loss" or metric.startswith("loss_"):
+            # All terms of a single student are in one panel.
+            panels.setdefault((metric if student else "", "log"), {})[student or metric] = name
+        elif metric == "learning_rate":
+            panels.setdefault((metric, "linear"), {})[student or metric] = name
 
-    def panel(axis: Axes, shown: list[str], scale: str) -> None:
-        for name in shown:
+    def panel(axis: Axes, which: tuple[str, str], columns: Mapping[str, str]) -> None:
+        title, scale = which
+        for label, name in columns.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
             marker = "o" if len(points) < 20 else ""
-            label = name.removeprefix("train/").removeprefix("eval/")
             axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
-        axis.set(yscale=scale, xlabel="step")
+        axis.set(yscale=scale, xlabel="step", title=title if len(columns) > 1 else "")
         axis.legend()
 
-    return _plots([functools.partial(panel, shown=s, scale=scale) for s, scale in groups if s])
+    drawn = panels.items()
+    return _plots([functools.partial(panel, which=which, columns=of) for which, of in drawn])
 
 
 def _histograms(report: Report) -> str:
@@ -181,7 +191,7 @@ def _histograms(report: Report) -> str:
         bins = np.linspace(0, max(layer.before.max(), layer.after.max()), 60)
         for values, label in ((layer.before, "teacher"), (layer.after, "refined")):
             axis.hist(values, bins, histtype="step", label=label)
-        axis.set(yscale="log", xlabel="patch norm", title=f"layer {layer.layer}")
+        axis.set(yscale="log", xlabel="patch norm", title=layer.name)
         axis.legend()
 
     return _plots([functools.partial(panel, layer=layer) for layer in report.layers])
@@ -191,11 +201,11 @@ def _spectra(report: Report) -> str:
     def panel(axis: Axes, layer: LayerNorms) -> None:
         axis.semilogy(layer.singular_values)
         axis.axhline(layer.threshold, linestyle="--", color=_INK)
-        axis.set(xlabel="index", ylabel="singular value", title=f"layer {layer.layer}")
+        axis.set(xlabel="index", ylabel="singular value", title=layer.name)
 
     lines = [
-        f"Layer {layer.layer}: {layer.null_dim} of {len(layer.singular_values)} singular values "
-        f"lie below the threshold {layer.threshold:.3g}."
+        f"{layer.name.capitalize()}: {layer.null_dim} of {len(layer.singular_values)} singular "
+        f"values lie below the threshold {layer.threshold:.3g}."
         for layer in report.layers
     ]
     plots = _plots([functools.partial(panel, layer=layer) for layer in report.layers])

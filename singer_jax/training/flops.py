@@ -8,6 +8,7 @@ tell before a program is compiled, and then they count one device and the body o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,40 +17,48 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from singer_jax.models.summary import features_flops
-from singer_jax.training.step import Distillation, TrainState
+from singer_jax.training.step import Students, TrainState
 
 
-def step_flops(distillation: Distillation, state: TrainState, teacher: Any, batch_size: int) -> int:
+def step_flops(
+    students: Students, states: Mapping[str, TrainState], teacher: Any, batch_size: int
+) -> int:
     """Operations of one step on all devices together.
 
     Args:
-      distillation: the step.
-      state, teacher: as it takes them; may be abstract.
+      students: of the step.
+      states, teacher: as it takes them; may be abstract.
       batch_size: global.
     """
-    images = batch_size // distillation.accumulation
-    features, taught = {}, 0
-    if distillation.teacher:
-        arch, reads = distillation.teacher.spec.arch, distillation.teacher_reads
+    accumulation = next(iter(students.each.values())).accumulation
+    images = batch_size // accumulation
+    features, taught, network = {}, 0, students.teacher
+    if network:
+        arch, reads = network.spec.arch, students.teacher_reads
         taught = images * features_flops(arch, max(reads) + 1)
         shape = (images, arch.num_prefix_tokens + arch.num_patches, arch.embed_dim)
-        dtype = distillation.teacher.merge(teacher).numerics.dtype
+        dtype = network.merge(teacher).numerics.dtype
         features = {layer: jax.ShapeDtypeStruct(shape, dtype) for layer in reads}
-    size = max(n.image_size for n in (distillation.student, distillation.teacher) if n)
+    networks = [own.student for own in students.each.values()] + [network] * bool(network)
+    size = max(each.image_size for each in networks)
     batch = {
         "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
-    learned = count(
-        jax.grad(lambda *xs: distillation.loss(*xs)[0]),
-        state.params,
-        state.constants,
-        teacher,
-        features,
-        batch,
-        jax.eval_shape(lambda: jax.random.key(0)),
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    learned = sum(
+        count(
+            jax.grad(lambda *xs, own=own: own.loss(*xs)[0]),
+            states[name].params,
+            states[name].constants,
+            teacher,
+            features,
+            batch,
+            key,
+        )
+        for name, own in students.each.items()
     )
-    return distillation.accumulation * (taught + learned)
+    return accumulation * (taught + learned)
 
 
 def count(function: Any, *args: Any) -> int:

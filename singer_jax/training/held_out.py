@@ -1,9 +1,9 @@
-"""The method's losses on images that are not trained on."""
+"""The methods' losses on images that are not trained on."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,18 +15,18 @@ from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.models.params import Params
-from singer_jax.training.setup import Setup
-from singer_jax.training.step import TrainState
+from singer_jax.training.setup import Setups
+from singer_jax.training.step import Metrics, TrainState
 
 
 class HeldOut:
-    """Losses of a state on a test split, the same images and random numbers every time.
+    """Losses of students on a test split, the same images and random numbers every time.
 
     In the place of an image that cannot be read the next readable one is taken, so that the batches
     stay whole and the losses comparable.
 
     Args:
-      run: the setup.
+      run: of the students.
       test: the images.
       batch_size: at most; a step's, so that no more memory is needed than a step takes.
       workers: of the loader.
@@ -38,31 +38,37 @@ class HeldOut:
 
     def __init__(
         self,
-        run: Setup,
+        run: Setups,
         test: Source,
         batch_size: int,
         workers: int = 0,
         replaced: Callable[[np.ndarray], None] = lambda indices: None,
     ) -> None:
-        devices = run.mesh.size
+        devices, students = run.any.mesh.size, run.students
         self.run, self.test, self.workers, self.replaced = run, test, workers, replaced
         self.batch_size = min(batch_size, len(test) // devices * devices)
         if not self.batch_size:
             raise InputError(f"evals: the test split has fewer images than {devices} devices")
 
         @jax.jit
-        def loss(state: TrainState, teacher: Params | None, batch: Any, key: jax.Array) -> Any:
-            features = run.distillation.teach(teacher, batch)
-            return run.distillation.loss(
-                state.params, state.constants, teacher, features, batch, key
-            )
+        def losses(
+            states: Mapping[str, TrainState], teacher: Params | None, batch: Any, key: jax.Array
+        ) -> dict[str, Metrics]:
+            features, found = students.teach(teacher, batch), {}
+            for name, own in students.each.items():
+                parts = states[name].params, states[name].constants
+                total, terms = own.loss(*parts, teacher, features, batch, key)
+                found[name] = terms | {"loss": total}
+            return found
 
-        self.loss = loss
+        self.losses = losses
 
-    def __call__(self, state: TrainState, teacher: Params | None) -> dict[str, float]:
-        """`loss` and `loss_<term>`, averaged over the images."""
-        found: list[dict[str, float]] = []
-        sharding = parallel.batch_sharding(self.run.mesh)
+    def __call__(
+        self, states: Mapping[str, TrainState], teacher: Params | None
+    ) -> dict[str, dict[str, float]]:
+        """Of each student `loss` and `loss_<term>`, averaged over the images."""
+        found: list[dict[str, dict[str, float]]] = []
+        sharding = parallel.batch_sharding(self.run.any.mesh)
         batches = eval_batches(
             self.test,
             EvalTransform(self.run.image_size),
@@ -78,6 +84,5 @@ class HeldOut:
                 given = {key: batch[key] for key in ("image", "label")}
                 examples = parallel.put_rows(given, sharding, self.batch_size)
                 key = jax.random.key(number)  # the same masks at every evaluation
-                total, terms = self.loss(state, teacher, examples, key)
-                found.append(jax.device_get(terms | {"loss": total}))
-        return {name: float(np.mean([terms[name] for terms in found])) for name in found[0]}
+                found.append(jax.device_get(self.losses(states, teacher, examples, key)))
+        return jax.tree.map(lambda *values: float(np.mean(values)), *found)

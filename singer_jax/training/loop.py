@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from singer_jax import hosts, stopping
@@ -16,9 +15,9 @@ from singer_jax.models.params import Params
 from singer_jax.ranges import COUNT, FROM_ZERO
 from singer_jax.settings import Settings, setting
 from singer_jax.telemetry import Recorder
-from singer_jax.training.step import TrainState
+from singer_jax.training.step import Metrics, TrainState
 
-Metrics = dict[str, jax.Array]
+States = Mapping[str, TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,37 +33,37 @@ class Between:
     """What happens between steps.
 
     Attributes:
-      save: keeps a state after so many steps; may still write when it returns.
+      save: keeps the states after so many steps; may still write when it returns.
       save_every: steps.
       kept_in: where `save` keeps it, for messages.
       saved: returns when everything is written.
-      evaluate: measures a state with the teacher's parameters; None: never.
+      evaluate: measures the states with the teacher's parameters; None: never.
       evaluate_every: steps.
-      first: sees the metrics of the first step.
+      first: sees the states and metrics of the first step.
     """
 
-    save: Callable[[TrainState, int], None]
+    save: Callable[[States, int], None]
     save_every: int
     kept_in: str
     saved: Callable[[], None]
-    evaluate: Callable[[TrainState, Params | None], dict[str, float]] | None
+    evaluate: Callable[[States, Params | None], dict[str, float]] | None
     evaluate_every: int
-    first: Callable[[TrainState, Metrics], None]
+    first: Callable[[States, dict[str, Metrics]], None]
 
 
 def train(
-    step_fn: Callable[..., tuple[TrainState, Metrics]],
-    state: TrainState,
+    step_fn: Callable[..., tuple[States, dict[str, Metrics]]],
+    states: States,
     teacher: Params | None,
     batches: Iterator[Any],
     between: Between,
     recorder: Recorder,
-) -> TrainState:
+) -> States:
     """Steps from `recorder.start` to `recorder.steps`.
 
     Args:
-      step_fn: as `jit_step` makes it, compiled.
-      state: before the first of these steps; donated.
+      step_fn: of `Students`, as `jit_step` makes it, compiled.
+      states: of the students by name, before the first of these steps; donated.
       teacher: its parameters.
       batches: on the devices, as many as there are steps, with the count of unreadable images.
       between: what happens between steps.
@@ -72,7 +71,7 @@ def train(
 
     Raises:
       Stopped: on request, saved.
-      RunError: a loss or gradient that is not finite; what `batches` raises.
+      RunError: a loss or gradient of every student that is not finite; what `batches` raises.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(stopping.deferred())
@@ -80,22 +79,22 @@ def train(
         stack.enter_context(hosts.leaving_within(30))
         batch, unreadable = next(batches)
         for step in range(recorder.start + 1, recorder.steps + 1):
-            state, metrics = step_fn(state, teacher, batch, np.bool_(recorder.logs(step)))
+            states, metrics = step_fn(states, teacher, batch, np.bool_(recorder.logs(step)))
             if step == recorder.start + 1:
-                between.first(state, metrics)
-            recorder.add(step, metrics | {"unreadable_images": unreadable})
+                between.first(states, metrics)
+            recorder.add(step, metrics, {"unreadable_images": unreadable})
             last = step == recorder.steps
             stop = hosts.stop_after(step) and not last
             if between.evaluate and (last or step % between.evaluate_every == 0):
                 recorder.flush()
-                recorder.writer.write(step, between.evaluate(state, teacher))
+                recorder.writer.write(step, between.evaluate(states, teacher))
             if last or stop or step % between.save_every == 0:
                 recorder.flush()  # raises, so that no state is saved after a loss that is no number
-                between.save(state, step)
+                between.save(states, step)
             if stop:
                 raise Stopped(
                     f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}"
                 )
             if not last:
                 batch, unreadable = next(batches)
-    return state
+    return states

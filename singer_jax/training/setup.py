@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,104 +15,182 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from singer_jax import backends, methods, parallel
-from singer_jax.checkpoints import CheckpointSettings
-from singer_jax.data.registry import TrainingDataSettings
+from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
-from singer_jax.methods import Method, Needs
-from singer_jax.methods.section import MethodSection
-from singer_jax.methods.singer import SingerSettings
+from singer_jax.methods import Method, Needs, nullspace
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.models.network import ModelSettings, Network, StudentSettings, resolve_model
+from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import (
-    abstract_model,
-    load_model,
-)
+from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
-from singer_jax.ranges import COUNT, SEED, OneOf, optional
-from singer_jax.settings import Settings, section, setting
-from singer_jax.telemetry import LogSettings
-from singer_jax.training.loop import EvalsSettings
-from singer_jax.training.optimizer import (
-    OptimizerSettings,
-    ScheduleSettings,
-    make_optimizer,
-    make_schedule,
-)
-from singer_jax.training.step import Distillation, TrainState
+from singer_jax.training.optimizer import make_optimizer, make_schedule
+from singer_jax.training.settings import DistillSettings
+from singer_jax.training.step import Distillation, Students, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillSettings(Settings):
-    """All of a distillation."""
+class Teacher:
+    """A frozen teacher before its parameters are in memory.
 
-    job: str = setting("distill", OneOf(("distill",)), "the command")
-    seed: int = setting(0, SEED, "of everything random")
-    steps: int | None = setting(
-        None, optional(COUNT), "of the run; None: epochs x ceil(examples / batch_size)"
-    )
-    epochs: int = setting(100, COUNT, "passes over the images, where `steps` is None")
-    batch_size: int = setting(512, COUNT, "of all devices together", "images")
-    accumulation: int = setting(1, COUNT, "micro-batches a step")
-    precision: str = setting(
-        "bfloat16",
-        OneOf(tuple(PRECISIONS)),
-        "of activations, and of the teacher's parameters",
-    )
-    teacher: ModelSettings = section(ModelSettings())
-    student: StudentSettings = section(StudentSettings())
-    method: Settings = section(SingerSettings(), MethodSection())
-    data: TrainingDataSettings = section(TrainingDataSettings())
-    optimizer: OptimizerSettings = section(OptimizerSettings())
-    schedule: ScheduleSettings = section(ScheduleSettings())
-    mesh: parallel.MeshSettings = section(parallel.MeshSettings())
-    checkpoint: CheckpointSettings = section(CheckpointSettings())
-    evals: EvalsSettings = section(EvalsSettings())
-    log: LogSettings = section(LogSettings())
+    Attributes:
+      network: what it is.
+      params: abstract, with shardings.
+      numerics: how it computes.
+      weights: their file.
+      mesh: of the devices.
+    """
 
-    @property
-    def method_name(self) -> str:
-        """The method's name, or those of the summed ones."""
-        return " + ".join(methods.chosen(self.method))
+    network: Network
+    params: Params
+    numerics: Numerics
+    weights: Path
+    mesh: Mesh
+
+    def load(self) -> Params:
+        """Reads its parameters into their shardings; raises as `models.weights.load_model`."""
+        place = functools.partial(parallel.tree_shardings, self.mesh)
+        return load_model(self.network.spec, self.weights, self.numerics, place)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run before its first step; no parameters are in memory yet.
+    """A student's run before its first step; no parameters are in memory yet.
 
     Attributes:
-      distillation: the static half of the step.
+      distillation: the static half of its step.
       mesh: of the devices.
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch size).
-      image_size: side of the crops that the loader makes, in pixels; the larger model's.
-      state, teacher: abstract, with shardings: what a checkpoint and the weights are read into;
-        no teacher for a method without one.
-      draw_student, make_state: the jitted programs of a random student, and of the state before the
-        first step from the parameters of teacher and student.
-      load_teacher: reads the teacher's parameters into their shardings; None without a teacher.
+      state: abstract, with shardings: what a checkpoint is read into.
+      taught_by: its teacher; None for a method without one.
+      draw_student: the jitted program of a random student.
       init_student: the student's parameters before the first step.
-      init_state: the state before the first step, from the teacher's parameters.
+      make_method: from the teacher, traceable.
     """
 
     distillation: Distillation
     mesh: Mesh
     steps: int
     steps_per_epoch: int
-    image_size: int
     state: TrainState
-    teacher: Params | None
+    taught_by: Teacher | None
     draw_student: Callable[[], Params]
-    make_state: Callable[[Params | None, Params], TrainState]
-    load_teacher: Callable[[], Params | None]
     init_student: Callable[[], Params]
-    init_state: Callable[[Params | None], TrainState]
+    make_method: Callable[[VisionTransformer | None], Method]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the crops that the loader makes, in pixels; the larger model's."""
+        return Setups({"": self}).image_size
+
+    @property
+    def teacher(self) -> Params | None:
+        """The teacher's parameters, abstract, with shardings; None for a method without one."""
+        return Setups({"": self}).teacher
+
+    def load_teacher(self) -> Params | None:
+        """As `Setups.load_teacher`."""
+        return Setups({"": self}).load_teacher()
+
+    def init_state(self, teacher: Params | None) -> TrainState:
+        """As `Setups.init_states`, of this one."""
+        return Setups({"": self}).init_states(teacher)[""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setups:
+    """A run of one student or of several before its first step; they share all but themselves.
+
+    Attributes:
+      each: by the student's name; of a single one it is empty.
+    """
+
+    each: Mapping[str, Setup]
+
+    @property
+    def students(self) -> Students:
+        """The static half of a step of all."""
+        return Students({name: own.distillation for name, own in self.each.items()})
+
+    @property
+    def any(self) -> Setup:
+        """One of them, for what they share."""
+        return next(iter(self.each.values()))
+
+    @property
+    def taught_by(self) -> Teacher | None:
+        """Their teacher; None where no method reads one."""
+        return next((own.taught_by for own in self.each.values() if own.taught_by), None)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the crops that the loader makes, in pixels; the largest model's."""
+        networks = [own.distillation.student for own in self.each.values()]
+        if self.taught_by:
+            networks.append(self.taught_by.network)
+        return max(network.image_size for network in networks)
+
+    @property
+    def states(self) -> dict[str, TrainState]:
+        """Abstract, with shardings: what a checkpoint is read into."""
+        return {name: own.state for name, own in self.each.items()}
+
+    @property
+    def teacher(self) -> Params | None:
+        """The teacher's parameters, abstract, with shardings; None where no method reads one."""
+        return self.taught_by.params if self.taught_by else None
+
+    def load_teacher(self) -> Params | None:
+        """Reads the teacher's parameters into their shardings; None where no method reads one."""
+        return self.taught_by.load() if self.taught_by else None
+
+    def make_states(self) -> Callable[[Params | None, dict[str, Params]], dict[str, TrainState]]:
+        """The jitted program of the states before the first step.
+
+        Its arguments are the parameters of the teacher and, by name, of the students. What several
+        students read of one layer is decomposed once.
+        """
+
+        def make(teacher: Params | None, students: dict[str, Params]) -> dict[str, TrainState]:
+            model = self.taught_by.network.merge(teacher) if self.taught_by else None
+            with nullspace.decomposing_once():
+                return {
+                    name: own.distillation.init(
+                        students[name], own.make_method(model if own.taught_by else None)
+                    )
+                    for name, own in self.each.items()
+                }
+
+        return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.states))
+
+    def init_states(self, teacher: Params | None) -> dict[str, TrainState]:
+        """The states before the first step, from the teacher's parameters."""
+        students = {name: own.init_student() for name, own in self.each.items()}
+        return self.make_states()(teacher, students)
+
+
+def saved_tree(states: Mapping[str, Any]) -> Any:
+    """What a checkpoint holds of the students' states: of a single one its state alone."""
+    return states[""] if "" in states else dict(states)
+
+
+def restore_states(checkpoints: Checkpoints, step: int, run: Setups) -> dict[str, TrainState]:
+    """The states of a checkpoint of `saved_tree`; raises as `Checkpoints.restore`."""
+    found = checkpoints.restore(step, saved_tree(run.states))
+    return {"": found} if "" in run.each else found
 
 
 def setup(
     settings: DistillSettings, examples: int, num_classes: int, mesh: Mesh | None = None
 ) -> Setup:
+    """`setup_students` of a run with one student."""
+    return setup_students(settings, examples, num_classes, mesh).each[""]
+
+
+def setup_students(
+    settings: DistillSettings, examples: int, num_classes: int, mesh: Mesh | None = None
+) -> Setups:
     """Checks settings against models and devices, and prepares their run.
 
     Args:
@@ -123,64 +203,81 @@ def setup(
     Raises:
       InputError: anything in the settings that cannot work; before any long work.
     """
-    needs = methods.needs(settings.method)
-    if needs.labels and not num_classes:
-        raise InputError(
-            "the method needs labels, but the images have none; put them into one folder a class"
-        )
     mesh = mesh or parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     if settings.batch_size % (mesh.size * settings.accumulation):
         raise InputError(
             f"batch_size: {settings.batch_size} is not divisible by {mesh.size} devices x "
             f"{settings.accumulation} micro-batches"
         )
+    students = settings.each()
+    teacher = None
+    if any(methods.needs(own.method).teacher for own in students.values()):
+        teacher = _teacher(settings, mesh)
+    each = {}
+    for name, own in students.items():
+        try:
+            each[name] = _student(own, teacher, examples, num_classes, mesh)
+        except InputError as error:
+            raise InputError(f"students.{name}: {error}" if name else str(error)) from error
+    return Setups(each)
+
+
+def _teacher(settings: DistillSettings, mesh: Mesh) -> Teacher:
+    spec, weights = _resolve("teacher", settings)
+    if not weights:
+        raise InputError("teacher.weights: empty; give a hub name, a file or a run")
+    dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
+    stacked = backends.choices(backend).stack_frozen
+    numerics = Numerics(dtype, dtype, backend=backend, stacked=stacked)
+    graph, params = abstract_model(spec.arch, numerics)
+    params = parallel.with_shardings(mesh, params)
+    return Teacher(Network(spec, graph), params, numerics, weights, mesh)
+
+
+def _student(
+    settings: DistillSettings,
+    taught_by: Teacher | None,
+    examples: int,
+    num_classes: int,
+    mesh: Mesh,
+) -> Setup:
+    needs = methods.needs(settings.method)
+    if needs.labels and not num_classes:
+        raise InputError(
+            "the method needs labels, but the images have none; put them into one folder a class"
+        )
+    taught_by = taught_by if needs.teacher else None
+    teacher = taught_by.network if taught_by else None
     steps_per_epoch = math.ceil(examples / settings.batch_size)
     steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
     learning_rate = settings.optimizer.learning_rate
     schedule = make_schedule(settings.schedule, learning_rate, steps, steps_per_epoch)
-    optimizer = make_optimizer(settings.optimizer, schedule)
 
-    dtype = PRECISIONS[settings.precision]
-    teacher, abstract_teacher, teacher_weights = None, None, None
-    backend = parallel.platform(mesh)
-    teacher_numerics = Numerics(
-        dtype, dtype, backend=backend, stacked=backends.choices(backend).stack_frozen
-    )
-    if needs.teacher:
-        teacher_spec, teacher_weights = _resolve("teacher", settings)
-        if not teacher_weights:
-            raise InputError("teacher.weights: empty; give a hub name, a file or a run")
-        graph, abstract_teacher = abstract_model(teacher_spec.arch, teacher_numerics)
-        teacher = Network(teacher_spec, graph)
-
-    student_spec, student_weights = _resolve("student", settings)
-    if not student_weights and "num_classes" not in settings.student.overrides:
+    spec, weights = _resolve("student", settings)
+    if not weights and "num_classes" not in settings.student.overrides:
         classes = teacher.spec.arch.num_classes if needs.teacher_logits else num_classes
-        arch = dataclasses.replace(student_spec.arch, num_classes=classes * needs.logits)
-        student_spec = dataclasses.replace(student_spec, arch=arch)
-    _check_heads(needs, student_spec, teacher, num_classes)
-    student_numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
-    student = Network(student_spec, abstract_model(student_spec.arch, student_numerics)[0])
+        arch = dataclasses.replace(spec.arch, num_classes=classes * needs.logits)
+        spec = dataclasses.replace(spec, arch=arch)
+    _check_heads(needs, spec, teacher, num_classes)
+    dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
+    numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
+    place = functools.partial(parallel.tree_shardings, mesh)
 
-    def place(abstract: Params) -> Params:
-        return parallel.tree_shardings(mesh, abstract)
-
-    def load(network: Network, weights: Path, numerics: Numerics) -> Params:
-        return load_model(network.spec, weights, numerics, place)[1]
-
-    def make_method(teacher_params: Params | None) -> Method:
-        model = teacher.merge(teacher_params) if teacher else None
+    def make_method(model: VisionTransformer | None) -> Method:
         rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
-        return methods.make(model, student_spec.arch, settings.method, rngs)
+        return methods.make(model, spec.arch, settings.method, rngs)
 
-    abstract_method = nnx.eval_shape(make_method, abstract_teacher)
+    abstract_method = nnx.eval_shape(
+        lambda params: make_method(teacher.merge(params) if teacher else None),
+        taught_by.params if taught_by else None,
+    )
     distillation = Distillation(
-        student=student,
+        student=Network(spec, abstract_model(spec.arch, numerics)[0]),
         teacher=teacher,
         method=nnx.graphdef(abstract_method),
-        optimizer=optimizer,
+        optimizer=make_optimizer(settings.optimizer, schedule),
         schedule=schedule,
-        blocks=student_spec.arch.depth if needs.logits else max(abstract_method.student_layers) + 1,
+        blocks=spec.arch.depth if needs.logits else max(abstract_method.student_layers) + 1,
         head=needs.logits,
         teacher_reads=abstract_method.teacher_reads,
         seed=settings.seed,
@@ -189,42 +286,25 @@ def setup(
 
     def random_student() -> Params:
         rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 0))
-        model = VisionTransformer(student_spec.arch, student_numerics, rngs=rngs)
-        return nnx.to_pure_dict(nnx.state(model))
+        return nnx.to_pure_dict(nnx.state(VisionTransformer(spec.arch, numerics, rngs=rngs)))
 
     abstract_student = jax.eval_shape(random_student)
     draw_student = jax.jit(random_student, out_shardings=place(abstract_student))
 
     def init_student() -> Params:
-        if student_weights:
-            return load(student, student_weights, student_numerics)
-        return draw_student()
+        return load_model(spec, weights, numerics, place)[1] if weights else draw_student()
 
-    def init(teacher_params: Params | None, student_params: Params) -> TrainState:
-        return distillation.init(student_params, make_method(teacher_params))
-
-    abstract_state = jax.eval_shape(init, abstract_teacher, abstract_student)
-    make_state = jax.jit(init, out_shardings=parallel.tree_shardings(mesh, abstract_state))
-
-    def load_teacher() -> Params | None:
-        return load(teacher, teacher_weights, teacher_numerics) if teacher else None
-
-    def init_state(teacher_params: Params | None) -> TrainState:
-        return make_state(teacher_params, init_student())
-
+    state = jax.eval_shape(distillation.init, abstract_student, abstract_method)
     return Setup(
         distillation=distillation,
         mesh=mesh,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
-        image_size=max(network.image_size for network in (student, teacher) if network),
-        state=parallel.with_shardings(mesh, abstract_state),
-        teacher=parallel.with_shardings(mesh, abstract_teacher) if teacher else None,
+        state=parallel.with_shardings(mesh, state),
+        taught_by=taught_by,
         draw_student=draw_student,
-        make_state=make_state,
-        load_teacher=load_teacher,
         init_student=init_student,
-        init_state=init_state,
+        make_method=make_method,
     )
 
 

@@ -1,25 +1,26 @@
-"""The training step: one pure function of (state, teacher, batch)."""
+"""The training step: one pure function of (state, teacher, batch), for one student or several."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from singer_jax import parallel
 from singer_jax.methods import Batch, Constant, Forward, Method
 from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
 """Raw residual streams by block."""
+
+Metrics = dict[str, Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
@@ -40,7 +41,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """The static half of a training step: everything but arrays.
+    """The static half of a student's training step: everything but arrays.
 
     Attributes:
       student, teacher: networks; no teacher for a method that needs none.
@@ -66,10 +67,7 @@ class Distillation:
 
     def teach(self, teacher: Params | None, batch: Any) -> Features:
         """The frozen teacher's features that the method reads; none without a teacher."""
-        if self.teacher is None:
-            return {}
-        model = self.teacher.merge(teacher)
-        return model.features_at(self.teacher.spec.prepare(batch["image"]), self.teacher_reads)
+        return teach(self.teacher, self.teacher_reads, teacher, batch)
 
     def loss(
         self,
@@ -80,7 +78,7 @@ class Distillation:
         batch: Any,
         key: jax.Array,
         logged: Bool[Array, ""] | None = None,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, ""], Metrics]:
         """The sum of the method's terms, and metrics.
 
         Args:
@@ -112,34 +110,9 @@ class Distillation:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> tuple[dict[str, Float[Array, ""]], Params]:
+    ) -> tuple[Metrics, Params]:
         """Metrics and gradients of `state.params`, averaged over the micro-batches."""
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-
-        def of_micro_batch(batch: Any, key: jax.Array) -> tuple[dict[str, Array], Params]:
-            features = self.teach(teacher, batch)
-            (loss, metrics), gradients = jax.value_and_grad(self.loss, has_aux=True)(
-                state.params, state.constants, teacher, features, batch, key, jnp.asarray(logged)
-            )
-            return metrics | {"loss": loss}, gradients
-
-        if self.accumulation == 1:
-            return of_micro_batch(batch, key)
-        # Every k-th example, so that each device splits what it already holds.
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        keys = jax.random.split(key, self.accumulation)
-
-        def add(total: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
-
-        shapes = jax.eval_shape(
-            of_micro_batch, *jax.tree.map(lambda x: x[0], (micro_batches, keys))
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (micro_batches, keys))
-        return jax.tree.map(lambda x: x / self.accumulation, total)
+        return Students({"": self}).gradients({"": state}, teacher, batch, logged)[""]
 
     def step(
         self,
@@ -147,23 +120,18 @@ class Distillation:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One update of the state.
+    ) -> tuple[TrainState, Metrics]:
+        """As `Students.step`, of this one."""
+        states, metrics = Students({"": self}).step({"": state}, teacher, batch, logged)
+        return states[""], metrics[""]
 
-        Args:
-          state: before the step; donated where the step is jitted.
-          teacher: its parameters, frozen.
-          batch: `image` [batch, height, width, 3] in 0..255 and `label` [batch].
-          logged: whether the metrics will be read as a row: the method's diagnostics are 0 in other
-            steps.
-
-        Returns:
-          the state after the step, and metrics of the parameters before it.
-        """
-        metrics, gradients = self.gradients(state, teacher, batch, logged)
+    def update(
+        self, state: TrainState, metrics: Metrics, gradients: Params
+    ) -> tuple[TrainState, Metrics]:
+        """The state after a step, and the metrics with `grad_norm` and `learning_rate`."""
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {
+        metrics = metrics | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": self.schedule(state.step),
         }
@@ -191,21 +159,133 @@ class Distillation:
         return split(student, on_path)
 
 
-def jit_step(
-    distillation: Distillation, mesh: Mesh, state: TrainState, teacher: Params | None
-) -> Callable:
-    """`distillation.step` under `jax.jit` with the shardings of `state` and `teacher` as they are.
+@dataclasses.dataclass(frozen=True)
+class Students:
+    """The static half of a step of several students, who learn from one teacher's features.
 
-    The state is donated; metrics come back replicated. All four arguments are given by position.
+    Attributes:
+      each: their distillations by name, with the same teacher and number of micro-batches.
+      one_by_one: whether a student's gradients are finished before the next one is computed, so
+        that the activations of one of them are kept at a time.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, (state, teacher))
-    return jax.jit(
-        distillation.step,
-        in_shardings=(*shardings, parallel.batch_sharding(mesh), parallel.replicated(mesh)),
-        out_shardings=(shardings[0], parallel.replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=parallel.compiler_options(mesh),
-    )
+
+    each: Mapping[str, Distillation]
+    one_by_one: bool = False
+
+    @property
+    def teacher(self) -> Network | None:
+        """Theirs; None where no method reads one."""
+        return next((own.teacher for own in self.each.values() if own.teacher), None)
+
+    @property
+    def teacher_reads(self) -> tuple[int, ...]:
+        """The teacher's blocks whose features any of the methods reads."""
+        return tuple(sorted({layer for own in self.each.values() for layer in own.teacher_reads}))
+
+    def teach(self, teacher: Params | None, batch: Any) -> Features:
+        """The frozen teacher's features that any of the methods reads; none without a teacher."""
+        return teach(self.teacher, self.teacher_reads, teacher, batch)
+
+    def gradients(
+        self,
+        states: Mapping[str, TrainState],
+        teacher: Params | None,
+        batch: Any,
+        logged: Bool[Array, ""] | bool = True,
+    ) -> dict[str, tuple[Metrics, Params]]:
+        """Each student's metrics and gradients, averaged over the micro-batches."""
+        accumulation = next(iter(self.each.values())).accumulation
+        keys = {
+            name: jax.random.fold_in(jax.random.key(own.seed), states[name].step)
+            for name, own in self.each.items()
+        }
+
+        def of_micro_batch(batch: Any, keys: Mapping[str, Array]) -> Any:
+            seen = self.teach(teacher, batch), batch
+            found: dict[str, tuple[Metrics, Params]] = {}
+            for name, own in self.each.items():
+                if self.one_by_one and found:
+                    # Nothing of this student starts before all of the last one's is there.
+                    last = next(reversed(found))
+                    seen, found[last] = jax.lax.optimization_barrier((seen, found[last]))
+                features, examples = seen
+                (loss, metrics), gradients = jax.value_and_grad(own.loss, has_aux=True)(
+                    states[name].params,
+                    states[name].constants,
+                    teacher,
+                    features,
+                    examples,
+                    keys[name],
+                    jnp.asarray(logged),
+                )
+                found[name] = metrics | {"loss": loss}, gradients
+            return found
+
+        if accumulation == 1:
+            return of_micro_batch(batch, keys)
+        # Every k-th example, so that each device splits what it already holds.
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        split_keys = {name: jax.random.split(key, accumulation) for name, key in keys.items()}
+
+        def add(total: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
+
+        shapes = jax.eval_shape(
+            of_micro_batch, *jax.tree.map(lambda x: x[0], (micro_batches, split_keys))
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (micro_batches, split_keys))
+        return jax.tree.map(lambda x: x / accumulation, total)
+
+    def step(
+        self,
+        states: Mapping[str, TrainState],
+        teacher: Params | None,
+        batch: Any,
+        logged: Bool[Array, ""] | bool = True,
+    ) -> tuple[dict[str, TrainState], dict[str, Metrics]]:
+        """One update of every student's state.
+
+        Of several students, one whose loss or gradient is not finite keeps its state, then and in
+        all later steps: its count of steps stays behind the others'.
+
+        Args:
+          states: before the step; donated where the step is jitted.
+          teacher: its parameters, frozen.
+          batch: `image` [batch, height, width, 3] in 0..255 and `label` [batch].
+          logged: whether the metrics will be read as a row: the methods' diagnostics are 0 in other
+            steps.
+
+        Returns:
+          the states after the step, and metrics of the parameters before it.
+        """
+        found = self.gradients(states, teacher, batch, logged)
+        after, metrics = {}, {}
+        done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
+        for name, own in self.each.items():
+            before = states[name]
+            after[name], metrics[name] = own.update(before, *found[name])
+            if len(self.each) > 1:
+                finite = [jnp.isfinite(metrics[name][key]) for key in ("loss", "grad_norm")]
+                goes_on = functools.reduce(jnp.logical_and, finite, before.step == done)
+                after[name] = jax.tree.map(
+                    lambda new, old, goes_on=goes_on: jnp.where(goes_on, new, old),
+                    after[name],
+                    before,
+                )
+        return after, metrics
+
+
+def teach(
+    network: Network | None, reads: Sequence[int], params: Params | None, batch: Any
+) -> Features:
+    """The features of a batch after the blocks `reads` of a frozen teacher; none without one."""
+    if network is None:
+        return {}
+    model = network.merge(params)
+    return model.features_at(network.spec.prepare(batch["image"]), reads)
 
 
 def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:

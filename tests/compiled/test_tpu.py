@@ -17,8 +17,8 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
 from singer_jax.methods import nullspace
 from singer_jax.training.held_out import HeldOut
-from singer_jax.training.setup import Setup, setup
-from singer_jax.training.step import jit_step
+from singer_jax.training.program import jit_step
+from singer_jax.training.setup import Setup, Setups, setup
 from tests import tiny
 from tests.compiled.compiling import Compile
 
@@ -108,10 +108,10 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    held_out = HeldOut(run, make_source("digits", "", TRAIN), IMAGES)
+    held_out = HeldOut(Setups({"": run}), make_source("digits", "", TRAIN), IMAGES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(chips))
-    compiles(120, held_out.loss, run.state, run.teacher, batch_of(run), key)
+    compiles(120, held_out.losses, {"": run.state}, run.teacher, batch_of(run), key)
 
 
 def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compile):
@@ -122,7 +122,7 @@ def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compi
         parallel.tree_shardings(chips, jax.eval_shape(run.draw_student)),
     )
     compiles(60, run.draw_student)
-    compiles(180, run.make_state, run.teacher, student)
+    compiles(180, Setups({"": run}).make_states(), run.teacher, {"": student})
 
 
 def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):

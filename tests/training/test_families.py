@@ -6,8 +6,8 @@ import pytest
 
 from singer_jax import parallel
 from singer_jax.config import settings_of
+from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setup, setup
-from singer_jax.training.step import jit_step
 from tests import tiny
 
 FAMILIES = (

@@ -9,7 +9,7 @@ from singer_jax import methods
 from singer_jax.config import settings_of
 from singer_jax.models.zoo import MODELS
 from singer_jax.training import flops
-from singer_jax.training.setup import Setup, setup
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 
 # One of each architecture, at its real width; a teacher is one block deep.
@@ -24,7 +24,7 @@ FAMILIES = (
 )
 
 
-def prepare(folder, family: str, method: str = "singer", **changes: object) -> Setup:
+def prepare(folder, family: str, method: str = "singer", **changes: object) -> Setups:
     with_head = method in ("logit_kd", "supervised")
     overrides = {"depth": 2, "num_classes": 10 if with_head else 0}
     if "siglip" not in family:
@@ -35,12 +35,12 @@ def prepare(folder, family: str, method: str = "singer", **changes: object) -> S
     config.teacher.weights = str(write_blank_weights(folder / "t.safetensors", family, **overrides))
     config.method.mimic_layers = (0,)
     config.update_from_flattened_dict(changes)
-    return setup(settings_of(config), examples=64, num_classes=10)
+    return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def counted_by_xla(run: Setup, images: int) -> float:
+def counted_by_xla(run: Setups, images: int) -> float:
     """Teacher, loss and gradients of a micro-batch."""
-    size, distillation = run.image_size, run.distillation
+    size, distillation = run.image_size, run.any.distillation
     batch = {
         "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
@@ -52,36 +52,36 @@ def counted_by_xla(run: Setup, images: int) -> float:
             state.params, state.constants, teacher, features, batch, jax.random.key(0)
         )
 
-    return jax.jit(gradients).lower(run.state, run.teacher, batch).cost_analysis()["flops"]
+    return jax.jit(gradients).lower(run.any.state, run.teacher, batch).cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_count_is_that_of_the_compiler_for_every_family(tmp_path, family):
     run = prepare(tmp_path, family)
-    counted = flops.step_flops(run.distillation, run.state, run.teacher, 4)
+    counted = flops.step_flops(run.students, run.states, run.teacher, 4)
     assert counted == pytest.approx(counted_by_xla(run, 4), rel=0.03)
 
 
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "singer"])
 def test_the_count_is_that_of_the_compiler_for_every_method(tmp_path, method):
     run = prepare(tmp_path, "vit_base_patch16_224", method)
-    counted = flops.step_flops(run.distillation, run.state, run.teacher, 4)
+    counted = flops.step_flops(run.students, run.states, run.teacher, 4)
     assert counted == pytest.approx(counted_by_xla(run, 4), rel=0.03)
 
 
 def test_recomputed_blocks_count_again(tmp_path):
     run = prepare(tmp_path, "vit_base_patch16_224", **{"student.remat": True})
-    counted = flops.step_flops(run.distillation, run.state, run.teacher, 4)
+    counted = flops.step_flops(run.students, run.states, run.teacher, 4)
     assert counted == pytest.approx(counted_by_xla(run, 4), rel=0.03)
     plain = prepare(tmp_path, "vit_base_patch16_224")
-    assert counted > 1.1 * flops.step_flops(plain.distillation, plain.state, plain.teacher, 4)
+    assert counted > 1.1 * flops.step_flops(plain.students, plain.states, plain.teacher, 4)
 
 
 def test_micro_batches_count_together(tmp_path):
     whole = prepare(tmp_path, "vit_base_patch16_224")
     parts = prepare(tmp_path, "vit_base_patch16_224", accumulation=4)
     one, four = (
-        flops.step_flops(run.distillation, run.state, run.teacher, 8) for run in (whole, parts)
+        flops.step_flops(run.students, run.states, run.teacher, 8) for run in (whole, parts)
     )
     # What does not depend on the batch, the projection of B, is done in each.
     assert one <= four < 1.01 * one

@@ -1,0 +1,171 @@
+"""All of a distillation, of one student or of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from singer_jax import methods, parallel
+from singer_jax import settings as settings_lib
+from singer_jax.checkpoints import CheckpointSettings
+from singer_jax.data.registry import TrainingDataSettings
+from singer_jax.errors import InputError
+from singer_jax.methods.section import MethodSection
+from singer_jax.methods.singer import SingerSettings
+from singer_jax.models.architecture import PRECISIONS
+from singer_jax.models.network import ModelSettings, StudentSettings
+from singer_jax.ranges import COUNT, SEED, Elsewhere, OneOf, optional
+from singer_jax.settings import (
+    ABSENT,
+    Setting,
+    Settings,
+    from_flat,
+    leaves,
+    section,
+    setting,
+    to_dict,
+)
+from singer_jax.telemetry import LogSettings
+from singer_jax.training.loop import EvalsSettings
+from singer_jax.training.optimizer import OptimizerSettings, ScheduleSettings
+
+SCHEDULES = ("together", "one_by_one")
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOfStudents(StudentSettings):
+    """What the students of a run may differ in."""
+
+    seed: int = setting(0, SEED, "of its parameters and of its method's random numbers")
+    method: Settings = section(SingerSettings(), MethodSection())
+    optimizer: OptimizerSettings = section(OptimizerSettings())
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentsSettings:
+    """The students of a run; none where it is the run's own `student`.
+
+    Attributes:
+      named: each by its name, which is that of a folder.
+      schedule: how a step goes through them; None: as the devices' memory admits.
+
+    Raises:
+      InputError: a name that is no file name, or two that some file systems do not tell apart.
+    """
+
+    named: Mapping[str, OneOfStudents] = dataclasses.field(default_factory=dict)
+    schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {"teacher": "the teacher"}
+        for name in self.named:
+            if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", name, re.ASCII):
+                raise InputError(
+                    f"students: {name!r} is no file name; give up to 64 letters, digits, _ and -"
+                )
+            if name.lower() in seen:
+                raise InputError(
+                    f"students: {name!r} is also the name of {seen[name.lower()]}; give another"
+                )
+            seen[name.lower()] = f"the student {name!r}"
+
+
+class _Students:
+    """`schedule`, and of each student by its NAME the keys that differ from the run's own."""
+
+    def leaves(self, value: StudentsSettings, prefix: str) -> dict[str, Setting]:
+        meaning = "all at once, or one after the other in less memory; None: as memory admits"
+        known = {"schedule": Setting(value.schedule, optional(OneOf(SCHEDULES)), meaning)}
+        for key in _shared():
+            known[f"NAME.{key}"] = Setting(ABSENT, Elsewhere("once for the run"), "")
+        for key, own in leaves(OneOfStudents()).items():
+            known[f"NAME.{key}"] = dataclasses.replace(own, default=ABSENT)
+        return {prefix + key: one for key, one in known.items()}
+
+    def to_dict(self, value: StudentsSettings) -> dict[str, Any]:
+        students = {name: to_dict(student) for name, student in value.named.items()}
+        return {"schedule": value.schedule} | students
+
+    def from_flat(
+        self, value: StudentsSettings, flat: Mapping[str, Any], prefix: str
+    ) -> StudentsSettings:
+        of_run = settings_lib.below(flat, prefix.removesuffix("students."))
+        common = settings_lib.below(of_run, "student.") | {
+            key: given for key, given in of_run.items() if key.startswith(_OWN)
+        }
+        given = settings_lib.below(flat, prefix)
+        schedule = given.pop("schedule", value.schedule)
+        named = dict(value.named)
+        for name in dict.fromkeys(key.partition(".")[0] for key in given):
+            own = common | settings_lib.below(given, f"{name}.")
+            named[name] = from_flat(named.get(name, OneOfStudents()), own)
+        return StudentsSettings(named, schedule)
+
+
+_OWN = ("seed", "method.", "optimizer.")
+
+
+def _shared() -> list[str]:
+    """The keys of a run that its students share."""
+    found = []
+    for field in dataclasses.fields(DistillSettings):
+        if field.name in ("student", "students", "seed", "method", "optimizer"):
+            continue
+        if "setting" in field.metadata:
+            found.append(field.name)
+        else:
+            kind, default = field.metadata["section"], field.default_factory()
+            found += kind.leaves(default, f"{field.name}.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings(Settings):
+    """All of a distillation."""
+
+    job: str = setting("distill", OneOf(("distill",)), "the command")
+    seed: int = setting(0, SEED, "of everything random")
+    steps: int | None = setting(
+        None, optional(COUNT), "of the run; None: epochs x ceil(examples / batch_size)"
+    )
+    epochs: int = setting(100, COUNT, "passes over the images, where `steps` is None")
+    batch_size: int = setting(512, COUNT, "of all devices together", "images")
+    accumulation: int = setting(1, COUNT, "micro-batches a step")
+    precision: str = setting(
+        "bfloat16",
+        OneOf(tuple(PRECISIONS)),
+        "of activations, and of the teacher's parameters",
+    )
+    teacher: ModelSettings = section(ModelSettings())
+    student: StudentSettings = section(StudentSettings())
+    students: StudentsSettings = section(StudentsSettings(), _Students())
+    method: Settings = section(SingerSettings(), MethodSection())
+    data: TrainingDataSettings = section(TrainingDataSettings())
+    optimizer: OptimizerSettings = section(OptimizerSettings())
+    schedule: ScheduleSettings = section(ScheduleSettings())
+    mesh: parallel.MeshSettings = section(parallel.MeshSettings())
+    checkpoint: CheckpointSettings = section(CheckpointSettings())
+    evals: EvalsSettings = section(EvalsSettings())
+    log: LogSettings = section(LogSettings())
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, or those of the summed ones; of each student."""
+        return ", ".join(" + ".join(methods.chosen(own.method)) for own in self.each().values())
+
+    def each(self) -> dict[str, DistillSettings]:
+        """The run of each student by its name; of the run's own student, named "", this one."""
+        own = [field.name for field in dataclasses.fields(StudentSettings)]
+        return {
+            name: dataclasses.replace(
+                self,
+                students=StudentsSettings(),
+                seed=one.seed,
+                student=StudentSettings(**{key: getattr(one, key) for key in own}),
+                method=one.method,
+                optimizer=one.optimizer,
+            )
+            for name, one in self.students.named.items()
+        } or {"": self}

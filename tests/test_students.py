@@ -1,0 +1,199 @@
+"""Whole runs of several students: what they leave behind, killed and resumed, measured, shown."""
+
+import collections
+import json
+import math
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from singer_jax import main
+from singer_jax.config import compare, evaluation, report
+from singer_jax.data.images import EvalTransform
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN
+from tests import runs, tiny
+
+CONFIG = """
+from tests import tiny
+
+def get_config(protocol="recommended"):
+    config = tiny.config({teacher!r}, protocol=protocol)
+    config.steps, config.checkpoint.every, config.evals.every = 12, 3, 6
+    config.students.singer = {{}}
+    config.students.fitnet = {{"method": {{"name": "fitnet"}}, "overrides": {{"depth": 3}}}}
+    config.students.fitnet.seed = 1
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    teacher = tiny.write_teacher(folder / "teacher.safetensors", num_classes=10)
+    file = folder / "two.py"
+    file.write_text(CONFIG.format(teacher=str(teacher)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = (f"--config={config_file}", f"--workdir={workdir}")
+    status, printed = runs.finish(runs.start(runs.environment(), *arguments))
+    assert status == 0, printed
+    assert "2 students together, " in printed and "singer: teacher layer 1: " in printed
+    return workdir
+
+
+def students(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
+    files = sorted((workdir / "students").glob("*/model.safetensors"))
+    return {file.parent.name: load_file(file) for file in files}
+
+
+def test_each_student_has_its_metrics_and_its_export(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "students"}
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-2])
+    shared = ("train/images_per_second", "train/unreadable_images")
+    own = ("train/singer/loss_outlier", "train/fitnet/loss_kd", "train/fitnet/learning_rate")
+    assert all(np.isfinite(last[name]) for name in (*shared, *own))
+    assert "train/loss" not in last and "train/fitnet/loss_outlier" not in last
+    measured = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("singer", "fitnet"):
+        assert measured[f"eval/{name}/held_out/loss"] > 0
+        assert 0 <= measured[f"eval/{name}/knn/top1"] <= 100
+    assert set(students(whole)) == {"singer", "fitnet"}
+    described = json.loads((whole / "students" / "fitnet" / "config.json").read_text())
+    assert described["model_args"]["depth"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path, number):
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
+    process = runs.start(runs.environment(), *arguments)
+    runs.wait_until((tmp_path / "checkpoints" / "3").is_dir, process)
+    process.send_signal(number)
+    status, _ = runs.finish(process)
+    assert status in (-signal.SIGKILL, 75) and not (tmp_path / "students").exists()
+    status, printed = runs.finish(runs.start(runs.environment(), *arguments))
+    assert status == 0 and "continuing after step" in printed, printed
+    found, expected = students(tmp_path), students(whole)
+    for name, tensors in expected.items():
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(found[name][key], value, err_msg=f"{name} {key}")
+
+
+def configuration(config_file: Path) -> ConfigDict:
+    module: dict = {}
+    exec(config_file.read_text(), module)
+    return module["get_config"]()
+
+
+def test_other_students_are_another_run(config_file, whole, capsys):
+    config = configuration(config_file)
+    config.students.fitnet.seed = 2
+    assert main.run(config, whole) == 2
+    assert "students.fitnet.seed: 1 -> 2" in capsys.readouterr().err
+    del config.students["fitnet"]
+    assert main.run(config, whole) == 2
+    assert "students.fitnet." in capsys.readouterr().err
+
+
+def test_another_schedule_continues_the_same_run(config_file, whole, tmp_path):
+    config = configuration(config_file)
+    config.students.schedule = "one_by_one"
+    assert main.run(config, tmp_path) == 0
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    config.students.schedule = "together"
+    assert main.run(config, tmp_path) == 0
+    for name, tensors in students(whole).items():
+        for key, value in students(tmp_path)[name].items():
+            np.testing.assert_allclose(value, tensors[key], atol=1e-4, err_msg=f"{name} {key}")
+
+
+def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, tmp_path, capsys):
+    config = configuration(config_file)
+    config.students.bad = {"optimizer": {"name": "sgd", "learning_rate": 1e30}}
+    for _ in range(2):  # the second time nothing is left to train
+        assert main.run(config, tmp_path) == 1
+        found = r"bad: train/bad/loss_\w+ is (nan|inf) at step 2, stopped after step 1"
+        assert re.search(found, capsys.readouterr().err)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "eval/singer/held_out/loss" in last and last["step"] == 12
+    assert not any(name.startswith("eval/bad/") for name in last)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert max(row["step"] for row in rows if "train/bad/loss" in row) == 1
+    assert set(students(tmp_path)) == {"bad", "fitnet", "singer"}
+    assert all(np.isfinite(value).all() for value in students(tmp_path)["bad"].values())
+
+
+def test_when_all_go_wrong_the_run_ends_at_once(config_file, tmp_path, capsys):
+    config = configuration(config_file)
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
+    assert main.run(config, tmp_path) == 1
+    assert "no student goes on: fitnet: " in capsys.readouterr().err
+    assert not (tmp_path / "students").exists()
+
+
+def evaluate(run: Path, **changes: str) -> ConfigDict:
+    config = evaluation()
+    config.run, config.data.source, config.data.workers, config.mesh.data = str(run), "digits", 0, 1
+    config.probe.epochs, config.probe.protocol = 2, "fast"
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def evaluated(whole) -> Path:
+    assert main.run(evaluate(whole), whole / "evaluation") == 0
+    return whole / "evaluation"
+
+
+def test_all_are_measured_on_images_that_are_cropped_once(whole, evaluated, tmp_path, monkeypatch):
+    folders = {path.name for path in evaluated.iterdir()}
+    assert folders == {"teacher", "fitnet", "singer"}
+    cropped = collections.Counter()
+    once = EvalTransform.__call__
+
+    def counted(self: EvalTransform, *arguments: object) -> np.ndarray:
+        cropped["test"] += 1
+        return once(self, *arguments)
+
+    monkeypatch.setattr(EvalTransform, "__call__", counted)
+    assert main.run(evaluate(whole, student="fitnet"), tmp_path) == 0
+    alone = json.loads((tmp_path / "fitnet" / "results.json").read_text())
+    assert alone == json.loads((evaluated / "fitnet" / "results.json").read_text())
+    one = cropped["test"]
+    assert main.run(evaluate(whole), tmp_path / "all") == 0
+    sizes = [len(make_source("digits", "", split)) for split in (TRAIN, TEST)]
+    train, test = (64 * math.ceil(size / 64) for size in sizes)  # whole batches
+    assert one == train + test and cropped["test"] - one == 3 * train + test
+
+
+def test_a_student_that_is_not_there_is_named(whole, tmp_path, capsys):
+    assert main.run(evaluate(whole, student="vitkd"), tmp_path) == 2
+    assert "student: 'vitkd', but" in capsys.readouterr().err
+
+
+def test_the_page_shows_all_students_side_by_side(whole, evaluated):
+    config = report()
+    config.images = 3
+    assert main.run(config, whole) == 0
+    text = (whole / "report" / "index.html").read_text()
+    for words in ("student, fitnet", "student, singer", "fitnet, measured here", "layer 1, singer"):
+        assert words in text
+
+
+def test_the_students_of_a_run_are_compared(whole, evaluated, tmp_path, capsys):
+    config = compare()
+    config.runs = (str(whole),)
+    assert main.run(config, tmp_path) == 0
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert len(rows) == 2 and all("digits top1" in row for row in rows.values())

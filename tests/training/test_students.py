@@ -1,0 +1,206 @@
+"""Several students of one teacher: each learns what a run of its own would teach it."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from singer_jax import parallel
+from singer_jax.config import settings_of
+from singer_jax.errors import InputError
+from singer_jax.models.params import leaves
+from singer_jax.models.summary import features_flops
+from singer_jax.training.flops import step_flops
+from singer_jax.training.program import compile_step, jit_step
+from singer_jax.training.setup import Setups, setup, setup_students
+from tests import tiny
+
+# Methods, architectures, patch sizes, learning rates and seeds differ.
+STUDENTS = {
+    "singer": {"method": {"name": "singer", "nullspace": {"start": "official"}}},
+    "fitnet": {"method": {"name": "fitnet"}, "optimizer": {"learning_rate": 3e-3}},
+    "vitkd": {"method": {"name": "vitkd", "mimic_layers": (0,)}, "overrides": {"depth": 3}},
+    "logits": {"method": {"name": "logit_kd"}, "overrides": {"embed_dim": 8}, "seed": 5},
+    "coarse": {
+        "method": {"name": "fitnet", "resample_grids": True},
+        "overrides": {"patch_size": 8},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("teacher")
+    return str(tiny.write_teacher(folder / "teacher.safetensors", num_classes=10))
+
+
+def together(
+    teacher_file: str,
+    students: dict,
+    shape: tuple[int, int] = (1, 1),
+    accumulation: int = 1,
+) -> ConfigDict:
+    config = tiny.config(teacher_file)
+    config.students.update(students)
+    config.mesh.data, config.mesh.fsdp = shape
+    config.accumulation = accumulation
+    return config
+
+
+def prepare(config: ConfigDict) -> Setups:
+    return setup_students(settings_of(config), examples=64, num_classes=10)
+
+
+def batch_of(run: Setups, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    batch = {
+        "image": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, 8).astype(np.int32),
+    }
+    return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
+
+
+def train(run: Setups, one_by_one: bool = False) -> tuple[dict, list[dict]]:
+    """The states after five steps, and their metrics."""
+    teacher = run.load_teacher()
+    states = run.init_states(teacher)
+    schedule = "one_by_one" if one_by_one else "together"
+    batch = batch_of(run, 0)
+    step = compile_step(run.students, run.any.mesh, states, teacher, batch, schedule).step
+    history = []
+    for number in range(5):
+        states, metrics = step(states, teacher, batch_of(run, number), np.bool_(True))
+        history.append(jax.device_get(metrics))
+    return states, history
+
+
+@functools.cache
+def alone(teacher_file: str, shape: tuple[int, int], accumulation: int) -> dict:
+    """Of each student by its name, the state and metrics of a run of its own."""
+    config = together(teacher_file, STUDENTS, shape, accumulation)
+    own_runs = settings_of(config).each()
+    return {
+        name: train(Setups({"": setup(own, examples=64, num_classes=10)}))
+        for name, own in own_runs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "one_by_one", "accumulation"),
+    [((1, 1), False, 1), ((1, 1), True, 1), ((2, 2), False, 1), ((2, 2), True, 2)],
+)
+def test_each_learns_what_a_run_of_its_own_teaches(teacher_file, shape, one_by_one, accumulation):
+    config = together(teacher_file, STUDENTS, shape, accumulation)
+    states, history = train(prepare(config), one_by_one)
+    for name, (own, expected) in alone(teacher_file, shape, accumulation).items():
+        for found, wanted in zip(history, expected, strict=True):
+            assert set(found[name]) == set(wanted[""])
+            for term, value in wanted[""].items():
+                np.testing.assert_allclose(found[name][term], value, rtol=1e-4, err_msg=term)
+        assert int(states[name].step) == 5
+        # Float32 rounding, of programs that may add in another order.
+        for (keys, one), (_, other) in zip(
+            leaves(states[name].params), leaves(own[""].params), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg=str(keys))
+
+
+def test_what_several_read_is_computed_once(teacher_file):
+    """One pass of the teacher, and one decomposition of each layer that its readers share."""
+    two = {name: {"method": {"rank": rank}} for name, rank in (("a", 4), ("b", 2))}
+    one = prepare(together(teacher_file, {"a": two["a"]}))
+    both = prepare(together(teacher_file, two))
+    assert both.students.teacher_reads == one.students.teacher_reads == (1, 2)
+
+    def decompositions(run: Setups) -> int:
+        students = {name: jax.eval_shape(own.init_student) for name, own in run.each.items()}
+        return str(jax.make_jaxpr(run.make_states())(run.teacher, students)).count(" svd[")
+
+    # The last two layers have the same reader, the last block.
+    assert decompositions(both) == decompositions(one) == 1
+
+    def teachers(run: Setups) -> int:
+        teacher = step_flops(run.students, run.states, run.teacher, 8)
+        learned = [Setups({"": own}) for own in run.each.values()]
+        alone = sum(step_flops(r.students, r.states, r.teacher, 8) for r in learned)
+        return (alone - teacher) // features_flops(run.taught_by.network.spec.arch, 3)
+
+    assert teachers(both) == 8  # images that no second pass has seen
+
+
+def test_features_that_nobody_reads_are_not_kept(teacher_file):
+    one = {"a": {"method": {"layers": (0,), "append_last": False}}}
+    assert prepare(together(teacher_file, one)).students.teacher_reads == (0, 1)
+
+
+def test_one_that_goes_wrong_keeps_its_state_and_the_others_learn_as_without_it(teacher_file):
+    # A learning rate at which the second step's loss is infinite.
+    bad = {"method": {"name": "fitnet"}, "optimizer": {"name": "sgd", "learning_rate": 1e30}}
+    run = prepare(together(teacher_file, {"singer": STUDENTS["singer"], "bad": bad}))
+    states, history = train(run)
+    assert not np.isfinite(history[-1]["bad"]["loss"])
+    assert int(states["bad"].step) < int(states["singer"].step) == 5
+    teacher = run.load_teacher()
+    first = run.init_states(teacher)
+    step = jit_step(run.students, run.any.mesh, first, teacher)
+    for number in range(int(states["bad"].step)):
+        first, _ = step(first, teacher, batch_of(run, number), np.bool_(True))
+    for (keys, kept), (_, good) in zip(
+        leaves(states["bad"].params), leaves(first["bad"].params), strict=True
+    ):
+        assert np.all(np.isfinite(kept)), keys
+        np.testing.assert_array_equal(kept, good, err_msg=str(keys))
+    own, _ = alone(teacher_file, (1, 1), 1)["singer"]
+    for (keys, one), (_, other) in zip(
+        leaves(states["singer"].params), leaves(own[""].params), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg=str(keys))
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [(2**40, "2 students together, "), (1, "2 students one by one, .*; together they would take")],
+)
+def test_the_schedule_is_chosen_by_memory_and_said(teacher_file, monkeypatch, memory, words):
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: memory)
+    run = prepare(together(teacher_file, {"a": {}, "b": {"seed": 1}}))
+    teacher, batch = run.teacher, batch_of(run, 0)
+    program = compile_step(run.students, run.any.mesh, run.states, teacher, batch)
+    assert re.match(words, program.told)
+    alone = Setups({"": run.each["a"]})
+    program = compile_step(alone.students, run.any.mesh, alone.states, teacher, batch)
+    assert not program.told
+
+
+@pytest.mark.parametrize(
+    ("students", "words"),
+    [
+        ({"a": {"data": {"path": "x"}}}, r"students\.a\.data\.path: 'x'; give it once for the run"),
+        ({"a": {"batch_size": 4}}, r"students\.a\.batch_size: 4; give it once for the run"),
+        ({"a": {"rank": 4}}, r"unknown configuration key 'students\.a\.rank'"),
+        ({"a": {"method": {"rank": 0}}}, r"students\.a\.method\.rank: 0; give"),
+        ({"a/b": {"seed": 1}}, r"students: 'a/b' is no file name"),
+        ({"-a": {"seed": 1}}, r"students: '-a' is no file name"),
+        ({"teacher": {"seed": 1}}, r"students: 'teacher' is also the name of the teacher"),
+        ({"Tiny": {}, "tiny": {}}, r"students: 'tiny' is also the name of the student 'Tiny'"),
+        ({"schedule": "both"}, r"unknown students\.schedule 'both'"),
+        ({"a": {"model": "vit_tiny"}}, r"students\.a: unknown model 'vit_tiny'"),
+        ({"a": {"method": {"rank": 99}}}, r"students\.a: method\.rank: 99 is not in 1\.\.24"),
+        (
+            {"a": {"method": {"name": "logit_kd"}, "overrides": {"num_classes": 3}}},
+            r"students\.a: the teacher .* has 10 classes, the student .* 3",
+        ),
+    ],
+)
+def test_bad_students_are_named(teacher_file, students, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        prepare(together(teacher_file, students))
+
+
+def test_students_that_need_labels_and_have_none_are_named(teacher_file):
+    config = together(teacher_file, {"a": {}, "b": {"method": {"name": "supervised"}}})
+    with pytest.raises(InputError, match=r"^students\.b: the method needs labels"):
+        setup_students(settings_of(config), examples=64, num_classes=0)
