@@ -50,7 +50,11 @@ def create_model(
 
 
 def load_model(
-    name: str | os.PathLike[str], *, model: str = "", precision: str = "float32"
+    name: str | os.PathLike[str],
+    *,
+    model: str = "",
+    student: str = "",
+    precision: str = "float32",
 ) -> VisionTransformer:
     """A pretrained or distilled model.
 
@@ -61,6 +65,7 @@ def load_model(
       name: a work directory, whose student it is; a file of weights, or a folder with
         model.safetensors; or a hub name such as `timm/vit_tiny_patch16_224.augreg_in21k`.
       model: its timm name, where neither the hub name nor a config.json beside the weights says it.
+      student: of a work directory with several, which of them.
       precision: of activations, `float32` or `bfloat16`.
 
     Raises:
@@ -73,6 +78,7 @@ def load_model(
         run=given if of_run else "",
         weights="" if of_run else given,
         model=model,
+        student=student,
         numerics=_numerics(precision),
     )
     loaded = backbone.network.merge(backbone.params)

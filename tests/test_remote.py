@@ -77,7 +77,8 @@ def run(distil) -> epath.Path:
 
 def test_a_run_killed_on_a_store_ends_with_the_bits_of_a_local_run(run, distil, tmp_path):
     finish(distil(tmp_path))
-    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "student"}
+    files = {"config.json", "weights.json", "metrics.jsonl"}
+    names = files | {"tensorboard", "checkpoints", "student"}
     for folder in (run, epath.Path(tmp_path)):
         assert names <= {path.name for path in folder.iterdir()}
         assert any((folder / "tensorboard").iterdir())

@@ -28,11 +28,13 @@ from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models.params import Params, join
+from singer_jax.models.provenance import Provenance, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
-from singer_jax.settings import flatten, from_flat, to_dict
+from singer_jax.settings import to_dict
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
+from singer_jax.training.identity import check_same_run, check_same_teacher
 from singer_jax.training.loop import Between, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.settings import DistillSettings
@@ -61,32 +63,34 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     run = setup_students(settings, len(source), source.num_classes)
     steps = run.any.steps
     make_workdir(workdir)
+    weights = _provenance(settings, run)
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint.keep)) as checkpoints:
         start = checkpoints.latest_step() or 0
-        meta = {"data": source.fingerprint(), "config": to_dict(settings)} | _described(run)
+        meta = _described(settings, run, source) | {"weights": weights}
         stopped: dict[str, str] = {}
         if start:
             saved = checkpoints.meta(start)
             stopped |= saved.get("stopped", {})
-            _check_same_run(settings, workdir, meta, saved)
+            check_same_run(settings, workdir, meta, saved)
             LOG.info("%s: continuing after step %d of %d", workdir, start, steps)
         if start < steps:
             states = _train(settings, workdir, run, source, checkpoints, start, meta, stopped)
         else:
             states = restore_states(checkpoints, start, run)
-            _write_config(settings, workdir)
-    _export_students(workdir, run, states)
+            _write_config(settings, workdir, weights)
+    _export_students(workdir, run, states, settings, weights)
     told = ", ".join(filter(None, states)) or "student"
     LOG.info("%s: %d steps done, %s exported", workdir, steps, told)
     if stopped:
         raise RunError(f"{workdir}: {in_words(stopped)}; the other students are done")
 
 
-def _described(run: Setups) -> dict[str, Any]:
-    """What the students are, for a checkpoint."""
+def _described(settings: DistillSettings, run: Setups, source: Source) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
     specs = {name: own.distillation.student.spec for name, own in run.each.items()}
     configs = {name: to_hub_config(spec) for name, spec in specs.items()}
-    return {"student": configs[""]} if "" in configs else {"students": configs}
+    students = {"student": configs[""]} if "" in configs else {"students": configs}
+    return {"data": source.fingerprint(), "config": to_dict(settings)} | students
 
 
 def _train(
@@ -105,7 +109,7 @@ def _train(
         stacked = run.taught_by.numerics.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
-        _check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
+        check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
     states = restore_states(checkpoints, start, run) if start else run.init_states(teacher)
     every = settings.evals.every
     evaluate = _evaluation(settings, run, source, stopped) if every else None
@@ -119,7 +123,7 @@ def _train(
         if program.told:
             LOG.info("%s: %s", workdir, program.told)
 
-        _write_config(settings, workdir)
+        _write_config(settings, workdir, meta["weights"])
         writer = MetricsWriter(workdir, start, to_dict(settings) if settings.log.wandb else None)
         stack.callback(writer.close)
         recorder = Recorder(
@@ -149,6 +153,23 @@ def _train(
         )
         rest, first = itertools.chain([first], batches), None  # kept no longer than its step
         return train(program.step, states, teacher, rest, between, recorder)
+
+
+def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]:
+    """Of the teacher and of each student, said to the user; of process 0 alone."""
+    found: dict[str, Provenance] = {}
+    if jax.process_index() > 0:
+        return found
+    if run.taught_by:
+        spec, file = run.taught_by.network.spec, run.taught_by.weights
+        found["teacher"] = provenance(spec, settings.teacher.weights, file)
+    for name, own in settings.each().items():
+        prepared = run.each[name]
+        spec = prepared.distillation.student.spec
+        found[name or "student"] = provenance(spec, own.student.weights, prepared.weights)
+    for name, one in found.items():
+        LOG.info("%s: %s", name, told(one))
+    return found
 
 
 def _sizes(states: Mapping[str, TrainState], teacher: Params | None) -> str:
@@ -283,79 +304,36 @@ def _report_start(
             LOG.log(level, f"{name}: {line}" if name else line)
 
 
-def _check_same_run(
-    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+def _write_config(
+    settings: DistillSettings, workdir: epath.Path, weights: Mapping[str, Provenance]
 ) -> None:
-    """Compares a start with the checkpoint that it continues: only that binds a work directory."""
-    changed = _differences(settings, saved["config"])
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise InputError(
-            f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
-            "; use a new --workdir"
-        )
-    if saved["data"] != meta["data"]:
-        raise InputError(
-            f"{workdir} was trained on other images than {settings.data.source} "
-            f"{settings.data.path} now holds; use a new --workdir or the same images"
-        )
-
-
-# A run may be continued with other values of these; any other difference is another run.
-_RESUMABLE = (
-    "steps",
-    "epochs",
-    "data.path",
-    "data.workers",
-    "data.strict",
-    "mesh.",
-    "checkpoint.",
-    "log.",
-    "evals.",
-    "students.schedule",
-)
-
-
-def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
-    """Keys whose values make these settings another run than the saved one, and both values.
-
-    Settings that the run does not read make no difference; those that are newer than the saved run
-    had their default then.
-    """
-    theirs = flatten(saved)
-    theirs |= flatten(to_dict(from_flat(DistillSettings(), theirs)))
-    ours = flatten(to_dict(settings))
-    return [
-        f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
-        for key in sorted(ours | theirs)
-        if ours.get(key) != theirs.get(key) and not key.startswith(_RESUMABLE)
-    ]
-
-
-def _check_same_teacher(
-    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    # Checkpoints of older versions say nothing of the teacher's weights.
-    if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
-        raise InputError(
-            f"{workdir} was trained with other teacher weights than {settings.teacher.weights} now "
-            "holds; use a new --workdir or the same weights"
-        )
-
-
-def _write_config(settings: DistillSettings, workdir: epath.Path) -> None:
-    """Writes config.json, once everything that may refuse this start has been seen."""
+    """Writes config.json and weights.json, once all that may refuse this start has been seen."""
     if jax.process_index() > 0:
         return
     with writing(workdir):
         write_text(workdir / "config.json", json.dumps(to_dict(settings), indent=2) + "\n")
+        write_text(workdir / "weights.json", json.dumps(weights, indent=2) + "\n")
 
 
-def _export_students(workdir: epath.Path, run: Setups, states: Mapping[str, TrainState]) -> None:
+def _export_students(
+    workdir: epath.Path,
+    run: Setups,
+    states: Mapping[str, TrainState],
+    settings: DistillSettings,
+    weights: Mapping[str, Provenance],
+) -> None:
     gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(run.any.mesh))
-    for name, own in run.each.items():
+    for name, own in settings.each().items():
         parts = gather((states[name].params["student"], states[name].constants["student"]))
-        if jax.process_index() == 0:
-            folder = workdir / "students" / name if name else workdir / "student"
-            trained, untouched = map(to_timm, parts)
-            export_timm(folder, own.distillation.student.spec, trained | untouched)
+        if jax.process_index() > 0:
+            continue
+        made_from = {
+            "method": own.method_name,
+            "steps": int(states[name].step),
+            "teacher": weights.get("teacher"),
+            "student": weights[name or "student"],
+        }
+        folder = workdir / "students" / name if name else workdir / "student"
+        trained, untouched = map(to_timm, parts)
+        spec = run.each[name].distillation.student.spec
+        export_timm(folder, spec, trained | untouched, made_from)

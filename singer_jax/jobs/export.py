@@ -32,6 +32,7 @@ class ExportSettings(Settings):
 
     job: str = setting("export", OneOf(("export",)), "the command")
     run: str = setting("", TEXT, "a work directory: its student; empty: --workdir itself; or else")
+    student: str = setting("", TEXT, "one of several students of the run")
     weights: str = setting("", TEXT, "a hub name or file, and")
     model: str = setting(
         "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
@@ -45,7 +46,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
 
     Args:
       settings: what is exported.
-      workdir: where `student/` is made; without `run` and `weights` also the run to export.
+      workdir: where `student/`, of several `students/NAME/`, is made; without `run` and `weights`
+        also the run to export.
 
     Raises:
       InputError: nothing to export, or a folder that cannot be written.
@@ -59,6 +61,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         run="" if settings.weights else settings.run or str(workdir),
         weights=settings.weights,
         model=settings.model,
+        student=settings.student,
         step=settings.step,
         numerics=numerics,
     )
@@ -70,7 +73,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         )
     if jax.process_index() > 0:
         return
-    folder = workdir / "student"
+    name = settings.student
+    folder = workdir / "students" / name if name else workdir / "student"
     with writing(folder):
         export_timm(folder, backbone.network.spec, to_timm(backbone.params))
         if settings.stablehlo:

@@ -275,15 +275,25 @@ def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
     return dataclasses.replace(spec, mean=mean, std=std)
 
 
-def export_timm(folder: epath.Path, spec: ModelSpec, tensors: dict[str, np.ndarray]) -> None:
+def export_timm(
+    folder: epath.Path,
+    spec: ModelSpec,
+    tensors: dict[str, np.ndarray],
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
     """Writes `model.safetensors` and `config.json` in timm's hub layout.
 
     Args:
       folder: is made if it is not there.
       spec: of the model; its mean and std go into `pretrained_cfg`.
       tensors: of the model, as `to_timm` gives them.
+      made_from: what both files say of the model's origin, as JSON under `singer_jax`.
     """
+    metadata, config = {"format": "pt"}, to_hub_config(spec)
+    if made_from:
+        metadata["singer_jax"] = json.dumps(made_from)
+        config["singer_jax"] = made_from
     with replacing(folder / WEIGHTS_FILE) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata=metadata)
         file.chmod(0o644)  # safetensors keeps it to its owner
-    write_text(folder / CONFIG_FILE, json.dumps(to_hub_config(spec), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")

@@ -64,6 +64,7 @@ class Setup:
       steps_per_epoch: ceil(examples / batch size).
       state: abstract, with shardings: what a checkpoint is read into.
       taught_by: its teacher; None for a method without one.
+      weights: the file of the student's parameters before the first step; None: random ones.
       draw_student: the jitted program of a random student.
       init_student: the student's parameters before the first step.
       make_method: from the teacher, traceable.
@@ -75,6 +76,7 @@ class Setup:
     steps_per_epoch: int
     state: TrainState
     taught_by: Teacher | None
+    weights: Path | None
     draw_student: Callable[[], Params]
     init_student: Callable[[], Params]
     make_method: Callable[[VisionTransformer | None], Method]
@@ -302,6 +304,7 @@ def _student(
         steps_per_epoch=steps_per_epoch,
         state=parallel.with_shardings(mesh, state),
         taught_by=taught_by,
+        weights=weights,
         draw_student=draw_student,
         init_student=init_student,
         make_method=make_method,

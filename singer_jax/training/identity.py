@@ -1,0 +1,72 @@
+"""Which starts continue a run, and which are another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epath
+
+from singer_jax.errors import InputError
+from singer_jax.settings import flatten, from_flat, to_dict
+from singer_jax.training.settings import DistillSettings
+
+
+def check_same_run(
+    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    """Compares a start with the checkpoint that it continues: only that binds a work directory."""
+    changed = _differences(settings, saved["config"])
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise InputError(
+            f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
+            "; use a new --workdir"
+        )
+    if saved["data"] != meta["data"]:
+        raise InputError(
+            f"{workdir} was trained on other images than {settings.data.source} "
+            f"{settings.data.path} now holds; use a new --workdir or the same images"
+        )
+
+
+# A run may be continued with other values of these; any other difference is another run.
+_RESUMABLE = (
+    "steps",
+    "epochs",
+    "data.path",
+    "data.workers",
+    "data.strict",
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "evals.",
+    "students.schedule",
+)
+
+
+def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
+    """Keys whose values make these settings another run than the saved one, and both values.
+
+    Settings that the run does not read make no difference; those that are newer than the saved run
+    had their default then.
+    """
+    theirs = flatten(saved)
+    theirs |= flatten(to_dict(from_flat(DistillSettings(), theirs)))
+    ours = flatten(to_dict(settings))
+    return [
+        f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
+        for key in sorted(ours | theirs)
+        if ours.get(key) != theirs.get(key) and not key.startswith(_RESUMABLE)
+    ]
+
+
+def check_same_teacher(
+    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    """Compares the teacher's weights with those of the checkpoint that a start continues."""
+    # Checkpoints of older versions say nothing of them.
+    if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
+        raise InputError(
+            f"{workdir} was trained with other teacher weights than {settings.teacher.weights} now "
+            "holds; use a new --workdir or the same weights"
+        )

@@ -1,0 +1,78 @@
+"""Where weights come from: what is said of a file is what is in it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from singer_jax import main
+from singer_jax.models.provenance import provenance, told
+from singer_jax.models.weight_files import find_weights
+from singer_jax.models.zoo import lookup
+from tests import tiny
+
+
+def test_a_file_is_told_by_its_hash_its_size_and_its_grid(tmp_path):
+    file = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    tensors = load_file(file)
+    spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0, "img_size": 24})
+    found = provenance(spec, "given", file)
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found["tensors"] == len(tensors)
+    assert found["parameters"] == sum(value.size for value in tensors.values())
+    assert found["position_embeddings"] == "resampled from 4 x 4 to 6 x 6"
+    line = told(found)
+    for part in (str(file), found["sha256"], f"{found['parameters']:,}", "mean 0.5/0.5/0.5"):
+        assert part in line
+    assert json.loads(json.dumps(found)) == found
+    same = provenance(lookup("vit_tiny_patch16_224", tiny.TEACHER), "given", file)
+    assert same["position_embeddings"] is None
+
+
+def test_random_weights_are_said_to_be_random():
+    found = provenance(lookup("vit_tiny_patch16_224", {}), "", None)
+    assert "random weights" in told(found) and "sha256" not in found
+
+
+def test_a_hub_name_states_its_revision(tmp_path, monkeypatch):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--timm--mine"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(revision)
+    (cache / "snapshots" / revision).mkdir(parents=True)
+    tiny.write_teacher(cache / "snapshots" / revision / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = find_weights("timm/mine")
+    found = provenance(lookup("vit_tiny_patch16_224", tiny.TEACHER), "timm/mine", file)
+    assert found["revision"] == revision and f"revision {revision}" in told(found)
+    assert found["weights"] == "timm/mine"
+
+
+def test_a_run_says_it_and_its_export_keeps_it(tmp_path, caplog):
+    teacher = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    config = tiny.config(teacher)
+    config.steps = 1
+    with caplog.at_level("INFO", "singer_jax"):
+        assert main.run(config, tmp_path / "run") == 0
+    sha256 = hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
+    assert (
+        f"sha256 {sha256}" in caplog.text and "student: vit_tiny_patch16_224: random" in caplog.text
+    )
+    written = json.loads((tmp_path / "run" / "weights.json").read_text())
+    assert written["teacher"]["sha256"] == sha256
+    student = tmp_path / "run" / "student"
+    described = json.loads((student / "config.json").read_text())["singer_jax"]
+    assert described["teacher"] == written["teacher"] and described["steps"] == 1
+    with safe_open(student / "model.safetensors", framework="numpy") as file:
+        assert json.loads(file.metadata()["singer_jax"]) == described
+    # The export is the weights of a next run like any other.
+    config.student.weights, config.student.overrides = str(student), {}
+    config.student.model = ""
+    assert main.run(config, tmp_path / "next") == 0
+    again = json.loads((tmp_path / "next" / "weights.json").read_text())["student"]
+    assert again["file"] == str(student / "model.safetensors")
+    assert (
+        again["sha256"] == hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()
+    )
