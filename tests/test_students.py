@@ -48,7 +48,7 @@ def whole(config_file, tmp_path_factory) -> Path:
     arguments = (f"--config={config_file}", f"--workdir={workdir}")
     status, printed = runs.finish(runs.start(runs.environment(), *arguments))
     assert status == 0, printed
-    assert "2 students together, " in printed and "singer: teacher layer 1: " in printed
+    assert "2 students one by one, " in printed and "singer: teacher layer 1: " in printed
     return workdir
 
 
@@ -109,10 +109,10 @@ def test_other_students_are_another_run(config_file, whole, capsys):
 
 def test_another_schedule_continues_the_same_run(config_file, whole, tmp_path):
     config = configuration(config_file)
-    config.students.schedule = "one_by_one"
+    config.students.schedule = "together"
     assert main.run(config, tmp_path) == 0
     shutil.rmtree(tmp_path / "checkpoints" / "12")
-    config.students.schedule = "together"
+    config.students.schedule = "one_by_one"
     assert main.run(config, tmp_path) == 0
     for name, tensors in students(whole).items():
         for key, value in students(tmp_path)[name].items():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from singer_jax import parallel
+from singer_jax import backends, parallel
 from singer_jax.models.params import Params
 from singer_jax.training.step import Distillation, Students, TrainState
 
@@ -34,10 +34,11 @@ def jit_step(
 
 
 class Program(NamedTuple):
-    """A compiled step, and what a user should know of how it was chosen."""
+    """A compiled step, the bytes that it takes on a device, and why this one, for the user."""
 
     step: Callable
-    told: str = ""
+    peak: int
+    told: str
 
 
 def compile_step(
@@ -54,41 +55,43 @@ def compile_step(
       students: of the step.
       mesh: of the devices.
       states, teacher, batch: as the step takes them.
-      schedule: `together` or `one_by_one`; None: together, if all devices have that much memory.
+      schedule: `together` or `one_by_one`; None: together, where a device has that much memory and
+        its backend does not prefer the other.
     """
 
-    def compile(one_by_one: bool) -> tuple[Callable, int]:
-        which = dataclasses.replace(students, one_by_one=one_by_one)
+    def compiled(schedule: str, why: str = "") -> Program:
+        which = dataclasses.replace(students, one_by_one=schedule == "one_by_one")
         step = jit_step(which, mesh, states, teacher)
         step = step.lower(states, teacher, batch, np.bool_(True)).compile()
-        return step, peak_memory(step)
+        peak, words = peak_memory(step), schedule.replace("_", " ")
+        return Program(step, peak, f"{len(students.each)} students {words}, {_gib(peak)}{why}")
 
-    def program(which: str, step: Callable, peak: int, why: str = "") -> Program:
-        count = len(students.each)
-        told = (
-            f"{count} students {which.replace('_', ' ')}, {_gib(peak)} of {_gib(memory)} a device"
-        )
-        return Program(step, told + why if count > 1 else "")
-
+    if len(students.each) == 1:
+        return compiled("together")._replace(told="")
+    if schedule or backends.choices(parallel.platform(mesh)).one_by_one:
+        return compiled(schedule or "one_by_one")
     memory = parallel.device_memory(mesh)
-    if schedule or len(students.each) == 1:
-        chosen = schedule or "together"
-        return program(chosen, *compile(chosen == "one_by_one"))
     try:
-        step, peak = compile(False)
-    except jax.errors.JaxRuntimeError as error:  # a compiler that knows its device refuses
+        together = compiled("together", f" of a device's {_gib(memory)}")
+    except jax.errors.JaxRuntimeError as error:  # a compiler that knows its device's memory
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return program("one_by_one", *compile(True), "; together they do not fit")
-    if peak <= memory:
-        return program("together", step, peak)
-    del step
-    return program("one_by_one", *compile(True), f"; together they would take {_gib(peak)}")
+        return compiled("one_by_one", "; together they do not fit")
+    if together.peak <= memory:
+        return together
+    needed = _gib(together.peak)
+    del together
+    return compiled("one_by_one", f"; together they would take {needed} of {_gib(memory)}")
 
 
 def peak_memory(compiled: Any) -> int:
-    """Bytes that a compiled program takes on a device, its arguments included."""
+    """Bytes that a compiled program takes on a device, its arguments included.
+
+    0 on a backend that does not say.
+    """
     found = compiled.memory_analysis()
+    if found is None:
+        return 0
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return held + found.temp_size_in_bytes
 

@@ -76,7 +76,7 @@ class _Students:
     """`schedule`, and of each student by its NAME the keys that differ from the run's own."""
 
     def leaves(self, value: StudentsSettings, prefix: str) -> dict[str, Setting]:
-        meaning = "all at once, or one after the other in less memory; None: as memory admits"
+        meaning = "all at once, or one after the other in less memory; None: as it suits the device"
         known = {"schedule": Setting(value.schedule, optional(OneOf(SCHEDULES)), meaning)}
         for key in _shared():
             known[f"NAME.{key}"] = Setting(ABSENT, Elsewhere("once for the run"), "")

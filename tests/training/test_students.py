@@ -1,5 +1,6 @@
 """Several students of one teacher: each learns what a run of its own would teach it."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from singer_jax import parallel
+from singer_jax import backends, parallel
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.models.params import leaves
@@ -161,18 +162,35 @@ def test_one_that_goes_wrong_keeps_its_state_and_the_others_learn_as_without_it(
 
 
 @pytest.mark.parametrize(
-    ("memory", "words"),
-    [(2**40, "2 students together, "), (1, "2 students one by one, .*; together they would take")],
+    ("memory", "prefers", "words"),
+    [
+        (2**40, False, "2 students together, .* of a device's 1.02e\\+03 GiB$"),
+        (1, False, "2 students one by one, .*; together they would take"),
+        (2**40, True, "2 students one by one, [^;]* GiB$"),
+    ],
 )
-def test_the_schedule_is_chosen_by_memory_and_said(teacher_file, monkeypatch, memory, words):
+def test_the_schedule_suits_the_device_and_is_said(
+    teacher_file, monkeypatch, memory, prefers, words
+):
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: memory)
+    chosen = dataclasses.replace(backends.choices("cpu"), one_by_one=prefers)
+    monkeypatch.setattr(backends, "choices", lambda platform="": chosen)
     run = prepare(together(teacher_file, {"a": {}, "b": {"seed": 1}}))
     teacher, batch = run.teacher, batch_of(run, 0)
     program = compile_step(run.students, run.any.mesh, run.states, teacher, batch)
-    assert re.match(words, program.told)
+    assert re.match(words, program.told), program.told
     alone = Setups({"": run.each["a"]})
     program = compile_step(alone.students, run.any.mesh, alone.states, teacher, batch)
     assert not program.told
+
+
+def test_one_by_one_takes_less_memory(teacher_file):
+    same = {name: {"method": {"name": "fitnet"}, "seed": seed} for seed, name in enumerate("abcd")}
+    run = prepare(together(teacher_file, same))
+    arguments = (run.students, run.any.mesh, run.states, run.teacher, batch_of(run, 0))
+    both = [compile_step(*arguments, schedule) for schedule in ("together", "one_by_one")]
+    wide, narrow = (program.step.memory_analysis().temp_size_in_bytes for program in both)
+    assert narrow < 0.7 * wide
 
 
 @pytest.mark.parametrize(
