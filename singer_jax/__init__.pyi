@@ -15,4 +15,4 @@ from .models.network import ModelSettings, StudentSettings
 from .models.vit import VisionTransformer
 from .ranges import Range
 from .settings import Settings, setting
-from .training.settings import DistillSettings
+from .training.settings import DistillSettings, OneOfStudents, StudentsSettings

@@ -275,7 +275,7 @@ class Recorder:
         if not student:
             raise RunError(f"{found}; the last good checkpoint is kept")
         self.stopped[student] = f"{found}, stopped after step {step - 1}"
-        LOG.error("student %s: %s; the others go on", student, self.stopped[student])
+        LOG.error("student %s: %s", student, self.stopped[student])
         return True
 
     def close(self) -> None:

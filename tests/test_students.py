@@ -91,6 +91,33 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path
             np.testing.assert_array_equal(found[name][key], value, err_msg=f"{name} {key}")
 
 
+def test_two_processes_do_what_one_does(config_file, whole, tmp_path):
+    started = runs.start_together(
+        runs.environment(),
+        2,
+        f"--config={config_file}",
+        f"--workdir={tmp_path}",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=1",
+    )
+    for status, printed in map(runs.finish, started):
+        assert status == 0, printed
+    for name, tensors in students(whole).items():
+        for key, value in students(tmp_path)[name].items():
+            # Float32 sums in another order, over 12 steps.
+            np.testing.assert_allclose(
+                value, tensors[key], rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}"
+            )
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (whole, tmp_path)
+    ]
+    for expected, found in zip(*rows, strict=True):
+        assert set(expected) - {"train/images_per_second"} <= set(found)
+        for name in expected:
+            if "loss" in name:
+                assert found[name] == pytest.approx(expected[name], rel=1e-3)
+
+
 def configuration(config_file: Path) -> ConfigDict:
     module: dict = {}
     exec(config_file.read_text(), module)
@@ -133,6 +160,17 @@ def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, t
     assert max(row["step"] for row in rows if "train/bad/loss" in row) == 1
     assert set(students(tmp_path)) == {"bad", "fitnet", "singer"}
     assert all(np.isfinite(value).all() for value in students(tmp_path)["bad"].values())
+    # What reads the run goes on without it.
+    assert main.run(evaluate(tmp_path), tmp_path / "evaluation") == 0
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == WITH_TEACHER
+    shown = report()
+    shown.images, shown.baselines = 2, (str(tmp_path),)
+    assert main.run(shown, tmp_path) == 0
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert f"student, singer ({tmp_path.name})" in text and "student, bad" not in text
+    both = compare()
+    both.runs = (str(tmp_path),)
+    assert main.run(both, tmp_path / "compared") == 0
 
 
 def test_when_all_go_wrong_the_run_ends_at_once(config_file, tmp_path, capsys):
@@ -141,6 +179,9 @@ def test_when_all_go_wrong_the_run_ends_at_once(config_file, tmp_path, capsys):
     assert main.run(config, tmp_path) == 1
     assert "no student goes on: fitnet: " in capsys.readouterr().err
     assert not (tmp_path / "students").exists()
+
+
+WITH_TEACHER = {"teacher", "fitnet", "singer"}
 
 
 def evaluate(run: Path, **changes: str) -> ConfigDict:
@@ -158,8 +199,7 @@ def evaluated(whole) -> Path:
 
 
 def test_all_are_measured_on_images_that_are_cropped_once(whole, evaluated, tmp_path, monkeypatch):
-    folders = {path.name for path in evaluated.iterdir()}
-    assert folders == {"teacher", "fitnet", "singer"}
+    assert {path.name for path in evaluated.iterdir()} == WITH_TEACHER
     cropped = collections.Counter()
     once = EvalTransform.__call__
 

@@ -202,11 +202,15 @@ def extract_each(
         names = [name for name, backbone in backbones.items() if backbone.image_size == size]
         of_size, its_tasks = ([by_name[name] for name in names] for by_name in (backbones, tasks))
         given = (of_size, source, its_tasks, transform(size), workers)
-        for name, batches in zip(
-            names, zip(*_batches_of_each(*given, left_out=left_out), strict=True), strict=True
-        ):
-            features, labels = zip(*batches, strict=True)
-            found[name] = Examples(np.concatenate(features), np.concatenate(labels))
+        features: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        labels = []
+        for batches in _batches_of_each(*given, left_out=left_out):
+            labels.append(batches[0][1])
+            for name, (of_batch, _) in zip(names, batches, strict=True):
+                features[name].append(of_batch)
+        every_label = np.concatenate(labels)
+        for name in names:
+            found[name] = Examples(np.concatenate(features.pop(name)), every_label)
     return found
 
 

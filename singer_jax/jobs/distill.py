@@ -28,7 +28,7 @@ from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models.params import Params, join
-from singer_jax.models.provenance import Provenance, provenance, told
+from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.settings import to_dict
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
@@ -72,13 +72,14 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
             saved = checkpoints.meta(start)
             stopped |= saved.get("stopped", {})
             check_same_run(settings, workdir, meta, saved)
+            meta["weights"] = saved.get("weights", weights)  # those that it was trained from
             LOG.info("%s: continuing after step %d of %d", workdir, start, steps)
         if start < steps:
-            states = _train(settings, workdir, run, source, checkpoints, start, meta, stopped)
+            states = _train(settings, workdir, run, source, checkpoints, meta, stopped)
         else:
             states = restore_states(checkpoints, start, run)
-            _write_config(settings, workdir, weights)
-    _export_students(workdir, run, states, settings, weights)
+            _write_config(settings, workdir, meta["weights"])
+    _export_students(workdir, run, states, settings, meta["weights"])
     told = ", ".join(filter(None, states)) or "student"
     LOG.info("%s: %d steps done, %s exported", workdir, steps, told)
     if stopped:
@@ -99,11 +100,11 @@ def _train(
     run: Setups,
     source: Source,
     checkpoints: Checkpoints,
-    start: int,
     meta: dict[str, Any],
     stopped: dict[str, str],
 ) -> Mapping[str, TrainState]:
     """The states after the last step; adds to `stopped` the students that went wrong."""
+    start = checkpoints.latest_step() or 0
     teacher, mesh = run.load_teacher(), run.any.mesh
     if teacher is not None:
         stacked = run.taught_by.numerics.stacked
@@ -140,7 +141,7 @@ def _train(
         stack.enter_context(logging_redirect_tqdm([LOG]))
 
         def save(states: Mapping[str, TrainState], step: int) -> None:
-            checkpoints.save(saved_tree(states), step, meta | {"stopped": stopped})
+            checkpoints.save(saved_tree(states), step, meta | {"stopped": dict(stopped)})
 
         between = Between(
             save=save,
@@ -151,7 +152,7 @@ def _train(
             evaluate_every=settings.evals.every,
             first=functools.partial(_report_start, run),
         )
-        rest, first = itertools.chain([first], batches), None  # kept no longer than its step
+        rest, first = itertools.chain(iter([first]), batches), None  # kept no longer than its step
         return train(program.step, states, teacher, rest, between, recorder)
 
 
@@ -327,13 +328,9 @@ def _export_students(
         parts = gather((states[name].params["student"], states[name].constants["student"]))
         if jax.process_index() > 0:
             continue
-        made_from = {
-            "method": own.method_name,
-            "steps": int(states[name].step),
-            "teacher": weights.get("teacher"),
-            "student": weights[name or "student"],
-        }
+        made_from = origin(weights, name, own.method_name, int(states[name].step))
         folder = workdir / "students" / name if name else workdir / "student"
         trained, untouched = map(to_timm, parts)
         spec = run.each[name].distillation.student.spec
         export_timm(folder, spec, trained | untouched, made_from)
+    parallel.of_first_process(None)  # no process ends before everything is written

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax import hosts, parallel, stopping
+from singer_jax import hosts, methods, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import DataSettings, make_source
@@ -122,11 +122,14 @@ def _subjects(
     if students and not settings.student:
         for name in students:
             backbones[name] = load_backbone(mesh, run=settings.run, student=name, numerics=numerics)
-        if run.teacher.weights:
+        if any(methods.needs(own.method).teacher for own in students.values()):
             data = run.data
-            backbones["teacher"] = load_teacher(
-                mesh, run.teacher, data.image_size, data.normalisation, numerics
-            )
+            try:
+                backbones["teacher"] = load_teacher(
+                    mesh, run.teacher, data.image_size, data.normalisation, numerics
+                )
+            except InputError as error:
+                LOG.warning("the teacher is not measured: %s", error)
     else:
         backbones[settings.student] = load_backbone(
             mesh,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import jax.numpy as jnp
 from etils import epath
 
 from singer_jax import parallel
+from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.files import replacing, writing
+from singer_jax.files import as_path, replacing, writing
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.program import features_program
+from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, TEXT, Flag, OneOf, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.settings import Settings, flatten, from_flat, setting
 from singer_jax.telemetry import LOG
+from singer_jax.training.settings import DistillSettings
 
 PROGRAM_FILE = "features.stablehlo"
 _LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
@@ -76,11 +80,21 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     name = settings.student
     folder = workdir / "students" / name if name else workdir / "student"
     with writing(folder):
-        export_timm(folder, backbone.network.spec, to_timm(backbone.params))
+        spec, run = backbone.network.spec, settings.run or str(workdir)
+        made_from = None if settings.weights else _origin(as_path(run), settings)
+        export_timm(folder, spec, to_timm(backbone.params), made_from)
         if settings.stablehlo:
             with replacing(folder / PROGRAM_FILE) as file:
                 file.write_bytes(features_program(backbone.network, backbone.params))
     LOG.info("%s exported to %s", backbone.network.spec.name, folder)
+
+
+def _origin(run: epath.Path, settings: ExportSettings) -> dict[str, Any]:
+    with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
+        step = settings.step or checkpoints.latest_step()
+        meta = checkpoints.meta(step)
+    its_settings = from_flat(DistillSettings(), flatten(meta["config"])).each()[settings.student]
+    return origin(meta.get("weights", {}), settings.student, its_settings.method_name, step)
 
 
 def _stored_dtype(path: Path) -> Any:

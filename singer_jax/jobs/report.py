@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
 import jax
 from etils import epath
 
+from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
 from singer_jax.files import as_path
@@ -45,8 +47,8 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
     its_settings = read_settings(run)
     baselines = {}
     for folder in map(as_path, settings.baselines):
-        other = read_settings(folder)
-        baselines[f"student, {other.method_name} ({folder.name})"] = folder
+        for name, own in read_settings(folder).each().items():
+            baselines[f"student, {name or own.method_name} ({folder.name})"] = folder, name
     rows, note = results_of(run, its_settings)
     found = collect(run, its_settings, baselines, settings.images, rows, note)
     if jax.process_index() > 0:
@@ -57,7 +59,9 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
 
 
 def read_settings(run: epath.Path) -> DistillSettings:
-    """The settings of a run; those that are newer than the run have their defaults.
+    """The settings of a run, without the students that went wrong, which are named.
+
+    Those that are newer than the run have their defaults.
 
     Raises:
       InputError: the folder is not a run.
@@ -65,7 +69,17 @@ def read_settings(run: epath.Path) -> DistillSettings:
     file = run / "config.json"
     if not file.is_file():
         raise InputError(f"run: {run} is not the work directory of a run: no config.json")
-    return from_flat(DistillSettings(), flatten(json.loads(file.read_text())))
+    settings = from_flat(DistillSettings(), flatten(json.loads(file.read_text())))
+    students = settings.students
+    if not students.named or not (run / "checkpoints").is_dir():
+        return settings
+    with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
+        step = checkpoints.latest_step()
+        stopped = checkpoints.meta(step).get("stopped", {}) if step else {}
+    for name, how in stopped.items():
+        LOG.warning("%s: student %s is left out: %s", run, name, how)
+    named = {name: one for name, one in students.named.items() if name not in stopped}
+    return dataclasses.replace(settings, students=dataclasses.replace(students, named=named))
 
 
 def results_of(

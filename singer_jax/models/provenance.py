@@ -81,3 +81,22 @@ def _resampled(spec: ModelSpec, tensors: Mapping[str, Any]) -> str | None:
     side = math.isqrt(stored.shape[1] - prefix)
     rows, columns = spec.arch.grid
     return f"resampled from {side} x {side} to {rows} x {columns}"
+
+
+def origin(
+    weights: Mapping[str, Provenance], student: str, method: str, steps: int
+) -> dict[str, Any]:
+    """What an export says of the student in it: the weights of a run, its method and steps.
+
+    Args:
+      weights: of the run's teacher and students, by name.
+      student: its name; empty where it is the only one.
+      method: by which it was distilled.
+      steps: done.
+    """
+    return {
+        "method": method,
+        "steps": steps,
+        "teacher": weights.get("teacher"),
+        "student": weights.get(student or "student"),
+    }

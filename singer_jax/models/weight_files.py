@@ -87,7 +87,9 @@ def find_weights(weights: str) -> Path:
         if file.is_file():
             return _local(file)
     if path.is_dir():
-        raise InputError(f"{path} holds neither {WEIGHTS_FILE} nor student/{WEIGHTS_FILE}")
+        several = sorted(file.parent.name for file in path.glob(f"students/*/{WEIGHTS_FILE}"))
+        hint = f"; give one of its students/{{{','.join(several)}}}" if several else ""
+        raise InputError(f"{path} holds neither {WEIGHTS_FILE} nor student/{WEIGHTS_FILE}{hint}")
     if path.suffix in (".safetensors", ".pth", ".bin") or path.is_absolute() or len(path.parts) > 2:
         raise InputError(f"no weights file at {path}")
     return _download(weights if "/" in weights else f"timm/{weights}")

@@ -295,5 +295,17 @@ def export_timm(
         config["singer_jax"] = made_from
     with replacing(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata=metadata)
+        _order_metadata(file)
         file.chmod(0o644)  # safetensors keeps it to its owner
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def _order_metadata(file: Path) -> None:
+    """The library writes metadata in any order; the same export is to be the same bytes."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(size))

@@ -143,7 +143,7 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
 def collect(
     run: epath.Path,
     settings: DistillSettings,
-    baselines: dict[str, epath.Path],
+    baselines: dict[str, tuple[epath.Path, str]],
     shown: int,
     results: dict[str, dict[str, float | None]],
     note: str = "",
@@ -153,7 +153,8 @@ def collect(
     Args:
       run: the work directory.
       settings: of the run.
-      baselines: other runs whose students are shown beside, by name.
+      baselines: students of other runs that are shown beside: run and the student's name in it, by
+        the name that is shown.
       shown: how many images.
       results: rows of the results table.
       note: below it.
@@ -211,8 +212,7 @@ def collect(
     students = {
         f"student, {name or own.method_name}": (run, name) for name, own in settings.each().items()
     }
-    students |= {name: (folder, "") for name, folder in baselines.items()}
-    for name, (folder, student) in students.items():
+    for name, (folder, student) in (students | baselines).items():
         backbone = load_backbone(mesh, run=str(folder), student=student)
         tokens = patch_tokens(backbone, few)
         cosine = None

@@ -179,7 +179,7 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
             points = [(row["step"], row[name]) for row in rows if name in row]
             marker = "o" if len(points) < 20 else ""
             axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
-        axis.set(yscale=scale, xlabel="step", title=title if len(columns) > 1 else "")
+        axis.set(yscale=scale, xlabel="step", title="" if title in columns else title)
         axis.legend()
 
     drawn = panels.items()

@@ -44,6 +44,10 @@ _RESUMABLE = (
 )
 
 
+def _resumable(key: str) -> bool:
+    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in _RESUMABLE)
+
+
 def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
     """Keys whose values make these settings another run than the saved one, and both values.
 
@@ -56,7 +60,7 @@ def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"
         for key in sorted(ours | theirs)
-        if ours.get(key) != theirs.get(key) and not key.startswith(_RESUMABLE)
+        if ours.get(key) != theirs.get(key) and not _resumable(key)
     ]
 
 

@@ -33,6 +33,10 @@ def jit_step(
     )
 
 
+# Of a device's memory; the rest is for batches on their way and for evaluation.
+_MOST = 0.9
+
+
 class Program(NamedTuple):
     """A compiled step, the bytes that it takes on a device, and why this one, for the user."""
 
@@ -77,7 +81,7 @@ def compile_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return compiled("one_by_one", "; together they do not fit")
-    if together.peak <= memory:
+    if parallel.of_first_process(together.peak <= _MOST * memory):
         return together
     needed = _gib(together.peak)
     del together

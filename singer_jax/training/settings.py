@@ -49,7 +49,7 @@ class StudentsSettings:
 
     Attributes:
       named: each by its name, which is that of a folder.
-      schedule: how a step goes through them; None: as the devices' memory admits.
+      schedule: how a step goes through them; None: as it suits the devices.
 
     Raises:
       InputError: a name that is no file name, or two that some file systems do not tell apart.
@@ -59,7 +59,7 @@ class StudentsSettings:
     schedule: str | None = None
 
     def __post_init__(self) -> None:
-        seen: dict[str, str] = {"teacher": "the teacher"}
+        seen = {"teacher": "the teacher", "schedule": "a key beside them"}
         for name in self.named:
             if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", name, re.ASCII):
                 raise InputError(
@@ -99,8 +99,11 @@ class _Students:
         schedule = given.pop("schedule", value.schedule)
         named = dict(value.named)
         for name in dict.fromkeys(key.partition(".")[0] for key in given):
-            own = common | settings_lib.below(given, f"{name}.")
-            named[name] = from_flat(named.get(name, OneOfStudents()), own)
+            own = settings_lib.below(given, f"{name}.")
+            # A method of its own is taken instead of a sum that the run says.
+            sums = "method.name" in own and not settings_lib.below(own, "method.terms.")
+            of_run = {k: v for k, v in common.items() if not (sums and "method.terms." in k)}
+            named[name] = from_flat(named.get(name, OneOfStudents()), of_run | own)
         return StudentsSettings(named, schedule)
 
 

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
+from singer_jax.config import export
 from singer_jax.models.provenance import provenance, told
 from singer_jax.models.weight_files import find_weights
 from singer_jax.models.zoo import lookup
@@ -67,6 +68,16 @@ def test_a_run_says_it_and_its_export_keeps_it(tmp_path, caplog):
     assert described["teacher"] == written["teacher"] and described["steps"] == 1
     with safe_open(student / "model.safetensors", framework="numpy") as file:
         assert json.loads(file.metadata()["singer_jax"]) == described
+    # The job export says it too, also after the teacher's file has been replaced.
+    tensors = load_file(teacher)
+    save_file({key: value + 1 for key, value in tensors.items()}, teacher)
+    assert main.run(config, tmp_path / "run") == 0  # nothing is left to train
+    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == written
+    exported = export()
+    exported.stablehlo = False
+    (student / "config.json").unlink()
+    assert main.run(exported, tmp_path / "run") == 0
+    assert json.loads((student / "config.json").read_text())["singer_jax"] == described
     # The export is the weights of a next run like any other.
     config.student.weights, config.student.overrides = str(student), {}
     config.student.model = ""

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from singer_jax import parallel
 from singer_jax.errors import InputError
@@ -233,6 +234,20 @@ def test_a_safetensors_file_that_is_gone_is_named(tmp_path):
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(InputError, match="not a complete safetensors file"):
         opened.read()
+
+
+def test_the_same_export_is_the_same_bytes(tmp_path):
+    """The library alone writes metadata in another order now and then."""
+    model, origin = spec(), {"method": "singer", "steps": 3, "file": "/where/\u00e9"}
+    weights = tensors(model)
+    for number in range(8):
+        export_timm(tmp_path / str(number), model, weights, origin)
+    files = [(tmp_path / str(n) / "model.safetensors") for n in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], framework="numpy") as file:
+        assert json.loads(file.metadata()["singer_jax"]) == origin
+    read = load_file(files[0])
+    assert all(np.array_equal(read[key], value) for key, value in weights.items())
 
 
 def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):

@@ -16,6 +16,7 @@ from singer_jax.models.params import leaves
 from singer_jax.models.summary import features_flops
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step, jit_step
+from singer_jax.training.settings import OneOfStudents, StudentsSettings
 from singer_jax.training.setup import Setups, setup, setup_students
 from tests import tiny
 
@@ -216,6 +217,18 @@ def test_one_by_one_takes_less_memory(teacher_file):
 def test_bad_students_are_named(teacher_file, students, words):
     with pytest.raises(InputError, match=f"^{words}"):
         prepare(together(teacher_file, students))
+
+
+def test_a_student_cannot_take_the_name_of_a_key():
+    with pytest.raises(InputError, match="'schedule' is also the name of a key"):
+        StudentsSettings({"schedule": OneOfStudents()})
+
+
+def test_a_method_of_its_own_is_taken_instead_of_the_run_s_sum(teacher_file):
+    config = together(teacher_file, {"a": {"method": {"name": "fitnet"}}, "b": {"seed": 1}})
+    config.method.terms.singer, config.method.terms.logit_kd = 1.0, 0.5
+    each = settings_of(config).each()
+    assert each["a"].method_name == "fitnet" and each["b"].method_name == "singer + logit_kd"
 
 
 def test_students_that_need_labels_and_have_none_are_named(teacher_file):
