@@ -279,9 +279,11 @@ def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
     assert config.job in JOBS
     assert f"configs/{file}" in module.__doc__ or "launch/run.sh" in module.__doc__
     if config.job == "distill":
+        from singer_jax.config import settings_of
         from singer_jax.models.zoo import lookup
 
         assert lookup(config.teacher.weights).name == lookup(config.teacher.model).name
-        lookup(config.student.model)
+        for own in settings_of(config).each().values():
+            lookup(own.student.model)
         assert (config.method.matching == "official") == (protocol == "paper")
         assert (config.data.normalisation == "imagenet") == (protocol == "paper")

@@ -63,25 +63,26 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     run = setup_students(settings, len(source), source.num_classes)
     steps = run.any.steps
     make_workdir(workdir)
-    weights = _provenance(settings, run)
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint.keep)) as checkpoints:
         start = checkpoints.latest_step() or 0
-        meta = _described(settings, run, source) | {"weights": weights}
-        stopped: dict[str, str] = {}
+        meta, saved = _described(settings, run, source), {}
         if start:
             saved = checkpoints.meta(start)
-            stopped |= saved.get("stopped", {})
             check_same_run(settings, workdir, meta, saved)
-            meta["weights"] = saved.get("weights", weights)  # those that it was trained from
             LOG.info("%s: continuing after step %d of %d", workdir, start, steps)
+        stopped = dict(saved.get("stopped", {}))
+        # A run that continues says which weights it was trained from.
+        weights = meta["weights"] = saved.get("weights") or _provenance(settings, run)
+        for name, one in weights.items() if jax.process_index() == 0 else ():
+            LOG.info("%s: %s", name, told(one))
         if start < steps:
             states = _train(settings, workdir, run, source, checkpoints, meta, stopped)
         else:
             states = restore_states(checkpoints, start, run)
-            _write_config(settings, workdir, meta["weights"])
-    _export_students(workdir, run, states, settings, meta["weights"])
-    told = ", ".join(filter(None, states)) or "student"
-    LOG.info("%s: %d steps done, %s exported", workdir, steps, told)
+            _write_config(settings, workdir, weights)
+    _export_students(workdir, run, states, settings, weights)
+    names = ", ".join(filter(None, states)) or "student"
+    LOG.info("%s: %d steps done, %s exported", workdir, steps, names)
     if stopped:
         raise RunError(f"{workdir}: {in_words(stopped)}; the other students are done")
 
@@ -157,7 +158,7 @@ def _train(
 
 
 def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]:
-    """Of the teacher and of each student, said to the user; of process 0 alone."""
+    """Of the teacher and of each student; in process 0 alone."""
     found: dict[str, Provenance] = {}
     if jax.process_index() > 0:
         return found
@@ -168,8 +169,6 @@ def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]
         prepared = run.each[name]
         spec = prepared.distillation.student.spec
         found[name or "student"] = provenance(spec, own.student.weights, prepared.weights)
-    for name, one in found.items():
-        LOG.info("%s: %s", name, told(one))
     return found
 
 

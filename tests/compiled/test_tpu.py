@@ -4,6 +4,8 @@ Real widths, small depths, a few images: what a compiler refuses, or takes minut
 The seconds of each program are in the summary of the test run.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,7 +20,7 @@ from singer_jax.data.sources import TRAIN
 from singer_jax.methods import nullspace
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setup, Setups, setup
+from singer_jax.training.setup import Setup, Setups, setup_students
 from tests import tiny
 from tests.compiled.compiling import Compile
 
@@ -33,9 +35,18 @@ def chips() -> Mesh:
     return tpu_mesh()
 
 
-def prepare(
-    folder, mesh: Mesh, method: str = "singer", teacher: str = TEACHER, **changes: object
-) -> Setup:
+def prepare(folder, mesh: Mesh, *arguments: str, **changes: object) -> Setup:
+    return prepare_all(folder, mesh, {}, *arguments, **changes).each[""]
+
+
+def prepare_all(
+    folder,
+    mesh: Mesh,
+    students: dict,
+    method: str = "singer",
+    teacher: str = TEACHER,
+    **changes: object,
+) -> Setups:
     overrides = {"depth": 4, "num_classes": 1000}
     config = tiny.config("", method)
     config.teacher.model, config.student.model = teacher, STUDENT
@@ -47,8 +58,9 @@ def prepare(
     config.method.rank, config.method.quantile = 64, 0.97
     config.method.mimic_layers = (0,)
     config.precision, config.batch_size = "bfloat16", IMAGES
+    config.students.update(students)
     config.update_from_flattened_dict(changes)
-    return setup(settings_of(config), examples=1000, num_classes=1000, mesh=mesh)
+    return setup_students(settings_of(config), examples=1000, num_classes=1000, mesh=mesh)
 
 
 def batch_of(run: Setup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
@@ -104,6 +116,19 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
     )
     assert run.distillation.teacher.image_size != run.distillation.student.image_size
     assert "all-gather" in compile_step(compiles, 300, run)
+
+
+def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, compiles: Compile):
+    several = {name: {"seed": seed} for seed, name in enumerate("abc")}
+    run = prepare_all(tmp_path, chips, several, "fitnet", SMALL)
+    logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(chips))
+    took = {}
+    for which in (run, Setups({"a": run.each["a"]})):
+        students = dataclasses.replace(which.students, one_by_one=True)
+        step = jit_step(students, chips, which.states, which.teacher)
+        program = compiles(180, step, which.states, which.teacher, batch_of(run.any), logged)
+        took[len(which.each)] = program.temporary_gib
+    assert took[3] < 1.3 * took[1]
 
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
