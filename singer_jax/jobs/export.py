@@ -75,14 +75,15 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
             f"{size / 2**30:.1f} GiB of parameters do not fit into one StableHLO file (2 GiB); "
             "set --config.stablehlo=False"
         )
+    made_from = None
+    if not settings.weights:  # all processes open a checkpoint together
+        made_from = _origin(as_path(settings.run or str(workdir)), settings)
     if jax.process_index() > 0:
         return
     name = settings.student
     folder = workdir / "students" / name if name else workdir / "student"
     with writing(folder):
-        spec, run = backbone.network.spec, settings.run or str(workdir)
-        made_from = None if settings.weights else _origin(as_path(run), settings)
-        export_timm(folder, spec, to_timm(backbone.params), made_from)
+        export_timm(folder, backbone.network.spec, to_timm(backbone.params), made_from)
         if settings.stablehlo:
             with replacing(folder / PROGRAM_FILE) as file:
                 file.write_bytes(features_program(backbone.network, backbone.params))

@@ -126,7 +126,8 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
     for which in (run, Setups({"a": run.each["a"]})):
         students = dataclasses.replace(which.students, one_by_one=True)
         step = jit_step(students, chips, which.states, which.teacher)
-        program = compiles(180, step, which.states, which.teacher, batch_of(run.any), logged)
+        batch = batch_of(run.any, 512)
+        program = compiles(180, step, which.states, which.teacher, batch, logged)
         took[len(which.each)] = program.temporary_gib
     assert took[3] < 1.3 * took[1]
 
