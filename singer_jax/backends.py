@@ -28,8 +28,8 @@ class Choices:
         trained model, whose backward pass would keep 1.9 x the memory. On the CPU the loop would
         copy each block's parameters.
       one_by_one: several students of a step after each other even where all fit into memory. The
-        CPU asks for its temporaries anew in each step, and the system clears them: four ViT-Ti of a
-        ViT-S took 7.8 s together (6.3 CPU s of the system's), 5.6 s one by one (0.7).
+        CPU asks for its temporaries anew in each step, and the system clears them: four students
+        took 0.91 of the time of four runs together, 0.66 one by one (benchmarks/RESULTS.md).
       compiler_options: for `jax.jit` of a function with a backward pass. The CPU drops barriers
         before it fuses, and its YNN library multiplies narrow matrices more slowly than Eigen.
     """
