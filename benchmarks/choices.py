@@ -27,10 +27,9 @@ from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
 
 
-def library_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def library_attention(query: Any, key: Any, value: Any, fused: bool = False) -> jax.Array:
     """`layers.attend` by the library."""
-    swapped = (x.swapaxes(1, 2) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*swapped).swapaxes(1, 2)
+    return jax.nn.dot_product_attention(query, key, value)
 
 
 def main(arguments: argparse.Namespace) -> None:

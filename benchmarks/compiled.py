@@ -7,7 +7,8 @@
 `--parts`: one block, the embedding, the loss's pieces and the null space at the width of a model
 and 128 images a chip, each in the form that the CPU takes (or that a library offers) and in the
 one that the TPU takes. `--step`: the whole SiNGER step. CPU seconds of the compiler, all threads;
-temporaries, memory traffic and operations of one chip, where the body of a loop counts once.
+temporaries, memory traffic (`singer_jax.hlo`) and operations of one chip, where the body of a loop
+counts once.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def row(part: str, form: str, program: Program) -> dict[str, str]:
         "form": form,
         "CPU s": f"{program.cpu_seconds:.1f}",
         "temporaries GiB": f"{program.temporary_gib:.2f}",
-        "traffic GB": f"{program.cost('bytes accessed') / 1e9:.2f}",
+        "traffic GB": f"{program.traffic_gb:.2f}",
         "GFLOP": f"{program.cost('flops') / 1e9:.1f}",
     }
 

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
 import time
 from typing import Any
-from unittest import mock
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-# Nothing waits for a metadata server, and several processes may load the library.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from singer_jax import chips, hlo, parallel
 
 
 def tpu_mesh(topology: str = "v5e:2x2", fsdp: int = 1) -> Mesh:
-    """A mesh of described chips, with the axes of `parallel.make_mesh`."""
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(
-        np.array(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
-    )
+    """`parallel.make_mesh` of described chips."""
+    return parallel.make_mesh(fsdp=fsdp, described=chips.described(topology))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +40,11 @@ class Program:
     def cost(self, name: str) -> float:
         """`flops` or `bytes accessed` of one chip; the body of a loop counts once."""
         return self.compiled.cost_analysis().get(name, 0.0)
+
+    @property
+    def traffic_gb(self) -> float:
+        """To and from the memory of one chip; loops of unknown length count once."""
+        return hlo.moved(self.compiled.as_text()).traffic / 1e9
 
 
 def compile_timed(jitted: Any, *args: Any, **kwargs: Any) -> Program:

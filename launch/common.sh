@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by run.sh and test.sh: makes .venv and installs into it, once.
 #
 # PYTHON names the interpreter (default: python3, at least 3.11). A .venv of another interpreter is

@@ -102,6 +102,11 @@ def null_spaces(protocol: str = "recommended") -> ConfigDict:
     return _of_job("nullspace", protocol)
 
 
+def plan() -> ConfigDict:
+    """The keys of the job `plan`."""
+    return _of_job("plan")
+
+
 def quickstart(protocol: str = "recommended") -> ConfigDict:
     """The keys of the job `quickstart`; raises as `default`."""
     return _of_job("quickstart", protocol)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from etils import epath
 
-from singer_jax.errors import InputError, RunError
+from singer_jax.errors import InputError, RunError, unknown
 
 # The package that opens the URLs of each scheme.
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -46,6 +46,25 @@ def as_path(text: str | os.PathLike[str]) -> epath.Path:
     if importlib.util.find_spec(_LIBRARIES[scheme]) is None:
         raise InputError(f"{text}: {scheme}:// needs a package; pip install {_LIBRARIES[scheme]}")
     return epath.Path(text)
+
+
+def config_file(given: str) -> str:
+    """A configuration's path, with the protocol behind it; a shipped one may be named alone.
+
+    Raises:
+      InputError: there is none.
+    """
+    name, colon, protocol = given.partition(":")
+    if Path(name).is_file():
+        return given
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
+        shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+        if name in shipped:
+            return f"{shipped[name]}{colon}{protocol}"
+        if shipped and re.fullmatch(r"\w+", name):
+            raise unknown("--config", name, shipped)
+    raise InputError(f"--config: no file {name}")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped, unknown
-from singer_jax.files import as_path
+from singer_jax.files import as_path, config_file
 from singer_jax.settings import flatten
 
 # Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
@@ -40,7 +39,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
 
 
-_WITHOUT_WORKDIR = ("models",)
+_WITHOUT_WORKDIR = ("models", "plan")
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> int:
@@ -103,7 +102,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         files = [s.removeprefix("config=") for s in settings if s.startswith("config=")]
         if not files and not {"help", "helpfull", "helpshort"} & set(settings):
             raise InputError("--config: missing; give a file as --config=configs/NAME.py")
-        files = [_config_file(file) for file in files]
+        files = [config_file(file) for file in files]
         paths = iter(files)
         argv = [
             f"--config={next(paths)}" if re.match("--?config=", argument) else argument
@@ -124,21 +123,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         # The last line: the library puts a traceback of the configuration file before it.
         message = str(error).strip().splitlines()[-1].removeprefix("singer_jax.errors.InputError: ")
     sys.exit(_refuse(message))
-
-
-def _config_file(given: str) -> str:
-    """A configuration's path, with the protocol behind it; a shipped one may be named alone."""
-    name, colon, protocol = given.partition(":")
-    if Path(name).is_file():
-        return given
-    package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
-        shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
-        if name in shipped:
-            return f"{shipped[name]}{colon}{protocol}"
-        if shipped and re.fullmatch(r"\w+", name):
-            raise unknown("--config", name, shipped)
-    raise InputError(f"--config: no file {name}")
 
 
 def console() -> None:

@@ -11,7 +11,7 @@ import functools
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from singer_jax import backends
+from singer_jax import backends, chips
 from singer_jax.errors import InputError
 from singer_jax.ranges import COUNT, optional
 from singer_jax.settings import Settings, setting
@@ -63,24 +63,34 @@ def start(precision: str | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def make_mesh(data: int | None = None, fsdp: int = 1) -> Mesh:
+def make_mesh(
+    data: int | None = None, fsdp: int = 1, described: Sequence[Any] | None = None
+) -> Mesh:
     """A `data` x `fsdp` mesh; `data` None takes all devices.
+
+    Args:
+      data, fsdp: sizes of its axes.
+      described: devices that are not here (`chips.described`); None: those that are.
 
     Raises:
       InputError: if the devices are not a multiple of `fsdp` or too few.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or (data is None and devices % fsdp):
-        raise InputError(f"mesh.fsdp: {fsdp} does not divide the {devices} devices")
-    data = devices // fsdp if data is None else data
-    if data < 1 or data * fsdp > devices:
-        raise InputError(f"mesh: data {data} x fsdp {fsdp} needs more than the {devices} devices")
+    devices = list(jax.devices() if described is None else described)
+    if fsdp < 1 or (data is None and len(devices) % fsdp):
+        raise InputError(f"mesh.fsdp: {fsdp} does not divide the {len(devices)} devices")
+    data = len(devices) // fsdp if data is None else data
+    if data < 1 or data * fsdp > len(devices):
+        raise InputError(
+            f"mesh: data {data} x fsdp {fsdp} needs more than the {len(devices)} devices"
+        )
     mesh = jax.make_mesh(
         (data, fsdp),
         ("data", "fsdp"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=jax.devices()[: data * fsdp],
+        devices=devices[: data * fsdp],
     )
+    if described is not None:
+        return mesh
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) < jax.process_count():
         raise InputError(
@@ -210,8 +220,12 @@ def total_of_processes(mesh: Mesh) -> Callable[[int], jax.Array] | None:
 def device_memory(mesh: Mesh) -> int:
     """Bytes of the smallest of the mesh's devices.
 
-    What the device says (GPU, TPU); the CPU says nothing, its devices share the host's memory.
+    What the device says (GPU, TPU), or the data sheet of one that is only described; the CPU says
+    nothing, its devices share the host's memory.
     """
+    first = mesh.devices.flat[0]
+    if chips.is_described(first):
+        return int(chips.chip(first.device_kind).memory)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     found = min(
         (device.memory_stats() or {}).get("bytes_limit", host) for device in mesh.local_devices

@@ -21,25 +21,11 @@ from typing import Any
 import jax
 from etils import epath
 
+from singer_jax import chips
 from singer_jax.errors import RunError
 from singer_jax.files import Mirror
 from singer_jax.ranges import COUNT, Flag
 from singer_jax.settings import Settings, setting
-
-# Dense bfloat16 FLOP/s of one device, by the start of its `device_kind` (vendor data sheets).
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-}
 
 LOG = logging.getLogger("singer_jax")
 
@@ -59,9 +45,8 @@ def metric_name(group: str, student: str, name: str) -> str:
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """bfloat16 FLOP/s of equal devices together; None for a kind that is not listed."""
-    kind = devices[0].device_kind
-    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] * len(devices) if known else None
+    chip = chips.chip(devices[0].device_kind)
+    return chip.bf16 * len(devices) if chip else None
 
 
 class MetricsWriter:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs.quickstart import get_config
-from singer_jax import backends, main, telemetry
+from singer_jax import backends, chips, main
 from singer_jax import config as config_lib
 from tests import tiny
 
@@ -26,7 +26,7 @@ def accelerator(request, monkeypatch):
     """
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
     monkeypatch.setitem(backends._CHOICES, "cpu", backends.choices(request.param))
-    monkeypatch.setitem(telemetry.PEAK_FLOPS, "cpu", 1e12)
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e12, 1e12, 2**30, 1e9, 1e9))
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with warnings.catch_warnings():

@@ -93,7 +93,8 @@ def right_values(allowed: object) -> list[object]:
         case Flag():
             return [True, False]
         case Text(pattern):
-            return ["rank=3", "quantile=.5e-1"] if "rank" in pattern else ["a", "a/b.c"]
+            of_form = {"rank": ["rank=3", "quantile=.5e-1"], "max": ["max", "4096"]}
+            return next((v for word, v in of_form.items() if word in pattern), ["a", "a/b.c"])
         case Each(item, length, least):
             ends = right_values(item)
             count = least if length is None else length

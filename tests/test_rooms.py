@@ -15,7 +15,7 @@ ORDER = """
 errors
 ranges
 settings
-backends stopping files schedules
+backends chips hlo stopping files schedules
 models data hosts parallel
 checkpoints telemetry methods
 training evaluation

@@ -10,6 +10,7 @@ JOBS = (
     "compare",
     "export",
     "nullspace",
+    "plan",
     "check_data",
     "models",
     "quickstart",

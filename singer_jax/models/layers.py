@@ -16,6 +16,7 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
 
+from singer_jax import backends
 from singer_jax.models.architecture import Architecture, Numerics
 
 Rotation = Float[Array, "2 patches head_dim"]
@@ -115,45 +116,49 @@ def rotation(grid: tuple[int, int], head_dim: int) -> Rotation:
     return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)]), jnp.float32)
 
 
-def _rotate(x: Float[Array, "batch heads tokens head_dim"], by: Rotation) -> Array:
+def _rotate(x: Float[Array, "batch tokens heads head_dim"], by: Rotation) -> Array:
     """Turns the patches by their angles; prefix tokens stay."""
-    prefix, patches = jnp.split(x, [x.shape[2] - by.shape[1]], axis=2)
+    prefix, patches = jnp.split(x, [x.shape[1] - by.shape[1]], axis=1)
     first, second = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first, second], -1) * by[1]
-    turned += jnp.concatenate([-second, first], -1) * by[0]
-    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=2)
+    sine, cosine = by[:, :, None]
+    turned = jnp.concatenate([first, second], -1) * cosine
+    turned += jnp.concatenate([-second, first], -1) * sine
+    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=1)
 
 
 def attend(
-    query: Float[Array, "batch heads queries head_dim"],
-    key: Float[Array, "batch heads tokens head_dim"],
-    value: Float[Array, "batch heads tokens head_dim"],
-) -> Float[Array, "batch heads queries head_dim"]:
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    fused: bool = False,
+) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
 
     That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`
     (benchmarks/choices.py measures what it is worth).
+
+    Args:
+      query, key, value: heads beside each other, as a projection gives them.
+      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32.
     """
+    if fused and query.dtype != jnp.float32:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
+        "bhqk,bkhd->bqhd",
         weights.astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
     )
-    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    return (mixed / weights.sum(-1)[..., None].swapaxes(1, 2)).astype(value.dtype)
 
 
 def _split_heads(
     x: Float[Array, "batch tokens dim"], parts: int, num_heads: int
-) -> list[Float[Array, "batch heads tokens head_dim"]]:
-    batch, tokens, _ = x.shape
-    return [
-        part.reshape(batch, tokens, num_heads, -1).swapaxes(1, 2)
-        for part in jnp.split(x, parts, axis=-1)
-    ]
+) -> list[Float[Array, "batch tokens heads head_dim"]]:
+    return [part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(x, parts, axis=-1)]
 
 
 class Attention(nnx.Module):
@@ -172,20 +177,42 @@ class Attention(nnx.Module):
             self.q_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
             self.v_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
         self.proj = linear(dim, dim, numerics, rngs)
+        self.apart = numerics.choices.project_apart
+        self.fused = numerics.choices.fused_attention and backends.has_fused_attention()
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        qkv = self.qkv(x)
+        query, key, value = self._heads(x)
+        if by is not None:
+            query, key = _rotate(query, by), _rotate(key, by)
+        mixed = attend(query, key, value, self.fused)
+        if not self.apart:
+            return self.proj(mixed.reshape(x.shape))
+        kernel = self.proj.kernel[...].astype(x.dtype)
+        x = jnp.einsum("bthc,hcd->btd", mixed, kernel.reshape(*mixed.shape[2:], -1))
+        return x + self.proj.bias[...].astype(x.dtype)
+
+    def _heads(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> list[Float[Array, "batch tokens heads head_dim"]]:
+        """Query, key and value."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[...]
         if self.separate_bias:
             q_bias, v_bias = self.q_bias[...], self.v_bias[...]
             bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-            qkv += bias.astype(qkv.dtype)
-        query, key, value = _split_heads(qkv, 3, self.num_heads)
-        if by is not None:
-            query, key = _rotate(query, by), _rotate(key, by)
-        mixed = attend(query, key, value)
-        return self.proj(mixed.swapaxes(1, 2).reshape(x.shape))
+        if not self.apart:
+            qkv = self.qkv(x)
+            if self.separate_bias:
+                qkv += bias.astype(qkv.dtype)
+            return _split_heads(qkv, 3, self.num_heads)
+        kernel = self.qkv.kernel[...].astype(x.dtype)
+        kernel = kernel.reshape(x.shape[-1], 3, self.num_heads, -1)
+        parts = [jnp.einsum("btd,dhc->bthc", x, kernel[:, part]) for part in range(3)]
+        if bias is None:
+            return parts
+        biases = bias.astype(x.dtype).reshape(3, self.num_heads, -1)
+        return [part + own for part, own in zip(parts, biases, strict=True)]
 
 
 @jax.checkpoint

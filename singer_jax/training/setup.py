@@ -37,14 +37,14 @@ class Teacher:
       network: what it is.
       params: abstract, with shardings.
       numerics: how it computes.
-      weights: their file.
+      weights: their file; None of a step that is only compiled.
       mesh: of the devices.
     """
 
     network: Network
     params: Params
     numerics: Numerics
-    weights: Path
+    weights: Path | None
     mesh: Mesh
 
     def load(self) -> Params:
@@ -191,7 +191,11 @@ def setup(
 
 
 def setup_students(
-    settings: DistillSettings, examples: int, num_classes: int, mesh: Mesh | None = None
+    settings: DistillSettings,
+    examples: int,
+    num_classes: int,
+    mesh: Mesh | None = None,
+    weights_needed: bool = True,
 ) -> Setups:
     """Checks settings against models and devices, and prepares their run.
 
@@ -201,6 +205,7 @@ def setup_students(
       num_classes: of its labels; 0 without labels.
       mesh: of the devices that will compute, which may be only described; None: as configured, of
         the devices that are here.
+      weights_needed: False for a step that is only compiled: the teacher may be without weights.
 
     Raises:
       InputError: anything in the settings that cannot work; before any long work.
@@ -214,7 +219,7 @@ def setup_students(
     students = settings.each()
     teacher = None
     if any(methods.needs(own.method).teacher for own in students.values()):
-        teacher = _teacher(settings, mesh)
+        teacher = _teacher(settings, mesh, weights_needed)
     each = {}
     for name, own in students.items():
         try:
@@ -224,9 +229,9 @@ def setup_students(
     return Setups(each)
 
 
-def _teacher(settings: DistillSettings, mesh: Mesh) -> Teacher:
+def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Teacher:
     spec, weights = _resolve("teacher", settings)
-    if not weights:
+    if weights_needed and not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
     stacked = backends.choices(backend).stack_frozen

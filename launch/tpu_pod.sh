@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs a job on a Cloud TPU slice: asks for it, installs this checkout on every host, starts the job
+# on all of them, again after a preemption, and gives the slice back when the job is done.
+#
+#   TPU=v5litepod-64 ZONE=us-west4-a bash launch/tpu_pod.sh NAME \
+#       --config=configs/singer_vitl_vitt.py --workdir=gs://BUCKET/RUN [--config.key=value ...]
+#
+# RUNTIME: the hosts' image. SPOT=1: cheaper and preemptible. SETUP: a command that each host runs
+# before the job, in the folder of this checkout. See docs/hosts.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+refuse() {
+  echo "launch/tpu_pod.sh: $1" >&2
+  exit 2
+}
+name=${1:-}
+[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || refuse "'$name': give a name for the slice, such as my-run, then the job's flags"
+shift
+zone=${ZONE:-} type=${TPU:-} runtime=${RUNTIME:-v2-alpha-tpuv5-lite} poll=${POLL:-30}
+[[ $zone ]] || refuse "ZONE: not set; for example us-west4-a"
+[[ $type ]] || refuse "TPU: not set; an accelerator type such as v5litepod-64"
+[[ " $*" == *" --workdir=gs://"* ]] || refuse "--workdir: give gs://BUCKET/RUN; the hosts share nothing else"
+
+queue() { gcloud compute tpus queued-resources "$@" --zone="$zone"; }
+on() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+# Ends a job that runs there, which saves first. Brackets keep the pattern from finding itself.
+end_job() { on all 'pkill -f "[b]in/singer-jax"; while pgrep -f "[b]in/singer-jax"; do sleep 1; done'; }
+give_back() { queue delete "$name" --force --quiet; }
+
+ask() {
+  local create=(create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime")
+  while :; do
+    case "$(queue describe "$name" --format='value(state.state)' 2>/dev/null || true)" in
+      ACTIVE) return ;;
+      '') queue "${create[@]}" ${SPOT:+--spot} ;;
+      SUSPENDED) give_back ;; # preempted
+      FAILED) echo "$name: could not be made; see: gcloud compute tpus queued-resources describe $name --zone=$zone" >&2; exit 1 ;;
+      *) sleep "$poll" ;;
+    esac
+  done
+}
+
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+trap 'end_job; echo "$name: stopped; the slice is kept, and the same command goes on" >&2; exit 75' INT TERM
+tar -czf "$archive" --exclude=__pycache__ singer_jax configs launch pyproject.toml requirements.txt README.md LICENSE
+# The hosts' own Python may be too old; uv brings one.
+# shellcheck disable=SC2016 # expanded there
+install='rm -rf job_status && mkdir -p singer_jax && tar -xzf singer_jax.tar.gz -C singer_jax && cd singer_jax &&
+  python3 -m pip install --quiet --user uv && ~/.local/bin/uv python install --quiet 3.12 &&
+  export PYTHON="$(~/.local/bin/uv python find 3.12)" && source launch/common.sh && prepare ".[tpu,gcs]"'
+job="cd singer_jax && ${SETUP:-true} && { .venv/bin/singer-jax $(printf '%q ' "$@"); echo \$? >~/job_status; }"
+
+while :; do
+  ask
+  if end_job && gcloud compute tpus tpu-vm scp "$archive" "$name:singer_jax.tar.gz" --zone="$zone" --worker=all &&
+    on all "$install"; then
+    on all "$job" || true # a lost connection looks the same
+    status=$(on 0 'cat job_status' || echo lost)
+  else
+    status=lost
+  fi
+  case $status in
+    0)
+      give_back
+      exit 0
+      ;;
+    75 | lost) sleep "$poll" ;; # preempted, or about to be: the state tells
+    *)
+      echo "$name: the job ended with status $status; the slice is kept: gcloud compute tpus queued-resources delete $name --force --zone=$zone" >&2
+      exit "$status"
+      ;;
+  esac
+done

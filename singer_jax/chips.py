@@ -1,0 +1,94 @@
+"""What accelerators can do at most, and chips that are described but not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+from unittest import mock
+
+from singer_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device, by its vendor's data sheet.
+
+    Attributes:
+      bf16, int8: dense operations a second; products of fp8 take the time of int8 where there are
+        such units.
+      memory: bytes.
+      bandwidth: of the memory, bytes a second.
+      network: to other chips, one way, all links together, bytes a second.
+      cores: processors of the host for each chip, in the machines of Google Cloud; 0: any.
+    """
+
+    bf16: float
+    int8: float
+    memory: float
+    bandwidth: float
+    network: float
+    cores: int = 0
+
+
+# By the start of `device_kind`.
+CHIPS = {
+    "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9),
+    "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9),
+    "NVIDIA A100": Chip(312e12, 624e12, 80e9, 2.0e12, 300e9),
+    "NVIDIA L4": Chip(121e12, 242e12, 24e9, 0.3e12, 32e9),
+    "TPU v4": Chip(275e12, 275e12, 32 * 2**30, 1.2e12, 150e9, 60),
+    "TPU v5 lite": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),
+    "TPU v5e": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),
+    "TPU v5": Chip(459e12, 918e12, 95 * 2**30, 2.765e12, 300e9, 52),
+    "TPU v6 lite": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
+    "TPU v6e": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
+    "TPU7x": Chip(2307e12, 4614e12, 192 * 2**30, 7.37e12, 600e9),
+}
+
+
+def chip(kind: str) -> Chip | None:
+    """That of a `device_kind`; None for one that is not listed."""
+    known = [name for name in CHIPS if kind.startswith(name)]
+    return CHIPS[max(known, key=len)] if known else None
+
+
+def is_described(device: Any) -> bool:
+    """Whether it is not here: programs can be compiled for it, but not run."""
+    return "CompileOnly" in type(device.client).__name__
+
+
+# Nothing waits for a metadata server, and several processes may load the library.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def described(topology: str) -> list[Any]:
+    """The chips of a TPU slice that is not here, as devices for which jax can compile.
+
+    Args:
+      topology: kind and shape, such as `v5e:4x4` or `v5p:2x2x1`.
+
+    Raises:
+      InputError: no such slice, or libtpu, the compiler, is not installed.
+    """
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("topology: the TPU's compiler is not installed; pip install libtpu")
+    # Both cores of a v4 chip are one device, as on Google Cloud.
+    cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        with mock.patch.dict(os.environ, _ENVIRONMENT):
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"topology: {topology!r}: {reason}; give kind and shape, such as v5e:4x4 or v5p:2x2x1"
+        ) from error
+    return list(found.devices)

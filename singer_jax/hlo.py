@@ -1,0 +1,289 @@
+"""What a compiled program moves, read from its text: memory traffic and collectives.
+
+`Compiled.cost_analysis` counts the body of a loop once, and on a TPU every slice that is fetched
+ahead as if it were the whole array. Here loops count as often as they run, a slice as what it is,
+arrays with the padding of their tiles, and what stays in the chip's fast memory not at all.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+# They move nothing themselves.
+_FREE = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "domain",
+    "add-dependency",
+)
+_BITS = re.compile(r"(?:pred|token|[a-z]+?(\d+))")
+_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a program: its bytes, tiles filled up, and whether it lies in main memory."""
+
+    size: int
+    main: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    called: Mapping[str, tuple[str, ...]]
+    attributes: str
+    root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What a program moves on one device, where every condition goes the cheaper way.
+
+    Attributes:
+      traffic: bytes to and from main memory.
+      collectives: how often each kind runs, and the bytes of its results.
+    """
+
+    traffic: float
+    collectives: Mapping[str, tuple[float, float]]
+
+
+def moved(text: str, unknown_trips: float = 1) -> Moved:
+    """Reads a compiled program.
+
+    Args:
+      text: `Compiled.as_text()`.
+      unknown_trips: how often a loop runs of which the compiler does not know it.
+    """
+    return _Program(text, unknown_trips).moved()
+
+
+class _Program:
+    def __init__(self, text: str, unknown_trips: float) -> None:
+        self.unknown_trips = unknown_trips
+        self.computations: dict[str, list[Instruction]] = {}
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line.startswith(" "):
+                found = _instruction(line)
+                if found:
+                    current.append(found)
+            elif match := _COMPUTATION.match(line):
+                current = self.computations[match[2]] = []
+                if match[1]:
+                    self.entry = match[2]
+        self.named = {
+            name: {one.name: one for one in instructions}
+            for name, instructions in self.computations.items()
+        }
+
+    def moved(self) -> Moved:
+        return self._of(self.entry)
+
+    @functools.cache  # noqa: B019 (lives as long as the program)
+    def _of(self, computation: str) -> Moved:
+        traffic, counts = 0.0, collections.defaultdict(lambda: (0.0, 0.0))
+
+        def add(other: Moved, times: float = 1) -> None:
+            nonlocal traffic
+            traffic += times * other.traffic
+            for kind, (count, size) in other.collectives.items():
+                before = counts[kind]
+                counts[kind] = before[0] + times * count, before[1] + times * size
+
+        for one in self.computations[computation]:
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                sent = one.results[-1:] if one.opcode.endswith("-start") else one.results
+                size = sum(array.size for array in sent)
+                add(Moved(0, {kind: (1, size)}))
+            if one.opcode == "while":
+                trips = self._trips(one)
+                for role in ("body", "condition"):
+                    add(self._of(one.called[role][0]), trips)
+            elif one.opcode == "conditional":
+                branches = [self._of(name) for name in one.called["branch_computations"]]
+                add(min(branches, key=lambda branch: branch.traffic))
+            elif one.opcode in ("call", "async-start"):
+                for name in one.called.get("to_apply", ()) + one.called.get("calls", ()):
+                    add(self._of(name))
+            else:
+                if one.opcode == "fusion":  # collectives may be wrapped in one
+                    inner = self._of(one.called["calls"][0])
+                    add(Moved(0, inner.collectives))
+                traffic += self._traffic(computation, one)
+        return Moved(traffic, dict(counts))
+
+    def _trips(self, loop: Instruction) -> float:
+        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+        if known:
+            return int(known[1])
+        # A compiler that does not say it: jax counts from 0 to a constant.
+        condition = self.named[loop.called["condition"][0]]
+        (root,) = [one for one in condition.values() if one.root]
+        bounds = [condition[name].attributes for name in root.operands if name in condition]
+        found = [re.match(r"constant\((\d+)\)", bound) for bound in bounds]
+        if root.opcode == "compare" and "direction=LT" in root.attributes and found[-1]:
+            return int(found[-1][1])
+        return self.unknown_trips
+
+    def _traffic(self, computation: str, one: Instruction) -> float:
+        """Of an instruction that is no loop, branch or call."""
+        if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
+            return 0
+        arrays = [self._arrays(computation, name) for name in one.operands]
+        reads = [sum(array.size for array in given if array.main) for given in arrays]
+        writes = sum(array.size for array in one.results if array.main)
+        match one.opcode.removesuffix("-start"):
+            case "slice" | "dynamic-slice" | "gather":
+                source = bool(arrays) and any(array.main for array in arrays[0])
+                if one.opcode.endswith("-start"):
+                    moves = one.results[1]
+                    return moves.size * (source + moves.main)
+                return sum(a.size for a in one.results) * source + writes
+            case "copy" if one.opcode.endswith("-start"):
+                return reads[0] + (one.results[0].size if one.results[0].main else 0)
+            case "dynamic-update-slice" | "scatter":
+                update = arrays[-1 if one.opcode == "scatter" else 1]
+                size = sum(array.size for array in update)
+                return sum(reads[1:]) + size * any(array.main for array in one.results)
+            case "fusion":
+                return self._of_fusion(one, reads, writes)
+            case "iota" | "rng-bit-generator" | "broadcast":
+                return sum(reads) + writes
+        if one.opcode.endswith("-start"):  # a collective: its results hold operands, too
+            return sum(reads) + (one.results[-1].size if one.results[-1].main else 0)
+        return sum(reads) + writes
+
+    def _of_fusion(self, one: Instruction, reads: Sequence[float], writes: float) -> float:
+        """A fused slice reads what it takes; a fused update in place writes what it puts."""
+        name = one.called["calls"][0]
+        inside = self.computations[name]
+        given = {
+            instruction.name: int(re.search(r"parameter\((\d+)\)", instruction.attributes)[1])
+            for instruction in inside
+            if instruction.opcode == "parameter"
+        }
+        users = collections.defaultdict(list)
+        for instruction in inside:
+            for position, operand in enumerate(instruction.operands):
+                users[operand].append((instruction, position))
+        total = 0.0
+        for parameter, number in given.items():
+            if not number < len(reads) or not reads[number]:
+                continue
+            used = self._through_bitcasts(parameter, users)
+            if used and all(self._is_slice(*user) for user in used):
+                slices = sum(
+                    user.results[0].size for user, _ in used if "update" not in user.opcode
+                )
+                total += min(reads[number], slices)
+            else:
+                total += reads[number]
+        roots = [instruction for instruction in inside if instruction.root]
+        while roots and roots[0].opcode in ("bitcast", "tuple"):
+            roots = [self.named[name][operand] for operand in roots[0].operands]
+        for root in roots:
+            if root.opcode == "dynamic-update-slice" and writes:
+                update = self.named[name][root.operands[1]].results[0]
+                writes -= max(0, min(writes, root.results[0].size) - update.size)
+        return total + writes
+
+    def _through_bitcasts(self, name: str, users: Mapping) -> list[tuple[Instruction, int]]:
+        found = []
+        for user, position in users[name]:
+            if user.opcode == "bitcast":
+                found += self._through_bitcasts(user.name, users)
+            else:
+                found.append((user, position))
+        return found
+
+    @staticmethod
+    def _is_slice(user: Instruction, position: int) -> bool:
+        """Whether it reads a part of this operand; an update in place reads none of its first."""
+        sliced = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
+        return position == 0 and user.opcode in sliced
+
+    def _arrays(self, computation: str, name: str) -> tuple[Array, ...]:
+        found = self.named[computation].get(name)
+        return found.results if found else ()
+
+
+def _instruction(line: str) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if not match:
+        return None
+    rest = match[3]
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 2
+    operands, attributes = rest[:end], rest[end + 1 :]
+    called = collections.defaultdict(tuple)
+    for role, names in _CALLED.findall(attributes):
+        called[role] += tuple(re.findall(r"[\w.\-]+", names))
+    for role in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", attributes):
+        called["branch_computations"] += (role,)
+    return Instruction(
+        name=match[2],
+        opcode=opcode,
+        results=tuple(_array(*found) for found in _ARRAY.findall(shape)),
+        operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
+        called=dict(called),
+        attributes=f"{opcode}({operands}){attributes}",
+        root=bool(match[1]),
+    )
+
+
+def _closing(text: str) -> int:
+    """Behind the parenthesis that closes the first one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return position + 1
+    return len(text)
+
+
+def _array(dtype: str, dims: str, layout: str) -> Array:
+    bits = _BITS.match(dtype)
+    sides = [int(side) for side in dims.split(",") if side]
+    order, _, rest = layout.partition(":")
+    tile = re.search(r"T\(([\d,]+)\)", rest)
+    if tile and order:
+        tile_sides = [int(side) for side in tile[1].split(",")]
+        for minor, side in zip(order.split(","), reversed(tile_sides), strict=False):
+            sides[int(minor)] = -(-sides[int(minor)] // side) * side
+    size = math.prod(sides) * max(1, int(bits[1] or 8 if bits else 8) // 8)
+    return Array(0 if dtype == "token" else size, "S(" not in rest)

@@ -1,0 +1,175 @@
+"""What a compiled training step takes of a chip, and what follows for a run.
+
+A roofline: products of matrices at the chip's rate, memory at its bandwidth, whichever is longer,
+and after them the collectives. Nothing is measured; a real step is slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from singer_jax import chips, hlo, parallel
+from singer_jax.errors import InputError
+from singer_jax.training.flops import step_flops
+from singer_jax.training.program import compile_step
+from singer_jax.training.setup import Setups
+
+# Images that one core decodes, crops and flips in a second (benchmarks/RESULTS.md).
+DECODED = 200
+_HOP = 1e-6  # seconds from chip to chip
+
+
+class DoesNotFit(InputError):
+    """A step that takes more memory than a chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one step takes, on each chip.
+
+    Attributes:
+      kind: of the chips.
+      count: of the chips.
+      images: of the global batch.
+      arguments, temporaries, peak: bytes of memory.
+      flops: operations of matrix products.
+      traffic: bytes to and from memory.
+      collectives: how often each kind runs, and its bytes; without the diagnostics of logged steps.
+      compile_seconds, compile_cpu_seconds: by the clock, and of all threads.
+      told: how several students share the step.
+    """
+
+    kind: str
+    count: int
+    images: int
+    arguments: int
+    temporaries: int
+    peak: int
+    flops: float
+    traffic: float
+    collectives: Mapping[str, tuple[float, float]]
+    compile_seconds: float
+    compile_cpu_seconds: float
+    told: str = ""
+
+    @property
+    def chip(self) -> chips.Chip:
+        """The data sheet."""
+        return chips.CHIPS[self.kind]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """A step's time by what it waits for."""
+        sent = sum(
+            size * (2 if kind == "all-reduce" else 1)
+            for kind, (_, size) in self.collectives.items()
+        )
+        started = sum(count for count, _ in self.collectives.values())
+        # A torus of two dimensions or more; there and back.
+        hops = 4 * math.isqrt(self.count)
+        network = sent / self.chip.network + started * hops * _HOP if self.count > 1 else 0.0
+        return {
+            "operations": self.flops / self.chip.bf16,
+            "memory traffic": self.traffic / self.chip.bandwidth,
+            "collectives": network,
+        }
+
+    @property
+    def binds(self) -> str:
+        """What takes the longest."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        found = self.seconds
+        return max(found["operations"], found["memory traffic"]) + found["collectives"]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all chips together."""
+        return self.images / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation."""
+        return self.seconds["operations"] / self.step_seconds
+
+
+def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the trainer puts it onto the devices."""
+    split, side = parallel.batch_sharding(run.any.mesh), run.image_size
+    shape = (batch_size, side, side, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
+    }
+
+
+def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
+    """Compiles the step of a run for its devices, and reads the program.
+
+    Args:
+      run: as `setup_students` gives it.
+      batch_size: global.
+      schedule: of several students.
+
+    Raises:
+      DoesNotFit: the step does not fit into the memory of a chip.
+      InputError: nothing is known of the chip.
+    """
+    mesh = run.any.mesh
+    kind = mesh.devices.flat[0].device_kind
+    if chips.chip(kind) is None:
+        raise InputError(f"topology: nothing is known of the speed of {kind!r}")
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    try:
+        program = compile_step(
+            run.students,
+            mesh,
+            run.states,
+            run.teacher,
+            abstract_batch(run, batch_size),
+            schedule,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(
+            f"batch_size: {batch_size} is {batch_size // mesh.size} images a chip, which does not "
+            f"fit into its memory of {chips.CHIPS[kind].memory / 2**30:.0f} GiB; take a smaller "
+            "one (batch_size=max finds it), accumulation, student.remat or mesh.fsdp"
+        ) from error
+    seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
+    compiled = program.step
+    memory = compiled.memory_analysis()
+    reads = run.students.teacher_reads
+    # A frozen teacher's blocks are one loop within another, over the blocks that are read.
+    trips = (max(reads) + 1) / len(reads) if reads else 1
+    moved = hlo.moved(compiled.as_text(), trips)
+    return Cost(
+        kind=kind,
+        count=mesh.size,
+        images=batch_size,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=program.peak,
+        flops=step_flops(run.students, run.states, run.teacher, batch_size) / mesh.size,
+        traffic=moved.traffic,
+        collectives=moved.collectives,
+        compile_seconds=seconds,
+        compile_cpu_seconds=cpu,
+        told=program.told,
+    )
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

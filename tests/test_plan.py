@@ -1,0 +1,224 @@
+"""The job `plan`: the trainer's own step, compiled for chips that are not here."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from singer_jax import chips, main, parallel
+from singer_jax.config import plan as plan_config
+from singer_jax.config import settings_of
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TRAIN
+from singer_jax.errors import InputError
+from singer_jax.jobs import distill, plan
+from singer_jax.jobs.plan import PlanSettings, as_text, planned
+from singer_jax.training import program, roofline
+from singer_jax.training.roofline import Cost, DoesNotFit
+from singer_jax.training.setup import setup_students
+from tests import runs
+
+# Small enough for the compiler of TPUs to take seconds.
+SIZES = {
+    "student": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2},
+    "teacher": {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2},
+}
+TINY = " ".join(
+    [f"{role}.overrides.{key}={n}" for role, sizes in SIZES.items() for key, n in sizes.items()]
+    + ["data.image_size=16", "method.layers=(1,3)", "method.rank=4", "batch_size=64"]
+)
+
+
+def jaxpr(function, *args) -> str:
+    return str(jax.make_jaxpr(function)(*args))
+
+
+@pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
+def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
+    """The program that the job `distill` compiles and the planned one have equal jaxprs."""
+    file = runs.write_config(tmp_path)
+    if students:
+        with file.open("a") as out:
+            out.write(
+                "\n_one = get_config\n\ndef get_config(protocol='recommended'):\n"
+                "    config = _one(protocol)\n"
+                "    config.students.a = {'method': {'name': 'fitnet'}}\n"
+                "    config.students.b = {}\n"
+                "    return config\n"
+            )
+    settings = PlanSettings(plan=str(file), change="steps=1 mesh.data=4")
+    trained = []
+
+    def record(students, mesh, states, teacher, batch, schedule=None):
+        trained.append(jaxpr(students.step, states, teacher, batch, jax.numpy.bool_(True)))
+        return program.compile_step(students, mesh, states, teacher, batch, schedule)
+
+    monkeypatch.setattr(distill, "compile_step", record)
+    distill.distill(settings.distillation, tmp_path / "run")
+
+    compiled = []
+
+    def compile_step(students, mesh, states, teacher, batch, schedule):
+        logged = jax.ShapeDtypeStruct((), bool)
+        compiled.append(jaxpr(students.step, states, teacher, batch, logged))
+        raise InputError("far enough")
+
+    monkeypatch.setattr(roofline, "compile_step", compile_step)
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5e"])
+    digits = dataclasses.replace(settings, images=len(make_source("digits", "", TRAIN)), classes=10)
+    with pytest.raises(InputError, match="far enough"):
+        planned(digits, jax.devices()[:4])
+    assert compiled == trained
+
+
+class TestCommand:
+    @pytest.fixture
+    def printed(self):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "singer_jax.main",
+                "--config=configs/plan.py",
+                "--config.plan=singer_vitl_vitt",
+                f"--config.change={TINY}",
+                "--config.topology=v5e:2x2",
+                "--config.price=2",
+                "--config.images=6400",
+            ],
+            env=runs.environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_it_says_all(self, printed):
+        assert "v5e:2x2: 4 x TPU v5 lite; batch 64, 16 images a chip" in printed
+        for words in (
+            "of 16 GiB",
+            "arguments",
+            "temporaries",
+            "TFLOP",
+            "memory traffic",
+            "all-reduce",
+            "ms a step, bound by",
+            "images/s, MFU",
+            "10,000 steps",  # 100 epochs of 6,400 images
+            "chip hours",
+            "at 2",
+            "cores a chip",
+        ):
+            assert words in printed, words
+
+
+def test_one_reduction_of_what_is_trained(tmp_path):
+    """With pure data parallelism nothing large crosses the network but the gradients."""
+    settings = PlanSettings(plan="singer_vitl_vitt", change=TINY)
+    found = planned(settings, chips.described("v5e:2x2"))
+    assert set(found.collectives) == {"all-reduce"}
+    count, size = found.collectives["all-reduce"]
+    mesh = parallel.make_mesh(described=chips.described("v5e:2x2"))
+    run = setup_students(settings.distillation, 64, 10, mesh, weights_needed=False)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(run.states[""].params))
+    # Some of it is bfloat16; tiles of small arrays are filled up.
+    assert 2 * trained <= size <= 6 * trained
+    assert count <= 4
+
+
+def test_fsdp_gathers_the_teacher():
+    settings = PlanSettings(plan="singer_vitl_vitt", change=f"{TINY} mesh.fsdp=4")
+    found = planned(settings, chips.described("v5e:2x2"))
+    assert found.collectives["all-gather"][0] >= 4  # kernels of each of the teacher's blocks
+    pure = planned(PlanSettings(plan="singer_vitl_vitt", change=TINY), chips.described("v5e:2x2"))
+    assert found.arguments < pure.arguments
+
+
+def stand_in(peak, memory=16 * 2**30):
+    return Cost(
+        kind="TPU v5e", count=4, images=1, arguments=0, temporaries=0, peak=peak, flops=1,
+        traffic=1, collectives={}, compile_seconds=0, compile_cpu_seconds=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fixed", "image", "largest"), [(1, 0.05, 296), (4, 0.3, 32), (10, 1, 4), (15, 0.9, 1)]
+)
+def test_the_largest_batch(monkeypatch, fixed, image, largest):
+    """Memory in GiB, `fixed` + `image` for each; 16 there are."""
+    tried = []
+
+    def cost(run, batch_size, schedule):
+        count = batch_size // 4
+        tried.append(count)
+        peak = fixed + image * count
+        if peak > 15.9:
+            raise DoesNotFit("batch_size: ...")
+        return dataclasses.replace(stand_in(int(peak * 2**30)), images=batch_size)
+
+    monkeypatch.setattr(plan, "cost", cost)
+    settings = PlanSettings(plan="singer_vitl_vitt", batch_size="max")
+    found = planned(settings, chips.described("v5e:2x2"))
+    assert found.images // 4 == largest
+    assert len(tried) <= 6
+
+
+def test_the_roofline():
+    """By hand: 197 TFLOP take a second, 820 GB as long, and 2 x 100 GB of reductions two."""
+    found = Cost(
+        kind="TPU v5e", count=4, images=1000, arguments=0, temporaries=0, peak=2**30,
+        flops=394e12, traffic=820e9, collectives={"all-reduce": (0, 100e9)},
+        compile_seconds=0, compile_cpu_seconds=0,
+    )  # fmt: skip
+    seconds = found.seconds
+    assert seconds["operations"] == pytest.approx(2)
+    assert seconds["memory traffic"] == pytest.approx(1)
+    assert seconds["collectives"] == pytest.approx(2)
+    assert found.step_seconds == pytest.approx(4)
+    assert found.images_per_second == pytest.approx(250)
+    assert found.mfu == pytest.approx(0.5)
+    alone = dataclasses.replace(found, count=1)
+    assert alone.seconds["collectives"] == 0
+    text = as_text(found, PlanSettings(plan="singer_vitl_vitt", change="steps=3600"))
+    assert "4000.0 ms a step" in text and "3,600 steps: 0.17 days, 16 chip hours" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, "plan: empty"),
+        ({"plan": "nothing.py"}, "no file nothing.py"),
+        ({"plan": "evaluate"}, "of the job 'evaluate'"),
+        ({"plan": "singer_vitl_vitt", "change": "steps"}, "change: 'steps'; write key=value"),
+        ({"plan": "singer_vitl_vitt", "change": "stepz=1"}, "stepz"),
+        ({"plan": "singer_vitl_vitt", "change": "steps=-1"}, "steps: -1"),
+        ({"plan": "singer_vitl_vitt", "topology": "v5e:3x3"}, "topology: 'v5e:3x3'"),
+        ({"plan": "singer_vitl_vitt", "topology": "h100"}, "such as v5e:4x4"),
+        ({"plan": "singer_vitl_vitt", "batch_size": "many"}, "batch_size: 'many'"),
+        ({"plan": "singer_vitl_vitt", "batch_size": "6"}, "not divisible"),
+    ],
+)
+def test_what_is_wrong(tmp_path, capsys, settings, named):
+    config = plan_config()
+    config.update(settings)
+    assert main.run(config, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.splitlines()) == 1
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        chips.described("v5e:2x2")
+
+
+def test_products_are_planned_as_they_run():
+    """Of float32 the plan is exact, of bfloat16 not: the job asks for what is planned."""
+    config = plan_config()
+    config.plan = "singer_vitl_vitt"
+    assert settings_of(config).precision == "bfloat16"
+    config.change = "precision=float32"
+    assert settings_of(config).precision == "float32"
