@@ -7,13 +7,14 @@ dispatched, so that reading them never makes it wait.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +29,8 @@ from singer_jax.ranges import COUNT, Flag
 from singer_jax.settings import Settings, setting
 
 LOG = logging.getLogger("singer_jax")
+
+_SHOWN = 0.05  # the share of waiting above which the progress bar says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +184,16 @@ class Recorder:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
-        self.row_step, self.row_time = start + 1, time.perf_counter()
+        self.row_step, self.row_time, self.waited = start + 1, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for the next batch; its share of the time is `train/waiting`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
 
     def logs(self, step: int) -> bool:
         """Whether a step (counted from 1) gets a row: the first, every n-th, the last."""
@@ -233,18 +245,21 @@ class Recorder:
         if step > self.row_step:
             now = time.perf_counter()
             steps_per_second = (step - self.row_step) / (now - self.row_time)
-            self.row_step, self.row_time = step, now
+            waiting = min(1.0, self.waited / (now - self.row_time))
+            self.row_step, self.row_time, self.waited = step, now, 0.0
             metrics["train/images_per_second"] = steps_per_second * self.batch_size
+            metrics["train/waiting"] = waiting
             if self.flops_share:
                 metrics["train/mfu"] = steps_per_second * self.flops_share
             self.bar.set_postfix_str(
                 f"loss {', '.join(f'{name} {value:.4g}'.strip() for name, value in losses.items())}"
                 f", {metrics['train/images_per_second']:.0f} images/s"
+                + (f", {waiting:.0%} waiting for images" if waiting > _SHOWN else "")
             )
             self.writer.write(step, metrics)
         else:
             # The first step of this start: its time is mostly that of the start itself.
-            self.row_time = time.perf_counter()
+            self.row_time, self.waited = time.perf_counter(), 0.0
             self.writer.write(step, metrics)
 
     def _stops(self, step: int, student: str, metrics: Mapping[str, float]) -> bool:

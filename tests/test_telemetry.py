@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -81,3 +82,16 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_step(tmp_path, key):
     follow.add(2, {"": metrics(1.0)[0][""] | {key: jnp.float32(math.nan)}})
     with pytest.raises(RunError, match=f"train/{key} is nan at step 2"):
         follow.flush()
+
+
+def test_the_share_of_time_that_waits_for_images(tmp_path):
+    follow = recorder(tmp_path, every=1, steps=3)
+    for step in range(1, 4):
+        follow.add(step, *metrics(step))
+        with follow.waiting():
+            time.sleep(0.05 if step == 3 else 0)  # after the first row was read
+    follow.flush()
+    first, second, third = rows(tmp_path)
+    assert "train/waiting" not in first
+    assert 0.5 < second["train/waiting"] <= 1
+    assert 0 <= third["train/waiting"] <= 1

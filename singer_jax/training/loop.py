@@ -96,5 +96,6 @@ def train(
                     f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}"
                 )
             if not last:
-                batch, unreadable = next(batches)
+                with recorder.waiting():
+                    batch, unreadable = next(batches)
     return states
