@@ -73,25 +73,34 @@ class Moved:
     Attributes:
       traffic: bytes to and from main memory.
       collectives: how often each kind runs, and the bytes of its results.
+      by_part: the traffic by `jax.named_scope`; that of no such scope under "".
     """
 
     traffic: float
     collectives: Mapping[str, tuple[float, float]]
+    by_part: Mapping[str, float]
 
 
-def moved(text: str, unknown_trips: float = 1) -> Moved:
+def moved(text: str, unknown_trips: float = 1, parts: Sequence[str] = ()) -> Moved:
     """Reads a compiled program.
 
     Args:
       text: `Compiled.as_text()`.
       unknown_trips: how often a loop runs of which the compiler does not know it.
+      parts: names of scopes.
     """
-    return _Program(text, unknown_trips).moved()
+    return _Program(text, unknown_trips, parts).moved()
+
+
+def part_of(names: str, parts: Sequence[str]) -> str:
+    """The first of some scopes in a stack of names such as `jit(step)/transpose(jvp(student))`."""
+    found = [name for name in re.findall(r"\w+", names) if name in parts]
+    return found[0] if found else ""
 
 
 class _Program:
-    def __init__(self, text: str, unknown_trips: float) -> None:
-        self.unknown_trips = unknown_trips
+    def __init__(self, text: str, unknown_trips: float, parts: Sequence[str] = ()) -> None:
+        self.unknown_trips, self.parts = unknown_trips, parts
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
@@ -113,21 +122,23 @@ class _Program:
 
     @functools.cache  # noqa: B019 (lives as long as the program)
     def _of(self, computation: str) -> Moved:
-        traffic, counts = 0.0, collections.defaultdict(lambda: (0.0, 0.0))
-
-        def add(other: Moved, times: float = 1) -> None:
-            nonlocal traffic
-            traffic += times * other.traffic
-            for kind, (count, size) in other.collectives.items():
-                before = counts[kind]
-                counts[kind] = before[0] + times * count, before[1] + times * size
+        traffic: dict[str, float] = collections.defaultdict(float)
+        counts = collections.defaultdict(lambda: (0.0, 0.0))
 
         for one in self.computations[computation]:
+            part = self._part(one)
+
+            def add(other: Moved, times: float = 1, part: str = part) -> None:
+                for name, size in other.by_part.items():
+                    traffic[name or part] += times * size
+                for kind, (count, size) in other.collectives.items():
+                    before = counts[kind]
+                    counts[kind] = before[0] + times * count, before[1] + times * size
+
             kind = one.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 sent = one.results[-1:] if one.opcode.endswith("-start") else one.results
-                size = sum(array.size for array in sent)
-                add(Moved(0, {kind: (1, size)}))
+                add(Moved(0, {kind: (1, sum(array.size for array in sent))}, {}))
             if one.opcode == "while":
                 trips = self._trips(one)
                 for role in ("body", "condition"):
@@ -141,9 +152,13 @@ class _Program:
             else:
                 if one.opcode == "fusion":  # collectives may be wrapped in one
                     inner = self._of(one.called["calls"][0])
-                    add(Moved(0, inner.collectives))
-                traffic += self._traffic(computation, one)
-        return Moved(traffic, dict(counts))
+                    add(Moved(0, inner.collectives, {}))
+                traffic[part] += self._traffic(computation, one)
+        return Moved(sum(traffic.values()), dict(counts), dict(traffic))
+
+    def _part(self, one: Instruction) -> str:
+        named = re.search(r'op_name="([^"]*)"', one.attributes)
+        return part_of(named[1], self.parts) if named else ""
 
     def _trips(self, loop: Instruction) -> float:
         known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)

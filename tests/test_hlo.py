@@ -132,3 +132,24 @@ def test_programs_of_this_machine():
     rows = NamedSharding(mesh, PartitionSpec("data"))
     text = program(lambda x: x.sum(0), (8, side), in_shardings=rows)
     assert hlo.moved(text).collectives["all-reduce"] == (1, 4 * side)
+
+
+def test_parts():
+    named = 'metadata={op_name="jit(step)/transpose(jvp(student))/mul"}'
+    text = TPU.replace(
+        "LINES",
+        "\n".join(
+            [
+                f"  %a = {WHOLE} negate(%p0), {named}",
+                "  %b = bf16[100,130]{1,0:T(8,128)(2,1)} copy(%p1)",
+                # What a loop moves is its own part's where its instructions say none.
+                f"  %last = {LOOP} while(%p0), condition=%condition, body=%body, "
+                'metadata={op_name="jit(step)/teacher/while"}',
+            ]
+        ),
+    )
+    found = hlo.moved(text, 1, ("teacher", "student"))
+    assert found.by_part["student"] == 16 * MATRIX
+    assert found.by_part["teacher"] == pytest.approx(10 * MATRIX, rel=1e-3)
+    assert found.by_part[""] == pytest.approx(2 * 2 * 104 * 256)
+    assert sum(found.by_part.values()) == found.traffic

@@ -140,7 +140,7 @@ def test_fsdp_gathers_the_teacher():
 def stand_in(peak, memory=16 * 2**30):
     return Cost(
         kind="TPU v5e", count=4, images=1, arguments=0, temporaries=0, peak=peak, flops=1,
-        traffic=1, collectives={}, compile_seconds=0, compile_cpu_seconds=0,
+        traffic=1, collectives={}, parts={}, compile_seconds=0, compile_cpu_seconds=0,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_the_roofline():
     """By hand: 197 TFLOP take a second, 820 GB as long, and 2 x 100 GB of reductions two."""
     found = Cost(
         kind="TPU v5e", count=4, images=1000, arguments=0, temporaries=0, peak=2**30,
-        flops=394e12, traffic=820e9, collectives={"all-reduce": (0, 100e9)},
+        flops=394e12, traffic=820e9, collectives={"all-reduce": (0, 100e9)}, parts={},
         compile_seconds=0, compile_cpu_seconds=0,
     )  # fmt: skip
     seconds = found.seconds

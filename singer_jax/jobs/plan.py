@@ -116,6 +116,12 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
         lines.append(f"  {name:<18}{amount:>22}{shown}".rstrip())
     lines += [
         "",
+        "of them by part",
+        *(
+            f"  {part or 'other':<18}{flops / 1e12:>14.2f} TFLOP{traffic / 1e9:>9.1f} GB"
+            for part, (flops, traffic) in found.parts.items()
+        ),
+        "",
         "predicted by these (no step was run; a real one is slower)",
         f"  {1e3 * found.step_seconds:.1f} ms a step, bound by {found.binds}",
         f"  {found.images_per_second:,.0f} images/s, MFU {found.mfu:.0%}",

@@ -9,6 +9,7 @@ memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
 
+from singer_jax.backends import Choices
 from singer_jax.errors import InputError
 from singer_jax.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, Numerics
@@ -45,6 +47,15 @@ _UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
 
 def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    graph, params = _abstract_model(arch, numerics, numerics.choices)
+    return graph, jax.tree.map(lambda leaf: leaf, params)  # not the dicts of another caller
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract_model(
+    arch: Architecture, numerics: Numerics, choices: Choices
+) -> tuple[nnx.GraphDef, Params]:
+    """Tracing a large model takes a second; a start asks for it several times."""
     graph, state = nnx.split(
         nnx.eval_shape(lambda: VisionTransformer(arch, numerics, rngs=nnx.Rngs(jax.random.key(0))))
     )

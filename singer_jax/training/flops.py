@@ -7,6 +7,7 @@ tell before a program is compiled, and then they count one device and the body o
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from singer_jax.hlo import part_of
 from singer_jax.models.summary import features_flops
-from singer_jax.training.step import Students, TrainState
+from singer_jax.training.step import PARTS, Students, TrainState
 
 
 def step_flops(
     students: Students, states: Mapping[str, TrainState], teacher: Any, batch_size: int
 ) -> int:
-    """Operations of one step on all devices together.
+    """The sum of `parts_flops`."""
+    return sum(parts_flops(students, states, teacher, batch_size).values())
+
+
+def parts_flops(
+    students: Students, states: Mapping[str, TrainState], teacher: Any, batch_size: int
+) -> dict[str, int]:
+    """Operations of one step on all devices together, by its parts.
 
     Args:
       students: of the step.
@@ -46,8 +55,9 @@ def step_flops(
         "label": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
-    learned = sum(
-        count(
+    found = collections.Counter(teacher=taught)
+    for name, own in students.each.items():
+        found += count_parts(
             jax.grad(lambda *xs, own=own: own.loss(*xs)[0]),
             states[name].params,
             states[name].constants,
@@ -56,9 +66,7 @@ def step_flops(
             batch,
             key,
         )
-        for name, own in students.each.items()
-    )
-    return accumulation * (taught + learned)
+    return {part: accumulation * number for part, number in found.items()}
 
 
 def count(function: Any, *args: Any) -> int:
@@ -71,29 +79,39 @@ def count(function: Any, *args: Any) -> int:
     Raises:
       ValueError: they are inside a loop whose length is not known.
     """
+    return sum(count_parts(function, *args).values())
+
+
+def count_parts(function: Any, *args: Any) -> collections.Counter[str]:
+    """`count` by the scopes `PARTS`; what is in none of them under ""."""
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _of_jaxpr(jaxpr: Any) -> collections.Counter[str]:
+    found: collections.Counter[str] = collections.Counter()
+    for equation in jaxpr.eqns:
+        own = part_of(str(equation.source_info.name_stack), PARTS)
+        for part, number in _of_equation(equation).items():
+            found[own or part] += number
+    return found
 
 
-def _of_equation(equation: Any) -> int:
+def _of_equation(equation: Any) -> Mapping[str, int]:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        return {"": 2 * depth * math.prod(equation.outvars[0].aval.shape)}
     if name == "conv_general_dilated":
-        return _of_convolution(equation)
+        return {"": _of_convolution(equation)}
     inner = [_of_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
-    if name == "scan":
-        return params["length"] * sum(inner)
     if name == "cond":
-        return max(inner)
-    if name == "while" and sum(inner):
+        return max(inner, key=lambda branch: branch.total())
+    total = sum(inner, collections.Counter())
+    if name == "while" and total:
         raise ValueError("a loop of unknown length holds matrix products")
-    return sum(inner)
+    times = params["length"] if name == "scan" else 1
+    return {part: times * number for part, number in total.items()}
 
 
 def _of_convolution(equation: Any) -> int:

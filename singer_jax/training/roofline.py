@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from singer_jax import chips, hlo, parallel
 from singer_jax.errors import InputError
-from singer_jax.training.flops import step_flops
+from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups
+from singer_jax.training.step import PARTS
 
 # Images that one core decodes, crops and flips in a second (benchmarks/RESULTS.md).
 DECODED = 200
@@ -42,6 +43,7 @@ class Cost:
       flops: operations of matrix products.
       traffic: bytes to and from memory.
       collectives: how often each kind runs, and its bytes; without the diagnostics of logged steps.
+      parts: operations and traffic of each part of the step.
       compile_seconds, compile_cpu_seconds: by the clock, and of all threads.
       told: how several students share the step.
     """
@@ -55,6 +57,7 @@ class Cost:
     flops: float
     traffic: float
     collectives: Mapping[str, tuple[float, float]]
+    parts: Mapping[str, tuple[float, float]]
     compile_seconds: float
     compile_cpu_seconds: float
     told: str = ""
@@ -153,7 +156,9 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
     reads = run.students.teacher_reads
     # A frozen teacher's blocks are one loop within another, over the blocks that are read.
     trips = (max(reads) + 1) / len(reads) if reads else 1
-    moved = hlo.moved(compiled.as_text(), trips)
+    moved = hlo.moved(compiled.as_text(), trips, PARTS)
+    flops = parts_flops(run.students, run.states, run.teacher, batch_size)
+    shares = {part: number / mesh.size for part, number in flops.items()}
     return Cost(
         kind=kind,
         count=mesh.size,
@@ -161,9 +166,12 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=program.peak,
-        flops=step_flops(run.students, run.states, run.teacher, batch_size) / mesh.size,
+        flops=sum(shares.values()),
         traffic=moved.traffic,
         collectives=moved.collectives,
+        parts={
+            part: (shares.get(part, 0.0), moved.by_part.get(part, 0.0)) for part in (*PARTS, "")
+        },
         compile_seconds=seconds,
         compile_cpu_seconds=cpu,
         told=program.told,

@@ -22,6 +22,9 @@ Features = Mapping[int, Float[Array, "batch tokens dim"]]
 
 Metrics = dict[str, Float[Array, ""]]
 
+PARTS = ("teacher", "student", "method", "optimizer")
+"""The scopes of a step; the method's passes through the teacher's blocks are its own."""
+
 
 class TrainState(NamedTuple):
     """All that changes in a run and all that a checkpoint must hold.
@@ -95,10 +98,12 @@ class Distillation:
         """
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
-        own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
+        with jax.named_scope("student"):
+            own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
         seen = Forward(student, dict(enumerate(own)))
         taught = Forward(self.teacher.merge(teacher), features) if self.teacher else None
-        terms = method.loss(taught, seen, Batch(batch["label"], key))
+        with jax.named_scope("method"):
+            terms = method.loss(taught, seen, Batch(batch["label"], key))
         metrics = {f"loss_{name}": value for name, value in terms.items()}
         if logged is not None:
             metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
@@ -129,8 +134,9 @@ class Distillation:
         self, state: TrainState, metrics: Metrics, gradients: Params
     ) -> tuple[TrainState, Metrics]:
         """The state after a step, and the metrics with `grad_norm` and `learning_rate`."""
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": self.schedule(state.step),
@@ -285,7 +291,8 @@ def teach(
     if network is None:
         return {}
     model = network.merge(params)
-    return model.features_at(network.spec.prepare(batch["image"]), reads)
+    with jax.named_scope("teacher"):
+        return model.features_at(network.spec.prepare(batch["image"]), reads)
 
 
 def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:

@@ -96,3 +96,14 @@ def test_a_loop_counts_as_often_as_it_runs():
         flops.count(
             lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x), jnp.ones((7, 7)), 3
         )
+
+
+def test_parts_of_a_step(tmp_path):
+    """A FitNet's student costs what its features do; the optimiser multiplies no matrices."""
+    run = prepare(tmp_path, "vit_base_patch16_224", "fitnet")
+    parts = flops.parts_flops(run.students, run.states, run.teacher, 4)
+    assert set(parts) == {"teacher", "student", "method"}
+    # The teacher's blocks, and the student's equal ones with two more passes for the gradients;
+    # none for that of the images.
+    assert 2.8 < parts["student"] / parts["teacher"] <= 3
+    assert 0 < parts["method"] < 0.3 * parts["student"]
