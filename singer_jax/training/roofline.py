@@ -22,8 +22,8 @@ from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups
 from singer_jax.training.step import PARTS
 
-# Images that one core decodes, crops and flips in a second (benchmarks/RESULTS.md).
-DECODED = 200
+# Images that one core decodes, crops and flips in a second, loader included: `benchmarks.input`.
+DECODED = 400
 _HOP = 1e-6  # seconds from chip to chip
 
 
