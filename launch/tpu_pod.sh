@@ -50,8 +50,9 @@ tar -czf "$archive" --exclude=__pycache__ singer_jax configs launch pyproject.to
 install='rm -rf job_status && mkdir -p singer_jax && tar -xzf singer_jax.tar.gz -C singer_jax && cd singer_jax &&
   python3 -m pip install --quiet --user uv && ~/.local/bin/uv python install --quiet 3.12 &&
   export PYTHON="$(~/.local/bin/uv python find 3.12)" && source launch/common.sh && prepare ".[tpu,gcs]"'
-job="cd singer_jax && ${SETUP:-true} && { .venv/bin/singer-jax $(printf '%q ' "$@"); echo \$? >~/job_status; }"
+job="{ cd singer_jax && { ${SETUP:-true}; } && .venv/bin/singer-jax $(printf '%q ' "$@"); echo \$? >~/job_status; }"
 
+lost=0
 while :; do
   ask
   if end_job && gcloud compute tpus tpu-vm scp "$archive" "$name:singer_jax.tar.gz" --zone="$zone" --worker=all &&
@@ -66,7 +67,14 @@ while :; do
       give_back
       exit 0
       ;;
-    75 | lost) sleep "$poll" ;; # preempted, or about to be: the state tells
+    75 | lost) # preempted, or about to be: the state tells
+      if [ "$status" = 75 ]; then lost=0; else lost=$((lost + 1)); fi
+      if [ "$lost" = 5 ]; then
+        echo "$name: five times in a row nothing could be installed or no job ended; the slice is kept" >&2
+        exit 1
+      fi
+      sleep "$poll"
+      ;;
     *)
       echo "$name: the job ended with status $status; the slice is kept: gcloud compute tpus queued-resources delete $name --force --zone=$zone" >&2
       exit "$status"

@@ -67,6 +67,7 @@ elif words[3] == "ssh":
 
 # Makes environments that need no installation.
 PYTHON3 = """#!/bin/bash
+if [ "$FAILING" ]; then exit 1; fi
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp {job} "$3/bin/singer-jax" ;;
   "-m pip") echo "$@" >>"$HOME/pip.log" ;;
@@ -247,6 +248,18 @@ class TestTpuPod:
         done = self.run(tmp_path, f"exit {status}", "my-run", self.WORKDIR, states="ACTIVE")
         assert done.returncode == status
         assert f"status {status}; the slice is kept" in done.stderr
+        assert not [line for line in self.asked(tmp_path) if " delete " in line]
+
+    def test_a_setup_that_fails(self, tmp_path):
+        done = self.run(tmp_path, "true", "a", self.WORKDIR, states="ACTIVE", SETUP="false")
+        assert done.returncode == 1
+        assert "status 1; the slice is kept" in done.stderr
+
+    def test_an_installation_that_fails(self, tmp_path):
+        """Or a connection that is lost time and again."""
+        done = self.run(tmp_path, "true", "a", self.WORKDIR, states="ACTIVE", FAILING="1")
+        assert done.returncode == 1
+        assert "five times in a row" in done.stderr
         assert not [line for line in self.asked(tmp_path) if " delete " in line]
 
     def test_a_slice_that_cannot_be_made(self, tmp_path):
