@@ -24,6 +24,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 20  # seconds for what runs and for cleaning up, outside of `deferred`
 _asked = threading.Event()
 _deferring = threading.Event()
+_shielding = threading.Event()
+_held: list[int] = []
 _leaving: list[Callable[[int, str], NoReturn]] = []
 
 
@@ -84,12 +86,19 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """What this thread starts inside never sees the signals, not even while it starts."""
+    """What starts inside never sees the signals, and its start is not broken off; main thread only.
+
+    A request waits for the end of the block.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    _shielding.set()  # other threads take the signals still, and Python answers them in this one
     try:
         yield
     finally:
+        _shielding.clear()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if _held:
+        _interrupt(_held.pop(), None)
 
 
 def say(line: str) -> None:
@@ -105,7 +114,9 @@ def _take() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if not _deferring.is_set() and not requested():
+    if _shielding.is_set():
+        _held.append(number)
+    elif not _deferring.is_set() and not requested():
         _asked.set()
         raise Interrupted(_stopped_by(number))
 

@@ -89,6 +89,27 @@ def test_during_set_up_ends_at_once_in_one_line(config_file, environment, tmp_pa
     assert printed.splitlines()[-1].startswith(f"singer_jax: stopped by {number.name}; ")
 
 
+SHIELDED = """
+import signal, threading, time
+from singer_jax import stopping
+with stopping.handled():
+    other = threading.Thread(target=threading.Event().wait, daemon=True)
+    other.start()  # takes the signal that the main thread has blocked
+    with stopping.shielded():
+        signal.pthread_kill(other.ident, signal.SIGTERM)
+        for _ in range(100):
+            time.sleep(0.01)
+        print("not broken off", flush=True)
+    print("went on", flush=True)
+"""
+
+
+def test_another_thread_s_signal_does_not_break_off_what_is_shielded():
+    process = subprocess.run([sys.executable, "-c", SHIELDED], capture_output=True, text=True)
+    assert process.returncode == 75 and process.stdout == "not broken off\n", process.stderr
+    assert process.stderr.startswith("singer_jax: stopped by SIGTERM; ")
+
+
 PROGRAM = """
 import sys, threading
 from singer_jax import stopping
