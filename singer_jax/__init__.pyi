@@ -11,7 +11,7 @@ from .methods.supervised import Supervised, SupervisedSettings
 from .methods.vitkd import ViTKD, ViTKDOfficial, ViTKDOfficialSettings, ViTKDSettings
 from .methods.weighted_sum import WeightedSum, WeightedSumSettings
 from .models.architecture import Architecture, Numerics
-from .models.network import ModelSettings, StudentSettings
+from .models.network import StudentSettings, TeacherSettings
 from .models.vit import VisionTransformer
 from .ranges import Range
 from .settings import Settings, setting

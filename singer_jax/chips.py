@@ -16,12 +16,12 @@ class Chip:
     """One device, by its vendor's data sheet.
 
     Attributes:
-      bf16, int8: dense operations a second; products of fp8 take the time of int8 where there are
-        such units.
+      bf16, int8: dense operations a second.
       memory: bytes.
       bandwidth: of the memory, bytes a second.
       network: to other chips, one way, all links together, bytes a second.
       cores: processors of the host for each chip, in the machines of Google Cloud; 0: any.
+      fp8: whether it multiplies fp8, and then as fast as int8; else as bf16.
     """
 
     bf16: float
@@ -30,21 +30,22 @@ class Chip:
     bandwidth: float
     network: float
     cores: int = 0
+    fp8: bool = False
 
 
 # By the start of `device_kind`.
 CHIPS = {
-    "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9),
-    "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9),
+    "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9, fp8=True),
+    "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9, fp8=True),
     "NVIDIA A100": Chip(312e12, 624e12, 80e9, 2.0e12, 300e9),
-    "NVIDIA L4": Chip(121e12, 242e12, 24e9, 0.3e12, 32e9),
+    "NVIDIA L4": Chip(121e12, 242e12, 24e9, 0.3e12, 32e9, fp8=True),
     "TPU v4": Chip(275e12, 275e12, 32 * 2**30, 1.2e12, 150e9, 60),
     "TPU v5 lite": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),
     "TPU v5e": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),
     "TPU v5": Chip(459e12, 918e12, 95 * 2**30, 2.765e12, 300e9, 52),
     "TPU v6 lite": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
     "TPU v6e": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
-    "TPU7x": Chip(2307e12, 4614e12, 192 * 2**30, 7.37e12, 600e9),
+    "TPU7x": Chip(2307e12, 4614e12, 192 * 2**30, 7.37e12, 600e9, fp8=True),
 }
 
 

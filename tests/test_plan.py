@@ -139,8 +139,9 @@ def test_fsdp_gathers_the_teacher():
 
 def stand_in(peak, memory=16 * 2**30):
     return Cost(
-        kind="TPU v5e", count=4, images=1, arguments=0, temporaries=0, peak=peak, flops=1,
-        traffic=1, collectives={}, parts={}, compile_seconds=0, compile_cpu_seconds=0,
+        kind="TPU v5e", count=4, images=1, arguments=0, temporaries=0, peak=peak,
+        flops=1, fast_flops=0, traffic=1, collectives={}, parts={},
+        compile_seconds=0, compile_cpu_seconds=0,
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def test_the_roofline():
     """By hand: 197 TFLOP take a second, 820 GB as long, and 2 x 100 GB of reductions two."""
     found = Cost(
         kind="TPU v5e", count=4, images=1000, arguments=0, temporaries=0, peak=2**30,
-        flops=394e12, traffic=820e9, collectives={"all-reduce": (0, 100e9)}, parts={},
+        flops=394e12, fast_flops=0, traffic=820e9, collectives={"all-reduce": (0, 100e9)}, parts={},
         compile_seconds=0, compile_cpu_seconds=0,
     )  # fmt: skip
     seconds = found.seconds
@@ -180,10 +181,13 @@ def test_the_roofline():
     assert found.step_seconds == pytest.approx(4)
     assert found.images_per_second == pytest.approx(250)
     assert found.mfu == pytest.approx(0.5)
+    quantised = dataclasses.replace(found, fast_flops=197e12)  # at 394 TFLOP a second
+    assert quantised.seconds["operations"] == pytest.approx(1.5)
+    assert quantised.mfu == pytest.approx(2 / quantised.step_seconds)
     alone = dataclasses.replace(found, count=1)
     assert alone.seconds["collectives"] == 0
     text = as_text(found, PlanSettings(plan="singer_vitl_vitt", change="steps=3600"))
-    assert "4000.0 ms a step" in text and "3,600 steps: 0.17 days, 16 chip hours" in text
+    assert "4000.0 ms a step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
         "predicted by these (no step was run; a real one is slower)",
         f"  {1e3 * found.step_seconds:.1f} ms a step, bound by {found.binds}",
         f"  {found.images_per_second:,.0f} images/s, MFU {found.mfu:.0%}",
-        f"  {steps:,} steps: {hours / 24:.2f} days, {hours * found.count:,.0f} chip hours"
+        f"  {steps:,} steps: {_days(hours)}, {hours * found.count:,.1f} chip hours"
         + (
             f", {hours * found.count * settings.price:,.0f} at {settings.price:g}"
             if settings.price
@@ -135,6 +135,10 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
         + (f"; Google Cloud has {chip.cores}" if chip.cores else ""),
     ]
     return "\n".join(lines)
+
+
+def _days(hours: float) -> str:
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
 
 
 def _cost(settings: PlanSettings, devices: Any, batch_size: int) -> Cost:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from singer_jax import backends
+from singer_jax.models import quantised
 from singer_jax.ranges import NOT_NEGATIVE, SIDE, Each, Either, Flag, OneOf, Range, optional
 from singer_jax.settings import Settings, setting
 
@@ -137,6 +139,9 @@ class Numerics:
       remat: recompute each block in the backward pass instead of keeping its activations.
       backend: platform of the devices that will compute; empty: the default device's.
       stacked: the blocks' parameters are one tree with a leading axis over the blocks.
+      quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
+        dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
+        the tokens of huge norm, keeps its precision.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -145,11 +150,17 @@ class Numerics:
     # Neither changes what is computed, so neither is part of what a model says of itself.
     backend: str = dataclasses.field(default="", repr=False)
     stacked: bool = dataclasses.field(default=False, repr=False)
+    quantised: str | None = None
 
     @property
     def choices(self) -> backends.Choices:
         """What is computed differently on this backend."""
         return backends.choices(self.backend)
+
+    @property
+    def product(self) -> quantised.Product:
+        """Of normalised tokens and a kernel."""
+        return quantised.product(self.quantised) if self.quantised else jax.lax.dot_general
 
 
 # What overrides of an architecture may be, by field.

@@ -17,6 +17,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from singer_jax import backends
+from singer_jax.models import quantised
 from singer_jax.models.architecture import Architecture, Numerics
 
 Rotation = Float[Array, "2 patches head_dim"]
@@ -40,8 +41,9 @@ def linear(
     numerics: Numerics,
     rngs: nnx.Rngs,
     use_bias: bool = True,
+    product: quantised.Product = jax.lax.dot_general,
 ) -> nnx.Linear:
-    """A linear map with timm's initialisation."""
+    """A linear map with timm's initialisation; `product` of its input and its kernel."""
     kind = _FlatLinear if numerics.choices.flat_linear else nnx.Linear
     return kind(
         in_features,
@@ -50,6 +52,7 @@ def linear(
         kernel_init=initializers.truncated_normal(0.02),
         dtype=numerics.dtype,
         param_dtype=numerics.param_dtype,
+        dot_general=product,
         rngs=rngs,
     )
 
@@ -171,7 +174,8 @@ class Attention(nnx.Module):
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
         dim = arch.embed_dim
         self.num_heads = arch.num_heads
-        self.qkv = linear(dim, 3 * dim, numerics, rngs, use_bias=arch.qkv_bias and not arch.eva)
+        bias = arch.qkv_bias and not arch.eva
+        self.qkv = linear(dim, 3 * dim, numerics, rngs, bias, numerics.product)
         self.separate_bias = arch.qkv_bias and arch.eva
         if self.separate_bias:
             self.q_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
@@ -190,7 +194,9 @@ class Attention(nnx.Module):
         if not self.apart:
             return self.proj(mixed.reshape(x.shape))
         kernel = self.proj.kernel[...].astype(x.dtype)
-        x = jnp.einsum("bthc,hcd->btd", mixed, kernel.reshape(*mixed.shape[2:], -1))
+        # Over heads and channels: batch, tokens, dim.
+        kernel = kernel.reshape(*mixed.shape[2:], -1)
+        x = self.proj.dot_general(mixed, kernel, (((2, 3), (0, 1)), ((), ())))
         return x + self.proj.bias[...].astype(x.dtype)
 
     def _heads(
@@ -208,7 +214,8 @@ class Attention(nnx.Module):
             return _split_heads(qkv, 3, self.num_heads)
         kernel = self.qkv.kernel[...].astype(x.dtype)
         kernel = kernel.reshape(x.shape[-1], 3, self.num_heads, -1)
-        parts = [jnp.einsum("btd,dhc->bthc", x, kernel[:, part]) for part in range(3)]
+        over_dim = (((2,), (0,)), ((), ()))  # batch, tokens, heads, channels
+        parts = [self.qkv.dot_general(x, kernel[:, part], over_dim) for part in range(3)]
         if bias is None:
             return parts
         biases = bias.astype(x.dtype).reshape(3, self.num_heads, -1)
@@ -238,7 +245,7 @@ class Mlp(nnx.Module):
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
         self.activation = ACTIVATIONS[arch.act_layer]
-        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
 
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
@@ -254,7 +261,7 @@ class SwiGLUPacked(nnx.Module):
 
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
-        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden // 2, arch.embed_dim, numerics, rngs)
 
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
@@ -272,8 +279,8 @@ class SwiGLU(nnx.Module):
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
         hidden += -hidden % _SWIGLU_MULTIPLE
-        self.fc1_g = linear(arch.embed_dim, hidden, numerics, rngs)
-        self.fc1_x = linear(arch.embed_dim, hidden, numerics, rngs)
+        self.fc1_g = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
+        self.fc1_x = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
 
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:

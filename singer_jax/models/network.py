@@ -10,13 +10,13 @@ from typing import Any
 from flax import nnx
 
 from singer_jax.errors import InputError
-from singer_jax.models import zoo
+from singer_jax.models import quantised, zoo
 from singer_jax.models.architecture import FIELDS
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import check_weights, model_arguments, spec_of_weights
 from singer_jax.models.zoo import ModelSpec
-from singer_jax.ranges import TEXT, Flag
+from singer_jax.ranges import TEXT, Flag, OneOf, optional
 from singer_jax.settings import ABSENT, Setting, Settings, section, setting
 
 
@@ -46,6 +46,17 @@ class ModelSettings(Settings):
     model: str = setting("", TEXT, "timm name; empty: as the config.json beside the weights says")
     weights: str = setting("", TEXT, "hub name, file or run; empty: random")
     overrides: Mapping[str, Any] = section({}, _Overrides())
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings(ModelSettings):
+    """Which model to learn from, and how it computes."""
+
+    precision: str | None = setting(
+        None,
+        optional(OneOf(tuple(quantised.FORMATS))),
+        "of the products that read its normalised tokens; None: as `precision`",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,11 @@ def step_flops(
 
 
 def parts_flops(
-    students: Students, states: Mapping[str, TrainState], teacher: Any, batch_size: int
+    students: Students,
+    states: Mapping[str, TrainState],
+    teacher: Any,
+    batch_size: int,
+    quantised: bool = False,
 ) -> dict[str, int]:
     """Operations of one step on all devices together, by its parts.
 
@@ -38,16 +42,22 @@ def parts_flops(
       students: of the step.
       states, teacher: as it takes them; may be abstract.
       batch_size: global.
+      quantised: only those of products of 8-bit numbers.
     """
     accumulation = next(iter(students.each.values())).accumulation
     images = batch_size // accumulation
     features, taught, network = {}, 0, students.teacher
     if network:
         arch, reads = network.spec.arch, students.teacher_reads
-        taught = images * features_flops(arch, max(reads) + 1)
+        blocks = max(reads) + 1
         shape = (images, arch.num_prefix_tokens + arch.num_patches, arch.embed_dim)
-        dtype = network.merge(teacher).numerics.dtype
-        features = {layer: jax.ShapeDtypeStruct(shape, dtype) for layer in reads}
+        feature = jax.ShapeDtypeStruct(shape, network.merge(teacher).numerics.dtype)
+        features = dict.fromkeys(reads, feature)
+        if quantised:
+            block = jax.make_jaxpr(lambda params, x: network.merge(params).apply_block(0, x))
+            taught = blocks * _of_jaxpr(block(teacher, feature).jaxpr, quantised).total()
+        else:
+            taught = images * features_flops(arch, blocks)
     networks = [own.student for own in students.each.values()] + [network] * bool(network)
     size = max(each.image_size for each in networks)
     batch = {
@@ -57,15 +67,10 @@ def parts_flops(
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = collections.Counter(teacher=taught)
     for name, own in students.each.items():
-        found += count_parts(
-            jax.grad(lambda *xs, own=own: own.loss(*xs)[0]),
-            states[name].params,
-            states[name].constants,
-            teacher,
-            features,
-            batch,
-            key,
-        )
+        gradient = jax.make_jaxpr(jax.grad(lambda *xs, own=own: own.loss(*xs)[0]))
+        state = states[name]
+        traced = gradient(state.params, state.constants, teacher, features, batch, key)
+        found += _of_jaxpr(traced.jaxpr, quantised)
     return {part: accumulation * number for part, number in found.items()}
 
 
@@ -87,24 +92,27 @@ def count_parts(function: Any, *args: Any) -> collections.Counter[str]:
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any) -> collections.Counter[str]:
+def _of_jaxpr(jaxpr: Any, quantised: bool = False) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for equation in jaxpr.eqns:
         own = part_of(str(equation.source_info.name_stack), PARTS)
-        for part, number in _of_equation(equation).items():
+        for part, number in _of_equation(equation, quantised).items():
             found[own or part] += number
     return found
 
 
-def _of_equation(equation: Any) -> Mapping[str, int]:
+def _of_equation(equation: Any, quantised: bool) -> Mapping[str, int]:
     name, params = equation.primitive.name, equation.params
+    product = name in ("dot_general", "conv_general_dilated")
+    if quantised and product and max(x.aval.dtype.itemsize for x in equation.invars) > 1:
+        return {}
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return {"": 2 * depth * math.prod(equation.outvars[0].aval.shape)}
     if name == "conv_general_dilated":
         return {"": _of_convolution(equation)}
-    inner = [_of_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(params)]
+    inner = [_of_jaxpr(jaxpr, quantised) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
         return max(inner, key=lambda branch: branch.total())
     total = sum(inner, collections.Counter())

@@ -41,6 +41,7 @@ class Cost:
       images: of the global batch.
       arguments, temporaries, peak: bytes of memory.
       flops: operations of matrix products.
+      fast_flops: of them, those that the chip's units for 8 bits do.
       traffic: bytes to and from memory.
       collectives: how often each kind runs, and its bytes; without the diagnostics of logged steps.
       parts: operations and traffic of each part of the step.
@@ -55,6 +56,7 @@ class Cost:
     temporaries: int
     peak: int
     flops: float
+    fast_flops: float
     traffic: float
     collectives: Mapping[str, tuple[float, float]]
     parts: Mapping[str, tuple[float, float]]
@@ -79,7 +81,8 @@ class Cost:
         hops = 4 * math.isqrt(self.count)
         network = sent / self.chip.network + started * hops * _HOP if self.count > 1 else 0.0
         return {
-            "operations": self.flops / self.chip.bf16,
+            "operations": (self.flops - self.fast_flops) / self.chip.bf16
+            + self.fast_flops / self.chip.int8,
             "memory traffic": self.traffic / self.chip.bandwidth,
             "collectives": network,
         }
@@ -102,8 +105,8 @@ class Cost:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation."""
-        return self.seconds["operations"] / self.step_seconds
+        """Model FLOPs utilisation: of the rate for bfloat16."""
+        return self.flops / self.chip.bf16 / self.step_seconds
 
 
 def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -159,6 +162,11 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
     moved = hlo.moved(compiled.as_text(), trips, PARTS)
     flops = parts_flops(run.students, run.states, run.teacher, batch_size)
     shares = {part: number / mesh.size for part, number in flops.items()}
+    fast = 0
+    precision = run.taught_by.numerics.quantised if run.taught_by else None
+    if precision == "int8" or (precision == "fp8" and chips.CHIPS[kind].fp8):
+        counted = parts_flops(run.students, run.states, run.teacher, batch_size, quantised=True)
+        fast = sum(counted.values())
     return Cost(
         kind=kind,
         count=mesh.size,
@@ -167,6 +175,7 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
         temporaries=memory.temp_size_in_bytes,
         peak=program.peak,
         flops=sum(shares.values()),
+        fast_flops=fast / mesh.size,
         traffic=moved.traffic,
         collectives=moved.collectives,
         parts={

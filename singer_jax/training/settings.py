@@ -15,7 +15,7 @@ from singer_jax.errors import InputError
 from singer_jax.methods.section import MethodSection
 from singer_jax.methods.singer import SingerSettings
 from singer_jax.models.architecture import PRECISIONS
-from singer_jax.models.network import ModelSettings, StudentSettings
+from singer_jax.models.network import StudentSettings, TeacherSettings
 from singer_jax.ranges import COUNT, SEED, Elsewhere, OneOf, optional
 from singer_jax.settings import (
     ABSENT,
@@ -141,7 +141,7 @@ class DistillSettings(Settings):
         OneOf(tuple(PRECISIONS)),
         "of activations, and of the teacher's parameters",
     )
-    teacher: ModelSettings = section(ModelSettings())
+    teacher: TeacherSettings = section(TeacherSettings())
     student: StudentSettings = section(StudentSettings())
     students: StudentsSettings = section(StudentsSettings(), _Students())
     method: Settings = section(SingerSettings(), MethodSection())

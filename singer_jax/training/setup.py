@@ -21,6 +21,7 @@ from singer_jax.methods import Method, Needs, nullspace
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
+from singer_jax.models.quantised import check_installed
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
@@ -235,7 +236,10 @@ def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Tea
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
     stacked = backends.choices(backend).stack_frozen
-    numerics = Numerics(dtype, dtype, backend=backend, stacked=stacked)
+    quantised = settings.teacher.precision
+    if quantised:
+        check_installed(quantised)
+    numerics = Numerics(dtype, dtype, quantised=quantised, backend=backend, stacked=stacked)
     graph, params = abstract_model(spec.arch, numerics)
     params = parallel.with_shardings(mesh, params)
     return Teacher(Network(spec, graph), params, numerics, weights, mesh)

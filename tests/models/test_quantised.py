@@ -1,0 +1,151 @@
+"""Products in 8 bits: their numbers, their gradient, and a teacher that computes with them."""
+
+import importlib.util
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import strategies as st
+
+from singer_jax import parallel
+from singer_jax.config import settings_of
+from singer_jax.errors import InputError
+from singer_jax.models import quantised
+from singer_jax.models.architecture import Numerics
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.models.zoo import lookup
+from singer_jax.training.flops import parts_flops
+from singer_jax.training.program import jit_step
+from singer_jax.training.setup import setup_students
+from tests import tiny
+
+OVER_LAST = (((1,), (0,)), ((), ()))
+FORMATS = tuple(quantised.FORMATS)
+# The largest error of one rounding, as a share of the largest value (int8) or of the value (fp8).
+ROUNDING = {"int8": 0.5 / 127.5, "fp8": 2.0**-4}
+
+
+def operands(seed: int, tokens: int, dim: int, outlier: float) -> tuple[jax.Array, jax.Array]:
+    x, kernel = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(seed)), ((tokens, dim), (dim, 5)), strict=True
+        )
+    )
+    return x.at[0].mul(outlier), kernel
+
+
+@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.given(
+    st.integers(0, 1000), st.integers(1, 9), st.integers(1, 33), st.floats(1, 1e4), st.data()
+)
+def test_errors_are_those_of_rounding(seed, tokens, dim, outlier, data):
+    """A token of huge norm changes no other token's error."""
+    format = data.draw(st.sampled_from(FORMATS))
+    x, kernel = operands(seed, tokens, dim, outlier)
+    found = quantised.product(format)(x, kernel, OVER_LAST)
+    wide, exact = np.abs(np.float64(x)), np.float64(x) @ np.float64(kernel)
+    thick = np.abs(np.float64(kernel))
+    share = ROUNDING[format]
+    if format == "int8":
+        of_x = share * wide.max(1, keepdims=True) * np.ones_like(wide)
+        of_kernel = share * thick.max(0) * np.ones_like(thick)
+    else:  # below the smallest normal number, 2^-6 of a largest one of 448, steps are even
+        of_x = share * np.maximum(wide, wide.max(1, keepdims=True) * 2.0**-6 / 448)
+        of_kernel = share * np.maximum(thick, thick.max(0) * 2.0**-6 / 448)
+    bound = of_x @ thick + wide @ of_kernel + of_x @ of_kernel
+    assert np.all(np.abs(np.float64(found) - exact) <= 1.01 * bound + 1e-6 * wide @ thick)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_gradient_is_the_float_product_s(format):
+    x, kernel = operands(0, 4, 8, 1.0)
+    weights = jax.random.normal(jax.random.key(1), (4, 5))
+    for product in (quantised.product(format), jax.lax.dot_general):
+        gradient = jax.grad(lambda x, f=product: jnp.sum(weights * f(x, kernel, OVER_LAST)))(x)
+        np.testing.assert_allclose(gradient, weights @ kernel.T, rtol=1e-5)
+
+
+def cosines(a: jax.Array, b: jax.Array) -> np.ndarray:
+    a, b = np.float64(a), np.float64(b)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+@pytest.mark.parametrize(
+    "family", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "vit_giant_patch14_reg4_dinov2"]
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_features_of_a_model_with_outlier_tokens(family, format):
+    """On every backend's form; three patches are 100 times as large as the others."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2}
+    arch = lookup(family, sizes | {"num_classes": 0, "init_values": None}).arch
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    images = images.at[:, :4, 4:16].mul(100)
+
+    def features(**numerics):
+        graph, params = nnx.split(VisionTransformer(arch, Numerics(**numerics), rngs=nnx.Rngs(0)))
+        return jax.jit(lambda: nnx.merge(graph, params).features_at(images, (1, 3)))()
+
+    exact = features()
+    for backend, stacked in (("cpu", False), ("tpu", True), ("gpu", False)):
+        found = features(quantised=format, backend=backend, stacked=stacked)
+        for layer, expected in exact.items():
+            near = cosines(expected, found[layer])
+            assert np.median(near) >= {"int8": 0.999, "fp8": 0.997}[format], (backend, layer)
+            assert np.percentile(near, 1) >= 0.99
+            assert np.abs(near - 1).max() > 1e-7  # it was quantised
+
+
+@pytest.fixture
+def settings(tmp_path):
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+
+    def of(precision: str | None):
+        config.teacher.precision = precision
+        return settings_of(config)
+
+    return of
+
+
+def test_a_run_differs_in_the_teacher_s_features_alone(settings):
+    """The null spaces and the student start as without; losses are near; 8-bit work is counted."""
+    batch = {
+        "image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8),
+        "label": np.zeros(8, np.int32),
+    }
+    started, losses, counted = {}, {}, {}
+    for precision in (None, *FORMATS):
+        runs = setup_students(settings(precision), 64, 10)
+        run, teacher = runs.any, runs.load_teacher()
+        state = run.init_state(teacher)
+        started[precision] = jax.device_get(state)
+        arguments = runs.students, runs.states, runs.teacher, 8
+        counted[precision] = parts_flops(*arguments, quantised=True), parts_flops(*arguments)
+        step = jit_step(run.distillation, run.mesh, state, teacher)
+        on_devices = parallel.put_batch(batch, parallel.batch_sharding(run.mesh))
+        for _ in range(3):
+            state, metrics = step(state, teacher, on_devices, np.bool_(True))
+        losses[precision] = jax.device_get(metrics)
+    assert not sum(counted[None][0].values())
+    for precision in FORMATS:
+        jax.tree.map(np.testing.assert_array_equal, started[precision], started[None])
+        for term in ("loss_kd", "loss_outlier", "loss_info"):
+            near, exact = losses[precision][term], losses[None][term]
+            assert near != exact
+            np.testing.assert_allclose(near, exact, rtol=0.05, err_msg=term)
+        eight_bits, every = counted[precision]
+        assert every == counted[None][1]
+        arch = run.distillation.teacher.spec.arch
+        tokens, dim = arch.num_patches + 1, arch.embed_dim
+        block = 2 * 8 * tokens * dim * (3 + arch.mlp_ratio) * dim
+        assert eight_bits["teacher"] == arch.depth * block
+        assert 0 < eight_bits["method"] < every["method"]
+
+
+def test_a_missing_library_is_named(settings, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"teacher\.precision: int8 needs qwix; pip install"):
+        setup_students(settings("int8"), 64, 10)
