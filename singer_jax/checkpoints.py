@@ -7,7 +7,6 @@ compared with a checksum that was taken on the device when it was saved.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
@@ -23,16 +22,6 @@ from singer_jax import parallel
 from singer_jax.errors import RunError
 from singer_jax.files import as_path, check_takes_checkpoints
 from singer_jax.models.params import Params, join, split
-from singer_jax.ranges import COUNT
-from singer_jax.settings import Settings, setting
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointSettings(Settings):
-    """When a run is saved."""
-
-    every: int = setting(1000, COUNT, "between two checkpoints", "steps")
-    keep: int = setting(2, COUNT, "how many of them are kept, the latest")
 
 
 def checksum(leaf: Array) -> UInt32[Array, ""]:

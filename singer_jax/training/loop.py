@@ -21,6 +21,14 @@ States = Mapping[str, TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointSettings(Settings):
+    """When a run is saved."""
+
+    every: int = setting(1000, COUNT, "between two checkpoints", "steps")
+    keep: int = setting(2, COUNT, "how many of them are kept, the latest")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalsSettings(Settings):
     """Evaluation while training: kNN and the held-out losses, on the test split."""
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from singer_jax import methods, parallel
 from singer_jax import settings as settings_lib
-from singer_jax.checkpoints import CheckpointSettings
 from singer_jax.data.registry import TrainingDataSettings
 from singer_jax.errors import InputError
 from singer_jax.methods.section import MethodSection
@@ -28,7 +27,7 @@ from singer_jax.settings import (
     to_dict,
 )
 from singer_jax.telemetry import LogSettings
-from singer_jax.training.loop import EvalsSettings
+from singer_jax.training.loop import CheckpointSettings, EvalsSettings
 from singer_jax.training.optimizer import OptimizerSettings, ScheduleSettings
 
 SCHEDULES = ("together", "one_by_one")

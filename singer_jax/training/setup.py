@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from singer_jax import backends, methods, parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.methods import Method, Needs, nullspace
 from singer_jax.models.architecture import PRECISIONS, Numerics
@@ -28,6 +27,9 @@ from singer_jax.models.zoo import ModelSpec
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.step import Distillation, Students, TrainState
+
+if TYPE_CHECKING:  # a step needs no orbax
+    from singer_jax.checkpoints import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
