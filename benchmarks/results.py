@@ -36,13 +36,16 @@ def report(
     rows: Sequence[Mapping[str, object]],
     device: str,
     packages: Sequence[str],
+    keep: bool = True,
 ) -> None:
-    """Prints a table and appends it to RESULTS.md."""
+    """Prints a table and, unless told not to keep it, appends it to RESULTS.md."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     table = "\n".join(lines)
     print(table)
+    if not keep:
+        return
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     with RESULTS.open("a") as file:
         file.write(
