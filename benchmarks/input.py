@@ -1,31 +1,42 @@
-"""How many images one core decodes, crops and flips in a second, alone and in the real loader.
+"""How many images one core decodes, crops and flips in a second, alone and in a real loader.
 
+  pip install ".[bench]" && pip install --no-deps timm torchvision==0.28.0
   python -m benchmarks.input
 
-500 x 375 JPEGs (ImageNet's usual size), crops of 224. Alone: CPU seconds of the
-transform in one process. Loader: CPU seconds of the whole process tree, batches of 64, one worker.
+500 x 375 JPEGs (ImageNet's usual size), crops of 224; ours, fast and exact, against torchvision's
+RandomResizedCrop and RandomHorizontalFlip of Pillow images. They take turns. Alone: CPU seconds of
+the transform in one process. Loader: CPU seconds of the whole process tree, batches of 64, one
+worker: grain's, and PyTorch's. The error is that of the fast crop against Pillow's exact one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from benchmarks.make_inputs import write_images
 from benchmarks.results import report
+from benchmarks.step import import_timm
 from singer_jax.data.images import TrainTransform, open_image
 from singer_jax.data.loader import train_batches
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
+
+FAST, EXACT, THEIRS = "ours, fast", "ours, exact", "torchvision"
 
 
 def cpu_seconds() -> float:
@@ -34,24 +45,87 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def alone(photos: list[bytes]) -> float:
-    """CPU seconds an image."""
-    transform, rng = TrainTransform(224), np.random.default_rng(0)
+def torchvision_transforms() -> Any:
+    """From a Pillow image to uint8 [3, 224, 224]."""
+    import_timm()  # which makes torchvision importable on a machine without a GPU
+    from torchvision import transforms
+
+    crop, flip = transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, transforms.PILToTensor()])
+
+
+class Torchvision:
+    """A data set of the files of a folder; read, decoded and cropped when asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.transform = files, torchvision_transforms()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(Image.open(self.files[index]).convert("RGB")), 0
+
+
+def per_image(one: Callable[[bytes], Any], photos: list[bytes]) -> float:
+    """CPU seconds."""
     start = time.process_time()
     for stored in photos:
-        transform(open_image(stored), rng)
+        one(stored)
     return (time.process_time() - start) / len(photos)
 
 
-def loaded(folder: Path, batches: int) -> float:
+def alone(photos: list[bytes]) -> dict[str, Callable[[], float]]:
+    """CPU seconds an image of each pipeline."""
+    theirs = torchvision_transforms()
+
+    def of_theirs(stored: bytes) -> Any:
+        return theirs(Image.open(io.BytesIO(stored)).convert("RGB"))
+
+    def ours(fast: bool) -> Callable[[bytes], Any]:
+        transform, rng = TrainTransform(224, fast=fast), np.random.default_rng(0)
+        return lambda stored: transform(open_image(stored), rng)
+
+    each = {FAST: ours(True), EXACT: ours(False), THEIRS: of_theirs}
+    return {name: functools.partial(per_image, one, photos) for name, one in each.items()}
+
+
+def their_batches(folder: Path, count: int) -> None:
+    """Takes batches from PyTorch's loader."""
+    from torch.utils.data import DataLoader
+
+    files = sorted(folder.iterdir())
+    files *= -(-64 * (count + 3) // len(files))  # as long as an epoch of a real one
+    loader = iter(DataLoader(Torchvision(files), 64, shuffle=True, num_workers=1))
+    for _ in range(count):
+        next(loader)
+    del loader
+
+
+def difference(photos: list[bytes]) -> tuple[float, float]:
+    """Mean and 99th percentile of the fast crop's error, in grey levels of 255."""
+    errors = []
+    for seed, stored in enumerate(photos):
+        fast, exact = (
+            TrainTransform(224, fast=kind)(open_image(stored), np.random.default_rng(seed))
+            for kind in (True, False)
+        )
+        errors.append(np.abs(fast.astype(int) - exact))
+    return float(np.mean(errors)), float(np.percentile(errors, 99))
+
+
+def loaded(folder: Path, batches: int, which: str) -> float:
     """CPU seconds an image, without what starting and ending the loader takes."""
 
     def take(count: int) -> float:
         start = cpu_seconds()
+        if which == THEIRS:
+            their_batches(folder, count)
+            return cpu_seconds() - start
         source = make_source(str(folder), "", TRAIN)
         loader = train_batches(
             source,
-            TrainTransform(224),
+            TrainTransform(224, fast=which == FAST),
             batch_size=64,
             seed=0,
             start=0,
@@ -79,21 +153,31 @@ def main() -> None:
         folder = Path(name) / "images"
         write_images(arguments.images, folder)
         photos = [file.read_bytes() for file in sorted(folder.iterdir())]
-        times = {"transform alone": [], "loader, one worker": []}
+        mean, largest = difference(photos)
+        ways = {("transform alone", name): one for name, one in alone(photos).items()}
+        for name in (FAST, EXACT, THEIRS):
+            loading = functools.partial(loaded, folder, 16, name)
+            ways["loader, one worker", name] = loading
+        times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
         for _ in range(arguments.repeats):
-            times["transform alone"].append(alone(photos))
-            times["loader, one worker"].append(loaded(folder, 16))
+            for way, measure in ways.items():
+                times[way].append(measure())
+    medians = {way: statistics.median(found) for way, found in times.items()}
     rows = [
         {
             "what": what,
-            "CPU ms an image": f"{1e3 * statistics.median(found):.2f}",
+            "pipeline": name,
+            "CPU ms an image": f"{1e3 * medians[what, name]:.2f}",
             "min..max": f"{1e3 * min(found):.2f}..{1e3 * max(found):.2f}",
-            "images/s a core": f"{1 / statistics.median(found):.0f}",
+            "images/s a core": f"{1 / medians[what, name]:.0f}",
+            "than torchvision": f"{medians[what, THEIRS] / medians[what, name]:.2f} x",
+            "error": f"{mean:.2f}, 99th percentile {largest:.0f}" if name == FAST else "",
         }
-        for what, found in times.items()
+        for (what, name), found in times.items()
     ]
     command = f"python -m benchmarks.input {' '.join(sys.argv[1:])}".strip()
-    report("Decoding, 500 x 375 JPEGs", command, rows, "", ("pillow", "grain", "numpy"))
+    libraries = ("pillow", "simplejpeg", "opencv-python-headless", "grain", "torch", "torchvision")
+    report("Decoding, 500 x 375 JPEGs", command, rows, "", libraries)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ _PAPER: dict[str, dict[str, Any]] = {
         "method.weights.ce": 0.0,
         "method.train_generator": False,
         "data.normalisation": "imagenet",
+        "data.decode": "exact",
     },
     "evaluate": {"data.normalisation": "imagenet", "probe.depth_zero_as_bin": True},
     "nullspace": {"precision": "float32", "data.normalisation": "imagenet"},

@@ -76,6 +76,11 @@ class TrainingDataSettings(SizedDataSettings):
         "smallest and largest width of a crop over its height",
     )
     flip: float = setting(0.5, SHARE, "probability that a crop is mirrored")
+    decode: str = setting(
+        "fast",
+        OneOf(("fast", "exact")),
+        "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
+    )
     strict: bool = setting(False, Flag(), "an unreadable image stops the run")
 
 

@@ -194,7 +194,9 @@ def _batches(
     unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     batches = train_batches(
         source,
-        TrainTransform(run.image_size, data.crop_area, data.crop_ratio, data.flip),
+        TrainTransform(
+            run.image_size, data.crop_area, data.crop_ratio, data.flip, data.decode == "fast"
+        ),
         batch_size=settings.batch_size,
         seed=settings.seed,
         start=start,

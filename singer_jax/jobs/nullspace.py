@@ -20,7 +20,8 @@ from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.models.network import ModelSettings, Network, resolve_model
+from singer_jax.models.network import Network, TeacherSettings, resolve_model
+from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
 from singer_jax.ranges import BETWEEN, COUNT, FROM_ZERO, Each, Flag, OneOf, Text, optional
 from singer_jax.report.pictures import save_spectra
@@ -38,7 +39,7 @@ class NullspaceSettings(Settings):
     """Of which teacher, on which images."""
 
     job: str = setting("nullspace", OneOf(("nullspace",)), "the command")
-    teacher: ModelSettings = section(ModelSettings())
+    teacher: TeacherSettings = section(TeacherSettings())
     precision: str = setting(
         "bfloat16", OneOf(tuple(PRECISIONS)), "of activations, and of the teacher's parameters"
     )
@@ -83,6 +84,9 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     layers = teacher_layers(settings.layers, settings.append_last, DEPTHS, spec.arch)
     for rule, threshold in thresholds:
         spaces.check_threshold(rule, threshold, spec.arch.embed_dim)
+    quantised = settings.teacher.precision
+    if quantised:
+        check_installed(quantised)
     images = make_source(data.source, data.path, TRAIN)
     few = evenly(images, settings.images)
     make_workdir(workdir)
@@ -92,7 +96,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     graph, params = load_model(
         spec,
         weights,
-        Numerics(dtype, dtype),
+        Numerics(dtype, dtype, quantised=quantised, backend=parallel.platform(mesh)),
         lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
     network = Network(spec, graph)

@@ -34,6 +34,7 @@ _RESUMABLE = (
     "steps",
     "epochs",
     "data.path",
+    "data.decode",
     "data.workers",
     "data.strict",
     "mesh.",

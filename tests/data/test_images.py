@@ -125,6 +125,68 @@ def test_a_train_crop_is_the_resized_box_flipped_half_the_time():
     assert TrainTransform(8, **whole, flip=0.0)(image, np.random.default_rng(1)).shape == (8, 8, 3)
 
 
+def photo(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (46, 62, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noise = rng.integers(-3, 4, smooth.shape)
+    return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (90, 120), (1601, 1203), (2200, 300)])
+def test_fast_crops_are_the_exact_ones_nearly(size):
+    """The same box and the same flip; enlarged, reduced, and halved by the decoder."""
+    stored = encoded(photo(*size), "JPEG", quality=90)
+    for seed in range(8):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        fast, exact = (
+            TrainTransform(112, fast=kind)(open_image(stored), rng).astype(int)
+            for kind, rng in zip((True, False), rngs, strict=True)
+        )
+        assert rngs[0].bit_generator.state == rngs[1].bit_generator.state
+        difference = np.abs(fast - exact)
+        assert difference.mean() < 1 and np.percentile(difference, 99) <= 5
+        assert abs((fast - exact).mean()) < 0.5  # nothing is shifted or brighter
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        encoded(Image.fromarray(RGB), "PNG"),
+        encoded(Image.fromarray(RGB).convert("L"), "JPEG"),
+        encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG"),
+        RGB,
+    ],
+    ids=["png", "grey", "cmyk", "array"],
+)
+def test_what_is_no_jpeg_in_colours_is_the_same_fast_or_exact(stored):
+    found = [
+        TrainTransform(8, fast=fast)(open_image(stored), np.random.default_rng(0))
+        for fast in (True, False)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_fast_crop_of_a_turned_image_is_turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(photo(90, 120), "JPEG", quality=95, exif=exif)
+    fast, exact = (
+        TrainTransform(32, fast=kind)(open_image(turned, exif=True), np.random.default_rng(0))
+        for kind in (True, False)
+    )
+    np.testing.assert_array_equal(fast, exact)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_jpeg_that_ends_too_early_is_damaged_fast_or_exact(kept):
+    whole = encoded(photo(90, 120), "JPEG", quality=95)
+    for fast in (True, False):
+        opened = open_image(whole[: int(kept * len(whole))])
+        with pytest.raises(UnreadableImage):
+            TrainTransform(32, fast=fast)(opened, np.random.default_rng(0))
+
+
 def test_large_jpegs_are_decoded_smaller_with_the_same_content():
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
