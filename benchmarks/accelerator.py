@@ -37,7 +37,7 @@ def matmul_rate(size: int) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
-def attention(images: int) -> dict[str, float]:
+def blocks(images: int) -> dict[str, float]:
     """Seconds of a ViT-L block, forward and backward, with and without fused attention."""
     import dataclasses
     from unittest import mock
@@ -46,7 +46,7 @@ def attention(images: int) -> dict[str, float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from singer_jax import backends
+    from singer_jax.models import attention, layers
     from singer_jax.models.architecture import Numerics
     from singer_jax.models.vit import VisionTransformer
     from singer_jax.models.zoo import lookup
@@ -55,9 +55,9 @@ def attention(images: int) -> dict[str, float]:
     x = jax.random.normal(jax.random.key(0), (images, 197, arch.embed_dim), jnp.bfloat16)
     found = {}
     for name, fused in (("fused", True), ("plain", False)):
-        if fused and not backends.has_fused_attention():
+        if fused and not attention.has_fused_attention():
             continue
-        with mock.patch.object(backends, "has_fused_attention", lambda fused=fused: fused):
+        with mock.patch.object(layers, "has_fused_attention", lambda fused=fused: fused):
             model = VisionTransformer(arch, Numerics(jnp.bfloat16, jnp.bfloat16), rngs=nnx.Rngs(0))
         graph, params = nnx.split(model)
 
@@ -124,8 +124,8 @@ def main() -> None:
         return f"{measured[than].median / ours:.2f} x" if than in measured else NOT_MEASURED
 
     share = measured["jax"].facts["flops"] / ours / rate if rate else None
-    blocks = in_process(f"attention({2 if arguments.small else 128})", 90) or {}
-    both = "fused" in blocks
+    seconds = in_process(f"blocks({2 if arguments.small else 128})", 90) or {}
+    both = "fused" in seconds
     tell(
         "Targets",
         [
@@ -143,7 +143,7 @@ def main() -> None:
                 (
                     "ViT-L block with gradient, fused attention",
                     "below 1 of the plain form",
-                    f"{blocks['fused'] / blocks['plain']:.2f}" if both else NOT_MEASURED,
+                    f"{seconds['fused'] / seconds['plain']:.2f}" if both else NOT_MEASURED,
                 ),
             )
         ],

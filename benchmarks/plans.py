@@ -7,11 +7,17 @@
 
 `--configs` are shipped ones (default: every distillation of one student), `--images` those a chip,
 `--batch` the global ones instead. Rows are printed as they come; the table is appended at the end.
+
+The last columns are of more chips with the same program on each, as it is with data parallelism:
+the rate a chip of 256 against that of these, and a step of 512 and of 4,096 images on as many chips
+as give each so many images.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +28,7 @@ from benchmarks.results import report
 from singer_jax import chips
 from singer_jax.errors import InputError
 from singer_jax.jobs.plan import PlanSettings, planned
+from singer_jax.training.roofline import Cost
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -54,7 +61,20 @@ def row(config: str, change: str, topology: str, batch: int) -> dict[str, str]:
         "images/s a chip": f"{found.images_per_second / found.count:.0f}",
         "MFU": f"{found.mfu:.0%}",
         "compiler's CPU s": f"{found.compile_cpu_seconds:.0f}",
+        "rate at 256 chips": f"{found.step_seconds / _on(found, 256).step_seconds:.1%}",
+        "512 images": _of_batch(found, 512),
+        "4,096 images": _of_batch(found, 4096),
     }
+
+
+def _on(found: Cost, count: int) -> Cost:
+    """The same program on each of another number of chips."""
+    return dataclasses.replace(found, count=count, images=found.images // found.count * count)
+
+
+def _of_batch(found: Cost, images: int) -> str:
+    count = images // (found.images // found.count)
+    return f"{count} chips, {1e3 * _on(found, count).step_seconds:.1f} ms"
 
 
 def main() -> None:
@@ -64,15 +84,16 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=shipped)
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2"])
     parser.add_argument("--change", default="")
-    parser.add_argument("--images", type=int, default=128, help="a chip")
+    parser.add_argument("--images", type=int, nargs="+", default=[128], help="a chip")
     parser.add_argument("--batch", type=int, default=0, help="of all chips, instead")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for topology in arguments.topologies:
-        batch = arguments.batch or arguments.images * len(chips.described(topology))
-        for config in arguments.configs:
+        count = len(chips.described(topology))
+        batches = [arguments.batch] if arguments.batch else [count * n for n in arguments.images]
+        for config, batch in itertools.product(arguments.configs, batches):
             rows.append(row(config, arguments.change, topology, batch))
             print(rows[-1], flush=True)
     report(

@@ -26,3 +26,17 @@ prepare() {
     cat requirements.txt pyproject.toml >".venv/installed $what"
   fi
 }
+
+# The compiler for NVIDIA GPUs, which needs none, beside the environment and not in it: jax would look
+# for a device in every process.
+prepare_gpu_compiler() {
+  local folder=.venv/gpu_compiler version
+  version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
+  if [ "$(cat "$folder/version" 2>/dev/null)" != "$version" ]; then
+    echo "installing the compiler for GPUs into $folder"
+    rm -rf "$folder"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+      --target "$folder" "jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version" "nvidia-cudnn-cu13>=9.8"
+    echo "$version" >"$folder/version"
+  fi
+}

@@ -3,6 +3,7 @@
 # pytest. PYTHON names another interpreter.
 source "$(dirname "$0")/common.sh"
 prepare '.[dev]'
+prepare_gpu_compiler
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
 # A file's tests stay together: what they share is made once.

@@ -9,13 +9,8 @@ Nothing was measured on a GPU; it takes what suits an accelerator.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 
 import jax
-import jax.numpy as jnp
-
-LOG = logging.getLogger("singer_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +31,9 @@ class Choices:
         the heads joined by the last product. On a TPU the one product for all three is written,
         read and written again in other tiles: a ViT-L block moves 1.7 GB instead of 2.1 forward,
         7.6 instead of 9.3 with the gradient of its input; small models see no difference.
-      fused_attention: cuDNN's kernel, where `has_fused_attention`. A TPU's compiler fuses the
-        softmax with its products by itself and writes 0.2 GB of weights a block in bfloat16.
+      fused_attention: cuDNN's kernel, where it is found (`models.attention`). A TPU's compiler
+        fuses the softmax with its products by itself and writes 0.2 GB of weights a block in
+        bfloat16.
       one_by_one: several students of a step after each other even where all fit into memory. The
         CPU asks for its temporaries anew in each step, and the system clears them: four students
         took 0.91 of the time of four runs together, 0.66 one by one (benchmarks/RESULTS.md).
@@ -72,25 +68,3 @@ _CHOICES = {
 def choices(platform: str = "") -> Choices:
     """Those of a platform as a device names it; empty: of the default device."""
     return _CHOICES.get(platform or jax.default_backend(), _CHOICES["gpu"])
-
-
-@functools.cache
-def has_fused_attention() -> bool:
-    """Whether cuDNN's attention compiles here, with its gradient.
-
-    It needs a GPU of compute capability 8 and a library that fits; without them the models take
-    their own.
-    """
-    if jax.default_backend() != "gpu":
-        return False
-    x = jax.ShapeDtypeStruct((2, 197, 3, 64), jnp.bfloat16)
-
-    def total(x: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(x, x, x, implementation="cudnn").sum()
-
-    try:
-        jax.jit(jax.grad(total)).lower(x).compile()
-    except Exception as error:  # of the library's own kinds
-        LOG.warning("cuDNN's attention is not used: %s", str(error).strip().splitlines()[0])
-        return False
-    return True

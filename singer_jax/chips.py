@@ -69,27 +69,71 @@ _ENVIRONMENT = {
 }
 
 
+_EXAMPLES = "give kind and shape, such as v5e:4x4, v5p:2x2x1 or h100:8"
+
+# What the compiler asks of a GPU beside its data sheet: by the name in a topology the device's, and
+# its compute capability, multiprocessors and shared memory of each in bytes.
+_GPUS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 167936),
+    "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 233472),
+    "h200": ("NVIDIA H200", 9, 132, 233472),
+}
+
+# The compiler may not try kernels out, and has no good guess for its own products of matrices.
+WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Options with which jax compiles for a GPU that is not here: products are cuBLAS's."""
+
+
 def described(topology: str) -> list[Any]:
-    """The chips of a TPU slice that is not here, as devices for which jax can compile.
+    """The chips of a TPU slice, or the GPUs of a node, that are not here; jax can compile for them.
 
     Args:
-      topology: kind and shape, such as `v5e:4x4` or `v5p:2x2x1`.
+      topology: kind and shape, such as `v5e:4x4` or `v5p:2x2x1`; of GPUs their number, `h100:8`.
 
     Raises:
-      InputError: no such slice, or libtpu, the compiler, is not installed.
+      InputError: no such chips, or their compiler is not installed.
     """
     from jax.experimental import topologies
 
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("topology: the TPU's compiler is not installed; pip install libtpu")
-    # Both cores of a v4 chip are one device, as on Google Cloud.
-    cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    kind, _, shape = topology.partition(":")
+    if kind in _GPUS:
+        platform, package, extra = "cuda", "jax_cuda13_plugin", "plan-gpu"
+        options = {"topology_name": "", "target_config": _target(kind)}
+        options["topology"] = f"1x1x{shape}"
+    else:
+        platform, package, extra = "tpu", "libtpu", "plan"
+        options = {"topology_name": topology}
+        if kind == "v4":  # both cores of a chip are one device, as on Google Cloud
+            options["chip_config_name"] = "megacore"
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"topology: the compiler for {topology!r} is not installed; "
+            f"pip install 'singer-jax[{extra}]'"
+        )
     try:
         with mock.patch.dict(os.environ, _ENVIRONMENT):
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+            found = topologies.get_topology_desc(platform=platform, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"topology: {topology!r}: {reason}; give kind and shape, such as v5e:4x4 or v5p:2x2x1"
-        ) from error
+        raise InputError(f"topology: {topology!r}: {reason}; {_EXAMPLES}") from error
     return list(found.devices)
+
+
+def _target(kind: str) -> str:
+    """A `GpuTargetConfigProto`, by which XLA compiles without the device."""
+    name, capability, cores, shared = _GPUS[kind]
+    sheet = chip(name)
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {capability} }}
+          core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.5 threads_per_warp: 32
+          threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+          shared_memory_per_block_optin: {shared - 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {sheet.bandwidth:.0f} device_memory_size: {sheet.memory:.0f}
+          l2_cache_size: 52428800
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{name}"
+    """

@@ -195,6 +195,8 @@ class _Program:
                 return sum(reads[1:]) + size * any(array.main for array in one.results)
             case "fusion":
                 return self._of_fusion(one, reads, writes)
+            case "custom-call" if "__cu" in one.attributes and len(one.results) > 1:
+                return sum(reads) + writes - one.results[-1].size  # the library's scratch memory
             case "iota" | "rng-bit-generator" | "broadcast":
                 return sum(reads) + writes
         if one.opcode.endswith("-start"):  # a collective: its results hold operands, too

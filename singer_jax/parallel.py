@@ -235,6 +235,9 @@ def device_memory(mesh: Mesh) -> int:
     return found
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """Options for `jax.jit` of a function with a backward pass."""
-    return dict(backends.choices(platform(mesh)).compiler_options) or None
+    options = dict(backends.choices(platform(mesh)).compiler_options)
+    if platform(mesh) == "gpu" and chips.is_described(mesh.devices.flat[0]):
+        options |= chips.WITHOUT_A_GPU
+    return options or None

@@ -57,6 +57,11 @@ FAST = "f32[1,1024,1024]{2,1,0:T(8,128)S(1)}"
 @pytest.mark.parametrize(
     ("line", "moves"),
     [
+        (
+            "%a = (f32[1024,1024]{1,0}, s8[33554432]{0}) custom-call(%p0), "
+            'custom_call_target="__cublas$gemm"',
+            9 * MATRIX,  # without its scratch memory
+        ),
         (f"%a = {WHOLE} negate(%p0)", 16 * MATRIX),
         (f"%a = {WHOLE.replace(')}', ')S(1)}')} negate(%p0)", 8 * MATRIX),
         # A fetch of a slice into fast memory reads the slice, not the array.

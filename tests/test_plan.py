@@ -200,7 +200,8 @@ def test_the_roofline():
         ({"plan": "singer_vitl_vitt", "change": "stepz=1"}, "stepz"),
         ({"plan": "singer_vitl_vitt", "change": "steps=-1"}, "steps: -1"),
         ({"plan": "singer_vitl_vitt", "topology": "v5e:3x3"}, "topology: 'v5e:3x3'"),
-        ({"plan": "singer_vitl_vitt", "topology": "h100"}, "such as v5e:4x4"),
+        ({"plan": "singer_vitl_vitt", "topology": "h900:8"}, "such as v5e:4x4"),
+        ({"plan": "singer_vitl_vitt", "topology": "h100:8"}, "pip install 'singer-jax[plan-gpu]'"),
         ({"plan": "singer_vitl_vitt", "batch_size": "many"}, "batch_size: 'many'"),
         ({"plan": "singer_vitl_vitt", "batch_size": "6"}, "not divisible"),
     ],
@@ -215,8 +216,17 @@ def test_what_is_wrong(tmp_path, capsys, settings, named):
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install libtpu"):
+    with pytest.raises(InputError, match=r"pip install .singer-jax\\[plan\\]"):
         chips.described("v5e:2x2")
+
+
+def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
+    """Its compiler takes any size."""
+    taken = program.Program(None, 10**12, "")
+    monkeypatch.setattr(roofline, "compile_step", lambda *arguments: taken)
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["NVIDIA H100"])
+    with pytest.raises(DoesNotFit, match="16 images a chip, which does not fit into its memory"):
+        planned(PlanSettings(plan="singer_vitl_vitt", change=TINY), jax.devices()[:4])
 
 
 def test_products_are_planned_as_they_run():

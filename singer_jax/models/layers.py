@@ -16,9 +16,9 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
 
-from singer_jax import backends
 from singer_jax.models import quantised
 from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.attention import attend, has_fused_attention
 
 Rotation = Float[Array, "2 patches head_dim"]
 """Sine and cosine of the angle by which each patch turns each pair of channels."""
@@ -129,35 +129,6 @@ def _rotate(x: Float[Array, "batch tokens heads head_dim"], by: Rotation) -> Arr
     return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=1)
 
 
-def attend(
-    query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch tokens heads head_dim"],
-    value: Float[Array, "batch tokens heads head_dim"],
-    fused: bool = False,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
-
-    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`
-    (benchmarks/choices.py measures what it is worth).
-
-    Args:
-      query, key, value: heads beside each other, as a projection gives them.
-      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32.
-    """
-    if fused and query.dtype != jnp.float32:
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    mixed = jnp.einsum(
-        "bhqk,bkhd->bqhd",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
-    return (mixed / weights.sum(-1)[..., None].swapaxes(1, 2)).astype(value.dtype)
-
-
 def _split_heads(
     x: Float[Array, "batch tokens dim"], parts: int, num_heads: int
 ) -> list[Float[Array, "batch tokens heads head_dim"]]:
@@ -182,7 +153,7 @@ class Attention(nnx.Module):
             self.v_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
         self.proj = linear(dim, dim, numerics, rngs)
         self.apart = numerics.choices.project_apart
-        self.fused = numerics.choices.fused_attention and backends.has_fused_attention()
+        self.fused = numerics.choices.fused_attention and has_fused_attention()
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None

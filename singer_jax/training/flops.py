@@ -112,6 +112,10 @@ def _of_equation(equation: Any, quantised: bool) -> Mapping[str, int]:
         return {"": 2 * depth * math.prod(equation.outvars[0].aval.shape)}
     if name == "conv_general_dilated":
         return {"": _of_convolution(equation)}
+    if name.startswith("dot_product_attention_") and not quantised:  # cuDNN's
+        batch, queries, heads, dim = equation.invars[0].aval.shape
+        products = 2 if "_fwd" in name else 4
+        return {"": 2 * products * batch * heads * queries * equation.invars[1].aval.shape[1] * dim}
     inner = [_of_jaxpr(jaxpr, quantised) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
         return max(inner, key=lambda branch: branch.total())

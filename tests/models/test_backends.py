@@ -10,6 +10,7 @@ from flax import nnx
 
 from singer_jax import parallel
 from singer_jax.models.architecture import Numerics
+from singer_jax.models.attention import attend, attend_padded
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import load_model
@@ -104,3 +105,20 @@ def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
 def test_what_a_model_says_of_itself_does_not_depend_on_the_backend():
     plain = Numerics()
     assert repr(dataclasses.replace(plain, backend="tpu", stacked=True)) == repr(plain)
+
+
+def test_attention_of_an_odd_number_of_tokens_is_that_of_the_padded_one():
+    """As cuDNN's gradient needs it: the added token is seen by nobody and sees nobody."""
+    heads = jax.random.normal(jax.random.key(0), (3, 2, 17, 3, 8))
+
+    def total(attention, *heads):
+        return jnp.sum(jnp.sin(attention(*heads)))
+
+    def padded(*heads):
+        return attend_padded(*heads, implementation="xla")
+
+    expected = jax.grad(total, argnums=(1, 2, 3))(attend, *heads)
+    found = jax.grad(total, argnums=(1, 2, 3))(padded, *heads)
+    np.testing.assert_allclose(padded(*heads), attend(*heads), rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)  # sums in another order

@@ -1,0 +1,97 @@
+"""Scaled dot-product attention: our own form, and cuDNN's kernel.
+
+Axis names: batch, tokens, queries, heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LOG = logging.getLogger("singer_jax")
+
+
+def attend(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    fused: bool = False,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
+
+    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`
+    (benchmarks/choices.py measures what it is worth).
+
+    Args:
+      query, key, value: heads beside each other, as a projection gives them.
+      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32.
+    """
+    if fused and query.dtype != jnp.float32:
+        return _attend_by_cudnn(query, key, value)
+    query = query * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "bhqk,bkhd->bqhd",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed / weights.sum(-1)[..., None].swapaxes(1, 2)).astype(value.dtype)
+
+
+@jax.custom_vjp
+def _attend_by_cudnn(query: Array, key: Array, value: Array) -> Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def attend_padded(query: Array, key: Array, value: Array, implementation: str = "cudnn") -> Array:
+    """`attend` on an even number of tokens: jax has cuDNN's gradient for no odd one, such as 197.
+
+    The added tokens are masked.
+
+    Args:
+      query, key, value: as of `attend`.
+      implementation: of `jax.nn.dot_product_attention`.
+    """
+    batch, tokens = query.shape[:2]
+    padded = [jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (query, key, value)]
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    mixed = jax.nn.dot_product_attention(
+        *padded,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return mixed[:, :tokens]
+
+
+# The teacher's pass has no gradient and needs no padding.
+_attend_by_cudnn.defvjp(
+    lambda *heads: jax.vjp(attend_padded, *heads), lambda gradient_of, mixed: gradient_of(mixed)
+)
+
+
+@functools.cache
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention compiles here, with its gradient.
+
+    It needs a GPU of compute capability 8 and a library that fits; without them the models take
+    their own. Where no GPU is, for one that is only described, the library is enough.
+    """
+    x = jax.ShapeDtypeStruct((2, 197, 3, 64), jnp.bfloat16)
+    here = jax.default_backend() == "gpu"
+    try:
+        traced = jax.jit(jax.grad(lambda x: attend(x, x, x, fused=True).sum())).trace(x)
+        if here:
+            traced.lower().compile()
+    except Exception as error:  # of the library's own kinds
+        if here:
+            reason = str(error).strip().splitlines()[0]
+            LOG.warning("cuDNN's attention is not used: %s", reason)
+        return False
+    return True
