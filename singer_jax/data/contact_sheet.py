@@ -43,7 +43,7 @@ def _cell(image: Image.Image, label: Any) -> np.ndarray:
     if isinstance(label, int):
         return EvalTransform(_SIDE)(image)
     rng = np.random.default_rng(0)
-    if isinstance(label, np.ndarray):
+    if isinstance(label, np.ndarray) and label.dtype.kind == "f":
         pixels, metres = DepthTransform(_SIDE, train=False)(image, label, rng)
         grey = (metres.clip(0, 10) * 25.5).astype(np.uint8)
         below = np.repeat(grey[..., None], 3, axis=-1)

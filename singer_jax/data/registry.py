@@ -7,15 +7,17 @@ import os
 from pathlib import Path
 
 from singer_jax.data.benchmarks import BENCHMARKS, open_benchmark
+from singer_jax.data.scenes import LABELS, SceneSettings, ScenesSource
 from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
 from singer_jax.errors import InputError
 from singer_jax.files import check_local
 from singer_jax.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.settings import Settings, section, setting
 
 # Named in messages; any other TFDS name is read too.
 SOURCES = (
     "digits",
+    *LABELS,
     "folder",
     "imagenet2012",
     "imagenet_v2",
@@ -37,7 +39,7 @@ class DataSettings(Settings):
     source: str = setting(
         "imagenet2012",
         NAME,
-        "`digits`, `folder` (or the path of one), a data set of docs/data.md or a TFDS name",
+        "`digits`, `scenes`, `folder` (or its path), a data set of docs/data.md or a TFDS name",
     )
     path: str = setting("", TEXT, "the folder; of TFDS its data directory")
     workers: int | None = setting(
@@ -50,6 +52,7 @@ class DataSettings(Settings):
         OneOf(("model", "imagenet")),
         "mean and deviation of each model's own, or ImageNet's for all (official code)",
     )
+    scenes: SceneSettings = section(SceneSettings())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +87,23 @@ class TrainingDataSettings(SizedDataSettings):
     strict: bool = setting(False, Flag(), "an unreadable image stops the run")
 
 
-def make_source(name: str, path: str, split: str) -> Source:
+def open_source(data: DataSettings, split: str) -> Source:
+    """The source that a user asks for; raises as `make_source`."""
+    return make_source(data.source, data.path, split, data.scenes)
+
+
+def make_source(
+    name: str, path: str, split: str, scenes: SceneSettings = SceneSettings()
+) -> Source:
     """The source of a name.
 
     Args:
-      name: `digits`; `folder`, or itself the path of a folder; a data set of `benchmarks`; else a
-        TFDS name.
+      name: `digits`; a key of `scenes.LABELS`; `folder`, or itself the path of a folder; a data set
+        of `benchmarks`; else a TFDS name.
       path: the folder; for TFDS the data directory, or a folder with the set's own layout
         (`train/` and `val/` with class folders), or one that holds the official archives' folders.
       split: `train` or `test`.
+      scenes: how many generated pictures, how large.
 
     Raises:
       InputError: unknown name, missing or empty folder, data that is not prepared.
@@ -101,6 +112,8 @@ def make_source(name: str, path: str, split: str) -> Source:
     check_local("data.path", path)
     if name == "digits":
         return DigitsSource(split)
+    if name in LABELS:
+        return ScenesSource(name, split, scenes)
     if os.sep in name or Path(name).is_dir():
         return FolderSource(name, split)
     if name == "folder":

@@ -43,6 +43,13 @@ TASKS: dict[str, Benchmark] = {
     "flowers": Benchmark("flowers"),
 }
 
+# The generated pictures of `data.source=scenes` with each kind of label; no part of the table.
+SCENES: dict[str, Benchmark] = {
+    "scenes": Benchmark("scenes", epochs=20),
+    "scenes_masks": Benchmark("scenes_masks", "segmentation", "miou", 20),
+    "scenes_depth": Benchmark("scenes_depth", "depth", "rmse", 20),
+}
+
 # Column: the tasks whose mean it is. DS is domain shift, FG fine-grained.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "IN-val": ("imagenet",),

@@ -9,7 +9,8 @@ from etils import epath
 
 from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
 from singer_jax.data.contact_sheet import contact_sheet
-from singer_jax.data.registry import DataSettings, make_source
+from singer_jax.data.registry import DataSettings, open_source
+from singer_jax.data.scenes import LABELS
 from singer_jax.data.sources import TEST, TRAIN, Source
 from singer_jax.errors import InputError
 from singer_jax.files import make_workdir, replacing
@@ -51,7 +52,7 @@ def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
       InputError: nothing there, or a data set that is there in part.
     """
     data = settings.data
-    names = tuple(BENCHMARKS) if data.source == "table1" else (data.source,)
+    names = {"table1": BENCHMARKS, "scenes": LABELS}.get(data.source, (data.source,))
     make_workdir(workdir)
     found, wrong = 0, []
     for name in names:
@@ -63,7 +64,7 @@ def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
                 source = (
                     open_benchmark(name, data.path, split)
                     if benchmark
-                    else make_source(name, data.path, split)
+                    else open_source(dataclasses.replace(data, source=name), split)
                 )
             except NotInstalled as error:
                 print(f"{name}: not installed: {error}")

@@ -21,7 +21,7 @@ from singer_jax import parallel
 from singer_jax.checkpoints import Checkpoints, fingerprint
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import Backbone, extract_each
@@ -59,7 +59,7 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     if settings.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     check_takes_checkpoints(workdir)
-    source = make_source(settings.data.source, settings.data.path, TRAIN)
+    source = open_source(settings.data, TRAIN)
     run = setup_students(settings, len(source), source.num_classes)
     steps = run.any.steps
     make_workdir(workdir)
@@ -230,7 +230,7 @@ def _evaluation(
       InputError: no test split, or one with fewer images than devices.
     """
     try:
-        test_split = make_source(settings.data.source, settings.data.path, TEST)
+        test_split = open_source(settings.data, TEST)
     except InputError as error:
         raise InputError(
             f"evals.every: {settings.evals.every}, but there is nothing to evaluate on: {error}; "

@@ -16,7 +16,7 @@ from etils import epath
 from singer_jax import hosts, methods, parallel, stopping
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.loader import worker_count
-from singer_jax.data.registry import DataSettings, make_source
+from singer_jax.data.registry import DataSettings, open_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
@@ -258,16 +258,13 @@ def _find_data(
     if data.source in named and table1.TASKS[named[data.source]].kind != "classification":
         chosen = (named[data.source],)
     elif data.source != "table1":
-        train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
-        if not train.num_classes:
-            raise InputError(f"data.source: {data.source} has no labels to probe")
-        if train.num_classes != test.num_classes:
-            raise InputError(
-                f"data.source: {data.source} has {train.num_classes} classes to train and "
-                f"{test.num_classes} to test"
-            )
-        name = Path(data.source).name
-        return {name: table1.Benchmark(data.source)}, {name: Split(train, test)}, {}
+        sources = tuple(table1.SCENES) if data.source == "scenes" else (data.source,)
+        found, splits = {}, {}
+        for source in sources:
+            name, benchmark = Path(source).name, table1.SCENES.get(source, table1.Benchmark(source))
+            found[name] = benchmark
+            splits[name] = _split(dataclasses.replace(data, source=source), benchmark.kind)
+        return found, splits, {}
     splits, skipped = {}, {}
     for name, benchmark in table1.TASKS.items():  # imagenet before what needs its head
         if name not in chosen:
@@ -287,6 +284,18 @@ def _find_data(
             "(docs/data.md), or give one as data.source"
         )
     return table1.TASKS, splits, skipped
+
+
+def _split(data: DataSettings, kind: str) -> Split:
+    train, test = (open_source(data, split) for split in (TRAIN, TEST))
+    if not train.num_classes and kind == "classification":
+        raise InputError(f"data.source: {data.source} has no labels to probe")
+    if train.num_classes != test.num_classes:
+        raise InputError(
+            f"data.source: {data.source} has {train.num_classes} classes to train and "
+            f"{test.num_classes} to test"
+        )
+    return Split(train, test)
 
 
 def _with_statistics(

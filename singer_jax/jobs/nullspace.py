@@ -11,7 +11,7 @@ from etils import epath
 
 from singer_jax import parallel
 from singer_jax.data.loader import worker_count
-from singer_jax.data.registry import SizedDataSettings, make_source
+from singer_jax.data.registry import SizedDataSettings, open_source
 from singer_jax.data.sources import TRAIN, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.null_spaces import collect_patches, describe_layer
@@ -87,7 +87,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     quantised = settings.teacher.precision
     if quantised:
         check_installed(quantised)
-    images = make_source(data.source, data.path, TRAIN)
+    images = open_source(data, TRAIN)
     few = evenly(images, settings.images)
     make_workdir(workdir)
 

@@ -15,7 +15,7 @@ from etils import epath
 
 from singer_jax import parallel
 from singer_jax.data.images import EvalTransform, open_image
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, Subset
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
@@ -68,7 +68,7 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     }
     LOG.info("== measuring")
     data = distilled.data
-    train, test = (make_source(data.source, data.path, split) for split in (TRAIN, TEST))
+    train, test = (open_source(data, split) for split in (TRAIN, TEST))
     fitted = Subset(train, np.arange(_FITTED))
     teacher_fitted, teacher_test = (
         patch_tokens(backbones["teacher"], source) for source in (fitted, test)
@@ -104,7 +104,7 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
 
 def _untrained(settings: DistillSettings) -> Backbone:
     """The students as they were before their first step: alike, of one seed."""
-    source = make_source(settings.data.source, settings.data.path, TRAIN)
+    source = open_source(settings.data, TRAIN)
     run = setup_students(settings, len(source), source.num_classes).any
     return Backbone(run.distillation.student, run.init_student(), run.mesh)
 

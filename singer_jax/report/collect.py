@@ -20,7 +20,7 @@ from singer_jax import parallel
 from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
-from singer_jax.data.registry import make_source
+from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
@@ -102,7 +102,7 @@ def restore(
     Raises:
       InputError: no finished checkpoint.
     """
-    source = make_source(settings.data.source, settings.data.path, TRAIN)
+    source = open_source(settings.data, TRAIN)
     # On the devices that are here, not those of the training.
     settings = dataclasses.replace(
         settings,
@@ -163,7 +163,7 @@ def collect(
     mesh, network = prepared.any.mesh, prepared.students.teacher
     if network is None:
         raise InputError(f"run: {run} has no teacher to compare with ({settings.method_name})")
-    train = make_source(settings.data.source, settings.data.path, TRAIN)
+    train = open_source(settings.data, TRAIN)
     source = _test_or_train(settings, train)
     few, fitted = evenly(source, shown), evenly(train, _FITTED)
 
@@ -248,7 +248,7 @@ def collect(
 
 def _test_or_train(settings: DistillSettings, train: Source) -> Source:
     try:
-        return make_source(settings.data.source, settings.data.path, TEST)
+        return open_source(settings.data, TEST)
     except InputError:  # a folder of unlabelled images has no test split
         return train
 
