@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +27,9 @@ PATTERNS = ("striped", "checked")
 CLASSES = tuple(f"{pattern} {shape}" for shape in SHAPES for pattern in PATTERNS)
 SURFACES = ("ground", "sky", *CLASSES)
 """What a pixel can show."""
+
+# A split of at most so many pixels is drawn once and kept: 2,000 pictures of 64 x 64.
+_KEPT_PIXELS = 2**23
 
 # Metres; what is farther has no depth, as for the sensor of NYUd.
 FARTHEST = 10.0
@@ -61,11 +65,23 @@ class ScenesSource:
     def __init__(self, name: str, split: str, settings: SceneSettings) -> None:
         self.name, self.split, self.settings = name, split, settings
         self.num_classes = LABELS[name]
+        self._drawn: dict[int, Record] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_drawn": {}}  # each process draws for itself
 
     def __len__(self) -> int:
         return self.settings.train if self.split == TRAIN else self.settings.test
 
     def __getitem__(self, index: int) -> Record:
+        if index in self._drawn:
+            return self._drawn[index]
+        record = self._draw(index)
+        if len(self) * self.settings.size**2 <= _KEPT_PIXELS:
+            self._drawn[index] = record
+        return record
+
+    def _draw(self, index: int) -> Record:
         picture = render(compose(self.split, index), self.settings.size)
         if self.name == "scenes":
             return Record(picture.image, label_of(index))
