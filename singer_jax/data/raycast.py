@@ -198,7 +198,7 @@ def _paint(
     return second + (first - second) * share
 
 
-def _cast(
+def cast(
     shape: Shape, start: Float[np.ndarray, "3 ..."], way: Float[np.ndarray, "3 n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Where rays enter and leave a body, in multiples of `way`, and by which plane (-1: none).
@@ -238,7 +238,7 @@ def _draw(body: Body, scene: Scene, canvas: _Canvas) -> None:
     shape = SHAPES[body.shape]
     eye = np.float32([0, scene.height, 0]) - np.float32(body.centre)
     start, way = body.inward(eye[:, None]), body.inward(view.reshape(3, -1))
-    near, far, by = _cast(shape, start, way)
+    near, far, by = cast(shape, start, way)
     hit = (near < far) & (near > 0) & (near < depth.ravel())
     near, by = near[hit], by[hit]
     points = start + way[:, hit] * near
@@ -294,5 +294,5 @@ def _shaded(
     missed = np.einsum("cn,cn->n", between, between) - along * along
     close = np.flatnonzero((missed < reach * reach) & (along > -reach))
     way = np.broadcast_to(body.inward(sun[:, None]), (3, len(close)))
-    near, far, _ = _cast(SHAPES[body.shape], body.inward(-between[:, close]), way)
+    near, far, _ = cast(SHAPES[body.shape], body.inward(-between[:, close]), way)
     return close[(near < far) & (far > 1e-3)]  # not the body's own surface

@@ -12,7 +12,7 @@ import pytest
 
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import open_image
-from singer_jax.data.raycast import GROUND, SKY, Body, Scene, render
+from singer_jax.data.raycast import GROUND, SHAPES, SKY, Body, Scene, cast, render
 from singer_jax.data.registry import make_source
 from singer_jax.data.scenes import (
     CLASSES,
@@ -104,6 +104,24 @@ def test_each_pixel_shows_the_nearest_surface_at_its_depth(index):
     backwards = render(scene._replace(bodies=scene.bodies[::-1]), size)
     for one, other in zip(picture, backwards, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_ray_is_inside_a_body_from_where_it_enters_to_where_it_leaves(shape):
+    rng = np.random.default_rng(0)
+    start, way = rng.uniform(-2, 2, (2, 3, 2000))
+    with np.errstate(all="ignore"):
+        near, far, _ = cast(SHAPES[shape], start, way)
+
+    def inside(at: np.ndarray) -> np.ndarray:
+        return INSIDE[shape](*(start + way * at))
+
+    met = near < far
+    assert 200 < met.sum() < 1800
+    for share, sign in ((-0.01, 1), (0.01, -1), (0.5, -1), (0.99, -1), (1.01, 1)):
+        assert (sign * inside(near + (far - near) * share)[met] > -1e-6).all()
+    walked = np.min([inside(at) for at in np.linspace(-30, 30, 3000)], axis=0)
+    assert (walked[~met] > -1e-6).all()
 
 
 def test_the_depth_of_a_ball_is_the_ray_s_first_meeting_with_it():
