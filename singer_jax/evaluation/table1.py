@@ -43,7 +43,8 @@ TASKS: dict[str, Benchmark] = {
     "flowers": Benchmark("flowers"),
 }
 
-# The generated pictures of `data.source=scenes` with each kind of label; no part of the table.
+# The generated pictures of `data.source=scenes` with each kind of label: no part of the table, and
+# the epochs are ours.
 SCENES: dict[str, Benchmark] = {
     "scenes": Benchmark("scenes", epochs=20),
     "scenes_masks": Benchmark("scenes_masks", "segmentation", "miou", 20),
