@@ -2,7 +2,7 @@
 
 Lengths are metres; y points up; the camera stands at (0, height, 0), looks along z and down by its
 pitch. Directions of view have length 1 along the optical axis, so that how far a ray goes is the
-depth of what it meets, as a depth camera measures it. float32: depths are exact to 1e-4.
+depth of what it meets, as a depth camera measures it, to about 1e-4 (float32) unless it grazes.
 """
 
 from __future__ import annotations
