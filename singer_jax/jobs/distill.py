@@ -32,6 +32,7 @@ from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.settings import to_dict
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
+from singer_jax.training import calibration
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.identity import check_same_run, check_same_teacher
@@ -112,7 +113,10 @@ def _train(
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
         check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
-    states = restore_states(checkpoints, start, run) if start else run.init_states(teacher)
+    if start:
+        states = restore_states(checkpoints, start, run)
+    else:
+        states = run.init_states(teacher, _measured(settings, run, source, teacher))
     every = settings.evals.every
     evaluate = _evaluation(settings, run, source, stopped) if every else None
     LOG.info("%s: %s", workdir, _sizes(states, teacher))
@@ -155,6 +159,18 @@ def _train(
         )
         rest, first = itertools.chain(iter([first]), batches), None  # kept no longer than its step
         return train(program.step, states, teacher, rest, between, recorder)
+
+
+def _measured(
+    settings: DistillSettings, run: Setups, source: Source, teacher: Params | None
+) -> dict[str, Any]:
+    """What the students' methods must know of the first batches, read apart from the training."""
+    if not any(own.measured for own in run.each.values()):
+        return {}
+    LOG.info("looking at the teacher's outliers in the first %d batches", calibration.BATCHES)
+    with contextlib.closing(_batches(settings, run, source, 0)) as batches:
+        few = itertools.islice(batches, calibration.BATCHES)
+        return calibration.measure(run, teacher, (batch for batch, _ in few))
 
 
 def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]:

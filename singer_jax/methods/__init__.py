@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flax import nnx
+from jaxtyping import Array
 
 from singer_jax.methods.base import Batch, Constant, Forward, Method, Needs
 from singer_jax.methods.fitnet import FitNet
@@ -24,7 +27,17 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
 }
 
-__all__ = ["METHODS", "Batch", "Constant", "Forward", "Method", "chosen", "make", "needs"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Constant",
+    "Forward",
+    "Method",
+    "chosen",
+    "make",
+    "measure",
+    "needs",
+]
 
 
 def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
@@ -54,12 +67,37 @@ def needs(settings: Settings) -> Needs:
     return Needs(*(any(values) for values in zip(*each, strict=True)))
 
 
+def measure(teacher: Forward, settings: Settings) -> dict[str, dict[str, Array]]:
+    """What the methods must know of the first batches, of one batch, by the names of those that do.
+
+    Args:
+      teacher: its features of the batch.
+      settings: as of `chosen`; errors too.
+    """
+    return {
+        name: METHODS[name].measure(teacher, own)
+        for name, (_, own) in chosen(settings).items()
+        if METHODS[name].needs(own).measured
+    }
+
+
 def make(
-    teacher: VisionTransformer | None, student: Architecture, settings: Settings, rngs: nnx.Rngs
+    teacher: VisionTransformer | None,
+    student: Architecture,
+    settings: Settings,
+    rngs: nnx.Rngs,
+    measured: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> Method:
-    """The method, or the sum of several; arguments and errors as `chosen` and `Method`."""
+    """The method, or the sum of several; arguments and errors as `chosen` and `Method`.
+
+    `measured` is the sum of `measure` over the first batches; None where no method needs it.
+    """
     parts = chosen(settings)
-    methods = {name: METHODS[name](teacher, student, own, rngs) for name, (_, own) in parts.items()}
+    given = {name: {"measured": found} for name, found in (measured or {}).items()}
+    methods = {
+        name: METHODS[name](teacher, student, own, rngs, **given.get(name, {}))
+        for name, (_, own) in parts.items()
+    }
     weights = {name: weight for name, (weight, _) in parts.items()}
     if list(weights.values()) == [1.0]:
         return next(iter(methods.values()))

@@ -72,12 +72,14 @@ class Needs(NamedTuple):
       logits: the student's head, and with it every block.
       labels: of the images.
       teacher_logits: the teacher's head, with the student's classes.
+      measured: what `Method.measure` finds in the first batches, before the method is made.
     """
 
     teacher: bool = True
     logits: bool = False
     labels: bool = False
     teacher_logits: bool = False
+    measured: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Method(nnx.Module):
 
     A subclass names the class of its settings and is made by `Subclass(teacher, student, settings,
     rngs)`: the teacher (None for a method without one), the student's architecture, its settings,
-    NNX random streams. It may run under `jax.jit`.
+    NNX random streams; one that needs it also takes `measured`. It may run under `jax.jit`.
 
     Attributes:
       Settings: the class of its settings, all of which have defaults.
@@ -128,6 +130,11 @@ class Method(nnx.Module):
     def needs(cls, settings: Any) -> Needs:
         """What `loss` will look at."""
         return Needs()
+
+    @classmethod
+    def measure(cls, teacher: Forward, settings: Any) -> dict[str, Array]:
+        """What a method that needs it must know of a batch; that of several batches adds up."""
+        return {}
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:

@@ -20,10 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.errors import InputError
 from singer_jax.methods.jacobi import left_singular
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import NOT_NEGATIVE, OneOf, optional
+from singer_jax.ranges import NOT_NEGATIVE, POSITIVE, OneOf, optional
 from singer_jax.settings import Settings, setting
 
-SOURCES = ("mlp", "mlp_norm", "block")
+MAPS = ("mlp", "mlp_norm", "block")
+SOURCES = (*MAPS, "calibrated")
 RULES = ("quantile", "absolute", "relative", "rank")
 
 
@@ -38,7 +39,17 @@ class NullSpaceSettings(Settings):
         "neither",
     )
     source: str = setting(
-        "mlp", OneOf(SOURCES), "the linear map that is decomposed (`methods.nullspace.linear_map`)"
+        "mlp",
+        OneOf(SOURCES),
+        "the linear map that is decomposed (`methods.nullspace.linear_map`), or `calibrated`: the "
+        "`rank` directions that hold the outliers of the first batches and that `mlp` sees least "
+        "(`methods.calibration`)",
+    )
+    epsilon: float = setting(
+        1.0,
+        POSITIVE,
+        "of `calibrated`, relative to the mean squared singular value: the larger, the more the "
+        "directions hold of the outliers, and the more is seen of them",
     )
     rule: str = setting(
         "quantile", OneOf(RULES), "how `threshold` is read; `relative` is to the largest value"
@@ -57,10 +68,13 @@ class NullSpaceSettings(Settings):
 
 
 class NullSpace(NamedTuple):
-    """Left singular vectors (columns) and singular values of W; the values descend."""
+    """Left singular vectors (columns) and singular values of W; the values descend.
 
-    vectors: Float[Array, "dim dim"]
-    values: Float[Array, " dim"]
+    There are as many directions as dimensions, or fewer where W is restricted to a subspace.
+    """
+
+    vectors: Float[Array, "dim directions"]
+    values: Float[Array, " directions"]
 
 
 def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array, "dim out"]:
@@ -141,7 +155,7 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
     Args:
       space: of the layer.
       rule: how `threshold` is read: `absolute` is tau itself, `quantile` that quantile of the
-        layer's values, `relative` that multiple of the largest, `rank` that many values.
+        layer's values, `relative` that multiple of the largest, `rank` that many values, or all.
       threshold: the number.
     """
     if rule == "quantile":
@@ -151,7 +165,7 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
         return threshold * space.values[0]
     if rule == "rank":
         above = jnp.concatenate([2 * space.values[:1], space.values])
-        return above[len(space.values) - int(threshold)]
+        return above[max(len(space.values) - int(threshold), 0)]
     return jnp.asarray(threshold, jnp.float32)
 
 
@@ -170,10 +184,10 @@ def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
     return jnp.sum(space.values < tau)
 
 
-def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, " dim"]:
+def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, " directions"]:
     """The directions of `projector`: those below tau, or the `rank` smallest if fewer are."""
-    dim = space.values.shape[0]
-    return (space.values < tau) | (jnp.arange(dim) >= dim - rank)
+    count = space.values.shape[0]
+    return (space.values < tau) | (jnp.arange(count) >= count - rank)
 
 
 def projector(space: NullSpace, tau: Float[Array, ""], rank: int) -> Float[Array, "dim dim"]:
@@ -187,7 +201,7 @@ def soft_filter(space: NullSpace, tau: Float[Array, ""]) -> Float[Array, "dim di
     return _weighted(space, tau**2 / jnp.maximum(tau**2 + space.values**2, tiny))
 
 
-def _weighted(space: NullSpace, weights: Float[Array, " dim"]) -> Float[Array, "dim dim"]:
+def _weighted(space: NullSpace, weights: Float[Array, " directions"]) -> Float[Array, "dim dim"]:
     return jnp.matmul(space.vectors * weights, space.vectors.T, precision=Precision.HIGHEST)
 
 
@@ -204,11 +218,11 @@ def directions(
         (as the official code); `most_null` the smallest ones.
       key: for the random rows.
     """
-    dim = space.values.shape[0]
+    dim, last = space.vectors.shape[0], space.values.shape[0] - 1
     count = null_dim(space, tau)
     steps = jnp.arange(rank)
-    index = dim - count + steps if order == "official" else dim - 1 - steps
-    rows = space.vectors.T[jnp.clip(index, 0, dim - 1)]
+    index = last + 1 - count + steps if order == "official" else last - steps
+    rows = space.vectors.T[jnp.clip(index, 0, last)]
     return jnp.where((steps < count)[:, None], rows, random_directions(key, rank, dim))
 
 
@@ -218,6 +232,14 @@ def random_directions(key: jax.Array, rank: int, dim: int) -> Float[Array, "rank
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def deviations(
+    patches: Float[Array, "batch patches dim"], outliers: Bool[Array, "batch patches"]
+) -> Float[Array, "batch patches dim"]:
+    """Each outlier's difference from the mean patch token of its image, in float32; else zero."""
+    patches = patches.astype(jnp.float32)
+    return jnp.where(outliers[..., None], patches - patches.mean(1, keepdims=True), 0.0)
+
+
 def energy_share(
     projection: Float[Array, "dim dim"],
     patches: Float[Array, "batch patches dim"],
@@ -225,10 +247,9 @@ def energy_share(
 ) -> Float[Array, ""]:
     """The share of the outlier tokens' energy that Q keeps: sum ||d Q||^2 / sum ||d||^2.
 
-    d is an outlier's difference from the mean patch token of its image. A projected update can
-    only remove what lies in the subspace, so a small share says that it cannot remove much.
+    d is a row of `deviations`. A projected update can only remove what lies in the subspace, so a
+    small share says that it cannot remove much.
     """
-    patches = patches.astype(jnp.float32)
-    difference = jnp.where(outliers[..., None], patches - patches.mean(1, keepdims=True), 0.0)
+    difference = deviations(patches, outliers)
     kept = jnp.sum(jnp.square(difference @ projection))
     return kept / jnp.maximum(jnp.sum(jnp.square(difference)), jnp.finfo(jnp.float32).tiny)

@@ -18,17 +18,19 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
 from singer_jax.errors import InputError
-from singer_jax.methods import nullspace
+from singer_jax.methods import calibration, nullspace
 from singer_jax.methods.base import (
     Batch,
     Constant,
     Forward,
     LayerSettings,
     Method,
+    Needs,
     Scalars,
     distilled_layers,
     linear_adapter,
     mean_squared_error,
+    teacher_layers,
 )
 from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
@@ -42,6 +44,8 @@ DEPTHS = (0.75,)
 
 # Below this share of the outliers' energy in the subspace a run warns.
 SMALL_SHARE = 0.2
+_REMEDY = "method.nullspace.threshold or take method.nullspace.use=soft"
+_REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.epsilon"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Refiner(nnx.Module):
     Attributes:
       down, up: A [dim, rank] and B [rank, dim].
       projection: Q [dim, dim] of `project` and `soft`; absent otherwise.
-      singular_values, threshold, null_dim: [dim], tau and how many lie below it, for reports.
+      singular_values, threshold, null_dim: [directions], tau, how many lie below, for reports.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Refiner(nnx.Module):
         self.threshold = Constant(tau)
         self.null_dim = Constant(nullspace.null_dim(space, tau))
         self.projected = settings.use in ("project", "soft")
-        dim = space.values.shape[0]
+        dim = space.vectors.shape[0]
         if self.projected:
             rows = space.vectors.T[::-1][:rank]
             soft = settings.use == "soft"
@@ -146,6 +150,13 @@ def outlier_threshold(
     return (1 - upper_weight) * lower + upper_weight * upper
 
 
+def is_outlier(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Bool[Array, "batch patches"]:
+    """Which tokens are outliers of their image."""
+    return norms > outlier_threshold(norms, quantile)
+
+
 def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Array, ""]:
     """The smallest of all values that at least the share `quantile` of them does not exceed.
 
@@ -184,9 +195,30 @@ def cosine_similarity_matrix(
 
 
 class Singer(Method):
-    """SiNGER with `project`, `soft`, `init` or `random` refiners."""
+    """SiNGER with `project`, `soft`, `init` or `random` refiners.
+
+    With the null space `calibrated` it needs `measured`.
+    """
 
     Settings = SingerSettings
+
+    @classmethod
+    def needs(cls, settings: SingerSettings) -> Needs:
+        """The teacher's outliers only for calibrated null spaces."""
+        return Needs(measured=settings.nullspace.source == "calibrated")
+
+    @classmethod
+    def measure(cls, teacher: Forward, settings: SingerSettings) -> dict[str, Array]:
+        """By distilled layer `calibration.outlier_covariance`."""
+        arch = teacher.model.arch
+        layers = teacher_layers(settings.layers, settings.append_last, DEPTHS, arch)
+        patches = {layer: teacher.features[layer][:, arch.num_prefix_tokens :] for layer in layers}
+        return {
+            str(layer): calibration.outlier_covariance(
+                own, is_outlier(token_norms(own), settings.quantile)
+            )
+            for layer, own in patches.items()
+        }
 
     def __init__(
         self,
@@ -194,8 +226,9 @@ class Singer(Method):
         student: Architecture,
         settings: SingerSettings,
         rngs: nnx.Rngs,
+        measured: Mapping[str, Float[Array, "dim dim"]] | None = None,
     ) -> None:
-        check(teacher.arch, settings)
+        check(teacher.arch, settings, measured)
         self.teacher_layers, self.student_layers = distilled_layers(
             settings, DEPTHS, teacher.arch, student
         )
@@ -203,10 +236,14 @@ class Singer(Method):
         self.last = teacher.arch.depth - 1
         self.quantile = settings.quantile
         self.weights = settings.weights
+        self.calibrated = settings.nullspace.source == "calibrated"
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            space = nullspace.of_layer(teacher, layer, settings.nullspace.source)
+            covariance = (measured or {}).get(str(layer))
+            space = calibration.of_layer(
+                teacher, layer, settings.nullspace, settings.rank, covariance
+            )
             self.refiner[str(layer)] = Refiner(space, settings.rank, settings.nullspace, rngs)
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
@@ -287,16 +324,16 @@ class Singer(Method):
                         logging.WARNING,
                         f"teacher layer {layer} has no null space: no singular value lies below "
                         f"the threshold {tau:.3g}, the smallest is {values[-1]:.3g}; raise "
-                        "method.nullspace.threshold or take method.nullspace.use=soft",
+                        f"{_REMEDY}",
                     )
                 )
             if share is not None and share < SMALL_SHARE:
+                remedy = _REMEDY_OF_CALIBRATED if self.calibrated else _REMEDY
                 lines.append(
                     (
                         logging.WARNING,
                         f"teacher layer {layer}: the subspace holds only {share:.0%} of the "
-                        "outliers' energy, so refinement can remove little: raise "
-                        "method.nullspace.threshold or take method.nullspace.use=soft",
+                        f"outliers' energy, so refinement can remove little: raise {remedy}",
                     )
                 )
         return lines
@@ -316,16 +353,22 @@ class Singer(Method):
             size = jnp.linalg.norm(update)
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
         if refiner.projected:
-            outliers: Bool[Array, "batch patches"] = norms > outlier_threshold(norms, self.quantile)
             metrics["outlier_energy_share"] = nullspace.energy_share(
-                refiner.projection[...], patches, outliers
+                refiner.projection[...], patches, is_outlier(norms, self.quantile)
             )
         return metrics
 
 
-def check(teacher: Architecture, settings: SingerSettings) -> None:
-    """Raises `InputError` for settings that do not fit the teacher."""
+def check(
+    teacher: Architecture, settings: SingerSettings, measured: Mapping[str, Array] | None
+) -> None:
+    """Raises `InputError` for settings that do not fit the teacher or what was measured of it."""
     if settings.rank > teacher.embed_dim:
         raise InputError(f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}")
     rule, threshold = settings.nullspace.rule, settings.nullspace.threshold
     nullspace.check_threshold(rule, threshold, teacher.embed_dim)
+    if settings.nullspace.source == "calibrated" and measured is None:
+        raise InputError(
+            "method.nullspace.source: calibrated needs `measured`, the sum over a few batches of "
+            "`Singer.measure(teacher, settings)`"
+        )

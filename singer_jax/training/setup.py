@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from singer_jax import backends, methods, parallel
 from singer_jax.errors import InputError
-from singer_jax.methods import Method, Needs, nullspace
+from singer_jax.methods import Forward, Method, Needs, nullspace
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
@@ -26,7 +26,7 @@ from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.step import Distillation, Students, TrainState
+from singer_jax.training.step import Distillation, Students, TrainState, teach
 
 if TYPE_CHECKING:  # a step needs no orbax
     from singer_jax.checkpoints import Checkpoints
@@ -70,7 +70,9 @@ class Setup:
       weights: the file of the student's parameters before the first step; None: random ones.
       draw_student: the jitted program of a random student.
       init_student: the student's parameters before the first step.
-      make_method: from the teacher, traceable.
+      measured: what `measure` gives, abstract; empty for a method that needs nothing of batches.
+      measure: of the teacher's features of a batch (`methods.measure`).
+      make_method: from the teacher and the sum of what is measured, traceable.
     """
 
     distillation: Distillation
@@ -82,7 +84,9 @@ class Setup:
     weights: Path | None
     draw_student: Callable[[], Params]
     init_student: Callable[[], Params]
-    make_method: Callable[[VisionTransformer | None], Method]
+    measured: Any
+    measure: Callable[[Forward], Any]
+    make_method: Callable[[VisionTransformer | None, Any], Method]
 
     @property
     def image_size(self) -> int:
@@ -150,29 +154,43 @@ class Setups:
         """Reads the teacher's parameters into their shardings; None where no method reads one."""
         return self.taught_by.load() if self.taught_by else None
 
-    def make_states(self) -> Callable[[Params | None, dict[str, Params]], dict[str, TrainState]]:
+    def make_states(self) -> Callable[..., dict[str, TrainState]]:
         """The jitted program of the states before the first step.
 
-        Its arguments are the parameters of the teacher and, by name, of the students. What several
-        students read of one layer is decomposed once.
+        Its arguments are the parameters of the teacher and, by name, of the students, and what was
+        measured for these. What several students read of one layer is decomposed once.
         """
 
-        def make(teacher: Params | None, students: dict[str, Params]) -> dict[str, TrainState]:
+        def make(
+            teacher: Params | None,
+            students: dict[str, Params],
+            measured: Mapping[str, Any] | None = None,
+        ) -> dict[str, TrainState]:
             model = self.taught_by.network.merge(teacher) if self.taught_by else None
             with nullspace.decomposing_once():
                 return {
                     name: own.distillation.init(
-                        students[name], own.make_method(model if own.taught_by else None)
+                        students[name],
+                        own.make_method(
+                            model if own.taught_by else None, (measured or {}).get(name)
+                        ),
                     )
                     for name, own in self.each.items()
                 }
 
         return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.states))
 
-    def init_states(self, teacher: Params | None) -> dict[str, TrainState]:
-        """The states before the first step, from the teacher's parameters."""
+    def init_states(
+        self, teacher: Params | None, measured: Mapping[str, Any] | None = None
+    ) -> dict[str, TrainState]:
+        """The states before the first step.
+
+        Args:
+          teacher: its parameters.
+          measured: as `training.calibration.measure` gives it; None where no method needs any.
+        """
         students = {name: own.init_student() for name, own in self.each.items()}
-        return self.make_states()(teacher, students)
+        return self.make_states()(teacher, students, measured)
 
 
 def saved_tree(states: Mapping[str, Any]) -> Any:
@@ -276,13 +294,18 @@ def _student(
     numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
     place = functools.partial(parallel.tree_shardings, mesh)
 
-    def make_method(model: VisionTransformer | None) -> Method:
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
-        return methods.make(model, spec.arch, settings.method, rngs)
+    def measure(seen: Forward) -> Any:
+        return methods.measure(seen, settings.method)
 
+    def make_method(model: VisionTransformer | None, measured: Any = None) -> Method:
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
+        return methods.make(model, spec.arch, settings.method, rngs, measured)
+
+    measured = _abstract_measured(measure, taught_by) if needs.measured else {}
     abstract_method = nnx.eval_shape(
-        lambda params: make_method(teacher.merge(params) if teacher else None),
+        lambda params, measured: make_method(teacher.merge(params) if teacher else None, measured),
         taught_by.params if taught_by else None,
+        measured,
     )
     distillation = Distillation(
         student=Network(spec, abstract_model(spec.arch, numerics)[0]),
@@ -318,8 +341,21 @@ def _student(
         weights=weights,
         draw_student=draw_student,
         init_student=init_student,
+        measured=measured,
+        measure=measure,
         make_method=make_method,
     )
+
+
+def _abstract_measured(measure: Callable[[Forward], Any], taught_by: Teacher) -> Any:
+    network = taught_by.network
+    image = jax.ShapeDtypeStruct((1, *network.spec.arch.img_size, 3), jnp.uint8)
+
+    def of_batch(params: Params, image: jax.Array) -> Any:
+        features = teach(network, range(network.spec.arch.depth), params, {"image": image})
+        return measure(Forward(network.merge(params), features))
+
+    return jax.eval_shape(of_batch, taught_by.params, image)
 
 
 def init_key(seed: int) -> jax.Array:

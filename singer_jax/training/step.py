@@ -229,20 +229,15 @@ class Students:
 
         if accumulation == 1:
             return of_micro_batch(batch, keys)
-        # Every k-th example, so that each device splits what it already holds.
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+        parts = micro_batches(batch, accumulation)
         split_keys = {name: jax.random.split(key, accumulation) for name, key in keys.items()}
 
         def add(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
 
-        shapes = jax.eval_shape(
-            of_micro_batch, *jax.tree.map(lambda x: x[0], (micro_batches, split_keys))
-        )
+        shapes = jax.eval_shape(of_micro_batch, *jax.tree.map(lambda x: x[0], (parts, split_keys)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (micro_batches, split_keys))
+        total, _ = jax.lax.scan(add, zeros, (parts, split_keys))
         return jax.tree.map(lambda x: x / accumulation, total)
 
     def step(
@@ -282,6 +277,14 @@ class Students:
                     before,
                 )
         return after, metrics
+
+
+def micro_batches(batch: Any, count: int) -> Any:
+    """A batch as `count` parts along a new first axis.
+
+    Every `count`-th example goes into one part, so that each device splits what it already holds.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def teach(

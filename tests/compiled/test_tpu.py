@@ -17,7 +17,9 @@ from singer_jax import checkpoints, parallel
 from singer_jax.config import settings_of
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
+from singer_jax.methods import calibration as directions
 from singer_jax.methods import nullspace
+from singer_jax.training import calibration
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setup, Setups, setup_students
@@ -149,6 +151,31 @@ def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compi
     )
     compiles(60, run.draw_student)
     compiles(180, Setups({"": run}).make_states(), run.teacher, {"": student})
+
+
+def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compile):
+    changes = {"method.nullspace.source": "calibrated"}
+    run = prepare_all(tmp_path, chips, {}, teacher=SMALL, **changes)
+    everywhere = parallel.replicated(chips)
+    totals = {
+        "": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), run.any.measured
+        )
+    }
+    compiles(120, calibration.jit_add(run), totals, run.teacher, batch_of(run.any))
+
+
+def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
+    run = prepare(tmp_path, chips, teacher=SMALL)
+    settings = nullspace.NullSpaceSettings(source="calibrated")
+
+    def space(teacher, covariance):
+        model = run.distillation.teacher.merge(teacher)
+        return directions.of_layer(model, 2, settings, 64, covariance)
+
+    everywhere = parallel.replicated(chips)
+    covariance = jax.ShapeDtypeStruct((384, 384), jnp.float32, sharding=everywhere)
+    compiles(120, jax.jit(space, out_shardings=everywhere), run.teacher, covariance)
 
 
 def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):
