@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,12 @@ from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
-from singer_jax.methods import nullspace
-from singer_jax.methods.singer import outlier_threshold, token_norms
+from singer_jax.evaluation.singular_defects import median_angle, singular_defect
+from singer_jax.methods import calibration, nullspace
+from singer_jax.methods.singer import is_outlier, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
+from singer_jax.models.vit import VisionTransformer
 
 
 def collect_patches(
@@ -72,6 +74,7 @@ def describe_layer(
     patches: np.ndarray,
     *,
     sources: Sequence[str],
+    epsilon: float,
     thresholds: Sequence[tuple[str, float]],
     rank: int,
     quantile: float,
@@ -83,37 +86,48 @@ def describe_layer(
       mesh: of the devices.
       layer: index of a block.
       patches: after it, as `collect_patches` gives them.
-      sources: linear maps (`nullspace.linear_map`).
+      sources: linear maps (`nullspace.linear_map`), or `calibrated`, which finds its directions in
+        every second image and is measured on the others.
+      epsilon: of `calibrated` (`calibration.calibrated`).
       thresholds: rules and numbers (`nullspace.threshold_value`).
-      rank: at least so many directions are in a projector.
+      rank: at least so many directions are in a projector, and so many are calibrated.
       quantile: of an image's norms, above which a token is an outlier.
 
     Returns:
-      a row for each source and threshold, and the singular values of each source.
+      a row for each source and threshold, with the layer's `defect_angle` in degrees
+      (`singular_defects.median_angle`), and the singular values of each source.
     """
     tokens = jnp.asarray(patches)
     norms = token_norms(tokens)
-    outliers = norms > outlier_threshold(norms, quantile)
-    dim = network.spec.arch.embed_dim
-    rows, spectra = [], {}
-    for source in sources:
-        space = jax.jit(
-            lambda params, source=source: nullspace.decompose(
-                nullspace.linear_map(network.merge(params), layer, source)
-            ),
-            out_shardings=parallel.replicated(mesh),
+    outliers = is_outlier(norms, quantile)
+    rank = min(rank, network.spec.arch.embed_dim)
+    covariance = np.asarray(calibration.outlier_covariance(tokens[::2], outliers[::2]))
+
+    def on_every_device(compute: Callable[[VisionTransformer], Any]) -> Any:
+        found = jax.jit(
+            lambda params: compute(network.merge(params)), out_shardings=parallel.replicated(mesh)
         )(params)
         # From here every process goes on alone.
-        space = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), space)
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)
+
+    defect = on_every_device(lambda model: singular_defect(model, layer))
+    angle = median_angle(tokens, outliers, defect)
+    rows, spectra = [], {}
+    for source in sources:
+        own = nullspace.NullSpaceSettings(source=source, epsilon=epsilon)
+        space = on_every_device(
+            lambda model, own=own: calibration.of_layer(model, layer, own, rank, covariance)
+        )
+        seen = [x[1::2] if source == "calibrated" else x for x in (tokens, outliers)]
         spectra[source] = np.asarray(space.values)
         for rule, threshold in thresholds:
             tau = nullspace.threshold_value(space, rule, threshold)
             filters = {
-                "project": nullspace.projector(space, tau, min(rank, dim)),
+                "project": nullspace.projector(space, tau, rank),
                 "soft": nullspace.soft_filter(space, tau),
             }
             shares = {
-                f"share_{use}": float(nullspace.energy_share(q, tokens, outliers))
+                f"share_{use}": float(nullspace.energy_share(q, *seen))
                 for use, q in filters.items()
             }
             rows.append(
@@ -126,7 +140,8 @@ def describe_layer(
                     "median": float(jnp.median(space.values)),
                     "largest": float(space.values[0]),
                     "null_dim": int(nullspace.null_dim(space, tau)),
-                    "dim": dim,
+                    "dim": len(space.values),
+                    "defect_angle": angle,
                 }
                 | shares
             )

@@ -23,7 +23,17 @@ from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.network import Network, TeacherSettings, resolve_model
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
-from singer_jax.ranges import BETWEEN, COUNT, FROM_ZERO, Each, Flag, OneOf, Text, optional
+from singer_jax.ranges import (
+    BETWEEN,
+    COUNT,
+    FROM_ZERO,
+    POSITIVE,
+    Each,
+    Flag,
+    OneOf,
+    Text,
+    optional,
+)
 from singer_jax.report.pictures import save_spectra
 from singer_jax.settings import Settings, section, setting
 
@@ -53,9 +63,19 @@ class NullspaceSettings(Settings):
     quantile: float = setting(
         0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
     )
-    images: int = setting(64, COUNT, "of the training split, to measure the outliers on")
+    images: int = setting(
+        64,
+        COUNT,
+        "of the training split, to measure the outliers on; `calibrated` needs two, and more of "
+        "them the larger `rank` is",
+    )
     sources: tuple[str, ...] = setting(
-        spaces.SOURCES, Each(OneOf(spaces.SOURCES), least=1), "linear maps that are decomposed"
+        spaces.SOURCES,
+        Each(OneOf(spaces.SOURCES), least=1),
+        "linear maps that are decomposed, or `calibrated`: on every second image",
+    )
+    epsilon: float = setting(
+        1.0, POSITIVE, "of `calibrated`, as `method.nullspace.epsilon` of a distillation"
     )
     thresholds: tuple[str, ...] = setting(
         ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1"),
@@ -89,6 +109,8 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         check_installed(quantised)
     images = open_source(data, TRAIN)
     few = evenly(images, settings.images)
+    if "calibrated" in settings.sources and len(few) < 2:
+        raise InputError("images: 1, but the source calibrated needs two; leave it out of sources")
     make_workdir(workdir)
 
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -113,6 +135,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
             layer,
             patches[layer],
             sources=settings.sources,
+            epsilon=settings.epsilon,
             thresholds=thresholds,
             rank=settings.rank,
             quantile=settings.quantile,
@@ -137,16 +160,20 @@ def _parse(text: str) -> tuple[str, float]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'layer':>5}  {'source':9} {'threshold':15}{'tau':>9}{'null dim':>12}"
+        f"{'layer':>5}  {'source':11}{'threshold':15}{'tau':>9}{'null dim':>12}"
         f"{'smallest':>10}{'median':>10}{'largest':>10}{'project':>9}{'soft':>7}"
+        f"{'angle':>7}"
     ]
     for row in rows:
         lines.append(
-            f"{row['layer']:>5}  {row['source']:9} {row['threshold']:15}{row['tau']:>9.3g}"
+            f"{row['layer']:>5}  {row['source']:11}{row['threshold']:15}{row['tau']:>9.3g}"
             f"{row['null_dim']:>7}/{row['dim']:<4}{row['smallest']:>10.3g}{row['median']:>10.3g}"
             f"{row['largest']:>10.3g}{row['share_project']:>9.2f}{row['share_soft']:>7.2f}"
+            f"{row['defect_angle']:>7.1f}"
         )
     lines.append(
-        "project, soft: share of the outlier tokens' energy that the refinement could remove"
+        "project, soft: share of the outlier tokens' energy that the refinement could remove; "
+        "calibrated: of other images than it saw\n"
+        "angle: degrees between outlier tokens and the singular defect of the blocks before"
     )
     return "\n".join(lines)

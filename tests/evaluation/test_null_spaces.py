@@ -28,17 +28,24 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
     assert main.run(config, tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "nullspace.json").read_text())
     assert found["images"] == 10
-    assert len(found["rows"]) == 2 * 3 * 3
+    assert len(found["rows"]) == 2 * 4 * 3
     for row in found["rows"]:
-        assert 0 <= row["share_soft"] <= 1.0001
+        assert 0 <= row["share_soft"] <= 1.0001 and 0 <= row["defect_angle"] <= 90
+        values = found["singular_values"][str(row["layer"])][row["source"]]
+        assert values == sorted(values, reverse=True) and values[-1] == row["smallest"]
+        if row["source"] == "calibrated":  # `rank` directions, all of which `project` takes
+            assert row["dim"] == len(values) == 2
+            assert (
+                row["null_dim"]
+                == {"quantile=0.5": 1, "rank=24": 2, "absolute=0": 0}[row["threshold"]]
+            )
+            continue
         expected = {"quantile=0.5": 12, "rank=24": 24, "absolute=0": 0}[row["threshold"]]
         assert row["null_dim"] == expected
         if row["threshold"] == "rank=24":  # the whole space
             np.testing.assert_allclose(row["share_project"], 1, atol=1e-4)
-        values = found["singular_values"][str(row["layer"])][row["source"]]
-        assert values == sorted(values, reverse=True) and values[-1] == row["smallest"]
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 1 + 18 + 1 and "project, soft:" in printed
+    assert len(printed.splitlines()) == 1 + 24 + 2 and "project, soft:" in printed
     assert min(Image.open(tmp_path / "out" / "nullspace.png").size) > 300
 
 
@@ -52,6 +59,7 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
         ("quantile", 1.5, "quantile: 1.5"),
         ("images", 0, "images: 0"),
+        ("images", 1, "images: 1, but the source calibrated needs two"),
     ],
 )
 def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words):
