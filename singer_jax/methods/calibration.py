@@ -50,10 +50,8 @@ def of_layer(
     """
     if settings.source != "calibrated":
         return nullspace.of_layer(model, layer, settings.source)
-    seen, linear_map = (
-        nullspace.of_layer(model, layer, "mlp"),
-        nullspace.linear_map(model, layer, "mlp"),
-    )
+    seen = nullspace.of_layer(model, layer, "mlp")
+    linear_map = nullspace.linear_map(model, layer, "mlp")
     return calibrated(seen, linear_map, covariance, rank, settings.epsilon)
 
 
