@@ -6,9 +6,9 @@
       --config.data.source=/path/to/images
 
 Prints, for each distilled layer, source and threshold, the singular values, how many lie below the
-threshold, the share of the outlier tokens' energy that `project` and `soft` would keep, and the angle
-between the outlier tokens and the direction that the blocks before, linearised, amplify most; writes
-nullspace.json and a plot, nullspace.png.
+threshold, the share of the outlier tokens' energy that `project` and `soft` would keep, and the
+angle between the outlier tokens and the direction that the blocks before, linearised, amplify most;
+writes nullspace.json and a plot, nullspace.png.
 
 The source `calibrated` finds `rank` directions in half of the images and is measured on the others.
 """
