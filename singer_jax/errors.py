@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 200  # characters of a name that is looked for among others
+
 
 class InputError(ValueError):
     """Something given (a key, value, file or folder) is wrong: exit status 2.
@@ -27,9 +29,14 @@ class Stopped(Exception):
     status = 75
 
 
+def shown(text: str) -> str:
+    """A stranger's text for a terminal: what would move its cursor or break the line is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not in `known`, with the closest names."""
-    known = sorted(known)
+    known, name = sorted(known), name[:_LONGEST]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"closest: {', '.join(close)}; " if close else ""
     listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."

@@ -43,6 +43,8 @@ def as_path(text: str | os.PathLike[str]) -> epath.Path:
         raise InputError(f"{text}: unknown scheme {scheme!r}; give a local path or {known}")
     if not re.match(rf"{scheme}://[^/]", text):
         raise InputError(f"{text}: no bucket; write it as {scheme}://bucket/folder")
+    if ".." in text.split("/"):  # its copy in the cache would lie outside of it
+        raise InputError(f"{text}: a URL with .. in it; write it without")
     if importlib.util.find_spec(_LIBRARIES[scheme]) is None:
         raise InputError(f"{text}: {scheme}:// needs a package; pip install {_LIBRARIES[scheme]}")
     return epath.Path(text)

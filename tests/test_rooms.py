@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "singer_jax"
 # alone: what stands in one line does not know each other.
 ORDER = """
 errors
+limits
 ranges
 settings
 backends chips hlo stopping files schedules

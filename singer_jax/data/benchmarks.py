@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.resources
-import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from scipy.io.matlab import MatReadError
 
+from singer_jax import limits
 from singer_jax.data.dense import ADE20K_CLASSES
+from singer_jax.data.images import UnreadableImage
+from singer_jax.data.matlab import open_frames, read_numbers
 from singer_jax.data.sources import (
     IMAGE_SUFFIXES,
     TEST,
@@ -28,8 +29,11 @@ from singer_jax.data.sources import (
     Record,
     Source,
     TfdsSource,
+    check_classes,
 )
-from singer_jax.errors import InputError, unknown
+from singer_jax.errors import InputError, shown, unknown
+
+_LONGEST_NAME = 1024  # characters; names are stored at the length of the longest
 
 
 class NotInstalled(InputError):
@@ -44,6 +48,9 @@ class ListedSource:
       files: paths below it.
       labels: a class for each, or the path of a mask below the root.
       num_classes: of the task.
+
+    Raises:
+      InputError: a file outside the root, a label that is no class, or absurdly many classes.
     """
 
     exif = False
@@ -51,6 +58,11 @@ class ListedSource:
     def __init__(
         self, root: Path, files: Sequence[str], labels: Sequence[int | str], num_classes: int
     ) -> None:
+        _check_below(root, files)
+        check_classes(root, num_classes)
+        foreign = [x for x in labels if not isinstance(x, str) and not 0 <= x < num_classes]
+        if foreign:
+            raise InputError(f"{root}: label {foreign[0]} is none of its {num_classes} classes")
         self.root, self.num_classes = root, num_classes
         self.files = np.array([file.encode() for file in files])
         dense = bool(labels) and isinstance(labels[0], str)
@@ -68,7 +80,7 @@ class ListedSource:
         return Record(self._path(self.files[index]), self._path(label) if dense else int(label))
 
     def describe(self, index: int) -> str:
-        return str(self._path(self.files[index]))
+        return shown(str(self._path(self.files[index])))
 
     def fingerprint(self) -> str:
         parts = (self.files, self.labels)
@@ -85,19 +97,17 @@ class NyuSource:
     num_classes = 0
 
     def __init__(self, root: Path, split: str) -> None:
-        import h5py
-        import scipy.io
-
         _require(root, ["nyu_depth_v2_labeled.mat", "splits.mat"])
         self.path = root / "nyu_depth_v2_labeled.mat"
         key = {TRAIN: "trainNdxs", TEST: "testNdxs"}[split]
-        self.frames = scipy.io.loadmat(root / "splits.mat")[key].ravel().astype(np.int64) - 1
-        with h5py.File(self.path, "r") as file:
+        self.frames = read_numbers(root / "splits.mat", key) - 1
+        with open_frames(self.path) as file:
             stored = min(len(file["images"]), len(file["depths"]))
-        if self.frames.max(initial=0) >= stored:
+        outside = self.frames[(self.frames < 0) | (self.frames >= stored)]
+        if outside.size:
             raise InputError(
                 f"{self.path} holds {stored} frames, {root / 'splits.mat'} asks for "
-                f"frame {self.frames.max() + 1}"
+                f"frame {outside[-1] + 1}"
             )
         self._file: Any = None
 
@@ -108,13 +118,14 @@ class NyuSource:
         return len(self.frames)
 
     def __getitem__(self, index: int) -> Record:
-        import h5py
-
         if self._file is None:
-            self._file = h5py.File(self.path, "r")
+            self._file = open_frames(self.path)
         frame = int(self.frames[index])
-        image = np.ascontiguousarray(self._file["images"][frame].transpose(2, 1, 0))
-        return Record(image, np.ascontiguousarray(self._file["depths"][frame].T))
+        try:
+            image, depth = (self._file[name][frame] for name in ("images", "depths"))
+        except Exception as error:  # h5py raises anything at a damaged file
+            raise UnreadableImage(str(error)) from error
+        return Record(np.ascontiguousarray(image.transpose(2, 1, 0)), np.ascontiguousarray(depth.T))
 
     def describe(self, index: int) -> str:
         return f"{self.path} frame {self.frames[index] + 1}"
@@ -132,13 +143,22 @@ def _require(root: Path, names: Sequence[str]) -> None:
         )
 
 
+def _check_below(root: Path, files: Sequence[str]) -> None:
+    """Raises `InputError` for a name in a list that leaves its folder, or is no name."""
+    for file in files:
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or len(file) > _LONGEST_NAME or "\0" in file:
+            raise InputError(f"{root}: its list names {file[:_LONGEST_NAME]!a}, no file below it")
+
+
 def _lines(path: Path) -> list[list[str]]:
-    rows = (line.split() for line in path.read_text().splitlines())
+    rows = (line.split() for line in limits.read_text(path).splitlines())
     return [row for row in rows if row and not row[0].startswith("#")]
 
 
 def _require_images(root: Path, files: Sequence[str]) -> None:
-    """Raises `InputError` unless every listed file is there."""
+    """Raises `InputError` unless every listed file is there, below the root."""
+    _check_below(root, files)
     present: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -218,7 +238,7 @@ def _inat19(root: Path, split: str) -> Source:
     if not (root / name).exists() and (root / "train").is_dir():
         return FolderSource(str(root), split, exif=False)
     _require(root, [name])
-    content = json.loads((root / name).read_text())
+    content = limits.read_json(root / name)
     labels = {row["image_id"]: row["category_id"] for row in content["annotations"]}
     files = [(row["file_name"], labels[row["id"]]) for row in content["images"]]
     _require_images(root, [file for file, _ in files])
@@ -229,11 +249,11 @@ def _aircraft(root: Path, split: str) -> Source:
     data = root / "data" if (root / "data").is_dir() else root
     part = {TRAIN: "train", TEST: "val"}[split]
     _require(data, ["variants.txt", f"images_variant_{part}.txt", "images"])
-    names = (data / "variants.txt").read_text().splitlines()
+    names = limits.read_text(data / "variants.txt").splitlines()
     index = {name.strip(): number for number, name in enumerate(names) if name.strip()}
     rows = (
         line.split(" ", 1)
-        for line in (data / f"images_variant_{part}.txt").read_text().splitlines()
+        for line in limits.read_text(data / f"images_variant_{part}.txt").splitlines()
         if line.strip()
     )
     files = [(f"images/{image}.jpg", index[variant.strip()]) for image, variant in rows]
@@ -260,12 +280,12 @@ def _food(root: Path, split: str) -> Source:
 
 
 def _flowers(root: Path, split: str) -> Source:
-    import scipy.io
-
     _require(root, ["setid.mat", "imagelabels.mat", "jpg"])
-    labels = scipy.io.loadmat(root / "imagelabels.mat")["labels"].ravel().astype(int)
+    labels = read_numbers(root / "imagelabels.mat", "labels")
     key = {TRAIN: "trnid", TEST: "valid"}[split]
-    numbers = scipy.io.loadmat(root / "setid.mat")[key].ravel().astype(int)
+    numbers = read_numbers(root / "setid.mat", key)
+    if numbers.min(initial=1) < 1:
+        raise InputError(f"{root / 'setid.mat'}: images are numbered from 1")
     files = [(f"jpg/image_{n:05}.jpg", int(labels[n - 1]) - 1) for n in numbers]
     _require_images(root, [file for file, _ in files])
     return ListedSource(root, *_columns(files), num_classes=int(labels.max()))
@@ -343,7 +363,7 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
                 source = benchmark.read(folder, split)
             except InputError:
                 raise
-            except (OSError, ValueError, KeyError, MatReadError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(f"{folder} holds a damaged list or file: {error}") from error
             if not len(source):
                 raise InputError(f"{folder} holds no image of the {split} split")

@@ -14,10 +14,20 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-# What Pillow raises at a damaged or foreign file.
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+from singer_jax import limits
+from singer_jax.errors import InputError
+
+# Pillow's other readers are of formats that no photo has; that of EPS starts Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# A process takes up to 16 bytes a pixel of an image, decoded or resized.
+_MOST_PIXELS = 2**27
+_LARGEST_FILE = 2**30
+# A progressive JPEG may have any number of scans, each of which goes through all of its pixels.
+_MOST_SCANNED = 2**31
+_LEAST_SCAN = 10  # bytes
 
 cv2.setNumThreads(0)  # a loader has a process for each core
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which can be raised
 
 # Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
 _REDUCING_GAP = 2.0
@@ -33,10 +43,18 @@ class UnreadableImage(Exception):
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
+    """Around Pillow alone, whose readers raise anything at a damaged file."""
     try:
         yield
-    except _DAMAGED as error:
-        raise UnreadableImage(str(error)) from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if told := limits.excess(width * height, _MOST_PIXELS, f"pixels ({width} x {height})"):
+        raise UnreadableImage(told)
 
 
 def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
@@ -47,17 +65,37 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
       exif: turn it as its EXIF orientation says.
 
     Raises:
-      UnreadableImage: not an image.
+      UnreadableImage: not an image, or one beyond a limit of `singer_jax.limits`.
     """
     if isinstance(stored, np.ndarray):
         return Image.fromarray(stored)
     with _decoding():
-        image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+        size = len(stored) if isinstance(stored, bytes) else limits.file_size(stored)
+        if told := limits.excess(size, _LARGEST_FILE, "bytes"):
+            raise ValueError(told)
+        encoded = io.BytesIO(stored) if isinstance(stored, bytes) else stored
+        image = Image.open(encoded, formats=_FORMATS)
+        _check_pixels(*image.size)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(image, size)
         if exif and image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if 0 in image.size:
             raise ValueError("an image without pixels")
         return image
+
+
+def _check_scans(image: Image.Image, size: int) -> None:
+    """Raises `UnreadableImage` for a JPEG that would be decoded for minutes."""
+    pixels = image.width * image.height
+    if pixels * (size // _LEAST_SCAN) <= _MOST_SCANNED:
+        return
+    start = image.fp.tell()
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    image.fp.seek(start)
+    if told := limits.excess(pixels * scans, _MOST_SCANNED, f"pixels in its {scans} scans"):
+        raise UnreadableImage(told)
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -81,8 +119,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow would clip 16-bit grey values at 255 instead of scaling them.
         grey = np.asarray(image).astype(np.float32)
-        scale = 1 if grey.max(initial=0) <= 255 and image.mode == "F" else 255 / 65535
-        image = Image.fromarray((grey * scale).clip(0, 255).round().astype(np.uint8))
+        grey *= 1 if grey.max(initial=0) <= 255 and image.mode == "F" else 255 / 65535
+        np.round(grey.clip(0, 255, out=grey), out=grey)
+        image = Image.fromarray(grey.astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -132,9 +171,13 @@ def _fast_crop(image: Image.Image, box: Box, size: int) -> np.ndarray | None:
     while halved < 8 and min(width, height) >= 2 * halved * _REDUCING_GAP * size:
         halved *= 2
     image.fp.seek(0)
+    stored = image.fp.read()
     try:
+        height_read, width_read, *_ = simplejpeg.decode_jpeg_header(stored)
+        if (width_read, height_read) != image.size:
+            return None
         decoded = simplejpeg.decode_jpeg(
-            image.fp.read(),
+            stored,
             min_width=-(-image.width // halved),
             min_height=-(-image.height // halved),
         )
@@ -214,6 +257,7 @@ class EvalTransform:
         size = tuple(
             shorter if side == min(width, height) else int(side * scale) for side in (width, height)
         )
+        _check_pixels(*size)
         image = image.resize(size, Image.Resampling.BILINEAR)
         left, top = (round((side - self.size) / 2) for side in image.size)
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))

@@ -52,8 +52,8 @@ class LoadExample:
         unreadable = -1
         for offset in range(min(_MOST_REPLACEMENTS, len(self.source))):
             candidate = (int(index) + offset) % len(self.source)
-            record = self.source[candidate]
             try:
+                record = self.source[candidate]
                 image = open_image(record.image, self.source.exif)
                 if getattr(self.transform, "takes_label", False):
                     # A label for each pixel, which is cropped with the image.

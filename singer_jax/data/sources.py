@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from singer_jax.errors import InputError, unknown
+from singer_jax import limits
+from singer_jax.data.images import UnreadableImage
+from singer_jax.errors import InputError, shown, unknown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAIN, TEST = "train", "test"
 _TEST_FOLDERS = ("val", "validation", "test")
+_MOST_CLASSES = 2**20
+_MOST_LINKS = 10**5  # folders that are links: a link to itself is a folder again and again
+_OF_TFDS = "tensorflow_datasets.core."
+_LARGEST_DESCRIPTION = 2**24  # bytes of TFDS's JSON files
 
 
 class Record(NamedTuple):
@@ -92,8 +100,10 @@ class FolderSource:
     def __init__(self, path: str, split: str, exif: bool = True) -> None:
         self.exif = exif
         self.root = _split_folder(Path(path).expanduser(), split)
-        found = []
+        found, links = [], 0
         for folder, _, files in os.walk(self.root, followlinks=True):
+            links += os.path.islink(folder)
+            limits.check(self.root, links, _MOST_LINKS, "folders that are links")
             relative = os.path.relpath(folder, self.root)
             for file in files:
                 if file.lower().endswith(IMAGE_SUFFIXES):
@@ -128,10 +138,17 @@ class FolderSource:
         return Record(self._path(index), int(self.labels[index]))
 
     def describe(self, index: int) -> str:
-        return str(self._path(index))
+        return shown(str(self._path(index)))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
+
+
+def check_classes(where: object, number: Any) -> None:
+    """Raises `InputError` where a data set has more classes than a head should have."""
+    if not isinstance(number, int):
+        raise InputError(f"{where}: {number!r} is no number of classes")
+    limits.check(where, number, _MOST_CLASSES, "classes")
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -164,18 +181,22 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         options: dict[str, Any] = {"data_dir": path} if path else {}
+        _check_descriptions(Path(path or tfds.core.constants.DATA_DIR).expanduser(), name)
         try:
             builder = tfds.builder(name, file_format="array_record", **options)
             splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
             split = next((name for name in splits if name in builder.info.splits), splits[0])
             self.dense = "annotation" in builder.info.features
             encoded = ("image", "annotation") if self.dense else ("image",)
+            _check_shards(builder, split)
             self.records = builder.as_data_source(
                 split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
             )
         except tfds.core.registered.DatasetNotFoundError as error:
             raise unknown("data.source", name, known) from error
-        except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # TFDS raises anything at a damaged description
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
                 f"{path or 'the TFDS data directory'}; run: tfds build {name} "
@@ -184,21 +205,55 @@ class TfdsSource:
         self.name = f"{name}/{split}"
         # scene_parse150 is the only one with masks.
         self.num_classes = 150 if self.dense else builder.info.features["label"].num_classes
+        check_classes(self.name, self.num_classes)
         self._fingerprint = f"{builder.info.full_name}/{split}/{len(self.records)}"
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self.records[index]
-        label = record["annotation"] if self.dense else int(record["label"])
-        return Record(record["image"], label)
+        try:
+            record = self.records[index]
+            label = record["annotation"] if self.dense else int(record["label"])
+            return Record(record["image"], label)
+        except Exception as error:  # whatever TFDS and its readers in C++ raise
+            raise UnreadableImage(str(error).strip() or type(error).__name__) from error
 
     def describe(self, index: int) -> str:
         return f"{self.name} record {index}"
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+def _check_descriptions(root: Path, name: str) -> None:
+    """Raises `InputError` for a prepared set with a feature of a class that is not TFDS's own.
+
+    TFDS would import the module that the class is said to be in.
+    """
+    folder = root / re.split("[:/]", name)[0]
+    for depth in ("*", "*/*"):
+        for file in folder.glob(f"{depth}/features.json"):
+            remaining = [limits.read_json(file, _LARGEST_DESCRIPTION)]
+            while remaining:
+                value = remaining.pop()
+                if isinstance(value, list):
+                    remaining += value
+                if not isinstance(value, dict):
+                    continue
+                remaining += value.values()
+                for key in ("pythonClassName", "python_class_name", "type"):
+                    module = str(value.get(key, "")).rpartition(".")[0]
+                    if not (module.startswith(_OF_TFDS) or module in ("", *sys.modules)):
+                        raise InputError(f"{file} wants to import {module[:100]!a}: refused")
+
+
+def _check_shards(builder: Any, split: str) -> None:
+    """Raises `InputError` for a set whose records are said to lie outside its folder."""
+    folder = Path(builder.data_dir).resolve()
+    for file in builder.info.splits[split].filepaths:
+        if folder not in Path(file).resolve().parents:
+            raise InputError(f"{folder} takes its records from {file}, outside it: refused")
 
 
 class Subset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from etils import epath
 from singer_jax import parallel
 from singer_jax.errors import Stopped
 from singer_jax.files import download, replacing
+from singer_jax.limits import read_arrays
 from singer_jax.telemetry import LOG
 
 
@@ -110,12 +110,11 @@ class FileKeeper(Keeper):
 
     def _read(self) -> Progress | None:
         try:
-            with np.load(download(self.file)) as content:
-                arrays = dict(content)
+            arrays = read_arrays(download(self.file))
             text = json.loads(str(arrays.pop("described")))
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, ValueError) as error:
             LOG.warning("%s is damaged (%s); its probe starts again", self.file, error)
             return None
         if text["key"] != self.key:

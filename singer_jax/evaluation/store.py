@@ -14,9 +14,10 @@ import numpy as np
 
 from singer_jax import parallel
 from singer_jax.data.sources import Source
-from singer_jax.errors import RunError
+from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Task
+from singer_jax.limits import read_object
 from singer_jax.telemetry import LOG
 
 _FILES = ("features.npy", "labels.npy")
@@ -112,12 +113,12 @@ def _halved(features: np.ndarray, folder: Path) -> np.ndarray:
 
 def _intact(folder: Path, key: str) -> bool:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        meta = read_object(folder / "meta.json")
+    except (FileNotFoundError, InputError):
         return False
-    if meta["key"] != key:
+    if meta.get("key") != key:
         return False
-    if any(_checksum(folder / name) != meta["checksums"][name] for name in _FILES):
+    if {name: _checksum(folder / name) for name in _FILES} != meta.get("checksums"):
         LOG.warning("%s is damaged; its features are extracted again", folder)
         return False
     return True

@@ -13,6 +13,7 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.files import as_path, write_text, writing
 from singer_jax.jobs.report import MEASURED, read_settings, results_of_student
+from singer_jax.limits import read_object
 from singer_jax.ranges import NAME, Each, OneOf
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
@@ -106,7 +107,7 @@ def _names(kinds: list[dict[str, Any]]) -> list[str]:
 
 
 def _protocol(evaluation: epath.Path) -> str:
-    return json.loads((evaluation / "results.json").read_text())["protocol"]
+    return str(read_object(evaluation / "results.json").get("protocol"))
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

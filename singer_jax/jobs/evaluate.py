@@ -26,6 +26,7 @@ from singer_jax.evaluation.probe import ProbeSettings, score
 from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.jobs.report import read_settings
+from singer_jax.limits import read_arrays, read_object
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.ranges import SEED, TEXT, Each, OneOf
 from singer_jax.settings import Settings, section, setting, to_dict
@@ -321,7 +322,7 @@ def _measure(
     workers, first = worker_count(settings.data.workers), jax.process_index() == 0
     if benchmark.kind == "transfer":
         file = workdir / "tasks" / "imagenet.npz"
-        head = parallel.of_first_process(dict(np.load(download(file))) if first else None)
+        head = parallel.of_first_process(read_arrays(download(file)) if first else None)
         classes = head["bias"].shape[0]
         if split.test.num_classes > classes:
             raise InputError(
@@ -371,8 +372,8 @@ def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str
 def _finished(file: epath.Path, identity: dict[str, str]) -> dict[str, Any] | None:
     """A task that was measured with this model and these settings; its head is there too."""
     try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = read_object(file)
+    except (FileNotFoundError, InputError):
         return None
     known = table1.TASKS.get(file.stem)
     headless = known is not None and known.kind == "transfer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 
 import jax
 from etils import epath
@@ -13,6 +12,7 @@ from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
 from singer_jax.files import as_path
+from singer_jax.limits import read_object
 from singer_jax.ranges import COUNT, NAME, TEXT, Each, OneOf
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
@@ -69,7 +69,7 @@ def read_settings(run: epath.Path) -> DistillSettings:
     file = run / "config.json"
     if not file.is_file():
         raise InputError(f"run: {run} is not the work directory of a run: no config.json")
-    settings = from_flat(DistillSettings(), flatten(json.loads(file.read_text())))
+    settings = from_flat(DistillSettings(), flatten(read_object(file)))
     students = settings.students
     if not students.named or not (run / "checkpoints").is_dir():
         return settings
@@ -118,7 +118,17 @@ def results_of_student(
     rows: dict[str, dict[str, float | None]] = {}
     note = ""
     if file.is_file():
-        content = json.loads(file.read_text())
+        rows[MEASURED] = _measured(file)
+    paper = table1.published(to_dict(settings), "")
+    if paper:
+        rows[f"published: {paper[0]}"] = paper[1]
+        note = table1.NOTE
+    return rows, note
+
+
+def _measured(file: epath.Path) -> dict[str, float]:
+    content = read_object(file)
+    try:
         measured = {k: v for k, v in content["table1"].items() if v is not None}
         measured |= {
             f"{task} {metric}": metrics[metric]
@@ -126,9 +136,9 @@ def results_of_student(
             for metric in ("top1", "knn_top1", "miou", "rmse")
             if metric in metrics
         }
-        rows[MEASURED] = measured
-    paper = table1.published(to_dict(settings), "")
-    if paper:
-        rows[f"published: {paper[0]}"] = paper[1]
-        note = table1.NOTE
-    return rows, note
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not the results of the job evaluate: {error!r}") from error
+    wrong = next((k for k, v in measured.items() if not isinstance(v, int | float)), None)
+    if wrong is not None:
+        raise InputError(f"{file}: {wrong} is no number")
+    return measured

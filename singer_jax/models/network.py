@@ -14,7 +14,7 @@ from singer_jax.models import quantised, zoo
 from singer_jax.models.architecture import FIELDS
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import find_weights, read_hub_config
-from singer_jax.models.weights import check_weights, model_arguments, spec_of_weights
+from singer_jax.models.weights import check_weights, spec_of_weights, stated_model
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.ranges import TEXT, Flag, OneOf, optional
 from singer_jax.settings import ABSENT, Setting, Settings, section, setting
@@ -116,11 +116,11 @@ def resolve_model(
         fields.setdefault("img_size", image_size)
     stated = read_hub_config(file.parent) if file else {}
     if not model and "architecture" in stated:
-        model = stated["architecture"]
-        fields = model_arguments(stated) | fields
-    if not model:
+        spec = stated_model(stated, fields)
+    elif model:
+        spec = zoo.lookup(model, fields)
+    else:
         raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
-    spec = zoo.lookup(model, fields)
     if file:
         spec = spec_of_weights(spec, file)
         classes = settings.overrides.get("num_classes", spec.arch.num_classes)

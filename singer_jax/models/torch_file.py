@@ -9,6 +9,7 @@ checked against the bytes that are really there.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import pickle
 import pickletools
@@ -22,11 +23,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from singer_jax import limits
 from singer_jax.errors import InputError
 
 # Far above any published checkpoint (ViT-7B: 0.1 MB and 10,000 operations); an operation makes at
 # most some 100 bytes.
-_LARGEST_PICKLE = 2**24
+_LARGEST_PICKLE = 2**24  # bytes; also of the archive's directory
 _MOST_OPERATIONS = 10**6
 _MOST_DIMENSIONS = _MOST_ARGUMENTS = 16
 _MOST_EMPTY = 2**48  # elements that an empty tensor would have without its sides of 0
@@ -189,8 +191,8 @@ class _Interpreter:
 
     def run(self, pickled: bytes) -> Any:
         for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-            if number == _MOST_OPERATIONS:
-                raise pickle.UnpicklingError(f"more than {_MOST_OPERATIONS} operations")
+            if told := limits.excess(number, _MOST_OPERATIONS, "operations"):
+                raise pickle.UnpicklingError(told)
             if operation.name != "STOP":
                 self._step(operation.name, argument)
         return self.stack.pop()
@@ -281,9 +283,18 @@ def _read_entry(archive: zipfile.ZipFile, name: str, limit: int | None = None) -
     whole = Path(archive.filename).stat().st_size
     if entry.header_offset + entry.file_size > whole:
         raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
-    if limit is not None and entry.file_size > limit:
-        raise zipfile.BadZipFile(f"{name} has {entry.file_size} bytes, more than {limit}")
+    if limit is not None and (told := limits.excess(entry.file_size, limit, "bytes")):
+        raise zipfile.BadZipFile(f"{name} has {told}")
     return archive.read(entry)
+
+
+class _Bounded(io.FileIO):
+    """A file of which no more is read at once than of a pickle or a directory of an archive."""
+
+    def read(self, size: int = -1) -> bytes:
+        if told := limits.excess(size, _LARGEST_PICKLE, "bytes"):
+            raise zipfile.BadZipFile(f"its directory has {told}")
+        return super().read(size)
 
 
 def _load(path: Path, archive: zipfile.ZipFile) -> Any:
@@ -337,7 +348,8 @@ def open_torch_file(path: Path) -> dict[str, TorchTensor]:
       InputError: not a PyTorch zip file, damaged, without tensors, or one that would run code.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        limits.file_size(path)
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             content = _load(path, archive)
     except InputError:
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from singer_jax import ranges
+from singer_jax import limits, ranges
 from singer_jax.errors import InputError
 from singer_jax.files import as_path, cached, download, is_remote
 from singer_jax.models.architecture import FIELDS
@@ -35,6 +34,7 @@ HUB_CONFIG: Mapping[str, Allowed] = {
     "pretrained_cfg.std": Each(POSITIVE, length=3),
 }
 
+_LARGEST_CONFIG = _LARGEST_HEADER = 2**24  # bytes; timm's have 1 KiB and 0.1 MiB
 _LONGEST_KEY = 200  # characters of a tensor's name, far above timm's
 
 
@@ -160,6 +160,7 @@ def _open(path: Path) -> dict[str, StoredTensor]:
     if path.suffix != ".safetensors":
         raise InputError(f"weights {path}: expected a .safetensors, .pth or .bin file")
     try:
+        _check_header(path)
         with safe_open(path, framework="numpy") as file:
             return {
                 key: SafetensorsTensor(
@@ -172,8 +173,26 @@ def _open(path: Path) -> dict[str, StoredTensor]:
             }
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} holds tensors of a kind that is not read: {error}") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, _BadHeader) as error:
         raise _not_complete(path, error) from error
+
+
+class _BadHeader(Exception):
+    """A safetensors file that does not hold what it says."""
+
+
+def _check_header(path: Path) -> None:
+    """Raises `_BadHeader` for a header that is larger than its file, or than any should be."""
+    try:
+        whole = limits.file_size(path)
+    except ValueError as error:
+        raise _BadHeader(str(error)) from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > whole:
+        raise _BadHeader(f"{size} bytes of header in a file of {whole}")
+    if told := limits.excess(size, _LARGEST_HEADER, "bytes of header"):
+        raise _BadHeader(told)
 
 
 def _not_complete(path: Path, error: Exception) -> InputError:
@@ -209,8 +228,8 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
-    except (OSError, RecursionError, ValueError) as error:
+        content = limits.read_json(file, _LARGEST_CONFIG)
+    except OSError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
     stated = {"": content}
     for key in ("model_args", "pretrained_cfg"):

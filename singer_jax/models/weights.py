@@ -24,6 +24,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
 
+from singer_jax import limits
 from singer_jax.backends import Choices
 from singer_jax.errors import InputError
 from singer_jax.files import replacing, write_text
@@ -43,6 +44,11 @@ from singer_jax.models.zoo import MODELS, ModelSpec, lookup
 _EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
 
 _UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
+
+# Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
+_MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
+_MOST_NAMED = 1000  # keys in a message
+_MOST_MISSING_BLOCKS = 24  # of which each key is named
 
 
 def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
@@ -117,8 +123,8 @@ def load_model(
     Raises:
       InputError: with every missing, surplus and mis-shaped key.
     """
-    graph, abstract = abstract_model(spec.arch, numerics)
     check_weights(spec, path)
+    graph, abstract = abstract_model(spec.arch, numerics)
     tensors = _tensors(spec, path)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
@@ -158,7 +164,15 @@ def load_model(
 
 def check_weights(spec: ModelSpec, path: Path) -> None:
     """Raises `InputError` as `load_model` would, without reading a tensor."""
-    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], _tensors(spec, path))
+    tensors = _tensors(spec, path)
+    # Before the model is traced, which takes minutes for a hundred blocks.
+    blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    if spec.arch.depth - blocks > _MOST_MISSING_BLOCKS:
+        raise InputError(
+            f"{path} does not hold the weights of {spec.name}: it has {blocks} blocks, expected "
+            f"{spec.arch.depth}"
+        )
+    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], tensors)
 
 
 def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:
@@ -188,8 +202,13 @@ def _check_keys(
     ]
     found = {"missing": missing, "surplus": surplus, "mis-shaped": mis_shaped}
     if any(found.values()):
-        details = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in found.items() if keys)
+        details = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in found.items() if keys)
         raise InputError(f"{path} does not hold the weights of {spec.name}: {details}")
+
+
+def _listed(keys: list[str]) -> str:
+    more = len(keys) - _MOST_NAMED
+    return ", ".join(keys[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _can_resample(shape: tuple[int, ...], arch: Architecture) -> bool:
@@ -274,13 +293,28 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def stated_model(
+    config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The model that timm's `config.json` asks for, with a user's overrides.
+
+    Raises:
+      InputError: an architecture that is not known here, or an absurdly large one.
+    """
+    spec = lookup(config["architecture"], model_arguments(config) | dict(overrides or {}))
+    where = f"{spec.name} as its config.json asks for it"
+    limits.check(where, spec.arch.depth, _MOST_BLOCKS, "blocks")
+    limits.check(where, spec.arch.num_patches, _MOST_PATCHES, "patches")
+    return spec
+
+
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
     """The inverse of `to_hub_config`; also reads the `config.json` of timm's own models.
 
     Raises:
-      InputError: an architecture that is not known here.
+      InputError: as `stated_model`.
     """
-    spec = lookup(config["architecture"], model_arguments(config))
+    spec = stated_model(config)
     stated = config.get("pretrained_cfg", {})
     mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
     return dataclasses.replace(spec, mean=mean, std=std)

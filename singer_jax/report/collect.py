@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from singer_jax import parallel
+from singer_jax import limits, parallel
 from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
@@ -121,12 +121,15 @@ def restore(
 def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl; none where there is no such file.
 
+    What is no row, such as a last line that is being written, and no number is left out.
+
     Args:
       run: the work directory.
       student: one of several, whose metrics get the names of a single one's, without the others'.
     """
     file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = limits.read_text(file).splitlines() if file.is_file() else []
+    rows = [row for line in lines if "step" in (row := _numbers(line))]
     if not student:
         return rows
     common = {"step", "time"}
@@ -134,10 +137,23 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
         {
             name.replace(f"/{student}/", "/", 1): value
             for name, value in row.items()
-            if name in common or name.split("/")[1] == student
+            if name in common or name.split("/")[1:2] == [student]
         }
         for row in rows
     ]
+
+
+def _numbers(line: str) -> dict[str, float]:
+    """Of a line of metrics.jsonl; none where it is no JSON object."""
+    try:
+        row = json.loads(line)
+    except (RecursionError, ValueError):
+        return {}
+    return {
+        name: value
+        for name, value in (row.items() if isinstance(row, dict) else ())
+        if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    }
 
 
 def collect(

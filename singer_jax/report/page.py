@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from singer_jax import limits
+from singer_jax.errors import shown
 from singer_jax.files import write_text
 from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_order
 
 _FOLDER = Path(__file__).parent
 # Readable on white and on black.
 _INK = "#808890"
+_MOST_PANELS = 500
+_LONGEST_NAME = 200  # characters of it in a plot
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _STYLE = {
     "svg.fonttype": "none",
@@ -76,8 +82,8 @@ def write_comparison(
         for name, of_run in curves.items():
             points = [(row["step"], row[metric]) for row in of_run if metric in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name.split(" (")[0])
-        axis.set(title=metric, xlabel="step")
+                axis.plot(*zip(*points, strict=True), label=_plain(name.split(" (")[0]))
+        axis.set(title=_plain(metric), xlabel="step")
         axis.legend(fontsize=6)
 
     plots = _plots([functools.partial(panel, metric=metric) for metric in shown])
@@ -86,11 +92,18 @@ def write_comparison(
 
 
 def _write(file: epath.Path, title: str, sections: Sequence[str], data: dict[str, Any]) -> None:
-    page = (_FOLDER / "page.html").read_text().replace("{{title}}", html.escape(title))
-    page = page.replace("{{style}}", (_FOLDER / "page.css").read_text())
-    page = page.replace("{{script}}", (_FOLDER / "page.js").read_text())
-    page = page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
-    page = page.replace("{{sections}}", "\n".join(filter(None, sections)))
+    script = (_FOLDER / "page.js").read_text()
+    parts = {
+        "title": html.escape(title),
+        "style": (_FOLDER / "page.css").read_text(),
+        "sections": "\n".join(filter(None, sections)),
+        "data": json.dumps(data).replace("<", "\\u003c"),
+        "script": script,
+        # Should a stranger's name ever become markup, the browser still runs this script alone.
+        "sha256": base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),
+    }
+    # All at once: a name in one part may look like the place of another.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], (_FOLDER / "page.html").read_text())
     write_text(file, page)
 
 
@@ -144,6 +157,7 @@ def _maps() -> str:
 
 def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
     """A drawing a panel, so that they flow on a narrow screen."""
+    limits.check("metrics.jsonl", len(panels), _MOST_PANELS, "panels")
     drawings = ""
     with matplotlib.rc_context(_STYLE):
         for panel in panels:
@@ -155,6 +169,11 @@ def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
             drawing = buffer.getvalue()
             drawings += drawing[drawing.index("<svg") :]
     return f'<div class="plots">{drawings}</div>'
+
+
+def _plain(text: str) -> str:
+    """A name that matplotlib is not to typeset."""
+    return shown(text[:_LONGEST_NAME]).replace("$", r"\$")
 
 
 def _training(rows: Sequence[Mapping[str, float]]) -> str:
@@ -178,8 +197,8 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
         for label, name in columns.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
             marker = "o" if len(points) < 20 else ""
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
-        axis.set(yscale=scale, xlabel="step", title="" if title in columns else title)
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_plain(label))
+        axis.set(yscale=scale, xlabel="step", title="" if title in columns else _plain(title))
         axis.legend()
 
     drawn = panels.items()

@@ -174,6 +174,7 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
                 "singer_jax.data.loader",
                 "singer_jax.data.sources",
                 "singer_jax.errors",
+                "singer_jax.limits",
                 "singer_jax.stopping",
             }
             assert report["backends"] == [] and report["platforms"] == "cpu"

@@ -1,0 +1,239 @@
+"""Hostile files for every reader of files: no crash, no hang, no memory beyond a bound.
+
+  pip install atheris
+  python -m benchmarks.fuzz --seconds 600 --findings /tmp/findings
+
+Each entry point is fuzzed in a process of its own, guided by coverage where atheris is installed
+and the entry point is not compiled code; else honest files are changed at random. An input is a
+finding if it raises anything but what a command reports in one line (`InputError`, `RunError`,
+`UnreadableImage`), takes longer than 5 s, ends the process, or lets it grow by more than 512 MiB.
+All limits of `singer_jax.limits` are a twentieth of their defaults meanwhile, so that files of a
+few kilobytes reach them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.results import report
+from singer_jax import limits
+
+SLOW, GROWTH = 5.0, 512  # seconds, MiB
+_HARD = 2**32  # bytes; a process that asks for more is told that there are none
+# What atheris instruments.
+_GUIDED = ("singer_jax", "zipfile", "pickletools", "json", "PIL", "scipy.io")
+_PACKAGES = ("numpy", "pillow", "simplejpeg", "scipy", "h5py", "safetensors", "tensorflow-datasets")
+
+
+class Watched:
+    """Runs an entry point on one input after the other and keeps what goes wrong.
+
+    Args:
+      enter: takes the content of a file.
+      folder: where inputs that are findings are kept.
+      name: of the entry point.
+    """
+
+    def __init__(self, enter: Callable[[bytes], None], folder: Path, name: str) -> None:
+        from singer_jax.data.images import UnreadableImage
+        from singer_jax.errors import InputError, RunError
+
+        self.enter, self.folder, self.name = enter, folder, name
+        self.expected = (InputError, RunError, UnreadableImage)
+        self.executions, self.findings = 0, {}
+        self.start = self.told = time.monotonic()
+        self.largest = _resident() + GROWTH
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, data: bytes) -> None:
+        begun, wrong = time.monotonic(), ""
+        # The last input is there, should it end the process.
+        (self.folder / f"{self.name}.last").write_bytes(data)
+        try:
+            self.enter(data)
+        except self.expected as error:
+            if len(str(error).splitlines()) > 1:
+                wrong = f"{type(error).__name__} of several lines"
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            wrong = f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
+        now = time.monotonic()
+        if now - begun > SLOW:
+            wrong = wrong or f"slow: {now - begun:.0f} s"
+        if _resident() > self.largest:
+            wrong = wrong or f"memory: {_resident()} MiB"
+            self.largest = 2 * _resident()
+        self.executions += 1
+        if wrong and wrong not in self.findings:
+            kept = self.folder / f"{self.name}-{hashlib.sha1(data).hexdigest()[:12]}"
+            kept.write_bytes(data)
+            self.findings[wrong] = kept.name
+        if wrong or now - self.told > 1:
+            self.tell()
+
+    def tell(self) -> None:
+        """Writes how far it is."""
+        self.told = time.monotonic()
+        told = {"executions": self.executions, "seconds": self.told - self.start}
+        text = json.dumps(told | {"findings": self.findings})
+        (self.folder / f"{self.name}.json").write_text(text)
+
+
+def _resident() -> int:
+    """The largest resident memory so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def change(seed: bytes, rng: random.Random) -> bytes:
+    """An honest file with a few changes: bits, numbers, pieces left out, doubled or moved."""
+    data = bytearray(seed)
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
+        at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 8, 64))
+        match rng.randrange(6):
+            case 0 if at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                number = rng.choice((0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**63, 2**64 - 1))
+                packed = number.to_bytes(8, rng.choice(("little", "big")))
+                data[at : at + size] = packed[:size] if rng.random() < 0.5 else packed[-size:]
+            case 2:
+                del data[at : at + size]
+            case 3:
+                data[at:at] = data[at : at + size]
+            case 4:
+                data[at:at] = rng.choice((b"0", b"-1", b"9" * 30, b"1e999", b"[", b'"', b"null"))
+            case 5:
+                other = rng.randrange(len(data) + 1)
+                data[at : at + size] = data[other : other + size]
+    return bytes(data)
+
+
+def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool) -> None:
+    """Fuzzes an entry point in this process, until the seconds or the executions are over."""
+    if guided:
+        import atheris
+
+        with atheris.instrument_imports(include=list(_GUIDED)):
+            from benchmarks import hostile
+    else:
+        from benchmarks import hostile
+    inside = tempfile.mkdtemp(prefix=f"fuzz_{name.replace(' ', '_')}_")
+    seeds, enter = hostile.ENTRIES[name](Path(inside))
+    for seed in seeds:
+        enter(seed)  # an honest file is read, and what is imported late is
+    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (virtual + _HARD,) * 2)
+    watched = Watched(enter, folder, name)
+    if guided:
+        corpus = Path(inside) / "corpus"
+        corpus.mkdir()
+        for number, seed in enumerate(seeds):
+            (corpus / str(number)).write_bytes(seed)
+        # Memory and time are watched here; libFuzzer would end at the first finding.
+        options = ["-max_len=20000", "-rss_limit_mb=0", "-timeout=600", "-verbosity=0"]
+        options += [f"-max_total_time={int(seconds)}", f"-runs={executions or -1}"]
+        atheris.Setup([sys.argv[0], str(corpus), *options], watched)
+        atheris.Fuzz()  # does not return
+    rng = random.Random(0)
+    while time.monotonic() - watched.start < (seconds or 1e9):
+        if executions and watched.executions >= executions:
+            break
+        watched(change(rng.choice(seeds), rng))
+    watched.tell()
+
+
+def campaign(
+    names: list[str], folder: Path, seconds: float, executions: int
+) -> list[dict[str, object]]:
+    """Each entry point in a process of its own; rows of the table, what was found in full.
+
+    Args:
+      names: of entry points.
+      folder: of the findings.
+      seconds: of each; 0: no bound.
+      executions: of each; 0: no bound.
+    """
+    from benchmarks.hostile import COMPILED
+
+    rows = []
+    for name in names:
+        guided = bool(importlib.util.find_spec("atheris")) and name not in COMPILED
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--only", name, "--inside"]
+        command += ["--seconds", str(seconds), "--executions", str(executions)]
+        command += ["--findings", str(folder), *(["--guided"] if guided else [])]
+        environment = os.environ | {limits.FACTOR: "0.05", "JAX_PLATFORMS": "cpu"}
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False,
+                timeout=2 * seconds + 300,
+            )  # fmt: skip
+            ended = (
+                "" if done.returncode == 0 else f"status {done.returncode}: {done.stderr[-500:]}"
+            )
+        except subprocess.TimeoutExpired:
+            ended = "hangs"
+        file = folder / f"{name}.json"
+        told = json.loads(file.read_text()) if file.is_file() else {"executions": 0, "seconds": 0}
+        found = list(told.get("findings", {})) + ([f"the process ended: {ended}"] if ended else [])
+        rows.append(
+            {
+                "entry point": name,
+                "guided by coverage": "yes" if guided else "no",
+                "executions": f"{told['executions']:,}",
+                "seconds": round(told["seconds"]),
+                "findings": len(found),
+                "which": "; ".join(found),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """The campaign, or with --inside one entry point of it."""
+    from_line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from_line.add_argument("--seconds", type=float, default=600, help="of each entry point")
+    from_line.add_argument("--executions", type=int, default=0, help="of each entry point")
+    from_line.add_argument("--findings", type=Path, default=Path("findings"), help="folder")
+    from_line.add_argument("--only", help="one entry point")
+    from_line.add_argument("--keep", action="store_true", help="append to RESULTS.md")
+    from_line.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    from_line.add_argument("--guided", action="store_true", help=argparse.SUPPRESS)
+    told = from_line.parse_args()
+    if told.inside and told.guided:
+        fuzz(told.only, told.findings, told.seconds, told.executions, True)
+    from benchmarks.hostile import ENTRIES
+
+    names = [told.only] if told.only else list(ENTRIES)
+    if told.inside:
+        for name in names:
+            fuzz(name, told.findings, told.seconds, told.executions, False)
+        return
+    told.findings.mkdir(parents=True, exist_ok=True)
+    rows = campaign(names, told.findings, told.seconds, told.executions)
+    report(
+        "Hostile files",
+        f"python -m benchmarks.fuzz --seconds {told.seconds:g}",
+        rows,
+        "",
+        _PACKAGES,
+        told.keep,
+    )
+    sys.exit(any(row["findings"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
