@@ -135,7 +135,7 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
     for seed in seeds:
         enter(seed)  # an honest file is read, and what is imported late is
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (virtual + _HARD,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (virtual + _HARD, resource.RLIM_INFINITY))
     watched = Watched(enter, folder, name)
     if guided:
         corpus = Path(inside) / "corpus"

@@ -7,6 +7,7 @@ the content of any file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -134,8 +135,9 @@ def _of_benchmark(name: str, file: str, write: Callable[[Path], None]) -> Callab
     return entry
 
 
-def _prepared(folder: Path) -> Path:
-    """A set that TFDS prepared by code that is not here, as a stranger's is."""
+@functools.cache
+def _scenes() -> type:
+    """A set of one image; TFDS takes a name once."""
     import tensorflow_datasets as tfds
 
     class FuzzedScenes(tfds.core.GeneratorBasedBuilder):
@@ -156,7 +158,12 @@ def _prepared(folder: Path) -> Path:
             official.picture(0).save(image, "PNG")
             yield 0, {"image": image.getvalue(), "label": 1}
 
-    FuzzedScenes(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return FuzzedScenes
+
+
+def prepared_set(folder: Path) -> Path:
+    """A set that TFDS prepared by code that is not here, as a stranger's is."""
+    _scenes()(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return (folder / "fuzzed_scenes").rename(folder / "strangers_scenes") / "1.0.0"
 
 
@@ -164,7 +171,7 @@ def _tfds_record(folder: Path) -> Entry:
     from singer_jax.data.loader import LoadExample
     from singer_jax.data.sources import TfdsSource
 
-    _prepared(folder)
+    prepared_set(folder)
     source = TfdsSource("strangers_scenes", str(folder), "test")
     seed, load = source.records.data_source[0], LoadExample(source, EvalTransform(16), True)
 
@@ -179,7 +186,7 @@ def _tfds_json(folder: Path) -> Entry:
     """Both files that say what the records are, one after the other."""
     from singer_jax.data.sources import TfdsSource
 
-    described = _prepared(folder)
+    described = prepared_set(folder)
     files = [described / name for name in ("dataset_info.json", "features.json")]
     honest = [file.read_bytes() for file in files]
 

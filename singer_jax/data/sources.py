@@ -192,6 +192,9 @@ class TfdsSource:
             self.records = builder.as_data_source(
                 split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
             )
+            # scene_parse150 is the only one with masks.
+            classes = 150 if self.dense else builder.info.features["label"].num_classes
+            check_classes(f"{name}/{split}", classes)
         except tfds.core.registered.DatasetNotFoundError as error:
             raise unknown("data.source", name, known) from error
         except InputError:
@@ -203,9 +206,7 @@ class TfdsSource:
                 "--file_format=array_record (set data.path to the TFDS data directory)"
             ) from error
         self.name = f"{name}/{split}"
-        # scene_parse150 is the only one with masks.
-        self.num_classes = 150 if self.dense else builder.info.features["label"].num_classes
-        check_classes(self.name, self.num_classes)
+        self.num_classes = classes
         self._fingerprint = f"{builder.info.full_name}/{split}/{len(self.records)}"
 
     def __len__(self) -> int:

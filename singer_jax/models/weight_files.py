@@ -114,11 +114,11 @@ def _download(repo: str) -> Path:
     # Without network it warns a dozen times; the error below says it once.
     hub_logging.set_verbosity_error()
 
-    for name in (WEIGHTS_FILE, TORCH_FILE):
-        cached = huggingface_hub.try_to_load_from_cache(repo, name)
-        if isinstance(cached, str):
-            return Path(cached)
     try:
+        for name in (WEIGHTS_FILE, TORCH_FILE):
+            cached = huggingface_hub.try_to_load_from_cache(repo, name)
+            if isinstance(cached, str):
+                return Path(cached)
         try:
             path = huggingface_hub.hf_hub_download(repo, WEIGHTS_FILE)
         except LocalEntryNotFoundError:

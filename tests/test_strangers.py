@@ -1,0 +1,352 @@
+"""What SECURITY.md promises of files that others made: each is written here, and refused."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from safetensors.numpy import save_file
+
+from benchmarks.hostile import prepared_set
+from singer_jax import limits, parallel
+from singer_jax.checkpoints import Checkpoints
+from singer_jax.data import images
+from singer_jax.data.benchmarks import open_benchmark
+from singer_jax.data.images import EvalTransform, TrainTransform, UnreadableImage, open_image
+from singer_jax.data.loader import LoadExample
+from singer_jax.data.matlab import read_numbers
+from singer_jax.data.sources import TEST, TRAIN, FolderSource, TfdsSource
+from singer_jax.errors import InputError, RunError
+from singer_jax.files import as_path
+from singer_jax.models import weights
+from singer_jax.models.network import ModelSettings, resolve_model
+from singer_jax.models.torch_file import open_torch_file
+from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.report.collect import read_metrics
+from tests.data import official
+
+RNG = np.random.default_rng(0)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_minute_of_fuzzing_finds_nothing(tmp_path):
+    """Every entry point of benchmarks/fuzz.py, with honest files that are changed at random."""
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--inside", "--seconds=0"]
+    command += ["--executions=250", f"--findings={tmp_path}"]
+    environment = os.environ | {limits.FACTOR: "0.05", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert len(told) == 12
+    assert all(entry["executions"] == 250 for entry in told.values())
+    assert {name: entry["findings"] for name, entry in told.items() if entry["findings"]} == {}
+
+
+# Images.
+
+
+@pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1)])
+def test_a_thin_image_is_not_enlarged_to_gigabytes(size):
+    stored = encoded(Image.new("RGB", size), "JPEG")
+    with pytest.raises(UnreadableImage, match=r"4,292,608,000 pixels.*SINGER_JAX_LIMITS"):
+        EvalTransform(224)(open_image(stored))
+    assert TrainTransform(224, fast=True)(open_image(stored), RNG).shape == (224, 224, 3)
+
+
+def test_more_pixels_than_the_limit_are_refused_until_it_is_raised(monkeypatch):
+    bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
+    assert len(bomb) < 60_000
+    with pytest.raises(UnreadableImage, match=r"200,000,000 pixels"):
+        open_image(bomb)
+    monkeypatch.setenv(limits.FACTOR, "2")
+    assert open_image(bomb).size == (20_000, 10_000)
+    monkeypatch.setenv(limits.FACTOR, "much")
+    with pytest.raises(InputError, match="give a number above 0"):
+        open_image(bomb)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
+    stored = encoded(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
+    last = stored[stored.rindex(b"\xff\xda") : -2]
+    start = time.process_time()
+    with pytest.raises(UnreadableImage, match="scans"):
+        open_image(stored[:-2] + last * 5000 + stored[-2:])
+    assert time.process_time() - start < 1  # decoded, it would take minutes
+    assert EvalTransform(32)(open_image(stored)).shape == (32, 32, 3)
+
+
+def test_postscript_in_a_photo_is_not_run(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was_here\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(photo, "EPS")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        images.to_rgb(open_image(photo))
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_pipe_among_the_images_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(UnreadableImage, match="a pipe or a device"):
+        open_image(tmp_path / "photo.jpg")
+
+
+def test_links_in_a_circle_are_named(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).symlink_to(tmp_path)
+    monkeypatch.setenv(limits.FACTOR, "0.001")
+    with pytest.raises(InputError, match="101 folders that are links"):
+        FolderSource(str(tmp_path), TRAIN)
+
+
+def test_the_name_of_an_image_moves_no_cursor(tmp_path):
+    (tmp_path / "\x1b[2J\n.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+    told = FolderSource(str(tmp_path), TRAIN).describe(0)
+    assert told.isprintable() and told.endswith(r"/\x1b[2J\n.jpg")
+
+
+# Data sets.
+
+
+def with_list(root: Path, name: str, entry: str) -> None:
+    """A data set whose test list names another file."""
+    getattr(official, name)(root)
+    file = next(root.rglob({"inat19": "val2019.json"}.get(name, "test.txt")))
+    if name == "inat19":
+        content = json.loads(file.read_text())
+        content["images"][0]["file_name"] = entry
+        file.write_text(json.dumps(content))
+    else:
+        file.write_text(f"{entry} 1 1 1\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("inat19", "../../../secret.jpg"),
+        ("inat19", "a/../../../../secret.jpg"),
+        ("inat19", "/etc/secret.jpg"),
+        ("pet", "../../../../secret"),
+        ("food", "apple_pie/../../../../../secret"),
+    ],
+)
+def test_a_list_names_only_files_below_its_data_set(tmp_path, name, entry):
+    official.save(tmp_path / "secret.jpg", 0)
+    root = tmp_path / "a" / "b" / "data"
+    with_list(root, name, entry)
+    with pytest.raises(InputError, match="no file below it"):
+        open_benchmark(name, str(root), TEST)
+
+
+def test_a_list_asks_for_no_absurd_number_of_classes(tmp_path):
+    official.pet(tmp_path)
+    (tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt").write_text("Breed_0_6 9999999 1 1")
+    with pytest.raises(InputError, match="9,999,999 classes, more than"):
+        open_benchmark("pet", str(tmp_path), TEST)
+    (tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt").write_text("Breed_0_6 0 1 1")
+    with pytest.raises(InputError, match="label -1 is none of its 0 classes"):
+        open_benchmark("pet", str(tmp_path), TEST)
+
+
+def test_a_mat_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    squeezer = zlib.compressobj(9)
+    packed = b"".join(squeezer.compress(bytes(2**20)) for _ in range(64)) + squeezer.flush()
+    tag = (15).to_bytes(4, "little") + len(packed).to_bytes(4, "little")
+    (tmp_path / "a.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + tag + packed)
+    with pytest.raises(InputError, match="when it is unpacked, more than"):
+        read_numbers(tmp_path / "a.mat", "labels")
+
+
+@pytest.mark.parametrize("how", ["external", "virtual", "link", "piece", "group"])
+def test_an_hdf5_file_holds_its_own_numbers(tmp_path, how):
+    """HDF5 can say that the pixels lie in any file of the machine."""
+    official.nyud(tmp_path)
+    folder = tmp_path / "nyu_depth_v2"
+    (folder / "secret").write_bytes(bytes(6 * 3 * 32 * 24))
+    shape = (6, 3, 32, 24)
+    with h5py.File(folder / "nyu_depth_v2_labeled.mat", "r+") as file:
+        pixels = file["images"][...]
+        del file["images"]
+        if how == "external":
+            where = [(str(folder / "secret"), 0, 6 * 3 * 32 * 24)]
+            file.create_dataset("images", shape, "u1", external=where)
+        elif how == "virtual":
+            layout = h5py.VirtualLayout(shape, "u1")
+            layout[...] = h5py.VirtualSource(str(folder / "other.mat"), "images", shape)
+            file.create_virtual_dataset("images", layout)
+        elif how == "link":
+            file["images"] = h5py.ExternalLink(str(folder / "other.mat"), "images")
+        elif how == "piece":
+            file.create_dataset("images", (6, 3, 2**15, 2**13), "u1", chunks=(1, 3, 2**15, 2**13))
+        else:
+            file.create_group("images")
+    with h5py.File(folder / "other.mat", "w") as other:
+        other["images"] = pixels
+    with pytest.raises(InputError, match=r"stored in this file|bytes a frame"):
+        open_benchmark("nyud", str(tmp_path), TEST)
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    folder = prepared_set(tmp_path)
+    assert TfdsSource("strangers_scenes", str(tmp_path), TEST)[0].label == 1
+    return folder
+
+
+def test_a_prepared_set_imports_nothing(prepared, tmp_path, monkeypatch):
+    (tmp_path / "strangers_module.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = prepared / "features.json"
+    hostile = file.read_text().replace(
+        "tensorflow_datasets.core.features.image_feature.Image", "strangers_module.Image"
+    )
+    file.write_text(hostile)
+    with pytest.raises(InputError, match="wants to import 'strangers_module': refused"):
+        TfdsSource("strangers_scenes", str(tmp_path), TEST)
+
+
+def test_a_prepared_set_takes_its_records_from_its_folder(prepared, tmp_path):
+    file = prepared / "dataset_info.json"
+    content = json.loads(file.read_text())
+    template = content["splits"][0]["filepathTemplate"]
+    content["splits"][0]["filepathTemplate"] = f"../../{template}"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="outside it: refused"):
+        TfdsSource("strangers_scenes", str(tmp_path), TEST)
+
+
+def test_a_damaged_record_is_an_unreadable_image(prepared, tmp_path):
+    source = TfdsSource("strangers_scenes", str(tmp_path), TEST)
+    source.records.data_source = [b"\xff" * 40]
+    with pytest.raises(RunError, match="cannot read strangers_scenes/test record 0"):
+        LoadExample(source, EvalTransform(8), strict=True)(0, RNG)
+
+
+# Weights and what lies beside them.
+
+
+def test_a_header_is_not_larger_than_its_file_or_its_limit(tmp_path):
+    for size, content in ((2**40, bytes(100)), (2**25, bytes(2**25))):
+        (tmp_path / "a.safetensors").write_bytes(size.to_bytes(8, "little") + content)
+        with pytest.raises(InputError, match="bytes of header"):
+            open_weights(tmp_path / "a.safetensors")
+
+
+def test_an_archive_of_a_million_entries_is_not_listed(tmp_path):
+    """A record of its directory has 46 bytes, and takes ten times as much in memory."""
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    content = (tmp_path / "a.pth").read_bytes()
+    start, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
+    record, count = content[start:end], 2**24 // (end - start) + 1
+    size = (count * len(record)).to_bytes(4, "little")
+    tail = content[end : end + 12] + size + content[end + 16 :]
+    (tmp_path / "a.pth").write_bytes(content[:start] + record * count + tail)
+    with pytest.raises(InputError, match="its directory has"):
+        open_torch_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"depth": 1000}, "1,000 blocks, more than 100"),
+        ({"depth": 90}, "it has 1 blocks, expected 90"),
+        ({"img_size": 16_384}, "1,048,576 patches, more than 16,384"),
+    ],
+)
+def test_a_config_json_asks_for_no_absurd_model(tmp_path, monkeypatch, asked, words):
+    """Before anything of the model is made: a thousand blocks are traced for an hour."""
+    stated = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": asked}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    save_file({"blocks.0.norm1.weight": np.ones(192, np.float32)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(weights, "abstract_model", lambda *_: pytest.fail("was traced"))
+    with pytest.raises(InputError, match=words):
+        resolve_model("teacher", ModelSettings(weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", "timm/../../secret", "gs://b/../../secret"])
+def test_weights_are_cached_below_the_cache(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        find_weights(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_url_with_dots_is_refused():
+    with pytest.raises(InputError, match=r"a URL with \.\. in it"):
+        as_path("gs://bucket/../../home/model.safetensors")
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.path,)
+
+
+def test_arrays_are_numbers_and_not_packed(tmp_path):
+    was_here = tmp_path / "was_here"
+    np.savez(tmp_path / "a.npz", bias=np.array([Hostile(was_here)], object))
+    np.savez_compressed(tmp_path / "b.npz", bias=np.zeros(2**20))
+    for name, words in (("a", "Object arrays"), ("b", "compressed")):
+        with pytest.raises(InputError, match=words):
+            limits.read_arrays(tmp_path / f"{name}.npz")
+    assert not was_here.exists()
+
+
+def test_a_checkpoint_is_data_only(tmp_path):
+    """Every file of it replaced by a pickle that would leave a trace."""
+    state = {"params": {"w": jnp.arange(6.0)}}
+    sharding = parallel.replicated(parallel.make_mesh(1, 1))
+    abstract = {"params": {"w": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=sharding)}}
+    writer = Checkpoints(epath.Path(tmp_path))
+    writer.save(state, 1, {})
+    writer.close()
+    was_here = tmp_path / "was_here"
+    files = [path for path in (tmp_path / "checkpoints" / "1").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for file in files:
+        honest = file.read_bytes()
+        file.write_bytes(pickle.dumps(Hostile(was_here)))
+        reader = Checkpoints(epath.Path(tmp_path), read_only=True)
+        with contextlib.suppress(Exception):  # which one: tests/test_checkpoints.py
+            reader.restore(1, abstract)
+        reader.close()
+        file.write_bytes(honest)
+    assert not was_here.exists()
+
+
+def test_rows_of_metrics_are_numbers(tmp_path):
+    lines = ['{"step": 1, "a": 2.5, "b": "<script>", "c": [1]}', "[1]", '"step"', '{"step": 2, "a']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 10**5]))
+    assert read_metrics(epath.Path(tmp_path)) == [{"step": 1, "a": 2.5}]
