@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from singer_jax import main
 from singer_jax.config import check_data, compare, evaluation, report
+from singer_jax.report.collect import LayerNorms, ModelMaps, Report
+from singer_jax.report.page import write_comparison, write_page
 from tests import tiny
 from tests.data import official
 
@@ -133,6 +136,70 @@ def test_a_click_on_a_patch_redraws_the_maps(page, scheme):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         browser.close()
     assert errors == []
+
+
+NAMES = (
+    "<img src=x onerror=alert(1)>",
+    "\"'><script>alert(2)</script><svg onload=alert(3)>",
+    "</script></title></style><script>alert(4)</script><!--",
+    "{{data}} {{sections}} {{script}} $\\nothing{$",
+    "javascript:alert(5)",
+)
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
+)
+def test_a_page_runs_no_script_from_a_name(tmp_path):
+    """Wherever a name can stand: title, columns, rows, settings, models, layers and metrics."""
+    from playwright.sync_api import sync_playwright
+
+    page, other = tmp_path / "index.html", tmp_path / "other.html"
+    seen: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_context(offline=True).new_page()
+        tab.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        tab.on("console", lambda m: seen.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda error: seen.append(str(error)))
+        for name in NAMES:
+            write_page(epath.Path(page), _report_of(name))
+            rows, curves = {name: {name: name}}, {name: [{"step": 1, f"eval/{name}": 1.0}]}
+            write_comparison(epath.Path(other), rows, curves)
+            for file in (page, other):
+                tab.goto(file.as_uri())
+                scripts = tab.eval_on_selector_all("script", "all => all.map(s => s.id)")
+                assert scripts == ["data", ""]
+                sources = tab.eval_on_selector_all("img", "all => all.map(i => i.src)")
+                assert all(source.startswith("data:image/png") for source in sources)
+                cells = tab.eval_on_selector_all("th", "all => all.map(c => c.textContent)")
+                assert cells == ["", name, name]
+            tab.goto(page.as_uri())
+            drawn = tab.eval_on_selector_all("canvas", "all => all.map(c => c.dataset.model)")
+            assert drawn == ["input", name]
+        assert seen == []
+        # What a mistake would do: a name that stands in the page as it is.
+        careless = page.read_text().replace("<h1>", f"{NAMES[0]}{NAMES[1]}<h1>")
+        page.write_text(careless)
+        tab.goto(page.as_uri())
+        assert seen and all("Content Security Policy" in line for line in seen)
+        browser.close()
+
+
+def _report_of(name: str) -> Report:
+    rng = np.random.default_rng(0)
+    norms = rng.uniform(1, 2, 8).astype(np.float32)
+    tokens = rng.normal(size=(1, 4, 3)).astype(np.float32)
+    return Report(
+        title=name,
+        config={name: {name: name}},
+        rows=[{"step": 1, f"train/{name}/loss": 1.0, f"eval/{name}/knn/top1": 2.0, name: 3.0}],
+        images=np.zeros((1, 4, 4, 3), np.uint8),
+        models=[ModelMaps(name, tokens, (2, 2), np.ones((1, 4), np.float32))],
+        layers=[LayerNorms(name, norms, norms, norms, 1.5, 2)],
+        results={name: {name: 1.0}},
+        note=name,
+    )
 
 
 def test_a_run_without_a_checkpoint_has_no_report(tmp_path, capsys):

@@ -210,7 +210,7 @@ def _histograms(report: Report) -> str:
         bins = np.linspace(0, max(layer.before.max(), layer.after.max()), 60)
         for values, label in ((layer.before, "teacher"), (layer.after, "refined")):
             axis.hist(values, bins, histtype="step", label=label)
-        axis.set(yscale="log", xlabel="patch norm", title=layer.name)
+        axis.set(yscale="log", xlabel="patch norm", title=_plain(layer.name))
         axis.legend()
 
     return _plots([functools.partial(panel, layer=layer) for layer in report.layers])
@@ -220,7 +220,7 @@ def _spectra(report: Report) -> str:
     def panel(axis: Axes, layer: LayerNorms) -> None:
         axis.semilogy(layer.singular_values)
         axis.axhline(layer.threshold, linestyle="--", color=_INK)
-        axis.set(xlabel="index", ylabel="singular value", title=layer.name)
+        axis.set(xlabel="index", ylabel="singular value", title=_plain(layer.name))
 
     lines = [
         f"{layer.name.capitalize()}: {layer.null_dim} of {len(layer.singular_values)} singular "
