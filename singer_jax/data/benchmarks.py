@@ -60,12 +60,14 @@ class ListedSource:
     ) -> None:
         _check_below(root, files)
         check_classes(root, num_classes)
-        foreign = [x for x in labels if not isinstance(x, str) and not 0 <= x < num_classes]
-        if foreign:
-            raise InputError(f"{root}: label {foreign[0]} is none of its {num_classes} classes")
+        dense = bool(labels) and all(isinstance(label, str) for label in labels)
+        if dense:
+            _check_below(root, labels)
+        for label in labels if not dense else ():
+            if type(label) is not int or not 0 <= label < num_classes:
+                raise InputError(f"{root}: label {label!r} is none of its {num_classes} classes")
         self.root, self.num_classes = root, num_classes
         self.files = np.array([file.encode() for file in files])
-        dense = bool(labels) and isinstance(labels[0], str)
         self.labels = np.array([label.encode() for label in labels] if dense else labels)
 
     def __len__(self) -> int:

@@ -190,8 +190,10 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, pickled: bytes) -> Any:
+        most = limits.most(_MOST_OPERATIONS)
         for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-            if told := limits.excess(number, _MOST_OPERATIONS, "operations"):
+            if number > most:
+                told = limits.excess(number, _MOST_OPERATIONS, "operations")
                 raise pickle.UnpicklingError(told)
             if operation.name != "STOP":
                 self._step(operation.name, argument)
