@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -179,12 +180,13 @@ def test_a_list_asks_for_no_absurd_number_of_classes(tmp_path):
 
 
 def test_a_mat_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    squeezer = zlib.compressobj(9)
-    packed = b"".join(squeezer.compress(bytes(2**20)) for _ in range(64)) + squeezer.flush()
-    tag = (15).to_bytes(4, "little") + len(packed).to_bytes(4, "little")
-    (tmp_path / "a.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + tag + packed)
-    with pytest.raises(InputError, match="when it is unpacked, more than"):
-        read_numbers(tmp_path / "a.mat", "labels")
+    """In one piece or in many."""
+    for pieces, size in ((1, 2**26), (100, 2**20)):
+        packed = zlib.compress(struct.pack("<II", 1, size) + bytes(size), 9)
+        element = struct.pack("<II", 15, len(packed)) + packed
+        (tmp_path / "a.mat").write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + element * pieces)
+        with pytest.raises(InputError, match="when it is unpacked, more than"):
+            read_numbers(tmp_path / "a.mat", "labels")
 
 
 @pytest.mark.parametrize("how", ["external", "virtual", "link", "piece", "group"])

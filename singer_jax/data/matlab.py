@@ -36,10 +36,12 @@ def read_numbers(path: Path, name: str) -> np.ndarray:
         limits.check(path, limits.file_size(path), _LARGEST, "bytes")
         content = path.read_bytes()
         order = {b"IM": "<", b"MI": ">"}[content[126:128]]
+        total = 0
         for kind, data in _elements(content[_HEADER:], order):
             if kind == _COMPRESSED:
                 unpacked = zlib.decompressobj().decompress(data, limits.most(_LARGEST) + 1)
-                limits.check(path, len(unpacked), _LARGEST, "bytes when it is unpacked")
+                total += len(unpacked)
+                limits.check(path, total, _LARGEST, "bytes when it is unpacked")
                 kind, data = next(_elements(unpacked, order))
             if kind != _MATRIX:
                 continue
