@@ -1,6 +1,6 @@
 """Hostile files for every reader of files: no crash, no hang, no memory beyond a bound.
 
-  pip install atheris
+  pip install ".[fuzz]"
   python -m benchmarks.fuzz --seconds 600 --findings /tmp/findings
 
 Each entry point is fuzzed in a process of its own, guided by coverage where atheris is installed
@@ -20,9 +20,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -130,15 +130,18 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
             from benchmarks import hostile
     else:
         from benchmarks import hostile
-    inside = tempfile.mkdtemp(prefix=f"fuzz_{name.replace(' ', '_')}_")
-    seeds, enter = hostile.ENTRIES[name](Path(inside))
+    inside = folder / f"{name}.files"
+    shutil.rmtree(inside, ignore_errors=True)
+    inside.mkdir(parents=True)
+    seeds, enter = hostile.ENTRIES[name](inside)
     for seed in seeds:
         enter(seed)  # an honest file is read, and what is imported late is
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + _HARD, resource.RLIM_INFINITY))
     watched = Watched(enter, folder, name)
     if guided:
-        corpus = Path(inside) / "corpus"
+        corpus = folder / f"{name}.corpus"
+        shutil.rmtree(corpus, ignore_errors=True)
         corpus.mkdir()
         for number, seed in enumerate(seeds):
             (corpus / str(number)).write_bytes(seed)
@@ -178,12 +181,12 @@ def campaign(
         (folder / f"{name}.json").unlink(missing_ok=True)
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False,
-                timeout=2 * seconds + 300,
+                command, env=environment, check=False, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                timeout=(2 * seconds + 300) if seconds else None,
             )  # fmt: skip
-            ended = (
-                "" if done.returncode == 0 else f"status {done.returncode}: {done.stderr[-500:]}"
-            )
+            last = " ".join(done.stderr[-500:].split())
+            ended = f"status {done.returncode}: {last}" if done.returncode else ""
         except subprocess.TimeoutExpired:
             ended = "hangs"
         file = folder / f"{name}.json"

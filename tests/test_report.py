@@ -164,8 +164,8 @@ def test_a_page_runs_no_script_from_a_name(tmp_path):
         tab.on("pageerror", lambda error: seen.append(str(error)))
         for name in NAMES:
             write_page(epath.Path(page), _report_of(name))
-            rows, curves = {name: {name: name}}, {name: [{"step": 1, f"eval/{name}": 1.0}]}
-            write_comparison(epath.Path(other), rows, curves)
+            curve = [{"step": 1, "train/loss": 2.0, f"eval/{name}": 1.0}]
+            write_comparison(epath.Path(other), {name: {name: name}}, {name: curve})
             for file in (page, other):
                 tab.goto(file.as_uri())
                 scripts = tab.eval_on_selector_all("script", "all => all.map(s => s.id)")

@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
-from benchmarks.hostile import prepared_set
+from benchmarks.hostile import ENTRIES, prepared_set
 from singer_jax import limits, parallel
 from singer_jax.checkpoints import Checkpoints
 from singer_jax.data import images
@@ -53,7 +53,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_a_short_campaign_of_changed_files_finds_nothing(tmp_path):
     """Every entry point of benchmarks/fuzz.py, with honest files that are changed at random."""
     command = [sys.executable, "-m", "benchmarks.fuzz", "--inside", "--seconds=0"]
-    command += ["--executions=400", f"--findings={tmp_path}"]
+    command += ["--executions=800", f"--findings={tmp_path}"]
     environment = os.environ | {limits.FACTOR: "0.05", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command,
@@ -66,8 +66,8 @@ def test_a_short_campaign_of_changed_files_finds_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    assert len(told) == 12
-    assert all(entry["executions"] == 400 for entry in told.values())
+    assert set(told) == set(ENTRIES)
+    assert all(entry["executions"] == 800 for entry in told.values())
     assert {name: entry["findings"] for name, entry in told.items() if entry["findings"]} == {}
 
 
