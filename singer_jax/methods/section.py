@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from singer_jax import ranges
 from singer_jax.errors import InputError
 from singer_jax.methods import METHODS, WeightedSumSettings, chosen
 from singer_jax.ranges import NOT_NEGATIVE, OneOf, optional
@@ -44,9 +45,12 @@ class MethodSection:
 
     def from_flat(self, value: Settings, flat: Mapping[str, Any], prefix: str) -> Settings:
         """The settings of the chosen method, or of the sum of several."""
+        keys = _keys()
         given = self._flat(value) | {
-            key: flat[prefix + key] for key in _keys() if prefix + key in flat
+            key: flat[prefix + key] for key in keys if prefix + key in flat
         }
+        for key in ("name", *(f"terms.{name}" for name in METHODS)):
+            ranges.check(f"{prefix}{key}", given[key], keys[key].allowed)
         weights = {name: float(given[f"terms.{name}"]) for name in METHODS}
         weights = {name: weight for name, weight in weights.items() if weight}
         weights = weights or {given["name"]: 1.0}
