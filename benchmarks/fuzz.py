@@ -6,7 +6,7 @@
 Each entry point is fuzzed in a process of its own, guided by coverage where atheris is installed
 and the entry point is not compiled code; else honest files are changed at random. An input is a
 finding if it raises anything but what a command reports in one line (`InputError`, `RunError`,
-`UnreadableImage`), takes longer than 5 s, ends the process, or lets it grow by more than 512 MiB.
+`UnreadableImage`), takes longer than 5 CPU s, ends the process, or lets it grow by more than 512 MiB.
 All limits of `singer_jax.limits` are a twentieth of their defaults meanwhile, so that files of a
 few kilobytes reach them.
 """
@@ -59,7 +59,7 @@ class Watched:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, data: bytes) -> None:
-        begun, wrong = time.monotonic(), ""
+        begun, wrong = time.process_time(), ""
         # The last input is there, should it end the process.
         (self.folder / f"{self.name}.last").write_bytes(data)
         try:
@@ -70,9 +70,9 @@ class Watched:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             wrong = f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
-        now = time.monotonic()
-        if now - begun > SLOW:
-            wrong = wrong or f"slow: {now - begun:.0f} s"
+        took, now = time.process_time() - begun, time.monotonic()
+        if took > SLOW:
+            wrong = wrong or f"slow: {took:.0f} s"
         if _resident() > self.largest:
             wrong = wrong or f"memory: {_resident()} MiB"
             self.largest = 2 * _resident()
