@@ -5,7 +5,10 @@ from .methods import METHODS, nullspace
 from .methods.base import Batch, Constant, Forward, Method
 from .methods.fitnet import FitNet, FitNetSettings
 from .methods.logit_kd import LogitKD, LogitKDSettings
+from .methods.match import LossSettings, MatchSettings, SpaceSettings
 from .methods.nullspace import NullSpaceSettings
+from .methods.pooled import Pooled, PooledSettings
+from .methods.relational import Relational, RelationalSettings
 from .methods.singer import Singer, SingerSettings
 from .methods.supervised import Supervised, SupervisedSettings
 from .methods.vitkd import ViTKD, ViTKDOfficial, ViTKDOfficialSettings, ViTKDSettings

@@ -18,7 +18,7 @@ from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.singular_defects import median_angle, singular_defect
 from singer_jax.methods import calibration, nullspace
-from singer_jax.methods.singer import is_outlier, token_norms
+from singer_jax.methods.norms import is_outlier, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer

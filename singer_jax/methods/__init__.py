@@ -10,6 +10,8 @@ from jaxtyping import Array
 from singer_jax.methods.base import Batch, Constant, Forward, Method, Needs
 from singer_jax.methods.fitnet import FitNet
 from singer_jax.methods.logit_kd import LogitKD
+from singer_jax.methods.pooled import Pooled
+from singer_jax.methods.relational import Relational
 from singer_jax.methods.singer import Singer
 from singer_jax.methods.supervised import Supervised
 from singer_jax.methods.vitkd import ViTKD, ViTKDOfficial
@@ -23,6 +25,8 @@ METHODS: dict[str, type[Method]] = {
     "fitnet": FitNet,
     "vitkd": ViTKD,
     "vitkd_official": ViTKDOfficial,
+    "relational": Relational,
+    "pooled": Pooled,
     "logit_kd": LogitKD,
     "supervised": Supervised,
 }

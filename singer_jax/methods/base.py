@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from flax import nnx
@@ -31,7 +30,7 @@ Scalars = dict[str, Float[Array, ""]]
 
 
 class Constant(nnx.Variable):
-    """A part of a method that is saved with it and never trained."""
+    """A part of a method that is saved with it and never trained; `Method.absorb` may change it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +143,19 @@ class Method(nnx.Module):
     def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Named loss terms, already weighted, whose sum is minimised."""
         raise NotImplementedError
+
+    def observe(self, teacher: Forward | None) -> dict[str, Any]:
+        """Means over the images of a training batch that the method keeps statistics of.
+
+        Of a step's micro-batches they are averaged. None by default.
+        """
+        return {}
+
+    def absorb(self, means: dict[str, Any]) -> None:
+        """Takes what `observe` gave into the method's `Constant`s.
+
+        A micro-batch's before its loss, in a copy; a step's, all together, after its update.
+        """
 
     def diagnose(self, teacher: Forward | None) -> Scalars:
         """Further metrics, which are computed only in steps that are logged."""
@@ -271,6 +283,14 @@ def freeze(module: nnx.Module, *names: str) -> None:
                 setattr(node, name, Constant(value[...]))
 
 
+def linear_adapters(
+    layers: Sequence[int], in_features: int, out_features: int, rngs: nnx.Rngs
+) -> nnx.Dict:
+    """A `linear_adapter` for each student block."""
+    each = {str(layer): linear_adapter(in_features, out_features, rngs) for layer in layers}
+    return nnx.Dict(each)
+
+
 def linear_adapter(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear map from student to teacher width in float32, initialised as PyTorch's `Linear`."""
     uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -284,18 +304,3 @@ def linear_adapter(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.L
         ),
         rngs=rngs,
     )
-
-
-def mean_squared_error(
-    prediction: Float[Array, "*axes"], target: Float[Array, "*axes"]
-) -> Float[Array, ""]:
-    """Mean over all elements of the squared difference, in float32."""
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
-
-
-def cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy of integer labels, in float32."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))

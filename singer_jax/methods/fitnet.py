@@ -14,14 +14,13 @@ from singer_jax.methods.base import (
     Batch,
     Forward,
     LayerSettings,
-    Method,
     Needs,
     Scalars,
-    cross_entropy,
     distilled_layers,
-    linear_adapter,
-    mean_squared_error,
+    linear_adapters,
 )
+from singer_jax.methods.losses import cross_entropy
+from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -43,11 +42,12 @@ class FitNetWeights(Settings):
 class FitNetSettings(LayerSettings):
     """Of FitNet."""
 
+    match: MatchSettings = section(MatchSettings())
     weights: FitNetWeights = section(FitNetWeights())
 
 
-class FitNet(Method):
-    """Sum over layers of the mean squared error of all tokens, optionally with cross-entropy.
+class FitNet(TokenMethod):
+    """Sum over layers of the loss of all tokens, optionally with cross-entropy.
 
     `weights.ce` None leaves the cross-entropy out. 0, as in the official code, keeps it as a term
     without weight: the student's last blocks, norm and head then get a zero gradient, and with it
@@ -72,21 +72,20 @@ class FitNet(Method):
             settings, (0.5, 0.75), teacher.arch, student
         )
         self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        self.compare = Comparison(settings.match, self.tokens, self.teacher_layers)
         self.kd_weight = settings.weights.kd
         self.ce_weight = settings.weights.ce
-        self.adapter = nnx.Dict(
-            {
-                str(layer): linear_adapter(student.embed_dim, teacher.arch.embed_dim, rngs)
-                for layer in self.student_layers
-            }
+        self.adapter = linear_adapters(
+            self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
         )
 
     def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Terms `kd` and, with a weight, `ce`."""
         kd = sum(
-            mean_squared_error(
+            self.compare(
                 self.adapter[str(own)](self.tokens.of_student(student.features[own])),
-                self.tokens.of_teacher(teacher.features[layer]),
+                teacher,
+                layer,
             )
             for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
+from singer_jax.methods.losses import divergence
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.ranges import NOT_NEGATIVE, POSITIVE
@@ -62,5 +63,4 @@ class LogitKD(Method):
             jax.nn.log_softmax(forward.head_output().astype(jnp.float32) / self.temperature)
             for forward in (teacher, student)
         )
-        divergence = jnp.sum(jnp.exp(taught) * (taught - own), axis=-1)
-        return {"kd": self.kd_weight * self.temperature**2 * jnp.mean(divergence)}
+        return {"kd": self.kd_weight * self.temperature**2 * divergence(own, taught)}

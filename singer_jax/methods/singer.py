@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.lax import Precision
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
 from singer_jax.methods import calibration, nullspace
@@ -24,13 +22,20 @@ from singer_jax.methods.base import (
     Constant,
     Forward,
     LayerSettings,
-    Method,
     Needs,
     Scalars,
     distilled_layers,
     linear_adapter,
-    mean_squared_error,
     teacher_layers,
+)
+from singer_jax.methods.losses import mean_squared_error
+from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
+from singer_jax.methods.norms import (
+    batch_quantile,
+    cosine_similarity_matrix,
+    is_outlier,
+    outlier_threshold,
+    token_norms,
 )
 from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
@@ -65,6 +70,7 @@ class SingerSettings(LayerSettings):
     quantile: float = setting(
         0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
     )
+    match: MatchSettings = section(MatchSettings())
     weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
 
@@ -128,56 +134,6 @@ def refine(
     return features.astype(jnp.float32) + update
 
 
-def token_norms(tokens: Float[Array, "batch patches dim"]) -> Float[Array, "batch patches"]:
-    """L2 norm of each token in float32, with a zero gradient at zero."""
-    squared = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
-    return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
-
-
-def outlier_threshold(
-    norms: Float[Array, "batch patches"], quantile: float
-) -> Float[Array, "batch 1"]:
-    """The quantile of each image's patch norms above which a token is an outlier; no gradient.
-
-    Interpolates linearly, as `jnp.quantile`, between two of the few largest norms: accelerators
-    are slow to sort.
-    """
-    position = quantile * (norms.shape[1] - 1)
-    below = math.floor(position)
-    upper_weight = position - below
-    largest, _ = jax.lax.top_k(jax.lax.stop_gradient(norms), norms.shape[1] - below)
-    lower, upper = largest[:, -1:], largest[:, max(largest.shape[1] - 2, 0), None]
-    return (1 - upper_weight) * lower + upper_weight * upper
-
-
-def is_outlier(
-    norms: Float[Array, "batch patches"], quantile: float
-) -> Bool[Array, "batch patches"]:
-    """Which tokens are outliers of their image."""
-    return norms > outlier_threshold(norms, quantile)
-
-
-def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Array, ""]:
-    """The smallest of all values that at least the share `quantile` of them does not exceed.
-
-    Found by bisection on the bits of the numbers, which must not be negative: a few sums over the
-    global batch, where sorting would gather it on every device.
-    """
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-    wanted = max(1, math.ceil(quantile * values.size))
-    bits_of_infinity = 0x7F800000
-
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(bits <= middle) >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    bounds = (jnp.int32(0), jnp.int32(bits_of_infinity))
-    found = jax.lax.fori_loop(0, 31, halve, bounds)[1]
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
-
-
 def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float[Array, ""]:
     """Mean squared excess of the outlier norms over the batch, 0 without outliers (paper 3.2)."""
     threshold = outlier_threshold(norms, quantile)
@@ -186,18 +142,13 @@ def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float
     return jnp.sum(jnp.square(excess)) / jnp.maximum(jnp.sum(outlier), 1)
 
 
-def cosine_similarity_matrix(
-    patches: Float[Array, "batch patches dim"],
-) -> Float[Array, "batch patches patches"]:
-    """Cosine similarity of every two patch tokens of an image."""
-    unit = patches.astype(jnp.float32) / token_norms(patches)[..., None]
-    return jnp.einsum("bpd,bqd->bpq", unit, unit)
-
-
-class Singer(Method):
+class Singer(TokenMethod):
     """SiNGER with `project`, `soft`, `init` or `random` refiners.
 
-    With the null space `calibrated` it needs `measured`.
+    The refined features are what is compared in the space of `match`, and through it the gradient
+    reaches the refiner; the outlier and info losses stay with the residual stream. The statistics
+    of the space `standardised` are those of the teacher's own features. With the null space
+    `calibrated` it needs `measured`.
     """
 
     Settings = SingerSettings
@@ -233,6 +184,7 @@ class Singer(Method):
             settings, DEPTHS, teacher.arch, student
         )
         self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        self.compare = Comparison(settings.match, self.tokens, self.teacher_layers)
         self.last = teacher.arch.depth - 1
         self.quantile = settings.quantile
         self.weights = settings.weights
@@ -267,7 +219,7 @@ class Singer(Method):
 
             matched = self.tokens.of_student(student.features[student_layer])
             predicted = self.adapter[str(student_layer)](matched)
-            kd += mean_squared_error(predicted, self.tokens.of_teacher(refined))
+            kd += self.compare(predicted, teacher, layer, refined)
             outlier += outlier_loss(token_norms(patches), self.quantile)
             if layer < self.last:
                 seen = teacher.model.apply_block(layer + 1, refined)

@@ -19,14 +19,14 @@ from singer_jax.errors import InputError
 from singer_jax.methods.base import (
     Batch,
     Forward,
-    Method,
     Scalars,
     TokenSettings,
     freeze,
     linear_adapter,
+    linear_adapters,
     match_layers,
-    mean_squared_error,
 )
+from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -43,8 +43,8 @@ class ViTKDWeights(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTKDSettings(TokenSettings):
-    """Of ViTKD as in the SiNGER repository."""
+class MaskedSettings(TokenSettings):
+    """Of both forms."""
 
     mimic_layers: tuple[int, ...] = setting(
         (0, 2), Each(FROM_ZERO), "teacher blocks from 0 that are mimicked"
@@ -57,7 +57,14 @@ class ViTKDSettings(TokenSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTKDOfficialSettings(ViTKDSettings):
+class ViTKDSettings(MaskedSettings):
+    """Of ViTKD as in the SiNGER repository; `match` is of the mimicked blocks alone."""
+
+    match: MatchSettings = section(MatchSettings())
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTKDOfficialSettings(MaskedSettings):
     """Of ViTKD as its authors published it."""
 
     weights: ViTKDWeights = section(ViTKDWeights(mimic=3e-5, generation=3e-6))
@@ -82,14 +89,14 @@ def masking_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]
     return jax.random.uniform(key, shape)
 
 
-class _Masked(Method):
+class _Masked(TokenMethod):
     """What both forms share: layers, tokens, weights, a generator and a mask token."""
 
     def __init__(
         self,
         teacher: VisionTransformer,
         student: Architecture,
-        settings: ViTKDSettings,
+        settings: MaskedSettings,
         rngs: nnx.Rngs,
     ) -> None:
         arch = teacher.arch
@@ -119,7 +126,7 @@ class _Masked(Method):
 
 
 class ViTKD(_Masked):
-    """Mean squared errors of all tokens: two mimicked blocks, and the masked tokens of the last."""
+    """Losses of all tokens of two mimicked blocks, and of the masked tokens of the last."""
 
     Settings = ViTKDSettings
 
@@ -131,13 +138,9 @@ class ViTKD(_Masked):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(teacher, student, settings, rngs)
+        self.compare = Comparison(settings.match, self.tokens, self.teacher_layers[:-1])
         dim = teacher.arch.embed_dim
-        self.adapter = nnx.Dict(
-            {
-                str(layer): linear_adapter(student.embed_dim, dim, rngs)
-                for layer in self.student_layers
-            }
-        )
+        self.adapter = linear_adapters(self.student_layers, student.embed_dim, dim, rngs)
         self.generator = nnx.Dict({str(self.student_layers[-1]): Generator(dim, rngs)})
         if not settings.train_generator:
             freeze(self.generator)
@@ -145,15 +148,16 @@ class ViTKD(_Masked):
 
     def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
         """Terms `mimic` and `generation`."""
-        matched = [
-            (
-                self.adapter[str(own)](self.tokens.of_student(student.features[own])),
-                self.tokens.of_teacher(teacher.features[layer]),
-            )
-            for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
-        ]
-        *mimicked, (aligned, target) = matched
-        mimic = sum(mean_squared_error(*pair) for pair in mimicked)
+        *mimicked, aligned = (
+            self.adapter[str(own)](self.tokens.of_student(student.features[own]))
+            for own in self.student_layers
+        )
+        *mimic_layers, last = self.teacher_layers
+        mimic = sum(
+            self.compare(predicted, teacher, layer)
+            for predicted, layer in zip(mimicked, mimic_layers, strict=True)
+        )
+        target = self.tokens.of_teacher(teacher.features[last])
         masked = masking_noise(batch.key, (*aligned.shape[:2], 1)) <= self.mask_ratio
         tokens = jnp.where(masked, self.mask_token[...], aligned)
         prefix, patches = jnp.split(tokens, [self.tokens.num_prefix_tokens], axis=1)

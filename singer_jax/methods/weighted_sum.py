@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 
@@ -45,6 +46,16 @@ class WeightedSum(Method):
             for name, weight in self.weights
             for term, value in self.methods[name].loss(teacher, student, batch).items()
         }
+
+    def observe(self, teacher: Forward | None) -> dict[str, Any]:
+        """What each method observes, by its name."""
+        found = {name: method.observe(teacher) for name, method in self.methods.items()}
+        return {name: means for name, means in found.items() if means}
+
+    def absorb(self, means: dict[str, Any]) -> None:
+        """Gives each method its own."""
+        for name, own in means.items():
+            self.methods[name].absorb(own)
 
     def diagnose(self, teacher: Forward | None) -> Scalars:
         """The metrics of all methods."""

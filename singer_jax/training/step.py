@@ -32,7 +32,8 @@ class TrainState(NamedTuple):
     Attributes:
       step: steps done.
       params: what the optimiser updates, under `student` and `method`.
-      constants: what it does not: student parameters outside the distilled path, null spaces.
+      constants: what it does not: student parameters outside the distilled path, null spaces,
+        statistics of the teacher's tokens.
       opt_state: of optax.
     """
 
@@ -40,6 +41,20 @@ class TrainState(NamedTuple):
     params: Params
     constants: Params
     opt_state: optax.OptState
+
+
+class Found(NamedTuple):
+    """What a student learns from a batch, averaged over the micro-batches.
+
+    Attributes:
+      metrics: of the state before the step.
+      gradients: of its `params`.
+      means: what the method keeps statistics of (`Method.observe`); mostly nothing.
+    """
+
+    metrics: Metrics
+    gradients: Params
+    means: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +124,28 @@ class Distillation:
             metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
         return sum(terms.values()), metrics
 
+    def observe(
+        self, state: TrainState, teacher: Params | None, features: Features
+    ) -> dict[str, Any]:
+        """The `means` of a batch."""
+        if self.teacher is None:
+            return {}
+        with jax.named_scope("method"):
+            return self._method(state).observe(Forward(self.teacher.merge(teacher), features))
+
+    def absorb(self, state: TrainState, means: dict[str, Any]) -> TrainState:
+        """The state with the means of a batch in the statistics of its method."""
+        if not means:
+            return state
+        method = self._method(state)
+        with jax.named_scope("method"):
+            method.absorb(means)
+        constants = nnx.to_pure_dict(nnx.state(method, Constant))
+        return state._replace(constants=state.constants | {"method": constants})
+
+    def _method(self, state: TrainState) -> Method:
+        return nnx.merge(self.method, state.params["method"], state.constants["method"])
+
     def gradients(
         self,
         state: TrainState,
@@ -117,7 +154,7 @@ class Distillation:
         logged: Bool[Array, ""] | bool = True,
     ) -> tuple[Metrics, Params]:
         """Metrics and gradients of `state.params`, averaged over the micro-batches."""
-        return Students({"": self}).gradients({"": state}, teacher, batch, logged)[""]
+        return Students({"": self}).gradients({"": state}, teacher, batch, logged)[""][:2]
 
     def step(
         self,
@@ -130,10 +167,9 @@ class Distillation:
         states, metrics = Students({"": self}).step({"": state}, teacher, batch, logged)
         return states[""], metrics[""]
 
-    def update(
-        self, state: TrainState, metrics: Metrics, gradients: Params
-    ) -> tuple[TrainState, Metrics]:
+    def update(self, state: TrainState, found: Found) -> tuple[TrainState, Metrics]:
         """The state after a step, and the metrics with `grad_norm` and `learning_rate`."""
+        metrics, gradients, means = found
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -141,7 +177,8 @@ class Distillation:
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": self.schedule(state.step),
         }
-        return TrainState(state.step + 1, params, state.constants, opt_state), metrics
+        constants = self.absorb(state, means).constants
+        return TrainState(state.step + 1, params, constants, opt_state), metrics
 
     def init(self, student: Params, method: Method) -> TrainState:
         """The state before the first step; traceable."""
@@ -198,8 +235,8 @@ class Students:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> dict[str, tuple[Metrics, Params]]:
-        """Each student's metrics and gradients, averaged over the micro-batches."""
+    ) -> dict[str, Found]:
+        """Of each student. Its method's statistics hold the examples at hand before its loss."""
         accumulation = next(iter(self.each.values())).accumulation
         keys = {
             name: jax.random.fold_in(jax.random.key(own.seed), states[name].step)
@@ -208,23 +245,25 @@ class Students:
 
         def of_micro_batch(batch: Any, keys: Mapping[str, Array]) -> Any:
             seen = self.teach(teacher, batch), batch
-            found: dict[str, tuple[Metrics, Params]] = {}
+            found: dict[str, Found] = {}
             for name, own in self.each.items():
                 if self.one_by_one and found:
                     # Nothing of this student starts before all of the last one's is there.
                     last = next(reversed(found))
                     seen, found[last] = jax.lax.optimization_barrier((seen, found[last]))
                 features, examples = seen
+                means = own.observe(states[name], teacher, features)
+                state = own.absorb(states[name], means)
                 (loss, metrics), gradients = jax.value_and_grad(own.loss, has_aux=True)(
-                    states[name].params,
-                    states[name].constants,
+                    state.params,
+                    state.constants,
                     teacher,
                     features,
                     examples,
                     keys[name],
                     jnp.asarray(logged),
                 )
-                found[name] = metrics | {"loss": loss}, gradients
+                found[name] = Found(metrics | {"loss": loss}, gradients, means)
             return found
 
         if accumulation == 1:
@@ -267,7 +306,7 @@ class Students:
         done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
         for name, own in self.each.items():
             before = states[name]
-            after[name], metrics[name] = own.update(before, *found[name])
+            after[name], metrics[name] = own.update(before, found[name])
             if len(self.each) > 1:
                 finite = [jnp.isfinite(metrics[name][key]) for key in ("loss", "grad_norm")]
                 goes_on = functools.reduce(jnp.logical_and, finite, before.step == done)

@@ -102,7 +102,7 @@ def test_a_training_step(tmp_path, chips, compiles: Compile, method):
 
 
 def test_a_step_with_everything_on(tmp_path, compiles: Compile):
-    """Split parameters, micro-batches, rematerialisation, two methods, two grids."""
+    """Split parameters, micro-batches, rematerialisation, four methods, two grids, a space."""
     run = prepare(
         tmp_path,
         tpu_mesh(fsdp=2),
@@ -111,7 +111,12 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
             "teacher.overrides": {"depth": 4},
             "method.terms.singer": 1.0,
             "method.terms.fitnet": 0.5,
+            "method.terms.relational": 0.5,
+            "method.terms.pooled": 0.5,
             "method.resample_grids": True,
+            "method.match.space": "standardised",
+            "method.match.loss": "cosine_smooth_l1",
+            "method.match.clip": 0.97,
             "student.remat": True,
             "accumulation": 2,
         },

@@ -1,0 +1,86 @@
+"""Norms and cosines of tokens, and quantiles of them without sorting."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def token_norms(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes"]:
+    """L2 norm of each token in float32, with a zero gradient at zero."""
+    squared = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
+    return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+
+
+def unit(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+    """Each token divided by its norm, in float32; zero stays zero."""
+    return tokens.astype(jnp.float32) / token_norms(tokens)[..., None]
+
+
+def clip_norms(
+    patches: Float[Array, "batch patches dim"], quantile: float
+) -> Float[Array, "batch patches dim"]:
+    """Patches whose norm exceeds the image's quantile of norms, scaled down to it, in float32.
+
+    The quantile is a patch's own norm, without interpolation (the lower of two neighbours), so that
+    clipping twice is clipping once. It has no gradient; the directions have.
+    """
+    norms = token_norms(patches)
+    above = patches.shape[1] - math.floor(quantile * (patches.shape[1] - 1))
+    threshold = jax.lax.top_k(jax.lax.stop_gradient(norms), above)[0][:, -1:]
+    return patches.astype(jnp.float32) * jnp.minimum(1.0, threshold / norms)[..., None]
+
+
+def outlier_threshold(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Float[Array, "batch 1"]:
+    """The quantile of each image's patch norms above which a token is an outlier; no gradient.
+
+    Interpolates linearly, as `jnp.quantile`, between two of the few largest norms: accelerators
+    are slow to sort.
+    """
+    position = quantile * (norms.shape[1] - 1)
+    below = math.floor(position)
+    upper_weight = position - below
+    largest, _ = jax.lax.top_k(jax.lax.stop_gradient(norms), norms.shape[1] - below)
+    lower, upper = largest[:, -1:], largest[:, max(largest.shape[1] - 2, 0), None]
+    return (1 - upper_weight) * lower + upper_weight * upper
+
+
+def is_outlier(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Bool[Array, "batch patches"]:
+    """Which tokens are outliers of their image."""
+    return norms > outlier_threshold(norms, quantile)
+
+
+def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Array, ""]:
+    """The smallest of all values that at least the share `quantile` of them does not exceed.
+
+    Found by bisection on the bits of the numbers, which must not be negative: a few sums over the
+    global batch, where sorting would gather it on every device.
+    """
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    wanted = max(1, math.ceil(quantile * values.size))
+    bits_of_infinity = 0x7F800000
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(bits <= middle) >= wanted
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    bounds = (jnp.int32(0), jnp.int32(bits_of_infinity))
+    found = jax.lax.fori_loop(0, 31, halve, bounds)[1]
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def cosine_similarity_matrix(
+    patches: Float[Array, "batch patches dim"],
+) -> Float[Array, "batch patches patches"]:
+    """Cosine similarity of every two patch tokens of an image."""
+    directions = unit(patches)
+    return jnp.einsum("bpd,bqd->bpq", directions, directions)

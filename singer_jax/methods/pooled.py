@@ -1,0 +1,65 @@
+"""Feature distillation as in timm: one vector an image.
+
+timm's `FeatureDistillationTask` (huggingface/pytorch-image-models) without its task loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+
+from singer_jax.methods.base import Batch, Forward, Method, Scalars, linear_adapters
+from singer_jax.methods.losses import LOSSES
+from singer_jax.methods.match import LossSettings
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import NOT_NEGATIVE
+from singer_jax.settings import Settings, section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledWeights(Settings):
+    """Of the terms of the loss."""
+
+    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledSettings(Settings):
+    """Of distillation of the pooled vector."""
+
+    match: LossSettings = section(LossSettings())
+    weights: PooledWeights = section(PooledWeights())
+
+
+class Pooled(Method):
+    """The student's pooled vector predicts the teacher's; both are what a head would read.
+
+    The student's own last norm (and the attention pooling of a SigLIP) is passed and stays as it
+    started; its scale and bias would only repeat what the adapter learns. timm has no adapter where
+    the widths are equal.
+    """
+
+    Settings = PooledSettings
+
+    def __init__(
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: PooledSettings,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.teacher_layers, self.student_layers = (teacher.arch.depth - 1,), (student.depth - 1,)
+        self.loss_name = settings.match.loss
+        self.kd_weight = settings.weights.kd
+        self.adapter = linear_adapters(
+            self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
+        )
+
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+        """Term `kd`."""
+        (last,), (own,) = self.teacher_layers, self.student_layers
+        predicted = self.adapter[str(own)](student.model.pooled(student.features[own]))
+        target = teacher.model.pooled(teacher.features[last])
+        return {"kd": self.kd_weight * LOSSES[self.loss_name](predicted, target)}

@@ -1,0 +1,86 @@
+"""Relational distillation: which patches of an image resemble each other.
+
+The local loss of LightlyTrain's `distillation` v3 (lightly-ai/lightly-train), which applies it to
+the last block behind the last norm: `match.space` `final_norm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from singer_jax.methods.base import (
+    Batch,
+    Forward,
+    LayerSettings,
+    Scalars,
+    distilled_layers,
+    linear_adapters,
+)
+from singer_jax.methods.losses import divergence
+from singer_jax.methods.match import Comparison, MatchSettings, SpaceSettings, TokenMethod
+from singer_jax.methods.norms import cosine_similarity_matrix
+from singer_jax.methods.tokens import match_tokens
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.ranges import NOT_NEGATIVE, POSITIVE
+from singer_jax.settings import Settings, section, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationalWeights(Settings):
+    """Of the terms of the loss."""
+
+    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationalSettings(LayerSettings):
+    """Of relational distillation."""
+
+    similarity_temperature: float = setting(0.07, POSITIVE, "of the cosines of patches")
+    match: SpaceSettings = section(SpaceSettings())
+    weights: RelationalWeights = section(RelationalWeights())
+
+
+class Relational(TokenMethod):
+    """Sum over layers (by default the last) of the KL divergence of the patches' similarities."""
+
+    Settings = RelationalSettings
+
+    def __init__(
+        self,
+        teacher: VisionTransformer,
+        student: Architecture,
+        settings: RelationalSettings,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.teacher_layers, self.student_layers = distilled_layers(
+            settings, (), teacher.arch, student
+        )
+        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        match = MatchSettings(space=settings.match.space)
+        self.compare = Comparison(match, self.tokens, self.teacher_layers)
+        self.temperature = settings.similarity_temperature
+        self.kd_weight = settings.weights.kd
+        self.adapter = linear_adapters(
+            self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
+        )
+
+    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+        """Term `kd`: KL(teacher || student) of each patch's softmax(cos / T), their mean."""
+        kd = 0.0
+        for layer, own in zip(self.teacher_layers, self.student_layers, strict=True):
+            predicted = self.adapter[str(own)](self.tokens.of_student(student.features[own]))
+            target = self.compare.target(teacher, layer)
+            kd += divergence(self._log_similarities(predicted), self._log_similarities(target))
+        return {"kd": self.kd_weight * kd}
+
+    def _log_similarities(
+        self, tokens: Float[Array, "batch matched dim"]
+    ) -> Float[Array, "batch patches patches"]:
+        patches = tokens[:, self.tokens.num_prefix_tokens :]
+        return jax.nn.log_softmax(cosine_similarity_matrix(patches) / self.temperature)

@@ -1,0 +1,100 @@
+"""Statistics of the teacher's tokens in the state of a run, and programs with all ways to match."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from singer_jax import main, parallel
+from singer_jax.config import settings_of
+from singer_jax.models.params import leaves
+from singer_jax.training.program import jit_step
+from singer_jax.training.setup import Setups, setup_students
+from tests import runs, tiny
+
+STANDARDISED = {"method.match.space": "standardised", "method.match.clip": 0.8}
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory) -> str:
+    return str(tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"))
+
+
+def prepare(teacher_file: str, method: str, students: dict | None = None, **keys) -> Setups:
+    config = tiny.config(teacher_file, method)
+    config.students.update(students or {})
+    config.update_from_flattened_dict(STANDARDISED | keys)
+    return setup_students(settings_of(config), examples=64, num_classes=10)
+
+
+def batch_of(run: Setups, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    batch = {"image": image, "label": np.zeros(8, np.int32)}
+    return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
+
+
+def after_two_steps(run: Setups) -> dict:
+    teacher = run.load_teacher()
+    states = run.init_states(teacher)
+    step = jit_step(run.students, run.any.mesh, states, teacher)
+    for seed in range(2):
+        states, _ = step(states, teacher, batch_of(run, seed), np.bool_(True))
+    return states
+
+
+def test_micro_batches_devices_and_students_measure_what_one_does(teacher_file):
+    """Two students, one of them of a sum of methods, four devices, two micro-batches."""
+    students = {"tokens": {}, "sum": {"method": {"terms": {"fitnet": 1.0, "relational": 1.0}}}}
+    several = prepare(
+        teacher_file, "fitnet", students, accumulation=2, **{"mesh.data": 2, "mesh.fsdp": 2}
+    )
+    found = after_two_steps(several)
+    of_sum = found["sum"].constants["method"]["methods"]
+    alone = after_two_steps(prepare(teacher_file, "fitnet"))[""].constants["method"]
+    expected = dict(leaves(alone))
+    assert {keys[-1] for keys in expected} == {"batches", "mean", "variance"}
+    for own in (found["tokens"].constants["method"], of_sum["fitnet"]):
+        measured = dict(leaves(own))
+        assert set(measured) == set(expected)
+        for keys, value in expected.items():
+            # Float32 sums in another order; a first variance loses digits to the squared mean.
+            np.testing.assert_allclose(measured[keys], value, rtol=1e-4, atol=1e-5)
+            assert keys[-1] != "batches" or value == 2
+
+
+def test_nothing_is_measured_where_no_statistics_are_asked_for(teacher_file):
+    run = prepare(teacher_file, "fitnet", **{"method.match.space": "l2"})
+    assert not run.any.state.constants["method"]
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(teacher_file, tmp_path):
+    config = tiny.config(teacher_file, "singer")
+    config.update_from_flattened_dict(STANDARDISED)
+    config.steps = 4
+    assert main.run(config, tmp_path / "whole") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "again" / "student")
+    assert main.run(config, tmp_path / "again") == 0
+    runs.assert_same_student(tmp_path / "whole", tmp_path / "again")
+
+
+def test_no_step_sorts(teacher_file):
+    """Accelerators are slow to; the few largest norms of an image are found by `top_k`."""
+    terms = {f"method.terms.{name}": 1.0 for name in ("singer", "fitnet", "relational", "pooled")}
+    run = prepare(teacher_file, "singer", **terms)
+    traced = jax.make_jaxpr(run.students.step)(run.states, run.teacher, batch_of(run))
+    found = primitives(traced.jaxpr)
+    assert "sort" not in found and "top_k" in found
+
+
+def primitives(jaxpr) -> set[str]:
+    """Of a program and all in it."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            found |= primitives(inner)
+    return found
