@@ -25,8 +25,11 @@ from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import Backbone, extract_each
+from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neurons
+from singer_jax.evaluation.cleaning import told as cleaning_told
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
+from singer_jax.models import registers
 from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
@@ -107,7 +110,7 @@ def _train(
 ) -> Mapping[str, TrainState]:
     """The states after the last step; adds to `stopped` the students that went wrong."""
     start = checkpoints.latest_step() or 0
-    teacher, mesh = run.load_teacher(), run.any.mesh
+    teacher, mesh = _load_teacher(settings, run, source, meta["weights"]), run.any.mesh
     if teacher is not None:
         stacked = run.taught_by.numerics.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
@@ -188,9 +191,42 @@ def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]
     return found
 
 
+# Images on which a run says what cleaning its teacher changes.
+_DESCRIBED = 64
+
+
+def _load_teacher(
+    settings: DistillSettings, run: Setups, source: Source, weights: dict[str, Provenance]
+) -> Params | None:
+    """The teacher's parameters; where it is cleaned, adds to `weights` what cleans it.
+
+    A run that continues takes what `weights` says already.
+    """
+    taught_by, of_teacher = run.taught_by, weights.get("teacher", {})
+    if taught_by is None or settings.teacher.clean is None:
+        return run.load_teacher()
+    if "clean" in of_teacher:
+        return run.load_teacher(of_teacher["clean"]["neurons"])
+    params, mesh, wanted = taught_by.load(), run.any.mesh, settings.teacher.registers
+    before, neurons = (taught_by.uncleaned, params), ()
+    workers = min(worker_count(settings.data.workers), 2)
+    if settings.teacher.clean == "registers":
+        few = evenly(source, wanted.images)
+        neurons = find_register_neurons(*before, mesh, few, wanted, workers)
+    teacher = taught_by.with_neurons(params, neurons)
+    after, few = (taught_by.network, teacher), evenly(source, _DESCRIBED)
+    layers = describe_cleaning(before, after, mesh, few, run.students.teacher_reads, workers)
+    found = {"by": settings.teacher.clean, "neurons": neurons, "layers": layers}
+    for line in cleaning_told(found) if jax.process_index() == 0 else ():
+        LOG.info(line)
+    weights["teacher"] = {**of_teacher, "clean": found}
+    return teacher
+
+
 def _sizes(states: Mapping[str, TrainState], teacher: Params | None) -> str:
     count = parameter_overview.count_parameters
-    counts = {"teacher": count(teacher or {})}
+    of_file = {name: part for name, part in (teacher or {}).items() if name != registers.NAME}
+    counts = {"teacher": count(of_file)}
     for name, state in states.items():
         before = f"{name}: " if name else ""
         counts |= {

@@ -20,7 +20,7 @@ from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.models.network import Network, TeacherSettings, resolve_model
+from singer_jax.models.network import FrozenSettings, Network, resolve_model
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
 from singer_jax.ranges import (
@@ -49,7 +49,7 @@ class NullspaceSettings(Settings):
     """Of which teacher, on which images."""
 
     job: str = setting("nullspace", OneOf(("nullspace",)), "the command")
-    teacher: TeacherSettings = section(TeacherSettings())
+    teacher: FrozenSettings = section(FrozenSettings())
     precision: str = setting(
         "bfloat16", OneOf(tuple(PRECISIONS)), "of activations, and of the teacher's parameters"
     )

@@ -35,15 +35,42 @@ class Constant(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A model and its features of one batch: the raw residual stream after each block by index."""
+    """A model and its features of one batch: the raw residual stream after each block by index.
+
+    Attributes:
+      model: the model.
+      features: by block.
+      registers: of a teacher with test-time registers the token that was added to each feature.
+    """
 
     model: VisionTransformer
     features: Mapping[int, Float[Array, "batch tokens dim"]]
+    registers: Mapping[int, Float[Array, "batch 1 dim"]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: VisionTransformer, images: Num[Array, "batch height width 3"]) -> Forward:
         """A model that knows its `spec`, and all its features of images in 0..255."""
         return cls(model, dict(enumerate(model.features(model.spec.prepare(images)))))
+
+    @classmethod
+    def of_streams(
+        cls, model: VisionTransformer, streams: Mapping[int, Float[Array, "batch tokens dim"]]
+    ) -> Forward:
+        """A model and its features, as `VisionTransformer.streams_at` gives them."""
+        parts = {layer: model.split_register(x) for layer, x in streams.items()}
+        added = {layer: register for layer, (register, _) in parts.items() if register is not None}
+        return cls(model, {layer: feature for layer, (_, feature) in parts.items()}, added)
+
+    def next_block(
+        self, layer: int, x: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """What the block after `layer` makes of `x` in the place of that feature.
+
+        A token that was added to the feature goes with it. Features that are means over views
+        (`models.views`) are not what this gives of the feature before: the mean of a block is not
+        the block of a mean.
+        """
+        return self.model.apply_block(layer + 1, x, self.registers.get(layer))
 
     def head_output(self) -> Float[Array, "batch outputs"]:
         """What the model's head makes of its last feature."""

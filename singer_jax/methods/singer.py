@@ -222,7 +222,7 @@ class Singer(TokenMethod):
             kd += self.compare(predicted, teacher, layer, refined)
             outlier += outlier_loss(token_norms(patches), self.quantile)
             if layer < self.last:
-                seen = teacher.model.apply_block(layer + 1, refined)
+                seen = teacher.next_block(layer, refined)
                 info += mean_squared_error(seen, teacher.features[layer + 1])
             else:
                 reference = features[:, prefix:] if previous is None else previous

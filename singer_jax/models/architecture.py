@@ -20,6 +20,8 @@ POOLS = ("token", "avg", "map")
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+CLEANERS = ("registers", "shift_average")
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture(Settings):
@@ -142,6 +144,8 @@ class Numerics:
       quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
         dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
         the tokens of huge norm, keeps its precision.
+      clean: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
+        `models.views`); None: nothing.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -151,6 +155,7 @@ class Numerics:
     backend: str = dataclasses.field(default="", repr=False)
     stacked: bool = dataclasses.field(default=False, repr=False)
     quantised: str | None = None
+    clean: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def choices(self) -> backends.Choices:

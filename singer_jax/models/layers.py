@@ -210,7 +210,19 @@ def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": _gelu, "quick_gelu": _quick_gelu}
 
 
-class Mlp(nnx.Module):
+Move = Callable[[Float[Array, "batch tokens hidden"]], Float[Array, "batch tokens hidden"]]
+"""A change of the hidden layer of an MLP, such as `registers.move`."""
+
+
+class _Mlp(nnx.Module):
+    """What every MLP does with its hidden layer."""
+
+    def __call__(self, x: Float[Array, "*axes dim"], move: Move | None = None) -> Array:
+        hidden = self.hidden(x)
+        return self.fc2(hidden if move is None else move(hidden))
+
+
+class Mlp(_Mlp):
     """Two linear maps around an activation (timm `Mlp`)."""
 
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
@@ -219,15 +231,16 @@ class Mlp(nnx.Module):
         self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
 
-    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-        return self.fc2(self.activation(self.fc1(x)))
+    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
+        """What `fc2` reads."""
+        return self.activation(self.fc1(x))
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
         """The linear maps that read the tokens, one for each factor of the hidden layer."""
         return (self.fc1.kernel[...],)
 
 
-class SwiGLUPacked(nnx.Module):
+class SwiGLUPacked(_Mlp):
     """silu(first half) x second half of one projection (timm `SwiGLUPacked`)."""
 
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
@@ -235,16 +248,17 @@ class SwiGLUPacked(nnx.Module):
         self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden // 2, arch.embed_dim, numerics, rngs)
 
-    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
+        """What `fc2` reads."""
         gate, value = jnp.split(self.fc1(x), 2, axis=-1)
-        return self.fc2(jax.nn.silu(gate) * value)
+        return jax.nn.silu(gate) * value
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
         """Of gate and value."""
         return tuple(jnp.split(self.fc1.kernel[...], 2, axis=-1))
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(_Mlp):
     """silu(gate) x value of two projections (timm `SwiGLU`)."""
 
     def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
@@ -254,8 +268,9 @@ class SwiGLU(nnx.Module):
         self.fc1_x = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
         self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
 
-    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-        return self.fc2(jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x))
+    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
+        """What `fc2` reads."""
+        return jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
         """Of gate and value."""
@@ -301,13 +316,26 @@ class Block(nnx.Module):
         return None, None
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        by: Rotation | None = None,
+        move: Move | None = None,
     ) -> Float[Array, "batch tokens dim"]:
+        x = self._attended(x, by)
+        return self._kept(x + _scaled(self.mlp(self.norm2(x), move), self.scales()[1]))
+
+    def hidden(
+        self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
+    ) -> Float[Array, "batch tokens hidden"]:
+        """The hidden layer of its MLP."""
+        return self.mlp.hidden(self.norm2(self._attended(x, by)))
+
+    def _attended(self, x: Float[Array, "batch tokens dim"], by: Rotation | None) -> Array:
+        return self._kept(x + _scaled(self.attn(self.norm1(x), by), self.scales()[0]))
+
+    def _kept(self, x: Float[Array, "batch tokens dim"]) -> Array:
         # Without the barrier XLA may recompute the residual stream in each of its consumers.
-        keep = jax.lax.optimization_barrier if self.keep_residual else lambda x: x
-        first, second = self.scales()
-        x = keep(x + _scaled(self.attn(self.norm1(x), by), first))
-        return keep(x + _scaled(self.mlp(self.norm2(x)), second))
+        return jax.lax.optimization_barrier(x) if self.keep_residual else x
 
 
 def _scaled(x: Float[Array, "*axes dim"], scale: Float[Array, " dim"] | None) -> Array:

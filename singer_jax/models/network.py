@@ -11,8 +11,9 @@ from flax import nnx
 
 from singer_jax.errors import InputError
 from singer_jax.models import quantised, zoo
-from singer_jax.models.architecture import FIELDS
+from singer_jax.models.architecture import CLEANERS, FIELDS
 from singer_jax.models.params import Params
+from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import check_weights, spec_of_weights, stated_model
 from singer_jax.models.zoo import ModelSpec
@@ -49,14 +50,26 @@ class ModelSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherSettings(ModelSettings):
-    """Which model to learn from, and how it computes."""
+class FrozenSettings(ModelSettings):
+    """Which model to look at, and how it computes."""
 
     precision: str | None = setting(
         None,
         optional(OneOf(tuple(quantised.FORMATS))),
         "of the products that read its normalised tokens; None: as `precision`",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings(FrozenSettings):
+    """Which model to learn from, and what is learnt of its features."""
+
+    clean: str | None = setting(
+        None,
+        optional(OneOf(CLEANERS)),
+        "what takes outlier tokens out of its features; None: they are as they are",
+    )
+    registers: RegisterSettings = section(RegisterSettings())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,12 @@ def num_parameters(arch: Architecture) -> int:
     return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
 
 
-def features_flops(arch: Architecture, blocks: int) -> int:
+def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
     """Operations of the matrix products of one image's embedding and first `blocks` blocks.
 
-    Two a multiply-add.
+    Two a multiply-add; with `added` tokens more than the model has.
     """
-    tokens, dim = arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
+    tokens, dim = added + arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
     _, abstract = abstract_model(dataclasses.replace(arch, depth=1), Numerics())
     linear = sum(
         math.prod(leaf.shape) for keys, leaf in leaves(abstract["blocks"]) if keys[-1] == "kernel"

@@ -8,7 +8,9 @@ heads, classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +19,19 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
+from singer_jax.models import registers
 from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.layers import (
     AttentionPool,
     Block,
+    Move,
     PatchEmbed,
+    Rotation,
     layer_norm,
     linear,
     rotation,
 )
+from singer_jax.models.views import averaged
 from singer_jax.models.zoo import ModelSpec
 
 
@@ -69,6 +75,9 @@ class VisionTransformer(nnx.Module):
             self.norm_pre = layer_norm(arch, numerics, rngs)
         blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
         self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
+        if numerics.clean == "registers":
+            shape = arch.depth, blocks[0].mlp.fc2.in_features
+            self.register_neurons = registers.RegisterNeurons(jnp.zeros(shape, jnp.uint8))
         self.norm = layer_norm(arch, numerics, rngs)
         if arch.global_pool == "map":
             self.attn_pool = AttentionPool(arch, numerics, rngs)
@@ -109,18 +118,89 @@ class VisionTransformer(nnx.Module):
         )
 
     def apply_block(
-        self, index: int, x: Float[Array, "batch tokens dim"]
+        self,
+        index: int,
+        x: Float[Array, "batch tokens dim"],
+        register: Float[Array, "batch 1 dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Block `index` alone, applied to any residual stream."""
-        return self._apply(self.block(index), x)
+        """Block `index` alone, applied to any residual stream.
+
+        Args:
+          index: of the block.
+          x: without an added token.
+          register: the added token that goes with it (`split_register`); None: the block runs as
+            in a model that is not cleaned.
+        """
+        if register is None:
+            return self._apply(self.block(index), x)
+        return self._advance(index, jnp.concatenate([register.astype(x.dtype), x], axis=1))[:, 1:]
+
+    def hidden(
+        self, index: int | Int[Array, ""], x: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch tokens hidden"]:
+        """The hidden layer of the MLP of block `index`, applied to any residual stream."""
+        return self.block(index).hidden(x.astype(self.numerics.dtype), self._rotation())
+
+    def _advance(
+        self, index: int | Int[Array, ""], x: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """Block `index` on a residual stream as `_enter` begins it."""
+        if not self.num_added_tokens:
+            return self._apply(self.block(index), x)
+        move = functools.partial(
+            registers.move,
+            neurons=self.register_neurons[...][index],
+            first_patch=self.num_added_tokens + self.arch.num_prefix_tokens,
+        )
+        return self._apply(self.block(index), x, move)
 
     def _apply(
-        self, block: Block, x: Float[Array, "batch tokens dim"]
+        self, block: Block, x: Float[Array, "batch tokens dim"], move: Move | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        arch = self.arch
+        x, by = x.astype(self.numerics.dtype), self._rotation()
+        if move is not None:
+            return block(x, by, move)  # of a model that is not trained
         apply = nnx.remat(Block.__call__) if self.numerics.remat else Block.__call__
-        by = rotation(arch.grid, arch.embed_dim // arch.num_heads) if arch.eva else None
-        return apply(block, x.astype(self.numerics.dtype), by)
+        return apply(block, x, by)
+
+    def _rotation(self) -> Rotation | None:
+        arch = self.arch
+        return rotation(arch.grid, arch.embed_dim // arch.num_heads) if arch.eva else None
+
+    @property
+    def num_added_tokens(self) -> int:
+        """Tokens of a stream (`streams_at`) before those of the feature: test-time registers."""
+        return int(self.numerics.clean == "registers")
+
+    def split_register(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> tuple[Float[Array, "batch 1 dim"] | None, Float[Array, "batch tokens dim"]]:
+        """The added token of a stream, None where there is none, and the feature."""
+        return (x[:, :1], x[:, 1:]) if self.num_added_tokens else (None, x)
+
+    def _enter(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch tokens dim"]:
+        x = self.embed(images)
+        if not self.num_added_tokens:
+            return x
+        return jnp.pad(x, ((0, 0), (self.num_added_tokens, 0), (0, 0)))
+
+    def _streams(
+        self, images: Float[Array, "batch height width 3"], blocks: int
+    ) -> tuple[Float[Array, "batch tokens dim"], ...]:
+        x = self._enter(images)
+        streams = []
+        for index in range(blocks):
+            x = self._advance(index, x)
+            streams.append(x)
+        return tuple(streams)
+
+    def _viewed(self, compute: Callable[[Array], Any], images: Array) -> Any:
+        """What `compute` makes of images, or the mean over their views."""
+        if self.numerics.clean != "shift_average":
+            return compute(images)
+        return averaged(compute, images, self.arch)
 
     def features(
         self, images: Float[Array, "batch height width 3"], blocks: int | None = None
@@ -131,13 +211,9 @@ class VisionTransformer(nnx.Module):
           images: normalised with the model's own mean and standard deviation.
           blocks: how many blocks to run.
         """
-        x = self.embed(images)
         count = self.arch.depth if blocks is None else blocks
-        features = []
-        for index in range(count):
-            x = self.apply_block(index, x)
-            features.append(x)
-        return tuple(features)
+        streams = self._viewed(lambda images: self._streams(images, count), images)
+        return tuple(self.split_register(x)[1] for x in streams)
 
     def features_at(
         self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
@@ -151,18 +227,30 @@ class VisionTransformer(nnx.Module):
           images: as for `features`.
           layers: indices of blocks.
         """
+        streams = self.streams_at(images, layers)
+        return {layer: self.split_register(x)[1] for layer, x in streams.items()}
+
+    def streams_at(
+        self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
+    ) -> dict[int, Float[Array, "batch tokens dim"]]:
+        """`features_at` with the token that test-time registers add (`split_register`)."""
         layers = sorted(set(layers))
+        return self._viewed(lambda images: self._streams_at(images, layers), images)
+
+    def _streams_at(
+        self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
+    ) -> dict[int, Float[Array, "batch tokens dim"]]:
         if not self.numerics.stacked:
-            features = self.features(images, layers[-1] + 1)
-            return {layer: jax.lax.stop_gradient(features[layer]) for layer in layers}
+            streams = self._streams(images, layers[-1] + 1)
+            return {layer: jax.lax.stop_gradient(streams[layer]) for layer in layers}
 
         def advance(x: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = jax.lax.fori_loop(*bounds, lambda index, x: self._apply(self.block(index), x), x)
+            x = jax.lax.fori_loop(*bounds, self._advance, x)
             return x, x
 
         ends = np.asarray(layers, np.int32) + 1
         starts = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
-        found = jax.lax.scan(advance, self.embed(images), (starts, ends))[1]
+        found = jax.lax.scan(advance, self._enter(images), (starts, ends))[1]
         return dict(zip(layers, found, strict=True))
 
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:

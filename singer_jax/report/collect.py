@@ -115,7 +115,9 @@ def restore(
         if step is None:
             raise InputError(f"run: {run} has no finished checkpoint yet")
         states = restore_states(checkpoints, step, prepared)
-    return prepared, states, prepared.load_teacher(), step
+        teacher = (checkpoints.meta(step).get("weights") or {}).get("teacher", {})
+    neurons = teacher.get("clean", {}).get("neurons", ())
+    return prepared, states, prepared.load_teacher(neurons), step
 
 
 def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:

@@ -45,7 +45,7 @@ def jit_add(run: Setups) -> Callable[[dict[str, Any], Params, Any], dict[str, An
 
     def add(totals: dict[str, Any], teacher: Params, batch: Any) -> dict[str, Any]:
         def add_part(totals: dict[str, Any], part: Any) -> tuple[dict[str, Any], None]:
-            seen = Forward(network.merge(teacher), students.teach(teacher, part))
+            seen = Forward.of_streams(network.merge(teacher), students.teach(teacher, part))
             found = {name: run.each[name].measure(seen) for name in totals}
             return jax.tree.map(jnp.add, totals, found), None
 

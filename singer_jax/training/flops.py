@@ -19,6 +19,7 @@ from jax.extend.core import jaxprs_in_params
 
 from singer_jax.hlo import part_of
 from singer_jax.models.summary import features_flops
+from singer_jax.models.views import views
 from singer_jax.training.step import PARTS, Students, TrainState
 
 
@@ -50,14 +51,17 @@ def parts_flops(
     if network:
         arch, reads = network.spec.arch, students.teacher_reads
         blocks = max(reads) + 1
-        shape = (images, arch.num_prefix_tokens + arch.num_patches, arch.embed_dim)
-        feature = jax.ShapeDtypeStruct(shape, network.merge(teacher).numerics.dtype)
+        model = network.merge(teacher)
+        passes = len(views(arch.grid)) if model.numerics.clean == "shift_average" else 1
+        tokens = model.num_added_tokens + arch.num_prefix_tokens + arch.num_patches
+        shape = (images, tokens, arch.embed_dim)
+        feature = jax.ShapeDtypeStruct(shape, model.numerics.dtype)
         features = dict.fromkeys(reads, feature)
         if quantised:
             block = jax.make_jaxpr(lambda params, x: network.merge(params).apply_block(0, x))
-            taught = blocks * _of_jaxpr(block(teacher, feature).jaxpr, quantised).total()
+            taught = passes * blocks * _of_jaxpr(block(teacher, feature).jaxpr, quantised).total()
         else:
-            taught = images * features_flops(arch, blocks)
+            taught = passes * images * features_flops(arch, blocks, model.num_added_tokens)
     networks = [own.student for own in students.each.values()] + [network] * bool(network)
     size = max(each.image_size for each in networks)
     batch = {

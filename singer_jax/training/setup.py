@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from singer_jax import backends, methods, parallel
 from singer_jax.errors import InputError
 from singer_jax.methods import Forward, Method, Needs, nullspace
+from singer_jax.models import registers
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
@@ -38,7 +39,7 @@ class Teacher:
 
     Attributes:
       network: what it is.
-      params: abstract, with shardings.
+      params: abstract, with shardings; test-time registers are among them.
       numerics: how it computes.
       weights: their file; None of a step that is only compiled.
       mesh: of the devices.
@@ -50,10 +51,25 @@ class Teacher:
     weights: Path | None
     mesh: Mesh
 
+    @property
+    def uncleaned(self) -> Network:
+        """It without what cleans its features."""
+        plain = dataclasses.replace(self.numerics, clean=None)
+        return Network(self.network.spec, abstract_model(self.network.spec.arch, plain)[0])
+
     def load(self) -> Params:
-        """Reads its parameters into their shardings; raises as `models.weights.load_model`."""
+        """Reads the parameters of `uncleaned` into their shardings; raises as `load_model`."""
         place = functools.partial(parallel.tree_shardings, self.mesh)
-        return load_model(self.network.spec, self.weights, self.numerics, place)[1]
+        plain = dataclasses.replace(self.numerics, clean=None)
+        return load_model(self.network.spec, self.weights, plain, place)[1]
+
+    def with_neurons(self, params: Params, neurons: registers.Neurons) -> Params:
+        """Its own parameters, from those that `load` gives and its register neurons."""
+        place = self.params.get(registers.NAME)
+        if place is None:
+            return params
+        marked = registers.marked(neurons, place.shape)
+        return params | {registers.NAME: parallel.put(marked, place.sharding)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +166,14 @@ class Setups:
         """The teacher's parameters, abstract, with shardings; None where no method reads one."""
         return self.taught_by.params if self.taught_by else None
 
-    def load_teacher(self) -> Params | None:
-        """Reads the teacher's parameters into their shardings; None where no method reads one."""
-        return self.taught_by.load() if self.taught_by else None
+    def load_teacher(self, neurons: registers.Neurons = ()) -> Params | None:
+        """Reads the teacher's parameters into their shardings; None where no method reads one.
+
+        Args:
+          neurons: those of its test-time registers.
+        """
+        taught_by = self.taught_by
+        return taught_by.with_neurons(taught_by.load(), neurons) if taught_by else None
 
     def make_states(self) -> Callable[..., dict[str, TrainState]]:
         """The jitted program of the states before the first step.
@@ -259,7 +280,14 @@ def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Tea
     quantised = settings.teacher.precision
     if quantised:
         check_installed(quantised)
-    numerics = Numerics(dtype, dtype, quantised=quantised, backend=backend, stacked=stacked)
+    numerics = Numerics(
+        dtype,
+        dtype,
+        quantised=quantised,
+        backend=backend,
+        stacked=stacked,
+        clean=settings.teacher.clean,
+    )
     graph, params = abstract_model(spec.arch, numerics)
     params = parallel.with_shardings(mesh, params)
     return Teacher(Network(spec, graph), params, numerics, weights, mesh)
@@ -353,7 +381,7 @@ def _abstract_measured(measure: Callable[[Forward], Any], taught_by: Teacher) ->
 
     def of_batch(params: Params, image: jax.Array) -> Any:
         features = teach(network, range(network.spec.arch.depth), params, {"image": image})
-        return measure(Forward(network.merge(params), features))
+        return measure(Forward.of_streams(network.merge(params), features))
 
     return jax.eval_shape(of_batch, taught_by.params, image)
 

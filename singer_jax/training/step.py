@@ -18,7 +18,7 @@ from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
-"""Raw residual streams by block."""
+"""Raw residual streams by block, as `VisionTransformer.streams_at` gives them."""
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -116,7 +116,7 @@ class Distillation:
         with jax.named_scope("student"):
             own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
         seen = Forward(student, dict(enumerate(own)))
-        taught = Forward(self.teacher.merge(teacher), features) if self.teacher else None
+        taught = Forward.of_streams(self.teacher.merge(teacher), features) if self.teacher else None
         with jax.named_scope("method"):
             terms = method.loss(taught, seen, Batch(batch["label"], key))
         metrics = {f"loss_{name}": value for name, value in terms.items()}
@@ -334,7 +334,7 @@ def teach(
         return {}
     model = network.merge(params)
     with jax.named_scope("teacher"):
-        return model.features_at(network.spec.prepare(batch["image"]), reads)
+        return model.streams_at(network.spec.prepare(batch["image"]), reads)
 
 
 def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:

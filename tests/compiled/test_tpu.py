@@ -125,6 +125,17 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
     assert "all-gather" in compile_step(compiles, 300, run)
 
 
+@pytest.mark.parametrize("clean", ["registers", "shift_average"])
+def test_a_cleaned_teacher(tmp_path, chips, compiles: Compile, clean):
+    """Its blocks are a loop over stacked parameters."""
+    run = prepare(tmp_path, chips, "fitnet", SMALL, **{"teacher.clean": clean})
+    assert run.taught_by.numerics.stacked
+    split = parallel.batch_sharding(chips)
+    teach = jax.jit(run.distillation.teach, out_shardings=split)
+    text = compiles(120, teach, run.teacher, batch_of(run)).compiled.as_text()
+    assert "all-gather" not in text and "all-reduce" not in text  # each chip its own images
+
+
 def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, compiles: Compile):
     several = {name: {"seed": seed} for seed, name in enumerate("abc")}
     run = prepare_all(tmp_path, chips, several, "fitnet", SMALL)
