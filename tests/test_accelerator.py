@@ -81,7 +81,8 @@ def test_every_job_runs(accelerator, teacher, on_the_cpu, tmp_path, capsys):
         done(job, run)
     nullspace = config_lib.null_spaces()
     nullspace.precision = "float32"
-    nullspace.teacher = run_config(teacher, 2).teacher
+    learnt_from = run_config(teacher, 2).teacher
+    nullspace.teacher.update({key: learnt_from[key] for key in nullspace.teacher})
     nullspace.rank, nullspace.images = 4, 16
     nullspace.data.source, nullspace.data.workers = "digits", 0
     done(nullspace, tmp_path / "nullspace")

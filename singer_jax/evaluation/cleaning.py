@@ -23,7 +23,7 @@ from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
-from singer_jax.methods.singer import outlier_threshold, token_norms
+from singer_jax.methods.norms import outlier_threshold, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.registers import Neurons, RegisterSettings

@@ -131,7 +131,8 @@ class Distillation:
         if self.teacher is None:
             return {}
         with jax.named_scope("method"):
-            return self._method(state).observe(Forward(self.teacher.merge(teacher), features))
+            taught = Forward.of_streams(self.teacher.merge(teacher), features)
+            return self._method(state).observe(taught)
 
     def absorb(self, state: TrainState, means: dict[str, Any]) -> TrainState:
         """The state with the means of a batch in the statistics of its method."""

@@ -50,7 +50,8 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
     config.run, config.images = str(inputs / "run"), 3
     report.report(settings_of(config), workdir)
     config = config_lib.null_spaces()
-    config.teacher = tiny.config(inputs / "teacher.safetensors").teacher
+    teacher = tiny.config(inputs / "teacher.safetensors").teacher
+    config.teacher.update({key: teacher[key] for key in config.teacher})
     config.data.source, config.data.workers, config.images = "digits", 0, 11
     config.mesh.data, config.mesh.fsdp, config.precision = 1, 2, "float32"
     config.sources, config.thresholds, config.rank = ("mlp", "calibrated"), ("quantile=0.5",), 2
