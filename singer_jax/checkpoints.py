@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +19,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-from singer_jax import parallel
+from singer_jax import parallel, stored
 from singer_jax.errors import RunError
-from singer_jax.files import as_path, check_takes_checkpoints
+from singer_jax.files import as_path, check_takes_checkpoints, failures
 from singer_jax.models.params import Params, join, split
+from singer_jax.stored import by_name
+
+LOG = logging.getLogger("singer_jax")
 
 
 def checksum(leaf: Array) -> UInt32[Array, ""]:
@@ -34,14 +38,9 @@ def checksum(leaf: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {parallel.leaf_name(path): leaf for path, leaf in leaves}
-
-
 @jax.jit
 def _checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
-    return {name: checksum(leaf) for name, leaf in _by_name(state).items()}
+    return {name: checksum(leaf) for name, leaf in by_name(state).items()}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -49,7 +48,7 @@ def _of_each_block(params: Params, stacked: bool) -> dict[str, UInt32[Array, "..
     each = jax.vmap(checksum) if stacked else checksum
     return {
         name: (each if name.startswith("blocks/") else checksum)(leaf)
-        for name, leaf in _by_name(params).items()
+        for name, leaf in by_name(params).items()
     }
 
 
@@ -61,7 +60,7 @@ def fingerprint(params: Params, stacked: bool = False) -> str:
       stacked: as `models.architecture.Numerics.stacked`; changes nothing.
     """
     found, described = jax.device_get(_of_each_block(params, stacked)), []
-    for name, leaf in _by_name(params).items():
+    for name, leaf in by_name(params).items():
         shape, dtype = tuple(leaf.shape), str(leaf.dtype)
         if not (stacked and name.startswith("blocks/")):
             described.append((name, shape, dtype, int(found[name])))
@@ -102,21 +101,77 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
+        self.watch = stored.Watch(self.manager.directory)
 
     def latest_step(self) -> int | None:
         """Steps done in the latest finished checkpoint; None where there is none."""
         return self.manager.latest_step()
 
+    def newest_whole(self) -> int | None:
+        """Steps done in the latest finished checkpoint that is what was saved; None: there is none.
+
+        Those after it are damaged, and stay where they are until `set_aside`. The first process
+        reads them, for all.
+
+        Raises:
+          RunError: there are checkpoints, but none is whole.
+        """
+
+        def look() -> int | None:
+            found = self.watch.damaged
+            for step in reversed(self.manager.all_steps()):
+                reason = stored.damage(self.manager.directory / str(step))
+                if reason is None:
+                    return step
+                found[step] = reason
+            if found:
+                reasons = "; ".join(f"{step}: {reason}" for step, reason in found.items())
+                raise RunError(
+                    f"{self.manager.directory}: no checkpoint is whole ({reasons}); use a new "
+                    "--workdir, or put back a copy"
+                )
+            return None
+
+        return parallel.of_first_process(look() if jax.process_index() == 0 else None)
+
+    def set_aside(self) -> None:
+        """Moves the checkpoints that were found damaged out of the way; by all processes."""
+        damaged = parallel.of_first_process(dict(self.watch.damaged))
+        if not damaged:
+            return
+        self.wait()
+        if jax.process_index() == 0:
+            for step, reason in damaged.items():
+                self._move_aside(step, reason)
+                del self.watch.damaged[step]
+        parallel.of_first_process(None)  # none reads the folder before
+        self.manager.reload()
+
+    def _move_aside(self, step: int, reason: str) -> None:
+        folder, found = (
+            self.manager.directory / str(step),
+            f"checkpoint {step} is damaged ({reason})",
+        )
+        if not folder.is_dir():
+            return
+        try:
+            LOG.warning("%s, set aside in %s", found, stored.set_aside(folder, reason))
+        except failures(folder) as error:
+            raise RunError(f"{found} and cannot be set aside: {error}") from error
+
     def save(self, state: Any, step: int, meta: dict[str, Any]) -> None:
         """Starts to save a tree of arrays; `meta` is stored as JSON beside it."""
+        self.set_aside()
         checksums = {key: int(value) for key, value in jax.device_get(_checksums(state)).items()}
         self.manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state),
-                meta=ocp.args.JsonSave(meta | {"checksums": checksums}),
+                meta=ocp.args.JsonSave(stored.sealed(meta | {"checksums": checksums})),
             ),
         )
+        if jax.process_index() == 0:
+            self.watch.started(step)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state; raises as `restore`."""
@@ -137,7 +192,7 @@ class Checkpoints:
           RunError: a leaf has another shape, dtype or checksum than when it was saved.
         """
         saved = self._saved_leaves(step)
-        for name, leaf in _by_name(abstract).items():
+        for name, leaf in by_name(abstract).items():
             # Orbax would cast silently.
             found = saved.get(name)
             if found is None or (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
@@ -157,7 +212,7 @@ class Checkpoints:
 
     def _saved_leaves(self, step: int) -> dict[str, Any]:
         with self._reading(step):
-            return _by_name(self.manager.item_metadata(step).state.tree)
+            return by_name(self.manager.item_metadata(step).state.tree)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -174,8 +229,8 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> RunError:
         folder = self.manager.directory
         return RunError(
-            f"checkpoint {step} in {folder} is damaged or of another run: {reason}; remove "
-            f"{folder}/{step} to continue from the one before it"
+            f"checkpoint {step} in {folder} is damaged or of another run: {reason}; the job "
+            "check_run says which ones are whole"
         )
 
     def restore_student(self, step: int, abstract: Params, name: str = "") -> Params:
@@ -201,4 +256,5 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and lets go."""
+        self.watch.close()
         self.manager.close()

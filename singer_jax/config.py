@@ -93,6 +93,16 @@ def check_data() -> ConfigDict:
     return _of_job("check_data")
 
 
+def check_run() -> ConfigDict:
+    """The keys of the job `check_run`."""
+    return _of_job("check_run")
+
+
+def replay() -> ConfigDict:
+    """The keys of the job `replay`."""
+    return _of_job("replay")
+
+
 def models() -> ConfigDict:
     """The keys of the job `models`."""
     return _of_job("models")

@@ -114,7 +114,7 @@ def writing(folder: epath.Path) -> Iterator[None]:
     """Turns a failure to write below a work directory into an `InputError`."""
     try:
         yield
-    except _failures(folder) as error:
+    except failures(folder) as error:
         raise InputError(f"--workdir: cannot write to {folder} ({_reason(error)})") from error
 
 
@@ -125,8 +125,8 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
 
 
-def _failures(folder: epath.Path) -> tuple[type[Exception], ...]:
-    """What reading and writing there may raise."""
+def failures(folder: epath.Path) -> tuple[type[Exception], ...]:
+    """What reading and writing below a folder may raise where the disk or store fails."""
     if _scheme(os.fspath(folder)) != "gs":
         return (OSError,)
     from gcsfs.retry import HttpError
@@ -157,6 +157,23 @@ def write_text(path: epath.Path, text: str) -> None:
     """Writes a whole file; a reader sees the old one or the new one."""
     with replacing(path) as file:
         file.write_text(text)
+
+
+def move(folder: epath.Path, place: epath.Path) -> None:
+    """Renames a folder; behind a URL all its objects are copied before the first is removed."""
+    if is_remote(folder):
+        _copy_all(folder, place)
+        folder.rmtree()
+    else:
+        folder.rename(place)
+
+
+def _copy_all(folder: epath.Path, place: epath.Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _copy_all(path, place / path.name)
+        else:
+            path.copy(place / path.name)
 
 
 def upload(file: Path, path: epath.Path) -> None:
@@ -227,7 +244,7 @@ class Mirror:
             for file in self.local.rglob("*"):
                 if file.is_file():
                     upload(file, self.folder / file.relative_to(self.local))
-        except _failures(self.folder) as error:
+        except failures(self.folder) as error:
             raise RunError(
                 f"cannot write to {self.folder} ({_reason(error)}); finished checkpoints are kept"
             ) from error

@@ -39,7 +39,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
 
 
-_WITHOUT_WORKDIR = ("models", "plan")
+_WITHOUT_WORKDIR = ("models", "plan", "check_run", "replay")
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> int:

@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -119,19 +119,31 @@ class MetricsWriter:
                 self.wandb.finish()
 
 
+def read_rows(file: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a `metrics.jsonl`, and the lines that are none.
+
+    A kill leaves a last line half written, and a reader may meet one that is being written.
+    """
+    rows, damaged = [], []
+    for line in file.read_bytes().decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        (rows if whole else damaged).append(row if whole else line)
+    return rows, damaged
+
+
 def _cut_back(path: Path, step: int) -> None:
-    """Drops rows after `step`, and a last line that a kill left half written."""
+    """Drops rows after `step`, and lines that are none."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
+    rows, damaged = read_rows(epath.Path(path))
+    if damaged:
+        LOG.warning("%s: %d lines are no rows and are left out", path, len(damaged))
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     partial.replace(path)
 
 
@@ -151,6 +163,8 @@ class Recorder:
       flops: of one step on all devices.
       devices: on which the step runs; of an unlisted kind they leave `train/mfu` out.
       stopped: students that went wrong before, and how; those that go wrong are added.
+      capture: keeps what replays the step in which a student went wrong, from the step, the
+        student's name and what was found; returns the command.
     """
 
     LAG = 2  # steps in flight
@@ -166,6 +180,7 @@ class Recorder:
         flops: int,
         devices: Sequence[jax.Device],
         stopped: dict[str, str] | None = None,
+        capture: Callable[[int, str, str], str] | None = None,
     ) -> None:
         from tqdm.auto import tqdm
 
@@ -176,6 +191,7 @@ class Recorder:
         self.pending: collections.deque[tuple[int, dict[str, Any], dict[str, Any]]]
         self.pending = collections.deque()
         self.stopped = {} if stopped is None else stopped
+        self.capture = capture
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -272,10 +288,11 @@ class Recorder:
             if not math.isfinite(metrics[name])
         )
         found = f"{metric_name('train', student, first)} is {metrics[first]} at step {step}"
+        again = f"; replay it: {self.capture(step, student, found)}" if self.capture else ""
         if not student:
-            raise RunError(f"{found}; the last good checkpoint is kept")
+            raise RunError(f"{found}; the last good checkpoint is kept{again}")
         self.stopped[student] = f"{found}, stopped after step {step - 1}"
-        LOG.error("student %s: %s", student, self.stopped[student])
+        LOG.error("student %s: %s%s", student, self.stopped[student], again)
         return True
 
     def close(self) -> None:

@@ -83,6 +83,25 @@ def start_together(
     ]
 
 
+HOLD = """
+import sys, time
+from etils import epath
+from singer_jax import stopping
+from singer_jax.holding import holding
+with stopping.handled(), holding(epath.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def hold(workdir: Path) -> subprocess.Popen:
+    """Another process that holds a work directory."""
+    arguments = [sys.executable, "-c", HOLD, str(workdir)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n", process.stderr.read()
+    return process
+
+
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     _, printed = process.communicate(timeout=300)
     return process.returncode, printed

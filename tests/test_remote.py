@@ -1,5 +1,6 @@
 """Work directories behind gs://: an emulated store, reached by each library's own client."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,14 +9,16 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import load, save
 
-from singer_jax import files, main
+from singer_jax import files, holding, main, stored
+from singer_jax.checkpoints import Checkpoints
 from singer_jax.config import compare, evaluation, export, report
-from singer_jax.errors import RunError
+from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.telemetry import MetricsWriter
 from tests import runs, tiny
@@ -140,6 +143,52 @@ def test_weights_on_a_store_are_those_of_now(run, mesh):
     tensors["cls_token"] += 1
     (copied / "model.safetensors").write_bytes(save(tensors))
     assert load_backbone(mesh, weights=str(copied)).digest() != expected
+
+
+def objects(folder: epath.Path, below: str = "") -> set[str]:
+    found = set()
+    for path in (folder / below).iterdir():
+        name = f"{below}{path.name}"
+        found |= objects(folder, f"{name}/") if path.is_dir() else {name}
+    return found
+
+
+def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environment):
+    folder = epath.Path(f"gs://{BUCKET}/damaged")
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save({"a": jnp.arange(5000) * step}, step, {"data": "abc"})
+    newest = folder / "checkpoints" / "4"
+    before = objects(newest)
+    (newest / "meta" / "metadata").write_text("{")
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        assert checkpoints.newest_whole() == 2
+        checkpoints.set_aside()
+        assert checkpoints.latest_step() == 2
+        checkpoints.save({"a": jnp.arange(5000)}, 4, {"data": "abc"})
+    assert stored.finished(folder / "checkpoints") == [2, 4]
+    assert stored.damage(newest) is None
+    aside = folder / "checkpoints.damaged"
+    assert objects(aside / "4") == before
+    assert (aside / "4" / "meta" / "metadata").read_text() == "{"
+    assert (aside / "4.txt").read_text().strip()
+
+
+def test_a_run_on_a_store_is_held_by_one_process(environment, monkeypatch):
+    monkeypatch.setattr(holding, "BEAT", 0.1)
+    monkeypatch.setattr(holding, "SILENCE", 2.0)
+    monkeypatch.setattr(holding, "SETTLE", 0.3)
+    folder = epath.Path(f"gs://{BUCKET}/held")
+    with holding.holding(folder) as held:
+        held.check()
+        monkeypatch.setattr(holding, "_machine", lambda: "another one")
+        with pytest.raises(InputError, match="is held by process"), holding.holding(folder):
+            pass
+        held.check()
+    assert not (folder / holding.FILE).exists()
+    (folder / holding.FILE).write_text(json.dumps({"id": "x"}))
+    with holding.holding(folder) as held:  # a silent one
+        held.check()
 
 
 def test_metrics_can_be_followed_between_checkpoints(environment, monkeypatch):

@@ -17,7 +17,9 @@ limits
 ranges
 settings
 backends chips hlo stopping files schedules
+holding
 models data hosts parallel
+stored
 checkpoints telemetry methods
 training evaluation
 report

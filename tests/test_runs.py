@@ -1,6 +1,8 @@
 """Whole runs in processes of their own: killed, stopped, resumed, refused."""
 
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from tests.damage import files
 from tests.runs import assert_same_student, finish, start, steps, wait_for_step
 
 
@@ -51,7 +54,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     process.wait()
     assert not (tmp_path / "student").exists()
     status, printed = finish(start(environment, *arguments))
-    assert status == 0, printed
+    assert status == 0 and f"taken over from process {process.pid} of" in printed, printed
     assert_same_student(tmp_path, uninterrupted)
     assert steps(tmp_path) == sorted(set(steps(tmp_path)))  # no row twice
     assert set(steps(uninterrupted)) <= set(steps(tmp_path))
@@ -93,9 +96,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     bad = int(last.split("at step ")[1].split(";")[0])
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept and max(kept) < bad
+    before = {file: file.read_bytes() for file in files(tmp_path)}
+    assert json.loads((tmp_path / "nan" / "student.json").read_text())["step"] == bad
+    python, *command = shlex.split(last.split("replay it: ")[1])
+    assert (python, *command[:2]) == ("python", *runs.PROGRAM)
+    status, printed = finish(start(environment, *command[2:]))
+    assert status == 1
+    found = rf"singer_jax: step {bad}: invalid value \((nan|inf)\) encountered in \w+ \(in .*\.py:"
+    assert re.match(found, printed.splitlines()[-1]), printed
+    assert {file: file.read_bytes() for file in files(tmp_path)} == before
 
 
-def test_a_damaged_checkpoint_is_not_continued(config_file, environment, tmp_path):
+def test_a_run_whose_only_checkpoint_is_damaged_fails_in_one_line(
+    config_file, environment, tmp_path
+):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
     assert finish(start(environment, *arguments, "--config.steps=3"))[0] == 0
     files = (tmp_path / "checkpoints" / "3" / "state").glob("**/d/*")
@@ -107,4 +121,5 @@ def test_a_damaged_checkpoint_is_not_continued(config_file, environment, tmp_pat
     assert status == 1
     # Orbax may report a thread of its own after the command's own line.
     told = [line for line in printed.splitlines() if line.startswith("singer_jax: ")]
-    assert len(told) == 1 and "checkpoint 3" in told[0]
+    assert len(told) == 1 and "no checkpoint is whole (3: " in told[0]
+    assert (tmp_path / "checkpoints" / "3").is_dir()

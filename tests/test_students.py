@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from singer_jax import main
-from singer_jax.config import compare, evaluation, report
+from singer_jax.config import compare, evaluation, replay, report
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
@@ -160,6 +160,11 @@ def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, t
     assert max(row["step"] for row in rows if "train/bad/loss" in row) == 1
     assert set(students(tmp_path)) == {"bad", "fitnet", "singer"}
     assert all(np.isfinite(value).all() for value in students(tmp_path)["bad"].values())
+    # Its state before that step is in each later checkpoint.
+    again = replay()
+    again.run, again.student = str(tmp_path), "bad"
+    assert main.run(again, "") == 1
+    assert "step 2: invalid value (" in capsys.readouterr().err.splitlines()[-1]
     # What reads the run goes on without it.
     assert main.run(evaluate(tmp_path), tmp_path / "evaluation") == 0
     assert {path.name for path in (tmp_path / "evaluation").iterdir()} == WITH_TEACHER

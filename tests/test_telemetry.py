@@ -18,13 +18,14 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_after_the_restored_step_are_cut_back(tmp_path):
+def test_rows_after_the_restored_step_are_cut_back(tmp_path, caplog):
     writer = MetricsWriter(tmp_path)
     for step in (2, 4, 6):
         writer.write(step, {"train/loss": float(step)})
     writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "tra')  # as a kill leaves it
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\x00{"step": 2\n[3]\n{"step": "3"}\n')  # as a disk may leave it
+        file.write(b'{"step": 8, "tra')  # as a kill leaves it
     writer = MetricsWriter(tmp_path, step=4)
     writer.write(6, {"train/loss": 60.0})
     writer.close()
@@ -35,6 +36,7 @@ def test_rows_after_the_restored_step_are_cut_back(tmp_path):
     ]
     assert all(row["time"] > 0 for row in rows(tmp_path))
     assert list((tmp_path / "tensorboard").iterdir())
+    assert "4 lines are no rows and are left out" in caplog.text
 
 
 def recorder(folder: Path, **options: object) -> Recorder:

@@ -116,13 +116,7 @@ def train_batches(
       rows: instead of these, which rows of each batch, for batches of any size: rows from
         `batch_size` on are padding, and `valid` says so.
     """
-    examples = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(LoadExample(source, transform, strict))
-    )
+    examples = _order(source, seed).random_map(LoadExample(source, transform, strict))
     # After random_map: shards of its input would all draw the same random numbers.
     if rows is None:
         shard = examples.slice(slice(process_index, None, process_count))
@@ -130,6 +124,17 @@ def train_batches(
     else:
         dataset = _rows_of_batches(examples, batch_size, rows)
     return _iterate(dataset.slice(slice(start, None)), workers)
+
+
+def _order(source: Source, seed: int) -> grain.MapDataset:
+    """Indices of the training split's records, epoch after epoch."""
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+
+def batch_records(source: Source, seed: int, batch_size: int, step: int) -> list[int]:
+    """Which records are in the global batch of the step `step` (the first is 0)."""
+    order = _order(source, seed)
+    return [int(order[index]) for index in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def eval_batches(

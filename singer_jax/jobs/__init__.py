@@ -12,6 +12,8 @@ JOBS = (
     "nullspace",
     "plan",
     "check_data",
+    "check_run",
+    "replay",
     "models",
     "quickstart",
 )

@@ -29,6 +29,7 @@ from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neur
 from singer_jax.evaluation.cleaning import told as cleaning_told
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
+from singer_jax.holding import Holder, holding
 from singer_jax.models import registers
 from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
@@ -36,6 +37,7 @@ from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.settings import to_dict
 from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
 from singer_jax.training import calibration
+from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.identity import check_same_run, check_same_teacher
@@ -55,9 +57,10 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
         several students/NAME/.
 
     Raises:
-      InputError: the settings cannot work, or are not those of the run in `workdir`.
+      InputError: the settings cannot work, or are not those of the run in `workdir`, or another
+        process runs it.
       Stopped: after SIGTERM or SIGINT, saved.
-      RunError: a loss that is no number, too many unreadable images, a damaged checkpoint. Of
+      RunError: a loss that is no number, too many unreadable images, no whole checkpoint. Of
         several students the others are trained and exported before it is raised.
     """
     if settings.log.wandb and importlib.util.find_spec("wandb") is None:
@@ -67,8 +70,11 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     run = setup_students(settings, len(source), source.num_classes)
     steps = run.any.steps
     make_workdir(workdir)
-    with contextlib.closing(Checkpoints(workdir, settings.checkpoint.keep)) as checkpoints:
-        start = checkpoints.latest_step() or 0
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(holding(workdir, jax.process_index() == 0))
+        checkpoints = Checkpoints(workdir, settings.checkpoint.keep)
+        stack.enter_context(contextlib.closing(checkpoints))
+        start = checkpoints.newest_whole() or 0
         meta, saved = _described(settings, run, source), {}
         if start:
             saved = checkpoints.meta(start)
@@ -80,11 +86,12 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
         for name, one in weights.items() if jax.process_index() == 0 else ():
             LOG.info("%s: %s", name, told(one))
         if start < steps:
-            states = _train(settings, workdir, run, source, checkpoints, meta, stopped)
+            states = _train(settings, workdir, run, source, held, checkpoints, start, meta, stopped)
         else:
             states = restore_states(checkpoints, start, run)
             _write_config(settings, workdir, weights)
-    _export_students(workdir, run, states, settings, weights)
+        held.check()
+        _export_students(workdir, run, states, settings, weights)
     names = ", ".join(filter(None, states)) or "student"
     LOG.info("%s: %d steps done, %s exported", workdir, steps, names)
     if stopped:
@@ -104,27 +111,30 @@ def _train(
     workdir: epath.Path,
     run: Setups,
     source: Source,
+    held: Holder,
     checkpoints: Checkpoints,
+    start: int,
     meta: dict[str, Any],
     stopped: dict[str, str],
 ) -> Mapping[str, TrainState]:
     """The states after the last step; adds to `stopped` the students that went wrong."""
-    start = checkpoints.latest_step() or 0
-    teacher, mesh = _load_teacher(settings, run, source, meta["weights"]), run.any.mesh
+    teacher, mesh = load_teacher(settings, run, source, meta["weights"]), run.any.mesh
     if teacher is not None:
         stacked = run.taught_by.numerics.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
         check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
-    if start:
+        checkpoints.set_aside()  # only now is it known that they are this run's
         states = restore_states(checkpoints, start, run)
     else:
-        states = run.init_states(teacher, _measured(settings, run, source, teacher))
+        states = run.init_states(teacher, measured(settings, run, source, teacher))
     every = settings.evals.every
     evaluate = _evaluation(settings, run, source, stopped) if every else None
     LOG.info("%s: %s", workdir, _sizes(states, teacher))
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(contextlib.closing(_batches(settings, run, source, start)))
+        batches = stack.enter_context(
+            contextlib.closing(device_batches(settings, run, source, start))
+        )
         first = next(batches)
         program = compile_step(
             run.students, mesh, states, teacher, first[0], settings.students.schedule
@@ -144,11 +154,13 @@ def _train(
             flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
             devices=mesh.devices.ravel(),
             stopped=stopped,
+            capture=functools.partial(capture, workdir, settings, source),
         )
         stack.callback(recorder.close)
         stack.enter_context(logging_redirect_tqdm([LOG]))
 
         def save(states: Mapping[str, TrainState], step: int) -> None:
+            held.check()
             checkpoints.save(saved_tree(states), step, meta | {"stopped": dict(stopped)})
 
         between = Between(
@@ -164,14 +176,14 @@ def _train(
         return train(program.step, states, teacher, rest, between, recorder)
 
 
-def _measured(
+def measured(
     settings: DistillSettings, run: Setups, source: Source, teacher: Params | None
 ) -> dict[str, Any]:
     """What the students' methods must know of the first batches, read apart from the training."""
     if not any(own.measured for own in run.each.values()):
         return {}
     LOG.info("looking at the teacher's outliers in the first %d batches", calibration.BATCHES)
-    with contextlib.closing(_batches(settings, run, source, 0)) as batches:
+    with contextlib.closing(device_batches(settings, run, source, 0)) as batches:
         few = itertools.islice(batches, calibration.BATCHES)
         return calibration.measure(run, teacher, (batch for batch, _ in few))
 
@@ -195,7 +207,7 @@ def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]
 _DESCRIBED = 64
 
 
-def _load_teacher(
+def load_teacher(
     settings: DistillSettings, run: Setups, source: Source, weights: dict[str, Provenance]
 ) -> Params | None:
     """The teacher's parameters; where it is cleaned, adds to `weights` what cleans it.
@@ -237,7 +249,7 @@ def _sizes(states: Mapping[str, TrainState], teacher: Params | None) -> str:
     return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n)
 
 
-def _batches(
+def device_batches(
     settings: DistillSettings, run: Setups, source: Source, start: int
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""

@@ -69,7 +69,11 @@ def read_settings(run: epath.Path) -> DistillSettings:
     file = run / "config.json"
     if not file.is_file():
         raise InputError(f"run: {run} is not the work directory of a run: no config.json")
-    settings = from_flat(DistillSettings(), flatten(read_object(file)))
+    try:
+        saved = read_object(file)
+    except InputError as error:
+        raise InputError(f"run: {error}; start the run again, which writes it") from error
+    settings = from_flat(DistillSettings(), flatten(saved))
     students = settings.students
     if not students.named or not (run / "checkpoints").is_dir():
         return settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
@@ -332,16 +333,20 @@ def export_timm(
       folder: is made if it is not there.
       spec: of the model; its mean and std go into `pretrained_cfg`.
       tensors: of the model, as `to_timm` gives them.
-      made_from: what both files say of the model's origin, as JSON under `singer_jax`.
+      made_from: what both files say of the model's origin, as JSON under `singer_jax`; the second
+        also the `sha256` of the first.
     """
     metadata, config = {"format": "pt"}, to_hub_config(spec)
     if made_from:
         metadata["singer_jax"] = json.dumps(made_from)
-        config["singer_jax"] = made_from
     with replacing(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata=metadata)
         _order_metadata(file)
         file.chmod(0o644)  # safetensors keeps it to its owner
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if made_from:
+        config["singer_jax"] = {**made_from, "sha256": sha256}
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

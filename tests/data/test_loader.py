@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 
 from singer_jax.data.images import EvalTransform as CentreCrop
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import UnreadableCount, eval_batches, train_batches, worker_count
+from singer_jax.data.loader import (
+    UnreadableCount,
+    batch_records,
+    eval_batches,
+    train_batches,
+    worker_count,
+)
 from singer_jax.data.sources import TRAIN, DigitsSource, FolderSource, Subset
 from singer_jax.errors import RunError
 from tests.tiny import write_images
@@ -55,6 +61,13 @@ def test_batches_cross_the_end_of_an_epoch_and_epochs_differ():
     for epoch in epochs:
         assert sorted(epoch) == list(range(20))
     assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_the_records_of_a_batch_are_known_from_its_step():
+    whole = first(train_batches(DIGITS, CROP, batch_size=6, seed=3), 8)
+    for step, batch in enumerate(whole):
+        records = batch_records(DIGITS, seed=3, batch_size=6, step=step)
+        assert [DIGITS[record].label for record in records] == batch["label"].tolist()
 
 
 def test_processes_share_each_global_batch():

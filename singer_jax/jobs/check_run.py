@@ -1,0 +1,140 @@
+"""The job `check_run`: whether everything in a work directory is what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from singer_jax import stored
+from singer_jax.errors import InputError, RunError
+from singer_jax.files import as_path, download
+from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, open_weights
+from singer_jax.ranges import TEXT, OneOf
+from singer_jax.settings import Settings, setting
+from singer_jax.telemetry import read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckRunSettings(Settings):
+    """Which run."""
+
+    job: str = setting("check_run", OneOf(("check_run",)), "the command")
+    run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
+
+
+class Finding(NamedTuple):
+    """What was found of a file or checkpoint, in words."""
+
+    name: str
+    told: str
+    damaged: bool = False
+
+
+def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
+    """Prints a line for each checkpoint and file; nothing is changed.
+
+    Args:
+      settings: which run.
+      workdir: without `run` the run itself.
+
+    Raises:
+      InputError: not a work directory of a run.
+      RunError: something is damaged.
+    """
+    run = as_path(settings.run) if settings.run else workdir
+    if jax.process_index() > 0:
+        return
+    if not any((run / name).exists() for name in ("config.json", "checkpoints")):
+        raise InputError(f"run: {run} is not the work directory of a run")
+    damaged = []
+    for name, told, wrong in _findings(run):
+        print(f"{name}: {'DAMAGED: ' if wrong else ''}{told}")
+        if wrong:
+            damaged.append(name)
+    if damaged:
+        raise RunError(f"{run}: damaged: {', '.join(damaged)}")
+
+
+def _findings(run: epath.Path) -> Iterator[Finding]:
+    for step in stored.finished(run / "checkpoints"):
+        reason = stored.damage(run / "checkpoints" / str(step))
+        yield Finding(f"checkpoints/{step}", reason or "every checksum matches", bool(reason))
+    if (run / "checkpoints.damaged").is_dir():
+        for file in sorted((run / "checkpoints.damaged").glob("*.txt")):
+            name = f"checkpoints.damaged/{file.stem}"
+            yield Finding(name, f"set aside earlier: {file.read_text().strip()}")
+    for name in ("config.json", "weights.json"):
+        if (run / name).exists():
+            yield _json(run, name)
+    if (run / "metrics.jsonl").exists():
+        rows, wrong = read_rows(run / "metrics.jsonl")
+        also = f", {len(wrong)} lines that are none" if wrong else ""
+        yield Finding("metrics.jsonl", f"{len(rows)} rows{also}", bool(wrong))
+    exports = [run / "student"]
+    if (run / "students").is_dir():
+        exports += sorted((run / "students").iterdir())
+    for folder in exports:
+        if (folder / WEIGHTS_FILE).exists():
+            yield from _export(run, folder)
+    yield from _sources(run)
+
+
+def _json(run: epath.Path, name: str) -> Finding:
+    try:
+        found = json.loads((run / name).read_text())
+    except ValueError as error:
+        return Finding(name, str(error), True)
+    if not isinstance(found, dict):
+        return Finding(name, "no JSON object", True)
+    return Finding(name, "readable")
+
+
+def _export(run: epath.Path, folder: epath.Path) -> Iterator[Finding]:
+    within = str(folder).removeprefix(f"{run}/")
+    config = _json(run, f"{within}/{CONFIG_FILE}") if (folder / CONFIG_FILE).exists() else None
+    if config:
+        yield config
+    name = f"{within}/{WEIGHTS_FILE}"
+    file = download(folder / WEIGHTS_FILE)
+    try:
+        tensors = open_weights(file)
+        for tensor in tensors.values():
+            tensor.read()
+    except InputError as error:
+        yield Finding(name, str(error), True)
+        return
+    told = f"{len(tensors)} tensors"
+    recorded = None
+    if config and not config.damaged:
+        origin = json.loads((folder / CONFIG_FILE).read_text()).get("singer_jax") or {}
+        recorded = origin.get("sha256")
+    yield _compared(name, told, file, recorded)
+
+
+def _sources(run: epath.Path) -> Iterator[Finding]:
+    """The files that the run was trained from, where they are on this machine."""
+    if not (run / "weights.json").exists() or _json(run, "weights.json").damaged:
+        return
+    for role, described in json.loads((run / "weights.json").read_text()).items():
+        file = described.get("file")
+        if file and Path(file).is_file():
+            yield _compared(f"weights of {role}", file, Path(file), described.get("sha256"))
+        elif file:
+            yield Finding(f"weights of {role}", f"{file} is not on this machine")
+
+
+def _compared(name: str, told: str, file: Path, recorded: Any) -> Finding:
+    if recorded is None:
+        return Finding(name, f"{told}, readable; no sha256 was recorded")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != recorded:
+        return Finding(name, f"{told}, sha256 {found}, recorded was {recorded}", True)
+    return Finding(name, f"{told}, the recorded sha256")

@@ -1,0 +1,123 @@
+"""A work directory on demand: whole, damaged, held by another process, and continued."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from singer_jax import main
+from singer_jax.config import check_run
+from tests import runs, tiny
+from tests.damage import files, flip, largest
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[ConfigDict, Path]:
+    """A configuration, and a run of it to its end with the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
+    config.steps = 4
+    assert main.run(config, folder / "run") == 0
+    return config, folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+
+def check(run: Path, capsys) -> tuple[int, dict[str, str], str]:
+    """Status, what is said of each thing, and the line on stderr."""
+    config = check_run()
+    config.run = str(run)
+    capsys.readouterr()
+    status = main.run(config, "")
+    printed = capsys.readouterr()
+    return status, dict(line.split(": ", 1) for line in printed.out.splitlines()), printed.err
+
+
+def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
+    process = runs.hold(run)
+    try:
+        before = {file: file.read_bytes() for file in files(run)}
+        status, told, _ = check(run, capsys)
+        assert status == 0
+        assert {file: file.read_bytes() for file in files(run)} == before
+        assert main.run(finished[0], run) == 2
+        printed = capsys.readouterr().err
+        assert f"held by process {process.pid} of" in printed and len(printed.splitlines()) == 1
+    finally:
+        process.kill()
+        process.communicate()
+    assert told["checkpoints/2"] == told["checkpoints/4"] == "every checksum matches"
+    assert told["metrics.jsonl"] == "3 rows"
+    assert "the recorded sha256" in told["student/model.safetensors"]
+    assert "the recorded sha256" in told["weights of teacher"]
+    assert told["config.json"] == told["weights.json"] == "readable"
+
+
+def _cut(name: str):
+    def cut(run: Path) -> None:
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) - 9])
+
+    return cut
+
+
+DAMAGES = {
+    "checkpoints/2": lambda run: flip(largest(run / "checkpoints" / "2" / "state"), 5000),
+    "config.json": _cut("config.json"),
+    "weights.json": _cut("weights.json"),
+    "metrics.jsonl": _cut("metrics.jsonl"),
+    "student/config.json": _cut("student/config.json"),
+    "student/model.safetensors": _cut("student/model.safetensors"),
+    "student/model.safetensors, a bit": lambda run: flip(
+        run / "student" / "model.safetensors", -99
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_damaged_is_named(run, capsys, name):
+    DAMAGES[name](run)
+    status, told, error = check(run, capsys)
+    name = name.split(",")[0]
+    assert status == 1
+    assert [key for key, line in told.items() if line.startswith("DAMAGED: ")] == [name]
+    assert error.endswith(f"damaged: {name}\n") and len(error.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    status, _, error = check(tmp_path, capsys)
+    assert status == 2 and "not the work directory of a run" in error
+
+
+def test_a_damaged_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
+    finished, run, caplog, capsys
+):
+    caplog.set_level(logging.INFO)
+    config, newest = finished[0].copy_and_resolve_references(), run / "checkpoints" / "4"
+    student = run / "student" / "model.safetensors"
+    expected = student.read_bytes()
+    student.unlink()
+    for name in ("config.json", "metrics.jsonl"):
+        DAMAGES[name](run)
+    flip(largest(newest / "state"), 5000)
+    damaged = {file: file.read_bytes() for file in files(newest)}
+
+    config.seed = 5  # another run: it moves nothing
+    assert main.run(config, run) == 2
+    assert "another configuration: seed: 0 -> 5" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in files(newest)} == damaged
+
+    config.seed = 0
+    assert main.run(config, run) == 0
+    assert "continuing after step 2 of 4" in caplog.text
+    assert student.read_bytes() == expected
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3, 4]
+    status, told, _ = check(run, capsys)
+    assert status == 0
+    assert told["checkpoints.damaged/4"].startswith("set aside earlier: ")

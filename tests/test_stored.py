@@ -1,0 +1,192 @@
+"""Damaged checkpoints: found, set aside with the reason, and the one before goes on."""
+
+import contextlib
+import errno
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from singer_jax import parallel, stored
+from singer_jax.checkpoints import Checkpoints, checksum
+from singer_jax.errors import RunError
+from tests.damage import files, flip, largest
+
+META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
+
+
+def state(step: int) -> dict:
+    """Leaves of several dtypes, one of them too large to lie among the storage's own data."""
+    rng = np.random.default_rng(step)
+    large = rng.standard_normal((64, 64)).astype(np.float32)
+    return {
+        "step": jnp.int32(step),
+        "params": {"kernel": jnp.asarray(large), "bias": jnp.asarray(large[0], jnp.bfloat16)},
+        "opt_state": [{"mask": jnp.asarray(large[1] > 0, jnp.uint8)}],
+    }
+
+
+@pytest.fixture(scope="module")
+def abstract(mesh):
+    like = jax.eval_shape(lambda: state(0))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(mesh)), like
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A work directory with the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("two")
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(state(step), step, META)
+    return folder
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = {
+    "a file truncated": lambda folder: largest(folder / "state" / "d").write_bytes(b"\x28\xb5"),
+    "a file emptied": lambda folder: (folder / "meta" / "metadata").write_bytes(b""),
+    "a file missing": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "a byte flipped in an array": lambda folder: flip(largest(folder / "state"), 5000),
+    "a byte flipped beside": lambda folder: flip(
+        folder / "meta" / "metadata", (folder / "meta" / "metadata").read_bytes().index(b"abc")
+    ),
+    "a folder missing": lambda folder: shutil.rmtree(folder / "state"),
+    "everything missing": _empty,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_the_one_before_goes_on_and_nothing_is_deleted(two, tmp_path, abstract, caplog, kind):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    DAMAGES[kind](tmp_path / "checkpoints" / "4")
+    damaged = {file.name: file.read_bytes() for file in files(tmp_path / "checkpoints" / "4")}
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        assert checkpoints.newest_whole() == 2
+        assert (tmp_path / "checkpoints" / "4").is_dir()  # until it is known whose run this is
+        checkpoints.set_aside()
+        assert checkpoints.latest_step() == 2
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, abstract), state(2))
+        checkpoints.save(state(4), 4, META)
+    aside = tmp_path / "checkpoints.damaged"
+    assert {file.name: file.read_bytes() for file in files(aside / "4")} == damaged
+    reason = (aside / "4.txt").read_text().strip()
+    assert (
+        reason and f"checkpoint 4 is damaged ({reason}), set aside in {aside / '4'}" in caplog.text
+    )
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        assert checkpoints.newest_whole() == 4
+
+
+def test_a_second_one_of_the_same_step_is_kept_beside(two, tmp_path):
+    for _ in range(2):
+        shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+        stored.set_aside(epath.Path(tmp_path / "checkpoints" / "4"), "tried")
+    names = sorted(path.name for path in (tmp_path / "checkpoints.damaged").iterdir())
+    assert names == ["4", "4.2", "4.2.txt", "4.txt"]
+
+
+def test_without_a_whole_one_the_run_fails_in_one_line(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    for step in ("2", "4"):
+        (tmp_path / "checkpoints" / step / "meta" / "metadata").unlink()
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        with pytest.raises(RunError, match=r"no checkpoint is whole \(4: .*; 2: .*\)") as raised:
+            checkpoints.newest_whole()
+        assert "\n" not in str(raised.value)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@given(file=st.integers(0), place=st.integers(0), kind=st.sampled_from(["flip", "cut", "gone"]))
+def test_what_reads_back_whole_restores_to_the_same_bits(two, abstract, file, place, kind):
+    """Whatever happens to any file: it is found, or it changes nothing."""
+    folder = two / "checkpoints" / "4"
+    target = files(folder)[file % len(files(folder))]
+    content = target.read_bytes()
+    try:
+        if kind == "flip":
+            flip(target, place // 8, place % 8)
+        elif kind == "cut":
+            target.write_bytes(content[: place % (len(content) + 1)])
+        else:
+            target.unlink()
+        if stored.damage(epath.Path(folder)) is None:
+            with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
+                restored = checkpoints.restore(4, abstract)
+            jax.tree.map(np.testing.assert_array_equal, restored, state(4))
+    finally:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([np.float32, jnp.bfloat16, np.uint8]),
+    st.sampled_from([(), (5, 4)]),
+)
+def test_the_checksum_of_a_file_is_that_of_the_device(seed, dtype, shape):
+    values = np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype)
+    assert stored.checksum(values) == int(checksum(jnp.asarray(values)))
+
+
+def test_a_leaf_larger_than_a_part_has_the_same_checksum(monkeypatch):
+    values = np.arange(1000, dtype=np.float32)
+    expected = stored.checksum(values)
+    monkeypatch.setattr(stored, "_PART", 64)
+    assert stored.checksum(values) == expected
+
+
+@pytest.mark.parametrize("rotten", [2, 4])
+def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, rotten):
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        checkpoints.save(state(2), 2, META)
+        checkpoints.wait()
+        if rotten == 2:
+            flip(largest(tmp_path / "checkpoints" / "2" / "state"), 5000)
+        checkpoints.save(state(4), 4, META)
+        checkpoints.wait()
+        if rotten == 4:
+            flip(largest(tmp_path / "checkpoints" / "4" / "state"), 5000)
+        deadline = time.monotonic() + 60
+        while rotten not in checkpoints.watch.damaged:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert set(checkpoints.watch.damaged) == {rotten}
+        checkpoints.save(state(6), 6, META)
+        checkpoints.wait()
+        kept = {2, 4, 6} - {rotten}
+        assert set(stored.finished(checkpoints.manager.directory)) == kept
+    assert (tmp_path / "checkpoints.damaged" / str(rotten)).is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("UNAVAILABLE: connection refused [tensorstore_spec='x']"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
+    def read(path: epath.Path) -> None:
+        raise error
+
+    monkeypatch.setattr(stored, "_reader", lambda folder: read)
+    with pytest.raises(RunError, match=f"cannot read .*: {type(error).__name__}: ") as raised:
+        stored.damage(epath.Path(two / "checkpoints" / "4"))
+    assert "tensorstore_spec" not in str(raised.value)
