@@ -146,6 +146,9 @@ class Numerics:
         the tokens of huge norm, keeps its precision.
       clean: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
         `models.views`); None: nothing.
+      gathered: sharding of a block's parameters while it computes, of a model that is not trained
+        and whose parameters are split over devices; None leaves it to the compiler, which may
+        gather the larger activations.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -156,6 +159,7 @@ class Numerics:
     stacked: bool = dataclasses.field(default=False, repr=False)
     quantised: str | None = None
     clean: str | None = dataclasses.field(default=None, repr=False)
+    gathered: jax.sharding.NamedSharding | None = dataclasses.field(default=None, repr=False)
 
     @property
     def choices(self) -> backends.Choices:

@@ -109,13 +109,17 @@ class VisionTransformer(nnx.Module):
 
     def block(self, index: int | Int[Array, ""]) -> Block:
         """Block `index` alone; a traced index needs stacked parameters."""
-        if not self.numerics.stacked:
+        stacked, gathered = self.numerics.stacked, self.numerics.gathered
+        if not stacked and gathered is None:
             return self.blocks[index]
-        graph, state = nnx.split(self.blocks)
-        return nnx.merge(
-            graph,
-            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), state),
-        )
+        graph, state = nnx.split(self.blocks if stacked else self.blocks[index])
+        if stacked:
+            state = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), state
+            )
+        if gathered is not None:
+            state = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, gathered), state)
+        return nnx.merge(graph, state)
 
     def apply_block(
         self,

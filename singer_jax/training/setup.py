@@ -287,6 +287,7 @@ def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Tea
         backend=backend,
         stacked=stacked,
         clean=settings.teacher.clean,
+        gathered=parallel.replicated(mesh) if mesh.shape["fsdp"] > 1 else None,
     )
     graph, params = abstract_model(spec.arch, numerics)
     params = parallel.with_shardings(mesh, params)
