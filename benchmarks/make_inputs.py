@@ -18,10 +18,9 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
-from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import abstract_model, timm_axes, timm_key, to_timm
+from singer_jax.models.weights import abstract_params, timm_axes, timm_key, to_timm
 from singer_jax.models.zoo import lookup
 
 
@@ -34,9 +33,8 @@ def write_weights(model: str, path: Path) -> None:
 
 def write_blank_weights(path: Path, model: str, **overrides: Any) -> Path:
     """Zeros for every weight, as a file that takes no space: for what only looks at shapes."""
-    _, abstract = abstract_model(lookup(model, overrides).arch, Numerics())
     header, end = {}, 0
-    for keys, leaf in leaves(abstract):
+    for keys, leaf in leaves(abstract_params(lookup(model, overrides).arch)):
         begin, end = end, end + 4 * leaf.size
         shape = [leaf.shape[axis] for axis in timm_axes(keys, leaf)]
         header[timm_key(keys)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}

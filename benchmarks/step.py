@@ -9,7 +9,8 @@ the teacher's own next feature in the info loss, which the official code compute
 PyTorch's attention is its fused one (timm's default). Each runs in a process of its own and they
 take turns, one step each, so that a noisy machine is noisy for all and nobody's waiting threads
 slow the others. Printed: median seconds a step, peak memory of each process (of the device, where
-there is one), and ratios to the fastest PyTorch form.
+there is one), the step's operations over the time that one product of large matrices takes for as
+many, and ratios to the fastest PyTorch form.
 
 Peers: `jax`, this project; `int8` and `fp8`, with a quantised teacher; `eager` and `compiled`,
 PyTorch in the same precision (autocast); `official`, PyTorch in float32, as the official code runs.
@@ -69,6 +70,24 @@ def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None)
 def random_images(batch: int, size: int) -> np.ndarray:
     """[batch, size, size, 3] uint8."""
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
+
+
+def matmul_rate(precision: str) -> float:
+    """Operations a second of a product of random square matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(precision))
+    product = jax.jit(jnp.matmul)
+    product(a, b).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        last = [product(a, b) for _ in range(10)][-1]
+        last.block_until_ready()
+        seconds.append((time.perf_counter() - start) / 10)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def jax_step(
@@ -131,7 +150,8 @@ def jax_step(
         return peak_memory(compiled) if on_device else resident_peak()
 
     flops = step_flops(runs.students, runs.states, runs.teacher, arguments.batch)
-    return step, peak, {"flops": flops, "device": jax.devices()[0].device_kind}
+    facts = {"flops": flops, "device": jax.devices()[0].device_kind}
+    return step, peak, facts | {"rate": matmul_rate(arguments.precision)}
 
 
 def torch_step(
@@ -362,7 +382,8 @@ def rows(arguments: argparse.Namespace, measured: dict[str, Measured]) -> list[d
 
     best = min((m.median for name, m in measured.items() if name in TORCH), default=None)
     least = min((m.peak for name, m in measured.items() if name in TORCH), default=None)
-    chip = chips.chip(measured["jax"].facts["device"])
+    facts = measured["jax"].facts
+    chip = chips.chip(facts["device"])
     found = []
     for name, one in measured.items():
         row = {
@@ -371,12 +392,13 @@ def rows(arguments: argparse.Namespace, measured: dict[str, Measured]) -> list[d
             "min..max": f"{min(one.seconds):.4g}..{max(one.seconds):.4g}",
             "of PyTorch's fastest": f"{one.median / best:.2f}" if best else "",
             "images/s": f"{arguments.batch / one.median:.1f}",
+            "of a product's rate": f"{facts['flops'] / one.median / facts['rate']:.0%}",
             "peak GiB": f"{one.peak / 2**30:.2f}",
             "of PyTorch's least": f"{one.peak / least:.2f}" if least else "",
             "first loss": f"{one.loss:.6f}",
         }
         if chip:
-            row["MFU"] = f"{measured['jax'].facts['flops'] / one.median / chip.bf16:.3f}"
+            row["MFU"] = f"{facts['flops'] / one.median / chip.bf16:.3f}"
         found.append(row)
     return found
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture
 from singer_jax.models.params import leaves
-from singer_jax.models.weights import abstract_model
+from singer_jax.models.weights import abstract_params
 from singer_jax.models.zoo import MODELS
 
 
 def num_parameters(arch: Architecture) -> int:
     """Parameters, head included."""
-    _, abstract = abstract_model(arch, Numerics())
-    return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
+    return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract_params(arch)))
 
 
 def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
@@ -23,10 +21,8 @@ def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
     Two a multiply-add; with `added` tokens more than the model has.
     """
     tokens, dim = added + arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
-    _, abstract = abstract_model(dataclasses.replace(arch, depth=1), Numerics())
-    linear = sum(
-        math.prod(leaf.shape) for keys, leaf in leaves(abstract["blocks"]) if keys[-1] == "kernel"
-    )
+    block = abstract_params(arch)["blocks"][0]
+    linear = sum(math.prod(leaf.shape) for keys, leaf in leaves(block) if keys[-1] == "kernel")
     embedding = arch.num_patches * 3 * arch.patch_size**2 * dim
     return 2 * (embedding + blocks * (tokens * linear + 2 * tokens**2 * dim))
 

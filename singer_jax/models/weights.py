@@ -69,6 +69,16 @@ def _abstract_model(
     return graph, nnx.to_pure_dict(state)
 
 
+@functools.lru_cache(maxsize=32)
+def abstract_params(arch: Architecture) -> Params:
+    """The parameters alone, as those of `abstract_model` in float32 and not stacked.
+
+    One block is traced: the others are like it.
+    """
+    params = abstract_model(dataclasses.replace(arch, depth=1), Numerics())[1]
+    return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
+
+
 def timm_key(keys: Keys) -> str:
     """The timm state-dict key of a parameter."""
     *parents, name = map(str, keys)
@@ -173,7 +183,7 @@ def check_weights(spec: ModelSpec, path: Path) -> None:
             f"{path} does not hold the weights of {spec.name}: it has {blocks} blocks, expected "
             f"{spec.arch.depth}"
         )
-    _check_keys(spec, path, abstract_model(spec.arch, Numerics())[1], tensors)
+    _check_keys(spec, path, abstract_params(spec.arch), tensors)
 
 
 def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,7 @@ from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.layers import ACTIVATIONS
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import abstract_model
+from singer_jax.models.weights import abstract_model, abstract_params
 
 TINY = Architecture(
     img_size=(16, 24), patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5
@@ -119,12 +119,17 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_model_has_the_parameters_of_timm(name):
-    _, abstract = abstract_model(zoo.lookup(name).arch, Numerics())
-    count = sum(math.prod(leaf.shape) for _, leaf in leaves(abstract))
+    count = sum(math.prod(leaf.shape) for _, leaf in leaves(abstract_params(zoo.lookup(name).arch)))
     if name in PARAMETERS:
         assert count == PARAMETERS[name]
     else:
         assert zoo.MODELS[name].timm_name != name  # not a model of timm
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3_qkvb"])
+def test_abstract_parameters_are_those_of_the_model(name):
+    arch = zoo.lookup(name).arch
+    assert abstract_params(arch) == abstract_model(arch, Numerics())[1]
 
 
 def test_lookup_takes_owner_tag_and_overrides():
