@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageOps
 
 from singer_jax import limits
@@ -26,7 +26,6 @@ _LARGEST_FILE = 2**30
 _MOST_SCANNED = 2**31
 _LEAST_SCAN = 10  # bytes
 
-cv2.setNumThreads(0)  # a loader has a process for each core
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which can be raised
 
 # Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
@@ -162,10 +161,21 @@ def _crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
 
 
+@functools.cache
+def _opencv() -> Any:
+    """OpenCV in one thread: a loader has a process for each core."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
+
+
 def _fast_crop(image: Image.Image, box: Box, size: int) -> np.ndarray | None:
     """None: not a JPEG in colours, or one that Pillow is to judge."""
     if image.format != "JPEG" or image.mode != "RGB":
         return None
+    import simplejpeg
+
     left, top, width, height = box
     halved = 1  # times; the decoder does it, as `_draft` asks Pillow's to
     while halved < 8 and min(width, height) >= 2 * halved * _REDUCING_GAP * size:
@@ -196,6 +206,7 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
     Interpolated to a multiple of the size, averaged, and blurred by what the triangle's variance is
     more than that of these two.
     """
+    cv2 = _opencv()
     times = math.ceil(max(image.shape[:2]) / size)
     if times == 1:
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
