@@ -149,7 +149,10 @@ class TrainTransform:
         pixels = _fast_crop(image, box, self.size) if self.fast else None
         if pixels is None:
             pixels = _crop(image, box, self.size)
-        return pixels[:, ::-1] if rng.random() < self.flip else pixels
+        if rng.random() >= self.flip:
+            return pixels
+        # A view would be copied pixel by pixel when batches are put together.
+        return _opencv().flip(pixels, 1) if self.fast else pixels[:, ::-1]
 
 
 def _crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
