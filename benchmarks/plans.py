@@ -47,20 +47,30 @@ def row(config: str, change: str, topology: str, batch: int) -> dict[str, str]:
     except InputError as error:
         return shown | {"GiB": str(error)}
     seconds = found.seconds
-    return shown | {
-        "GiB": f"{found.peak / 2**30:.1f} of {found.chip.memory / 2**30:.0f}",
-        "TFLOP": f"{found.flops / 1e12:.2f}",
-        "traffic GB": f"{found.traffic / 1e9:.1f}",
-        "collectives": ", ".join(
-            f"{count:.0f} {kind} {size / 1e6:.0f} MB"
-            for kind, (count, size) in found.collectives.items()
-        ),
-        "ms a step": f"{1e3 * found.step_seconds:.1f}",
-        "of them collectives": f"{1e3 * seconds['collectives']:.2f}",
-        "bound by": found.binds,
-        "images/s a chip": f"{found.images_per_second / found.count:.0f}",
-        "MFU": f"{found.mfu:.0%}",
-        "compiler's CPU s": f"{found.compile_cpu_seconds:.0f}",
+    return (
+        shown
+        | {
+            "GiB": f"{found.peak / 2**30:.1f} of {found.chip.memory / 2**30:.0f}",
+            "TFLOP": f"{found.flops / 1e12:.2f}",
+            "traffic GB": f"{found.traffic / 1e9:.1f}",
+            "collectives": ", ".join(
+                f"{count:.0f} {kind} {size / 1e6:.0f} MB"
+                for kind, (count, size) in found.collectives.items()
+            ),
+            "ms a step": f"{1e3 * found.step_seconds:.1f}",
+            "of them collectives": f"{1e3 * seconds['collectives']:.2f}",
+            "bound by": found.binds,
+            "images/s a chip": f"{found.images_per_second / found.count:.0f}",
+            "MFU": f"{found.mfu:.0%}",
+            "compiler's CPU s": f"{found.compile_cpu_seconds:.0f}",
+        }
+        | (_on_more(found) if found.kind.startswith("TPU") else {})
+    )
+
+
+def _on_more(found: Cost) -> dict[str, str]:
+    """Of a TPU, whose chips are all joined alike; GPUs are joined so within a node alone."""
+    return {
         "rate at 256 chips": f"{found.step_seconds / _on(found, 256).step_seconds:.1%}",
         "512 images": _of_batch(found, 512),
         "4,096 images": _of_batch(found, 4096),
