@@ -23,7 +23,8 @@ from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups
 from singer_jax.training.step import PARTS
 
-# Images that one core decodes, crops and flips in a second, loader included: `benchmarks.input`.
+# Images that one core decodes, crops and flips in a second, loader included: less than
+# `benchmarks.input` prints, to be on the safe side.
 DECODED = 400
 _HOP = 1e-6  # seconds from chip to chip
 
