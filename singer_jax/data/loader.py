@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ pixel has one), and of the same length `unreadable`: the index of the record tha
 and was replaced, or -1."""
 
 _MOST_REPLACEMENTS = 100
+_START = 30  # seconds until a worker's process exists at the latest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +198,18 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[I
     batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
     batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
     with stopping.shielded():
-        batches.start_prefetch()
+        before = set(multiprocessing.active_children())
+        batches.start_prefetch()  # in threads, which a process that leaves must not break off
+        _wait_for_started(workers, before)
     return batches
+
+
+def _wait_for_started(workers: int, before: set[multiprocessing.process.BaseProcess]) -> None:
+    started: set[multiprocessing.process.BaseProcess] = set()
+    latest = time.monotonic() + _START  # one that cannot start says so with the first batch
+    while len(started) < workers and time.monotonic() < latest:
+        time.sleep(0.01)
+        started.update(set(multiprocessing.active_children()) - before)
 
 
 def _enter_worker(worker: int, workers: int) -> None:
