@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, UInt32
 
 from singer_jax import backends, methods, parallel
 from singer_jax.errors import InputError
 from singer_jax.methods import Forward, Method, Needs, nullspace
 from singer_jax.models import registers
-from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.architecture import PRECISIONS, Architecture, Numerics
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import check_installed
@@ -84,7 +86,7 @@ class Setup:
       state: abstract, with shardings: what a checkpoint is read into.
       taught_by: its teacher; None for a method without one.
       weights: the file of the student's parameters before the first step; None: random ones.
-      draw_student: the jitted program of a random student.
+      draw_student: the jitted program of a random student, from a seed.
       init_student: the student's parameters before the first step.
       measured: what `measure` gives, abstract; empty for a method that needs nothing of batches.
       measure: of the teacher's features of a batch (`methods.measure`).
@@ -98,7 +100,7 @@ class Setup:
     state: TrainState
     taught_by: Teacher | None
     weights: Path | None
-    draw_student: Callable[[], Params]
+    draw_student: Callable[[UInt32[Array, ""]], Params]
     init_student: Callable[[], Params]
     measured: Any
     measure: Callable[[Forward], Any]
@@ -273,6 +275,8 @@ def setup_students(
 
 def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Teacher:
     spec, weights = _resolve("teacher", settings)
+    if settings.teacher.clean == "planted" and not spec.arch.planted:
+        raise InputError(f"teacher.clean: planted, but nothing is planted in {spec.name}")
     if weights_needed and not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
@@ -322,6 +326,8 @@ def _student(
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
     numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
     place = functools.partial(parallel.tree_shardings, mesh)
+    graph, abstract_student = abstract_model(spec.arch, numerics)
+    draw_student = _drawing(spec.arch, numerics, mesh)
 
     def measure(seen: Forward) -> Any:
         return methods.measure(seen, settings.method)
@@ -337,7 +343,7 @@ def _student(
         measured,
     )
     distillation = Distillation(
-        student=Network(spec, abstract_model(spec.arch, numerics)[0]),
+        student=Network(spec, graph),
         teacher=teacher,
         method=nnx.graphdef(abstract_method),
         optimizer=make_optimizer(settings.optimizer, schedule),
@@ -349,15 +355,10 @@ def _student(
         accumulation=settings.accumulation,
     )
 
-    def random_student() -> Params:
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 0))
-        return nnx.to_pure_dict(nnx.state(VisionTransformer(spec.arch, numerics, rngs=rngs)))
-
-    abstract_student = jax.eval_shape(random_student)
-    draw_student = jax.jit(random_student, out_shardings=place(abstract_student))
-
     def init_student() -> Params:
-        return load_model(spec, weights, numerics, place)[1] if weights else draw_student()
+        if weights:
+            return load_model(spec, weights, numerics, place)[1]
+        return draw_student(np.uint32(settings.seed))
 
     state = jax.eval_shape(distillation.init, abstract_student, abstract_method)
     return Setup(
@@ -387,7 +388,21 @@ def _abstract_measured(measure: Callable[[Forward], Any], taught_by: Teacher) ->
     return jax.eval_shape(of_batch, taught_by.params, image)
 
 
-def init_key(seed: int) -> jax.Array:
+@functools.lru_cache(maxsize=32)
+def _drawing(
+    arch: Architecture, numerics: Numerics, mesh: Mesh
+) -> Callable[[UInt32[Array, ""]], Params]:
+    """The program of random students: one for all that differ in their seeds alone."""
+
+    def draw(seed: UInt32[Array, ""]) -> Params:
+        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(seed), 0))
+        return nnx.to_pure_dict(nnx.state(VisionTransformer(arch, numerics, rngs=rngs)))
+
+    abstract = abstract_model(arch, numerics)[1]
+    return jax.jit(draw, out_shardings=parallel.tree_shardings(mesh, abstract))
+
+
+def init_key(seed: int | UInt32[Array, ""]) -> jax.Array:
     """The key of everything drawn before the first step; no step number folds into the same."""
     return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from singer_jax import chips, parallel
 from singer_jax.training.program import jit_step
@@ -24,7 +25,7 @@ def main() -> None:
         run = prepare(Path(folder), mesh)
     step = jit_step(run.distillation, mesh, run.state, run.teacher)
     logged = abstract(jax.ShapeDtypeStruct((), bool), parallel.replicated(mesh))
-    student = parallel.with_shardings(mesh, jax.eval_shape(run.draw_student))
+    student = parallel.with_shardings(mesh, jax.eval_shape(run.draw_student, np.uint32(0)))
     programs = {
         "step": step.lower(run.state, run.teacher, batch_of(run), logged),
         "states": Setups({"": run}).make_states().lower(run.teacher, {"": student}),

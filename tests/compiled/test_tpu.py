@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import Mesh
 
@@ -162,10 +163,10 @@ def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compi
     run = prepare(tmp_path, chips)
     student = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        jax.eval_shape(run.draw_student),
-        parallel.tree_shardings(chips, jax.eval_shape(run.draw_student)),
+        jax.eval_shape(run.draw_student, np.uint32(0)),
+        parallel.tree_shardings(chips, jax.eval_shape(run.draw_student, np.uint32(0))),
     )
-    compiles(60, run.draw_student)
+    compiles(60, run.draw_student, np.uint32(0))
     compiles(180, Setups({"": run}).make_states(), run.teacher, {"": student})
 
 
