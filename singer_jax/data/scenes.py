@@ -28,8 +28,8 @@ CLASSES = tuple(f"{pattern} {shape}" for shape in SHAPES for pattern in PATTERNS
 SURFACES = ("ground", "sky", *CLASSES)
 """What a pixel can show."""
 
-# A split of at most so many pixels is drawn once and kept: 2,000 pictures of 64 x 64.
-_KEPT_PIXELS = 2**23
+# A split of at most so many pixels is drawn once and kept: 4,000 pictures of 64 x 64.
+_KEPT_PIXELS = 2**24
 
 # Metres; what is farther has no depth, as for the sensor of NYUd.
 FARTHEST = 10.0
