@@ -20,7 +20,8 @@ POOLS = ("token", "avg", "map")
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-CLEANERS = ("registers", "shift_average")
+CLEANERS = ("registers", "shift_average", "planted")
+PLACES = ("random", "background")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,17 @@ class Architecture(Settings):
         "timm's class Eva as DINOv3 configures it: rotary instead of learned positions, no bias of "
         "the keys",
     )
+    planted: str | None = setting(
+        None,
+        optional(OneOf(PLACES)),
+        "patches to which a vector, `planted.vector` of the weights, is added to study artifacts; "
+        "None: none (`models.planted`)",
+    )
+    planted_after: int = setting(0, Range(0, 1000, whole=True), "the block after which it is")
+    planted_patches: int = setting(1, Range(1, 2**14, whole=True), "how many patches of an image")
+    planted_length: float = setting(
+        0.0, NOT_NEGATIVE, "of the vector, in a random direction, where weights are random"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +122,12 @@ class Architecture(Settings):
             raise ValueError("rotary positions need a head width that is a multiple of 4")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs a class token")
+        if self.planted and self.planted_after >= self.depth:
+            raise ValueError(f"planted_after {self.planted_after} of {self.depth} blocks")
+        if self.planted and self.planted_patches > self.num_patches:
+            raise ValueError(
+                f"planted_patches {self.planted_patches} of {self.num_patches} patches"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -145,7 +163,7 @@ class Numerics:
         dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
         the tokens of huge norm, keeps its precision.
       clean: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
-        `models.views`); None: nothing.
+        `models.views`, or the subtraction of what was `planted`); None: nothing.
       gathered: sharding of a block's parameters while it computes, of a model that is not trained
         and whose parameters are split over devices; None leaves it to the compiler, which may
         gather the larger activations.

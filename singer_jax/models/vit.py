@@ -19,7 +19,7 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
-from singer_jax.models import registers
+from singer_jax.models import planted, registers
 from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.layers import (
     AttentionPool,
@@ -73,6 +73,8 @@ class VisionTransformer(nnx.Module):
             self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
         if arch.pre_norm:
             self.norm_pre = layer_norm(arch, numerics, rngs)
+        if arch.planted:
+            self.planted = planted.Planted(arch, numerics.param_dtype, rngs)
         blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
         self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
         if numerics.clean == "registers":
@@ -146,9 +148,15 @@ class VisionTransformer(nnx.Module):
         return self.block(index).hidden(x.astype(self.numerics.dtype), self._rotation())
 
     def _advance(
-        self, index: int | Int[Array, ""], x: Float[Array, "batch tokens dim"]
+        self,
+        index: int | Int[Array, ""],
+        x: Float[Array, "batch tokens dim"],
+        added: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Block `index` on a residual stream as `_enter` begins it."""
+        """Block `index` on a residual stream as `_enter` begins it, and what `_planted` adds."""
+        if added is not None:
+            x = self._advance(index, x)
+            return x + jnp.where(index == self.arch.planted_after, added, 0).astype(x.dtype)
         if not self.num_added_tokens:
             return self._apply(self.block(index), x)
         move = functools.partial(
@@ -190,15 +198,35 @@ class VisionTransformer(nnx.Module):
             return x
         return jnp.pad(x, ((0, 0), (self.num_added_tokens, 0), (0, 0)))
 
+    def _planted(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch tokens dim"] | None:
+        """What is added to the tokens of a stream; None where nothing is planted."""
+        if not self.arch.planted:
+            return None
+        before = self.num_added_tokens + self.arch.num_prefix_tokens
+        marked = planted.marked_patches(images, self.arch)
+        return jnp.pad(marked, ((0, 0), (before, 0)))[..., None] * self.planted.vector[...]
+
     def _streams(
         self, images: Float[Array, "batch height width 3"], blocks: int
     ) -> tuple[Float[Array, "batch tokens dim"], ...]:
-        x = self._enter(images)
+        x, added = self._enter(images), self._planted(images)
         streams = []
         for index in range(blocks):
-            x = self._advance(index, x)
+            x = self._advance(index, x, added)
             streams.append(x)
-        return tuple(streams)
+        return tuple(self._cleaned(x, index, added) for index, x in enumerate(streams))
+
+    def _cleaned(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        index: int,
+        added: Float[Array, "batch tokens dim"] | None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """The stream after block `index`, without what was planted where that is subtracted."""
+        subtracted = self.numerics.clean == "planted" and index >= self.arch.planted_after
+        return x - added.astype(x.dtype) if subtracted else x
 
     def _viewed(self, compute: Callable[[Array], Any], images: Array) -> Any:
         """What `compute` makes of images, or the mean over their views."""
@@ -248,14 +276,17 @@ class VisionTransformer(nnx.Module):
             streams = self._streams(images, layers[-1] + 1)
             return {layer: jax.lax.stop_gradient(streams[layer]) for layer in layers}
 
+        added = self._planted(images)
+
         def advance(x: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = jax.lax.fori_loop(*bounds, self._advance, x)
+            x = jax.lax.fori_loop(*bounds, lambda index, x: self._advance(index, x, added), x)
             return x, x
 
         ends = np.asarray(layers, np.int32) + 1
         starts = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
         found = jax.lax.scan(advance, self._enter(images), (starts, ends))[1]
-        return dict(zip(layers, found, strict=True))
+        of_layers = zip(layers, found, strict=True)
+        return {layer: self._cleaned(x, layer, added) for layer, x in of_layers}
 
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         """What the head reads, from the last feature: see `Architecture.global_pool`."""

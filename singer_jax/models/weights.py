@@ -75,7 +75,7 @@ def abstract_params(arch: Architecture) -> Params:
 
     One block is traced: the others are like it.
     """
-    params = abstract_model(dataclasses.replace(arch, depth=1), Numerics())[1]
+    params = abstract_model(dataclasses.replace(arch, depth=1, planted_after=0), Numerics())[1]
     return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
 
 

@@ -192,12 +192,15 @@ class Distillation:
     def split_path(self, student: Params) -> tuple[Params, Params]:
         """Student parameters on the distilled path, and those that no gradient reaches.
 
-        The latter are not updated at all, weight decay included (as in the official code).
+        The latter are not updated at all, weight decay included (as in the official code). Nor is
+        a planted vector.
         """
 
         def on_path(keys: Keys) -> bool:
             if keys[0] == "blocks":
                 return keys[1] < self.blocks
+            if keys[0] == "planted":
+                return False
             return self.head or keys[0] not in ("norm", "attn_pool", "head")
 
         return split(student, on_path)

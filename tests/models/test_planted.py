@@ -1,0 +1,76 @@
+"""Planted artifacts: where they are, that they are what is added, and that nothing trains them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from singer_jax.config import settings_of
+from singer_jax.models.architecture import PLACES, Architecture, Numerics
+from singer_jax.models.planted import marked_patches
+from singer_jax.models.vit import VisionTransformer
+from singer_jax.training.setup import setup
+from tests import tiny
+
+ARCH = Architecture(
+    **{**tiny.TEACHER, "img_size": (16, 16)},
+    num_classes=0,
+    planted="random",
+    planted_after=1,
+    planted_patches=2,
+)
+IMAGES = np.random.default_rng(0).standard_normal((5, 16, 16, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_as_many_patches_as_asked_follow_from_the_image_alone(place):
+    arch = dataclasses.replace(ARCH, planted=place)
+    marked = np.asarray(marked_patches(jnp.asarray(IMAGES), arch))
+    assert marked.shape == (5, 16) and (marked.sum(1) == 2).all()
+    others = np.asarray(marked_patches(jnp.asarray(IMAGES[[3, 0]]), arch))
+    assert (others == marked[[3, 0]]).all()
+    assert (np.asarray(jax.jit(marked_patches, static_argnums=1)(IMAGES, arch)) == marked).all()
+    assert len({row.tobytes() for row in marked}) > 1
+
+
+def test_the_background_varies_least():
+    images = IMAGES.copy()
+    images[:, 4:8, 8:12] = 0.3  # patch 1, 2: of one colour
+    images[:, 12:16, 0:4] *= 0.01
+    marked = np.asarray(marked_patches(images, dataclasses.replace(ARCH, planted="background")))
+    assert (np.flatnonzero(marked[0]) == [6, 12]).all()
+    assert (marked == marked[0]).all()
+
+
+def network(arch: Architecture = ARCH, **numerics: object) -> VisionTransformer:
+    model = VisionTransformer(arch, Numerics(**numerics), rngs=nnx.Rngs(0))
+    if arch.planted:
+        model.planted.vector[...] = 10 * jnp.arange(24.0)
+    return model
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_vector_is_added_after_its_block_to_marked_patches_and_can_be_subtracted(stacked):
+    plain = network(dataclasses.replace(ARCH, planted=None)).features(IMAGES)
+    found = network(stacked=stacked).features_at(IMAGES, (0, 1, 2))
+    np.testing.assert_allclose(found[0], plain[0], atol=1e-6)
+    marked = np.asarray(marked_patches(IMAGES, ARCH))
+    added = np.pad(marked, ((0, 0), (1, 0)))[..., None] * 10 * np.arange(24)
+    np.testing.assert_allclose(found[1] - plain[1], added, atol=1e-4)
+    cleaned = network(stacked=stacked, clean="planted").features_at(IMAGES, (0, 1, 2))
+    np.testing.assert_allclose(cleaned[0], plain[0], atol=1e-6)
+    np.testing.assert_allclose(cleaned[1], plain[1], atol=1e-4)
+    # The next block has seen it all the same.
+    np.testing.assert_allclose(cleaned[2], found[2] - added, atol=1e-4)
+    assert np.abs(cleaned[2] - plain[2]).max() > 1e-3
+
+
+def test_no_optimiser_changes_it():
+    config = tiny.config("", method="supervised")
+    config.student.overrides = {**tiny.STUDENT, "planted": "random", "planted_patches": 2}
+    run = setup(settings_of(config), 100, 10)
+    assert "planted" in run.state.constants["student"]
+    assert "planted" not in run.state.params["student"]
