@@ -204,8 +204,10 @@ class Checkpoints:
         )
         with self._reading(step):
             state = self.manager.restore(step, args=ocp.args.Composite(state=arguments)).state
-        expected = self.meta(step)["checksums"]
+        expected = self.meta(step).get("checksums", {})
         for name, value in jax.device_get(_checksums(state)).items():
+            if name not in expected:
+                raise self._damaged(step, f"it holds no checksum of {name}")
             if int(value) != expected[name]:
                 raise self._damaged(step, f"the checksum of {name} does not match")
         return state

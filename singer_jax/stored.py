@@ -111,6 +111,8 @@ def _difference(folder: epath.Path, given_up: Callable[[], bool]) -> str | None:
     meta = json.loads((folder / "meta" / "metadata").read_text())
     if "digest" in meta and meta["digest"] != _digest(meta):  # older ones have none
         return "what is stored beside the state does not match its digest"
+    if "checksums" not in meta:
+        return "it holds no checksums"
     described = by_name(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
     expected = meta["checksums"]
     listed = [

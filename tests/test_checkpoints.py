@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singer_jax import parallel
+from singer_jax import parallel, stored
 from singer_jax.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.config import settings_of
 from singer_jax.errors import RunError
@@ -112,6 +113,18 @@ def test_a_half_written_file_is_noticed(saved, run):
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run says which"),
+    ):
+        checkpoints.restore(3, run.state)
+
+
+def test_one_without_checksums_is_refused(saved, run):
+    folder, _ = saved
+    file = folder / "checkpoints" / "3" / "meta" / "metadata"
+    file.write_text('{"data": "abc"}')
+    assert stored.damage(epath.Path(file.parent.parent)) == "it holds no checksums"
+    with (
+        contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
+        pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* holds no checksum of "),
     ):
         checkpoints.restore(3, run.state)
 
