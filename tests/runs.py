@@ -67,18 +67,24 @@ def start_together(
     program: tuple[str, ...] = PROGRAM,
 ) -> list[subprocess.Popen]:
     """`count` processes of one job; the last one gets the arguments `last` beside."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     return [
         start(
             environment,
             *arguments,
-            f"--coordinator={address}",
-            f"--processes={count}",
-            f"--process={number}",
+            *flags,
             *(last if number == count - 1 else ()),
             program=program,
         )
+        for number, flags in enumerate(joining(count))
+    ]
+
+
+def joining(count: int) -> list[list[str]]:
+    """The flags with which each of `count` processes joins the others."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        [f"--coordinator={address}", f"--processes={count}", f"--process={number}"]
         for number in range(count)
     ]
 

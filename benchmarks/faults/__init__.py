@@ -1,0 +1,1 @@
+"""A campaign of faults on whole runs; see `benchmarks/faults/__main__.py`."""

@@ -1,0 +1,101 @@
+"""What all trials share, and the runs that nothing disturbs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from tests import runs, tiny
+
+STEPS, EVERY = 12, 3
+
+_CONFIG = """
+from tests import tiny
+
+def get_config():
+    config = tiny.config({teacher!r})
+    config.steps, config.checkpoint.every, config.log.every = {steps}, {every}, 1
+    config.data.source, config.data.path = "folder", {images!r}
+    return config
+"""
+
+
+class Bench:
+    """What all trials share: configuration, teacher, images, compiled programs, whole runs.
+
+    Args:
+      folder: where all of it is kept.
+      alone: no other process uses /dev/shm.
+    """
+
+    def __init__(self, folder: Path, alone: bool) -> None:
+        self.folder, self.alone = folder, alone
+        self.images, self.config_file = folder / "images", folder / "run.py"
+        self.cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "compiled"))
+        folder.mkdir(parents=True, exist_ok=True)
+        tiny.write_images(self.images, 40)
+        teacher = tiny.write_teacher(folder / "teacher.safetensors")
+        self.config_file.write_text(
+            _CONFIG.format(teacher=str(teacher), images=str(self.images), steps=STEPS, every=EVERY)
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every command."""
+        return runs.environment() | {
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def whole(self, *more: str, images: Path | None = None, processes: int = 1) -> Path:
+        """The work directory of a run that nothing disturbed, with all its checkpoints.
+
+        Args:
+          *more: arguments.
+          images: other ones.
+          processes: how many of them do it.
+        """
+        name = f"whole_{processes}{'_' + images.name if images else ''}{''.join(more)}"
+        workdir = self.folder / re.sub(r"\W+", "_", name)
+        if not (workdir / "student" / "config.json").exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+            more += (f"--config.data.path={images}",) if images else ()
+            arguments = [f"--config={self.config_file}", f"--workdir={workdir}", *more]
+            arguments += ["--config.checkpoint.keep=9", f"--config.mesh.data={processes}"]
+            if processes > 1:
+                started = runs.start_together(self.environment, processes, *arguments)
+            else:
+                started = [runs.start(self.environment, *arguments)]
+            for status, printed in map(runs.finish, started):
+                assert status == 0, printed
+        return workdir
+
+    @functools.cached_property
+    def broken(self) -> Path:
+        """The same images, some of which cannot be read."""
+        folder = self.folder / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.images, folder)
+        for number, file in enumerate(sorted(folder.iterdir())[::5]):
+            content = file.read_bytes()
+            file.unlink()
+            if number % 2:
+                os.mkfifo(file)
+            else:
+                file.write_bytes(content[: 50 * number])
+        return folder
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        """That a whole run takes here, once its programs are compiled."""
+        self.whole()
+        begun, again = time.monotonic(), self.folder / "again"
+        arguments = (f"--config={self.config_file}", f"--workdir={again}")
+        status, printed = runs.finish(runs.start(self.environment, *arguments))
+        assert status == 0, printed
+        shutil.rmtree(again)
+        return time.monotonic() - begun
