@@ -9,6 +9,7 @@ request only sets `requested`; there a second Ctrl-C, a second later, ends the p
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -146,6 +147,8 @@ def _listen(reader: int) -> NoReturn:
 
 
 def _leave(line: str) -> NoReturn:
+    for child in multiprocessing.active_children():
+        child.kill()  # one that hangs does not see that this process ends
     for leave in _leaving:
         leave(Stopped.status, line)
     say(line)

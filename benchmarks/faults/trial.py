@@ -180,7 +180,7 @@ class Trial:
             if not left:
                 return
             time.sleep(0.01)
-        raise Wrong(f"left behind: {', '.join(left)}")
+        raise Wrong(f"{len(left)} left behind: {', '.join(left[:3])}")
 
     def go_on(self) -> None:
         """The same command again, now that the fault is over; raises `Lost` or `Wrong`."""
@@ -219,6 +219,8 @@ class Trial:
             process.wait()
         for undo in reversed(self.cleanup):
             undo()
+        for left in _SHARED.iterdir() if self.bench.alone else ():
+            left.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
