@@ -31,6 +31,8 @@ LOG = logging.getLogger("singer_jax")
 _POLL = 0.5  # seconds
 _SILENCE = 40  # seconds without a sign of a process, after which JAX ends all others
 _EXPECTED = (InputError, RunError, Stopped, stopping.Interrupted)
+# What a collective on CPUs raises, mostly as a ValueError, where another process is gone.
+_GONE = re.compile(r"\bGloo\b")
 _KEYS = "singer_jax/"
 _FLAGS = "--coordinator=HOST:PORT --processes=N --process=I"
 
@@ -99,7 +101,8 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:
         if _group:
-            if not isinstance(error, (*_EXPECTED, jax.errors.JaxRuntimeError)):
+            known = isinstance(error, (*_EXPECTED, jax.errors.JaxRuntimeError))
+            if not known and not _GONE.search(str(error)):
                 traceback.print_exc()
             _group.fail(*_reason(error))
         raise
@@ -124,6 +127,8 @@ def _reason(error: BaseException) -> tuple[int, str]:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, _EXPECTED):
         return error.status, lines[0]
+    if _GONE.search(lines[0]):
+        return 1, f"another process is gone, finished checkpoints are kept: {lines[0]}"
     return 1, f"{type(error).__name__}: {lines[0]}"
 
 

@@ -146,7 +146,7 @@ def main() -> None:
     from_line.add_argument("--faults", type=int, default=1000, help="how many")
     from_line.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
     from_line.add_argument("--seed", type=int, default=0, help="of moments and places")
-    from_line.add_argument("--only", nargs="*", default=[], help="kinds with these words")
+    from_line.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
     from_line.add_argument("--table", action="store_true", help="only the table so far")
     from_line.add_argument("--keep", action="store_true", help="append it to RESULTS.md")
     from_line.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
