@@ -71,6 +71,16 @@ def fingerprint(params: Params, stacked: bool = False) -> str:
     return hashlib.blake2b(repr(sorted(described)).encode(), digest_size=16).hexdigest()
 
 
+def _reason(error: Exception) -> str | None:
+    """What the storage says of a failure, in one line; None where it is none of the storage."""
+    # Orbax wraps what the storage found in a bare Exception.
+    found = error.__cause__ if type(error) is Exception else error
+    if not isinstance(found, (OSError, ValueError)):
+        return None
+    lines = str(found).split("[tensorstore_spec")[0].strip().splitlines()
+    return lines[0] if lines else repr(found)
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -160,16 +170,19 @@ class Checkpoints:
             raise RunError(f"{found} and cannot be set aside: {error}") from error
 
     def save(self, state: Any, step: int, meta: dict[str, Any]) -> None:
-        """Starts to save a tree of arrays; `meta` is stored as JSON beside it."""
+        """Starts to save a tree of arrays; `meta` is stored as JSON beside it.
+
+        Raises:
+          RunError: this one, or the one before, cannot be written.
+        """
         self.set_aside()
         checksums = {key: int(value) for key, value in jax.device_get(_checksums(state)).items()}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                meta=ocp.args.JsonSave(stored.sealed(meta | {"checksums": checksums})),
-            ),
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            meta=ocp.args.JsonSave(stored.sealed(meta | {"checksums": checksums})),
         )
+        with self._writing():  # which waits for the save before
+            self.manager.save(step, args=arguments)
         if jax.process_index() == 0:
             self.watch.started(step)
 
@@ -221,12 +234,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Orbax wraps what the storage found in a bare Exception.
-            found = error.__cause__ if type(error) is Exception else error
-            if not isinstance(found, (OSError, ValueError)):
+            if (reason := _reason(error)) is None:
                 raise
-            reason = str(found).split("[tensorstore_spec")[0].strip().splitlines()[0]
             raise self._damaged(step, reason) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if (reason := _reason(error)) is None:
+                raise
+            raise RunError(
+                f"cannot save to {self.manager.directory}, finished checkpoints are kept: {reason}"
+            ) from error
 
     def _damaged(self, step: int, reason: str) -> RunError:
         folder = self.manager.directory
@@ -253,10 +274,12 @@ class Checkpoints:
         return join(found["params"]["student"], found["constants"]["student"])
 
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self.manager.wait_until_finished()
+        """Until everything is on disk; raises `RunError` where it cannot be."""
+        with self._writing():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and lets go."""
         self.watch.close()
-        self.manager.close()
+        with self._writing():
+            self.manager.close()

@@ -7,6 +7,7 @@ What needs that gets a local file, and the finished file is copied.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -116,6 +117,24 @@ def writing(folder: epath.Path) -> Iterator[None]:
         yield
     except failures(folder) as error:
         raise InputError(f"--workdir: cannot write to {folder} ({_reason(error)})") from error
+
+
+# What a disk answers that is full, read-only or broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def working_disks() -> Iterator[None]:
+    """Around a job: turns what a disk that fails meanwhile raises anywhere into a `RunError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise RunError(
+            f"cannot write {error.filename or 'a file'} ({error.strerror}); what is finished is "
+            "kept, the same command goes on once there is room"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped, unknown
-from singer_jax.files import as_path, config_file
+from singer_jax.files import as_path, config_file, working_disks
 from singer_jax.settings import flatten
 
 # Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
 
         settings = settings_of(config)
         hosts.join(**joining)
-        with hosts.together():
+        with hosts.together(), working_disks():
             parallel.start(getattr(settings, "precision", None))
             job = importlib.import_module(f"singer_jax.jobs.{settings.job}")
             getattr(job, settings.job)(settings, folder)
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     if not _WORKDIR.value and _CONFIG.value.get("job") not in _WITHOUT_WORKDIR:
         return _refuse("--workdir: missing; give the folder of the run")
     absl_logging.set_verbosity(absl_logging.WARNING)
+    _quieten_orbax()
     log = logging.getLogger("singer_jax")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -88,6 +89,24 @@ def main(argv: list[str]) -> int:
         process=_PROCESS.value,
         timeout=_JOIN_TIMEOUT.value,
     )
+
+
+def _quieten_orbax() -> None:
+    """A save that fails is told in one line; not again by each of its threads and coroutines."""
+    # What they raise is raised again where the save is waited for.
+    absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    ends = ("Event loop is closed", "Python is likely shutting down")
+    raised, ignored = sys.excepthook, sys.unraisablehook
+
+    def on_raised(kind: Any, error: Any, where: Any) -> None:
+        if not str(error).endswith(ends):
+            raised(kind, error, where)
+
+    def on_ignored(given: Any) -> None:
+        if not str(given.exc_value).endswith(ends):
+            ignored(given)
+
+    sys.excepthook, sys.unraisablehook = on_raised, on_ignored
 
 
 def _refuse(message: str) -> int:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from singer_jax.errors import Stopped
 
@@ -55,6 +55,11 @@ def handled() -> Iterator[None]:
     except Interrupted as error:
         say(str(error))
         sys.exit(error.status)
+    except SystemExit as error:
+        if error.code:  # what failed may have left a thread that waits for what never comes
+            sys.stdout.flush()
+            _later(os._exit, error.code)
+        raise
 
 
 def requested() -> bool:
@@ -139,11 +144,16 @@ def _listen(reader: int) -> NoReturn:
                 _asked.set()
                 say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C stops at once")
             else:
-                timer = threading.Timer(_PATIENCE, _leave, (_stopped_by(number),))
-                timer.daemon = True
-                timer.start()
+                _later(_leave, _stopped_by(number))
         elif number == signal.SIGINT and time.monotonic() > first + 1:
             _leave("stopped at once by a second Ctrl-C; the last finished checkpoint is kept")
+
+
+def _later(end: Callable[[Any], NoReturn], reason: int | str) -> None:
+    """Ends the process where it has not ended by itself in `_PATIENCE`."""
+    timer = threading.Timer(_PATIENCE, end, (reason,))
+    timer.daemon = True
+    timer.start()
 
 
 def _leave(line: str) -> NoReturn:

@@ -135,3 +135,21 @@ def test_a_second_ctrl_c_ends_a_job_that_does_not_answer():
             continue
     assert process.returncode == 75
     assert len(lines) == 1 and "stopped at once by a second Ctrl-C" in lines[0]
+
+
+HANGING = """
+import sys, threading
+from singer_jax import stopping
+stopping._PATIENCE = 0.5
+with stopping.handled():
+    print("told", end="")
+    threading.Thread(target=threading.Event().wait).start()
+    sys.exit(1)
+"""
+
+
+def test_a_thread_that_waits_for_ever_does_not_keep_what_has_failed():
+    process = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, "told", "")

@@ -23,7 +23,6 @@ import collections
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.faults import disks, files, processes
-from benchmarks.faults.bench import Bench
+from benchmarks.faults.bench import Bench, cpu_of_children
 from benchmarks.faults.trial import STOPPED, Lost, Missed, Trial, Wrong
 from benchmarks.results import report
 
@@ -51,7 +50,7 @@ _TRIES = 5  # until a command is met before its end
 
 def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, object]:
     """Injects a fault; what came of it, in a row."""
-    begun, used = time.monotonic(), _cpu()
+    begun, used = time.monotonic(), cpu_of_children()
     outcome, told = "wrong", "missed every time"
     for attempt in range(_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,12 +69,12 @@ def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, obj
             trial.close()
         break
     seconds = round(time.monotonic() - begun, 1)
-    return {"outcome": outcome, "told": told, "seconds": seconds, "cpu": round(_cpu() - used, 1)}
-
-
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return {
+        "outcome": outcome,
+        "told": told,
+        "seconds": seconds,
+        "cpu": round(cpu_of_children() - used, 1),
+    }
 
 
 def read(file: Path) -> list[dict[str, object]]:
@@ -146,7 +145,9 @@ def main() -> None:
     from_line.add_argument("--faults", type=int, default=1000, help="how many")
     from_line.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
     from_line.add_argument("--seed", type=int, default=0, help="of moments and places")
-    from_line.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
+    from_line.add_argument(
+        "--only", nargs="*", default=[], help="kinds whose names hold one of these"
+    )
     from_line.add_argument("--table", action="store_true", help="only the table so far")
     from_line.add_argument("--keep", action="store_true", help="append it to RESULTS.md")
     from_line.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

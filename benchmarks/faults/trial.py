@@ -132,6 +132,16 @@ class Trial:
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() >= end, process)
 
+    def work(self, seconds: float, process: subprocess.Popen) -> None:
+        """Until it has taken so many CPU seconds; raises as `until`."""
+        clock = os.sysconf("SC_CLK_TCK")
+
+        def taken() -> bool:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            return sum(map(int, fields[11:13])) / clock >= seconds
+
+        self.until(taken, process)
+
     def past(self, step: int, process: subprocess.Popen) -> None:
         """Waits for a row of metrics; raises as `until`."""
         self.until(lambda: max(rows(self.workdir), default=0) >= step, process)
