@@ -124,16 +124,20 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
-def working_disks() -> Iterator[None]:
-    """Around a job: turns what a disk that fails meanwhile raises anywhere into a `RunError`."""
+def working_disks(folder: epath.Path) -> Iterator[None]:
+    """Around a job: turns what a disk that fails meanwhile raises anywhere into a `RunError`.
+
+    Args:
+      folder: of the job, where the error names no file.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK:
             raise
         raise RunError(
-            f"cannot write {error.filename or 'a file'} ({error.strerror}); what is finished is "
-            "kept, the same command goes on once there is room"
+            f"cannot write {error.filename or f'to {folder}'} ({error.strerror}); what is "
+            "finished is kept, the same command goes on once that is mended"
         ) from error
 
 

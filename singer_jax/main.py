@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
 
         settings = settings_of(config)
         hosts.join(**joining)
-        with hosts.together(), working_disks():
+        with hosts.together(), working_disks(folder):
             parallel.start(getattr(settings, "precision", None))
             job = importlib.import_module(f"singer_jax.jobs.{settings.job}")
             getattr(job, settings.job)(settings, folder)

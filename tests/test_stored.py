@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from singer_jax import parallel, stored
 from singer_jax.checkpoints import Checkpoints, checksum
 from singer_jax.errors import RunError
+from singer_jax.files import working_disks
 from tests.damage import files, flip, largest
 
 META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
@@ -170,6 +171,36 @@ def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, ro
         kept = {2, 4, 6} - {rotten}
         assert set(stored.finished(checkpoints.manager.directory)) == kept
     assert (tmp_path / "checkpoints.damaged" / str(rotten)).is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: No space left on device [tensorstore_spec='x']"),
+        OSError(errno.EROFS, "Read-only file system", "state"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_saved_is_one_line_and_the_others_are_kept(two, monkeypatch, error):
+    def save(*given: object, **named: object) -> None:
+        raise error
+
+    with contextlib.closing(Checkpoints(two, 2)) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", save)
+        with pytest.raises(RunError, match=r"cannot save to .*, finished .* kept: ") as raised:
+            checkpoints.save(state(6), 6, META)
+        assert "tensorstore_spec" not in str(raised.value)
+        assert checkpoints.newest_whole() == 4
+
+
+def test_a_full_disk_is_one_line_and_other_failures_are_not_hidden(tmp_path):
+    with (
+        pytest.raises(RunError, match=f"cannot write to {tmp_path} .No space left on device.; "),
+        working_disks(epath.Path(tmp_path)),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(BrokenPipeError), working_disks(epath.Path(tmp_path)):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
 @pytest.mark.parametrize(
