@@ -95,15 +95,17 @@ def _quieten_orbax() -> None:
     """A save that fails is told in one line; not again by each of its threads and coroutines."""
     # What they raise is raised again where the save is waited for.
     absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
-    ends = ("Event loop is closed", "Python is likely shutting down")
     raised, ignored = sys.excepthook, sys.unraisablehook
 
+    def closed(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
     def on_raised(kind: Any, error: Any, where: Any) -> None:
-        if not str(error).endswith(ends):
+        if not closed(error):
             raised(kind, error, where)
 
     def on_ignored(given: Any) -> None:
-        if not str(given.exc_value).endswith(ends):
+        if not closed(given.exc_value):
             ignored(given)
 
     sys.excepthook, sys.unraisablehook = on_raised, on_ignored

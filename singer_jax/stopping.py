@@ -17,9 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from singer_jax.errors import Stopped
+from singer_jax.errors import RunError, Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 20  # seconds for what runs and for cleaning up, outside of `deferred`
@@ -56,9 +56,11 @@ def handled() -> Iterator[None]:
         say(str(error))
         sys.exit(error.status)
     except SystemExit as error:
-        if error.code:  # what failed may have left a thread that waits for what never comes
-            sys.stdout.flush()
-            _later(os._exit, error.code)
+        if error.code == RunError.status:
+            # At once: threads of libraries wait for ever after a failed disk, or tell it again.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(error.code)
         raise
 
 
@@ -144,16 +146,11 @@ def _listen(reader: int) -> NoReturn:
                 _asked.set()
                 say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C stops at once")
             else:
-                _later(_leave, _stopped_by(number))
+                timer = threading.Timer(_PATIENCE, _leave, (_stopped_by(number),))
+                timer.daemon = True
+                timer.start()
         elif number == signal.SIGINT and time.monotonic() > first + 1:
             _leave("stopped at once by a second Ctrl-C; the last finished checkpoint is kept")
-
-
-def _later(end: Callable[[Any], NoReturn], reason: int | str) -> None:
-    """Ends the process where it has not ended by itself in `_PATIENCE`."""
-    timer = threading.Timer(_PATIENCE, end, (reason,))
-    timer.daemon = True
-    timer.start()
 
 
 def _leave(line: str) -> NoReturn:

@@ -84,6 +84,8 @@ class Trial:
         for found in finished(self.workdir):
             if found > step or found <= step - 2 * EVERY:
                 shutil.rmtree(self.workdir / "checkpoints" / str(found))
+        metrics = self.workdir / "metrics.jsonl"
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:step]))
         self.safe = step
         return self.workdir / "checkpoints" / str(step)
 

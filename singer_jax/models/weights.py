@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from singer_jax import limits
 from singer_jax.backends import Choices
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, RunError
 from singer_jax.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
@@ -345,12 +346,18 @@ def export_timm(
       tensors: of the model, as `to_timm` gives them.
       made_from: what both files say of the model's origin, as JSON under `singer_jax`; the second
         also the `sha256` of the first.
+
+    Raises:
+      RunError: it cannot be written.
     """
     metadata, config = {"format": "pt"}, to_hub_config(spec)
     if made_from:
         metadata["singer_jax"] = json.dumps(made_from)
     with replacing(folder / WEIGHTS_FILE) as file:
-        save_file(tensors, file, metadata=metadata)
+        try:
+            save_file(tensors, file, metadata=metadata)
+        except SafetensorError as error:  # of the disk, without its number
+            raise RunError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
         _order_metadata(file)
         file.chmod(0o644)  # safetensors keeps it to its owner
         with file.open("rb") as stream:

@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from singer_jax import parallel
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.torch_file import TorchTensor
@@ -248,6 +248,16 @@ def test_the_same_export_is_the_same_bytes(tmp_path):
         assert json.loads(file.metadata()["singer_jax"]) == origin
     read = load_file(files[0])
     assert all(np.array_equal(read[key], value) for key, value in weights.items())
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def save_file(*given: object, **named: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("singer_jax.models.weights.save_file", save_file)
+    with pytest.raises(RunError, match=r"cannot write .*/model.safetensors: .* No space left"):
+        export_timm(tmp_path, spec(), tensors(spec()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
