@@ -1,10 +1,14 @@
-"""The quickstart: a teacher, FitNet and SiNGER on the 8 x 8 digits that scikit-learn ships.
+"""The quickstart: a teacher with planted artifacts and three students, on scikit-learn's digits.
 
   bash launch/run.sh
 
-About 100 CPU seconds. Linear top-1 on the 360 held-out digits is about 97 % for the teacher and 95
-to 97 % for both students: the digits are too easy, and their teacher too small, to tell the methods
-apart. This shows that everything works, not what SiNGER is good for.
+While the teacher is trained, one patch of every image gets a vector of huge norm
+(`models.planted`): what large transformers do by themselves is planted here, because a small one
+does not do it. FitNet learns it, too; behind the teacher's last norm it is gone; SiNGER takes it
+out of the features.
+
+About 100 CPU seconds. Linear top-1 on the 360 held-out digits tells the methods apart by no more
+than chance: the digits are too easy. benchmarks/STUDY.md is the comparison with error bars.
 """
 
 from ml_collections import ConfigDict
@@ -47,13 +51,18 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.teacher.epochs = 36
     config.teacher.optimizer.learning_rate = 2e-3
     config.teacher.evals.every = 0
+    planted = {"planted": "random", "planted_after": 2, "planted_length": 60.0}
+    config.teacher.student.overrides.update(planted)
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
     config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()
     config.distilled.method.rank = 16
-    config.distilled.method.quantile = 0.9  # of 16 patches
-    for name in ("fitnet", "singer"):
-        config.distilled.students[name] = {"method": {"name": name}}
+    config.distilled.method.quantile = 0.85  # of 16 patches, so that two are above
+    config.distilled.students.fitnet = {"method": {"name": "fitnet"}}
+    config.distilled.students.final_norm = {
+        "method": {"name": "fitnet", "match": {"space": "final_norm"}}
+    }
+    config.distilled.students.singer = {"method": {"name": "singer"}}
     config.probe.protocol = "fast"
     config.probe.epochs = 50
     config.probe.learning_rates = (0.1, 0.5, 2.0)

@@ -123,6 +123,11 @@ def quickstart(protocol: str = "recommended") -> ConfigDict:
     return _of_job("quickstart", protocol)
 
 
+def study() -> ConfigDict:
+    """The keys of the job `study`."""
+    return _of_job("study")
+
+
 def settings_of(config: Any) -> Settings:
     """The settings of a configuration, checked.
 
@@ -184,10 +189,11 @@ def documentation() -> str:
         "",
         "Every key of every command. A value is given as `--config.key=value`, or set in a file",
         "like those in `configs/`. Where the protocol `:paper` has another default, it stands",
-        "behind. The sections of `quickstart` are `teacher` and `distilled`, each with the keys of",
-        "`distill`, and `probe`, as in `evaluate`. A student of several, `students.NAME`, has the",
-        "keys of `student` (`students.NAME.model`), and `seed`, `method` and `optimizer`; what it",
-        "does not say is as the run says.",
+        "behind. The runs of `quickstart` (`teacher` and `distilled`) and of `study` (`base`,",
+        "`tuned` and `distilled`) are sections with the keys of `distill`; `probe` of `quickstart`",
+        "is as in `evaluate`. A student of several, `students.NAME`, has the keys of `student`",
+        "(`students.NAME.model`), and `seed`, `method` and `optimizer`; what it does not say is as",
+        "the run says.",
         "",
         "This page is made: `python -m singer_jax.config > docs/configuration.md`.",
     ]
@@ -195,6 +201,9 @@ def documentation() -> str:
         if job == "quickstart":
             continue
         known = settings_lib.leaves(defaults(job))
+        if job == "study":
+            runs = ("base.", "tuned.", "distilled.")
+            known = {key: one for key, one in known.items() if not key.startswith(runs)}
         shown = {key: setting for key, setting in known.items() if setting.default is not ABSENT}
         lines += ["", f"## {job}", "", *_table(shown, _PAPER.get(job, {}))]
     lines += ["", "## teacher.overrides, student.overrides", ""]

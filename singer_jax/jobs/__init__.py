@@ -16,4 +16,5 @@ JOBS = (
     "replay",
     "models",
     "quickstart",
+    "study",
 )

@@ -1,8 +1,8 @@
 """The job `quickstart`: everything once, small and from scratch, on the embedded digits.
 
-Trains a teacher, distils it with FitNet and with SiNGER in one run, measures teacher, untrained
-student and both students alike, prints one table and saves one picture a model. What is done is not
-done again.
+Trains a teacher with a planted artifact, distils it by several methods in one run, measures
+teacher, untrained student and all students alike, prints one table and saves pictures. What is done
+is not done again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from singer_jax.jobs.distill import distill
 from singer_jax.ranges import OneOf
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
-from singer_jax.report.pictures import save_patch_maps
+from singer_jax.report.pictures import save_norm_maps, save_patch_maps
 from singer_jax.settings import Settings, section, setting
 from singer_jax.telemetry import LOG
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students
 
-_SHOWN = 8  # test images in a picture
+_SHOWN = 8  # test images in the pictures of the models, one each
+_IN_A_PICTURE = 2  # of all models
 _FITTED = 512  # training images that the map to the teacher's features is fitted on
 
 
@@ -50,7 +51,7 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     """Runs what configs/quickstart.py describes; raises what `distill` raises.
 
     Args:
-      settings: of both runs and the probe; the students are `fitnet` and `singer`.
+      settings: of both runs and the probe.
       workdir: one folder a run, results.json, report/.
     """
     weights = dataclasses.replace(settings.distilled.teacher, weights=str(workdir / "teacher"))
@@ -63,9 +64,9 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     backbones = {
         "teacher": load_backbone(mesh, run=str(workdir / "teacher")),
         "student, untrained": _untrained(distilled),
-        "student, FitNet": load_backbone(mesh, run=students, student="fitnet"),
-        "student, SiNGER": load_backbone(mesh, run=students, student="singer"),
     }
+    for name in distilled.students.named:
+        backbones[f"student, {name}"] = load_backbone(mesh, run=students, student=name)
     LOG.info("== measuring")
     data = distilled.data
     train, test = (open_source(data, split) for split in (TRAIN, TEST))
@@ -97,9 +98,15 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     page = workdir / "report" / "index.html"
     columns = {name: _columns(row) for name, row in results.items()}
-    write_page(page, collect(workdir / "distilled", distilled, {}, _SHOWN, columns))
+    report = collect(workdir / "distilled", distilled, {}, _SHOWN, columns)
+    write_page(page, report)
+    maps = {
+        model.name: np.linalg.norm(model.tokens[:_IN_A_PICTURE], axis=-1).reshape(-1, *model.grid)
+        for model in report.models
+    }
+    save_norm_maps(page.parent / "artifacts.png", report.images[:_IN_A_PICTURE], maps)
     print(_table(results))
-    print(f"One picture a model in {page.parent}, and the report: {page}")
+    print(f"Pictures in {page.parent}, first of all artifacts.png, and the report: {page}")
 
 
 def _untrained(settings: DistillSettings) -> Backbone:
@@ -123,10 +130,10 @@ def _columns(row: dict[str, float]) -> dict[str, float]:
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'':20}{'linear top-1':>14}{'kNN top-1':>12}{'norm p99/median':>18}"]
+    lines = [f"{'':22}{'linear top-1':>14}{'kNN top-1':>12}{'norm p99/median':>18}"]
     for name, row in results.items():
         lines.append(
-            f"{name:20}{row['linear_top1']:>12.1f} %{row['knn_top1']:>10.1f} %"
+            f"{name:22}{row['linear_top1']:>12.1f} %{row['knn_top1']:>10.1f} %"
             f"{row['norm_p99_over_median']:>18.2f}"
         )
     return "\n".join(lines)

@@ -48,6 +48,36 @@ def save_patch_maps(
         figure.savefig(file, dpi=110)
 
 
+def save_norm_maps(
+    path: epath.Path,
+    images: UInt8[np.ndarray, "images height width 3"],
+    maps: Mapping[str, Float[np.ndarray, "images rows columns"]],
+) -> None:
+    """One row an image, one column a model: the patch norms, over the median of the model.
+
+    Args:
+      path: of the PNG; its folder is made.
+      images: as the models saw them.
+      maps: patch norms of each model; all are coloured alike, up to the largest ratio of the first.
+    """
+    figure = Figure(figsize=(1.75 * (len(maps) + 1), 1.8 * len(images) + 0.3), layout="constrained")
+    axes = figure.subplots(len(images), len(maps) + 1, squeeze=False)
+    ratios = {name: norms / np.median(norms) for name, norms in maps.items()}
+    largest = float(next(iter(ratios.values())).max())
+    for row, image in enumerate(axes):
+        image[0].imshow(images[row])
+        for axis, values in zip(image[1:], ratios.values(), strict=True):
+            shown = axis.imshow(values[row], vmin=0, vmax=largest)
+        for axis in image:
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], ("input", *ratios), strict=True):
+        axis.set_title(name.replace(", ", "\n", 1), fontsize=8)
+    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), fraction=0.02)
+    bar.set_label("patch norm / median", fontsize=8)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
+
+
 def save_spectra(
     path: epath.Path,
     title: str,

@@ -1,0 +1,192 @@
+"""Does it work, and when: methods and cleaners on teachers whose artifacts were planted.
+
+  python -m singer_jax.main --config=configs/study.py --workdir=runs/study
+  python -m benchmarks.study runs/study/results.jsonl
+
+Everything on generated scenes and from scratch. `:small`, the default, takes less than an hour of
+CPU time on each of two cores; `:full` is for an accelerator. The same command goes on where it was
+stopped. What came out is in benchmarks/STUDY.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from singer_jax.config import default, study
+from singer_jax.errors import unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a study.
+
+    Attributes:
+      image_size, patch_size: in pixels.
+      teacher, student: width, depth and heads.
+      train, test: scenes.
+      base_epochs, tuned_epochs, steps: of the three kinds of run.
+      batch_size: of all.
+      rank, quantile: of SiNGER; the quantile is at most 1 - (planted + 1) / patches.
+      patches: planted.
+      seeds, variant_seeds: of the main students and of the others.
+      teachers: as the job takes them; the first planted one has the other students too.
+    """
+
+    image_size: int
+    patch_size: int
+    teacher: tuple[int, int, int]
+    student: tuple[int, int, int]
+    train: int
+    test: int
+    base_epochs: int
+    tuned_epochs: int
+    steps: int
+    batch_size: int
+    rank: int
+    quantile: float
+    patches: int
+    seeds: int
+    variant_seeds: int
+    teachers: tuple[str, ...]
+
+
+SIZES = {
+    "small": Size(
+        image_size=48,
+        patch_size=8,
+        teacher=(64, 4, 2),
+        student=(32, 4, 2),
+        train=7000,
+        test=2000,
+        base_epochs=40,
+        tuned_epochs=6,
+        steps=200,
+        batch_size=64,
+        rank=16,
+        quantile=0.9,
+        patches=2,
+        seeds=5,
+        variant_seeds=2,
+        teachers=("random-random-20", "none", "null-background-5"),
+    ),
+    "full": Size(
+        image_size=96,
+        patch_size=8,
+        teacher=(384, 12, 6),
+        student=(192, 12, 3),
+        train=50000,
+        test=5000,
+        base_epochs=60,
+        tuned_epochs=10,
+        steps=10000,
+        batch_size=256,
+        rank=64,
+        quantile=0.96,
+        patches=4,
+        seeds=5,
+        variant_seeds=5,
+        teachers=(
+            "random-random-20",
+            "none",
+            *(
+                f"{direction}-{place}-{ratio}"
+                for ratio in (20, 5, 1.5)
+                for direction in ("random", "null", "visible")
+                for place in ("random", "background")
+                if (direction, place, ratio) != ("random", "random", 20)
+            ),
+        ),
+    ),
+}
+
+# What differs from each method's own settings.
+MAIN: dict[str, dict[str, Any]] = {
+    "fitnet": {"name": "fitnet"},
+    "fitnet_final_norm": {"name": "fitnet", "match": {"space": "final_norm"}},
+    "fitnet_l2": {"name": "fitnet", "match": {"space": "l2"}},
+    "fitnet_clip": {"name": "fitnet", "match": {"clip": 0.9}},
+    "relational": {"name": "relational", "match": {"space": "final_norm"}},
+    "pooled": {"name": "pooled"},
+    "singer": {"name": "singer"},
+    "singer_calibrated": {"name": "singer", "nullspace": {"source": "calibrated"}},
+    "singer_final_norm": {"name": "singer", "match": {"space": "final_norm"}},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fitnet_standardised": {"name": "fitnet", "match": {"space": "standardised"}},
+    "fitnet_cosine": {
+        "name": "fitnet",
+        "match": {"space": "final_norm", "loss": "cosine_smooth_l1"},
+    },
+    "vitkd": {"name": "vitkd"},
+    "vitkd_official": {"name": "vitkd_official"},
+    "singer_soft": {"name": "singer", "nullspace": {"use": "soft"}},
+    "singer_init": {"name": "singer", "nullspace": {"use": "init"}},
+    "singer_random": {"name": "singer", "nullspace": {"use": "random"}},
+    "singer_block": {"name": "singer", "nullspace": {"source": "block"}},
+    "singer_quarter": {"name": "singer", "nullspace": {"threshold": 0.25}},
+    "singer_half_rank": {"name": "singer"},
+    "singer_without_outlier": {"name": "singer", "weights": {"outlier": 0.0}},
+    "singer_without_info": {"name": "singer", "weights": {"info": 0.0}},
+}
+
+
+def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
+    config = default()
+    config.student.model = "vit_tiny_patch16_224"
+    width, depth, heads = sizes
+    config.student.overrides = {
+        "img_size": size.image_size,
+        "patch_size": size.patch_size,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 2.0,
+    }
+    config.precision = "float32"
+    config.data.source = "scenes"
+    config.data.scenes.size = size.image_size
+    config.data.scenes.train, config.data.scenes.test = size.train, size.test
+    config.data.crop_area = (0.6, 1.0)
+    config.data.crop_ratio = (0.8, 1.25)
+    config.data.workers = 0
+    config.batch_size = size.batch_size
+    config.schedule.warmup_epochs = 1
+    config.optimizer.weight_decay = 0.05
+    config.checkpoint.every = 2000
+    config.evals.every = 0
+    return config
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The study of a size: `small` or `full`.
+
+    Raises:
+      InputError: another size.
+    """
+    if size not in SIZES:
+        raise unknown("size of the study", size, SIZES)
+    chosen, config = SIZES[size], study()
+    for name in ("base", "tuned"):
+        config[name] = _run(chosen, chosen.teacher)
+        config[name].method.name = "supervised"
+        config[name].optimizer.learning_rate = 1e-3
+    config.base.epochs, config.tuned.epochs = chosen.base_epochs, chosen.tuned_epochs
+    config.distilled = _run(chosen, chosen.student)
+    config.distilled.steps = chosen.steps
+    config.distilled.schedule.warmup_epochs = 0
+    config.distilled.optimizer.learning_rate = 2e-3
+    config.distilled.method.rank = chosen.rank
+    config.distilled.method.quantile = chosen.quantile
+    for name, method in (MAIN | VARIANTS).items():
+        config.distilled.students[name] = {"method": method}
+    config.distilled.students.singer_half_rank.method["rank"] = chosen.rank // 2
+    config.teachers = chosen.teachers
+    config.patches = chosen.patches
+    config.seeds, config.variant_seeds = chosen.seeds, chosen.variant_seeds
+    config.main = tuple(MAIN)
+    config.variants_on = chosen.teachers[:1]
+    config.cleaners, config.cleaned = ("planted", "shift_average"), ("fitnet",)
+    return config

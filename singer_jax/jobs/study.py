@@ -1,0 +1,360 @@
+"""The job `study`: what methods and cleaners make of teachers whose artifacts were planted.
+
+A base teacher is trained on scenes; each teacher of the study is the base trained on with artifacts
+of its own kind (`models.planted`). A cell is one run: all its students learn from one teacher, with
+one seed. What is measured of a cell goes to results.jsonl before the next one begins; the same
+command started again goes on after the last whole cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from singer_jax import parallel
+from singer_jax.checkpoints import Checkpoints
+from singer_jax.data.registry import open_source
+from singer_jax.data.sources import TEST, TRAIN, Subset
+from singer_jax.errors import InputError
+from singer_jax.evaluation.artifacts import planted_length
+from singer_jax.evaluation.backbone import load_backbone, load_teacher
+from singer_jax.evaluation.null_spaces import collect_patches
+from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
+from singer_jax.files import make_workdir, write_text
+from singer_jax.jobs.distill import distill
+from singer_jax.limits import read_object, read_text
+from singer_jax.methods import nullspace
+from singer_jax.methods.base import Constant, teacher_layers
+from singer_jax.methods.singer import DEPTHS, Refiner, SingerSettings
+from singer_jax.models.architecture import PLACES, Architecture, Numerics
+from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
+from singer_jax.settings import Settings, flatten, section, setting, to_dict
+from singer_jax.telemetry import LOG
+from singer_jax.training.settings import DistillSettings, StudentsSettings
+
+DIRECTIONS = ("random", "null", "visible")
+_TEACHER = Text(
+    f"none|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
+    "none, or direction-place-ratio such as null-background-20",
+)
+
+# Training images on which the norms are measured that a planted vector is scaled by.
+_SCALED_ON = 256
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings(Settings):
+    """Which teachers, students and seeds."""
+
+    job: str = setting("study", OneOf(("study",)), "the command")
+    base: DistillSettings = section(DistillSettings())
+    tuned: DistillSettings = section(DistillSettings())
+    distilled: DistillSettings = section(DistillSettings())
+    teachers: tuple[str, ...] = setting(
+        ("none",),
+        Each(_TEACHER, least=1),
+        "direction of the planted vector (random, or the most null or most visible one of the "
+        "first distilled layer), where, and how many medians long it makes a patch; or none",
+    )
+    patches: int = setting(2, COUNT, "of an image, to which it is added")
+    seeds: int = setting(5, COUNT, "of the students in `main`")
+    main: tuple[str, ...] = setting((), Each(NAME), "students of every teacher")
+    variant_seeds: int = setting(2, COUNT, "of the other students")
+    variants_on: tuple[str, ...] = setting((), Each(NAME), "teachers of the other students")
+    cleaners: tuple[str, ...] = setting(
+        (),
+        Each(OneOf(("shift_average", "planted"))),
+        "`teacher.clean` of further runs; `planted` is the ceiling",
+    )
+    cleaned: tuple[str, ...] = setting((), Each(NAME), "students of these runs")
+    images: int = setting(2000, COUNT, "training images that the measures are fitted on")
+
+
+class Cell(NamedTuple):
+    """One run.
+
+    Attributes:
+      teacher, clean, seed: its teacher, what cleans it (empty: nothing), its seed.
+      students: their names; of none, the teacher itself is measured.
+    """
+
+    teacher: str
+    clean: str
+    seed: int
+    students: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.clean or 'plain'}_{self.seed}"
+
+
+def study(settings: StudySettings, workdir: epath.Path) -> None:
+    """Trains, distils and measures what is not in results.jsonl yet.
+
+    Args:
+      settings: of the study.
+      workdir: a folder a run, results.jsonl.
+
+    Raises:
+      InputError: a student or teacher that is not there, images that are no scenes, several
+        processes, a folder with the results of other settings; what `distill` raises.
+    """
+    left = cells(settings)
+    make_workdir(workdir)
+    _check_same_study(settings, workdir)
+    results = Results(workdir / "results.jsonl")
+    scenes: list[Scenes] = []
+    for teacher in settings.teachers:
+        todo = [cell for cell in left if cell.teacher == teacher and not results.holds(cell)]
+        if not todo:
+            continue
+        _run(settings.base, workdir / "base")
+        folder = workdir / teacher
+        tuned = plant(settings, teacher, workdir / "base", folder / "planted")
+        _run(tuned, folder / "teacher")
+        backbone = load_backbone(parallel.make_mesh(1), run=str(folder / "teacher"))
+        if not scenes:
+            drawn = settings.distilled.data, backbone.image_size
+            scenes = [Scenes.draw(*drawn, TRAIN, settings.images), Scenes.draw(*drawn, TEST)]
+        measures = SceneMeasures(backbone, *scenes, _layers(backbone.arch))
+        for cell in todo:
+            known = {"teacher": teacher, "clean": cell.clean, "seed": cell.seed}
+            if not cell.students:
+                results.add([known | {"student": ""} | measures.of_teacher()])
+                continue
+            run = distillation(settings, cell, folder / "teacher")
+            _run(run, folder / cell.name)
+            rows = measured(measures, run, folder / cell.name)
+            results.add([known | {"student": name} | row for name, row in rows.items()])
+    print(f"{workdir / 'results.jsonl'}: {len(results.rows)} rows")
+
+
+def cells(settings: StudySettings) -> list[Cell]:
+    """All of a study, in the order in which they are computed.
+
+    Raises:
+      InputError: as `study`.
+    """
+    if jax.process_count() > 1:
+        raise InputError("study: runs in one process")
+    known = settings.distilled.students.named
+    for key, names, allowed in (
+        ("main", settings.main, known),
+        ("cleaned", settings.cleaned, known),
+        ("variants_on", settings.variants_on, settings.teachers),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise InputError(f"{key}: {name!r} is none of {', '.join(allowed)}")
+    for part in ("base", "tuned", "distilled"):
+        data = getattr(settings, part).data
+        if data.source != "scenes":
+            raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes")
+    variants = tuple(name for name in known if name not in settings.main)
+    found = []
+    for teacher in settings.teachers:
+        found.append(Cell(teacher, "", 0, ()))
+        for seed in range(settings.seeds):
+            further = seed < settings.variant_seeds and teacher in settings.variants_on
+            found.append(Cell(teacher, "", seed, settings.main + variants * further))
+        for clean in settings.cleaners if teacher != "none" else ():
+            seeds = range(settings.seeds)
+            found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
+    return found
+
+
+# What may grow while a study goes on.
+_GROWING = (
+    "teachers",
+    "seeds",
+    "main",
+    "variant_seeds",
+    "variants_on",
+    "cleaners",
+    "cleaned",
+    "distilled.students.",
+)
+
+
+def _check_same_study(settings: StudySettings, workdir: epath.Path) -> None:
+    """Writes study.json; raises `InputError` where it says other settings."""
+    own, path = flatten(to_dict(settings)), workdir / "study.json"
+    if path.exists():
+        saved = flatten(read_object(path))
+        for key in sorted(own.keys() | saved.keys()):
+            if own.get(key) != saved.get(key) and not key.startswith(_GROWING):
+                raise InputError(
+                    f"{key}: {own.get(key)!r}, but {workdir} holds results with "
+                    f"{saved.get(key)!r}; take another --workdir"
+                )
+    write_text(path, json.dumps(to_dict(settings), indent=2) + "\n")
+
+
+class Results:
+    """The rows of a study, in a file of JSON lines that is always whole.
+
+    Args:
+      path: of the file.
+    """
+
+    def __init__(self, path: epath.Path) -> None:
+        self.path = path
+        text = read_text(path) if path.exists() else ""
+        self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell was measured; the rows of one are added all at once."""
+        key = (cell.teacher, cell.clean, cell.seed)
+        of_cell = {
+            row["student"]
+            for row in self.rows
+            if (row["teacher"], row["clean"], row["seed"]) == key
+        }
+        return set(cell.students or ("",)) <= of_cell
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Appends the rows of a cell."""
+        self.rows += rows
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def plant(
+    settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
+) -> DistillSettings:
+    """Writes the base's weights with the vector of a teacher; the run that trains them on.
+
+    Args:
+      settings: of the study.
+      teacher: its name, which says what is planted.
+      base: the base's run.
+      folder: of the weights.
+    """
+    student = dataclasses.replace(settings.tuned.student, weights=str(base))
+    if teacher == "none":
+        return dataclasses.replace(settings.tuned, student=student)
+    direction, place, ratio = teacher.split("-")
+    backbone = load_backbone(parallel.make_mesh(1), run=str(base))
+    layers = _layers(backbone.arch)
+    fields = {"planted": place, "planted_after": layers[0], "planted_patches": settings.patches}
+    source = open_source(settings.distilled.data, TRAIN)
+    few = Subset(source, np.arange(min(_SCALED_ON, len(source))))
+    of_layers = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
+    medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
+    unit = _direction(backbone.network.merge(backbone.params), layers[0], direction)
+    vector = unit * planted_length(np.array(medians), float(ratio))
+    spec = backbone.network.spec
+    planted = dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **fields))
+    tensors = to_timm(backbone.params) | {"planted.vector": vector.astype(np.float32)}
+    export_timm(folder, planted, tensors)
+    overrides = dict(student.overrides) | fields
+    student = dataclasses.replace(student, weights=str(folder), overrides=overrides)
+    return dataclasses.replace(settings.tuned, student=student)
+
+
+def _direction(model: Any, layer: int, name: str) -> np.ndarray:
+    """A unit vector; null and visible are those of the paper's linear map of the next block."""
+    if name == "random":
+        drawn = np.random.default_rng(0).standard_normal(model.arch.embed_dim)
+        return drawn / np.linalg.norm(drawn)
+    vectors = np.asarray(nullspace.of_layer(model, layer, "mlp").vectors)
+    return vectors[:, -1 if name == "null" else 0]
+
+
+def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> DistillSettings:
+    """The run of a cell."""
+    run = settings.distilled
+    of_teacher = dataclasses.replace(
+        run.teacher, model="", weights=str(teacher), overrides={}, clean=cell.clean or None
+    )
+    named = {
+        name: dataclasses.replace(run.students.named[name], seed=cell.seed)
+        for name in cell.students
+    }
+    students = StudentsSettings(named, run.students.schedule)
+    return dataclasses.replace(run, seed=cell.seed, teacher=of_teacher, students=students)
+
+
+def measured(
+    measures: SceneMeasures, run: DistillSettings, folder: epath.Path
+) -> dict[str, dict[str, float]]:
+    """What a study says of each student of a run.
+
+    Args:
+      measures: of its teacher, uncleaned.
+      run: the run.
+      folder: of the run, which is done.
+    """
+    teacher, layer = measures.teacher, measures.layers[0]
+    refiners = _refiners(run, folder, layer, teacher.arch.embed_dim)
+    cleaned = None
+    if run.teacher.clean:
+        numerics = Numerics(clean=run.teacher.clean)
+        cleaner = load_teacher(teacher.mesh, run.teacher, numerics=numerics)
+        cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
+    rows = {}
+    for name, own in run.each().items():
+        student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
+        rows[name] = measures.of_student(student)
+        clip = getattr(getattr(own.method, "match", None), "clip", None)
+        if name in refiners:
+            rows[name] |= measures.of_target(measures.refined(refiners[name]))
+        elif cleaned is not None:
+            rows[name] |= measures.of_target(cleaned)
+        elif clip is not None:
+            rows[name] |= measures.of_target(measures.clipped(clip))
+    return rows
+
+
+def _refiners(run: DistillSettings, folder: epath.Path, layer: int, dim: int) -> dict[str, Refiner]:
+    """The trained refiners of a run's students, those of one layer."""
+    methods = {name: own.method for name, own in run.each().items()}
+    singers = {name: own for name, own in methods.items() if isinstance(own, SingerSettings)}
+    if not singers or run.teacher.clean:
+        return {}
+
+    def blank(own: SingerSettings) -> Refiner:
+        count = own.rank if own.nullspace.source == "calibrated" else dim
+        space = nullspace.NullSpace(jnp.zeros((dim, count)), jnp.zeros(count))
+        return Refiner(space, own.rank, own.nullspace, nnx.Rngs(params=0))
+
+    mesh = parallel.make_mesh(1)
+    graphs, wanted = {}, {}
+    for name, own in singers.items():
+        abstract = nnx.eval_shape(lambda own=own: blank(own))
+        graphs[name], parts, constants = nnx.split(abstract, nnx.Param, Constant)
+        parts = {"params": parts, "constants": constants}
+        wanted[name] = {
+            kind: {"method": {"refiner": {str(layer): nnx.to_pure_dict(part)}}}
+            for kind, part in parts.items()
+        }
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        step = max(checkpoints.manager.all_steps())
+        found = checkpoints.restore(step, parallel.with_shardings(mesh, wanted))
+    refiners = {}
+    for name, graph in graphs.items():
+        parts = [found[name][kind]["method"]["refiner"][str(layer)] for kind in found[name]]
+        refiners[name] = nnx.merge(graph, *parts)
+    return refiners
+
+
+def _layers(teacher: Architecture) -> tuple[int, ...]:
+    """The distilled blocks, as SiNGER chooses them by default."""
+    return teacher_layers(None, True, DEPTHS, teacher)
+
+
+def _run(settings: DistillSettings, folder: epath.Path) -> None:
+    LOG.info("== %s", folder)
+    distill(settings, folder)

@@ -1,0 +1,107 @@
+"""The study: killed and resumed it is the same, and its page follows from its results alone."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import study
+from singer_jax import main
+from singer_jax.config import settings_of
+from singer_jax.errors import InputError
+from singer_jax.jobs.study import cells
+from tests import runs
+
+CONFIG = """
+import configs.study
+
+def get_config():
+    config = configs.study.get_config()
+    for name in ("base", "tuned", "distilled"):
+        config[name].data.scenes.train, config[name].data.scenes.test = 64, 30
+        config[name].batch_size, config[name].mesh.data = 16, 1
+    config.base.epochs = config.tuned.epochs = 1
+    config.distilled.steps, config.images = 2, 40
+    config.teachers, config.seeds, config.variant_seeds = ("random-random-20",), 1, 1
+    config.main, config.variants_on = ("fitnet", "fitnet_clip", "singer"), ()
+    config.cleaners = ("planted",)
+    for name in set(config.distilled.students) - {*config.main, "schedule"}:
+        del config.distilled.students[name]
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "two_cells.py"
+    file.write_text(CONFIG)
+    return file
+
+
+def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
+    environment = runs.environment()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    status, printed = runs.finish(runs.start(environment, f"--config={file}", f"--workdir={whole}"))
+    assert status == 0, printed
+    arguments = (f"--config={file}", f"--workdir={broken}")
+    process = runs.start(environment, *arguments)
+    results = broken / "results.jsonl"
+    runs.wait_until(lambda: results.exists() and "singer" in results.read_text(), process)
+    runs.signal_group(process, signal.SIGKILL)
+    runs.finish(process)
+    before = results.read_text()
+    status, printed = runs.finish(runs.start(environment, *arguments))
+    assert status == 0, printed
+    assert results.read_text().startswith(before)  # what was measured is not measured again
+    assert results.read_text() == (whole / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    rows = {row["student"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert set(rows) == {"", "fitnet", "fitnet_clip", "singer"}
+    assert rows["fitnet"]["clean"] == "planted"  # the last of two
+    assert rows["fitnet"]["removed_share"] == pytest.approx(1)
+    assert rows[""]["norm_ratio_first"] == pytest.approx(20, rel=0.2)
+    assert rows["singer"]["next_block_changed"] > 0
+
+    status, printed = runs.finish(runs.start(environment, *arguments, "--config.distilled.steps=3"))
+    assert status == 2 and "distilled.steps: 3" in printed
+
+
+def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
+    import configs.study
+
+    config = configs.study.get_config()
+    config.main = ("fitnet", "fitnett")
+    with pytest.raises(InputError, match="main: 'fitnett' is none of fitnet, "):
+        main.run(config, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_both_sizes_hold_their_own_rule():
+    """The quantile leaves room for the planted patches (and every configuration is allowed)."""
+    import configs.study
+
+    for name, size in configs.study.SIZES.items():
+        patches = (size.image_size // size.patch_size) ** 2
+        assert size.quantile <= 1 - (size.patches + 1) / patches
+        every = cells(settings_of(configs.study.get_config(name)))
+        assert size.seeds >= 5 and len(every) > 10
+
+
+def test_the_page_follows_from_the_results(tmp_path):
+    rows = [json.loads(line) for line in study.KEPT.read_text().splitlines()]
+    assert study.page(rows) == study.PAGE.read_text()
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    compared = [t for t in teachers if "fitnet" in study.settled(study.groups_of(rows, t))]
+    for name in ("one.svg", "two.svg"):
+        study.plot(rows, compared, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_intervals_and_paired_differences():
+    mean, half = study.interval([1.0, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(2.776 * np.sqrt(2.5 / 5), rel=1e-3)
+    one = {seed: {"x": seed + 1.0} for seed in range(3)}
+    other = {seed: {"x": float(seed)} for seed in (2, 1, 7)}
+    assert study.paired(one, other, "x") == (1, 0)
