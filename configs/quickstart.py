@@ -4,11 +4,13 @@
 
 While the teacher is trained, one patch of every image gets a vector of huge norm
 (`models.planted`): what large transformers do by themselves is planted here, because a small one
-does not do it. FitNet learns it, too; behind the teacher's last norm it is gone; SiNGER takes it
-out of the features.
+does not do it. FitNet learns it, too; behind the teacher's last norm it is gone; SiNGER takes most
+of it out of the features.
 
-About 100 CPU seconds. Linear top-1 on the 360 held-out digits tells the methods apart by no more
-than chance: the digits are too easy. benchmarks/STUDY.md is the comparison with error bars.
+About 100 CPU seconds. Linear top-1 on the 360 held-out digits was 96 % of the teacher and 47 %
+(FitNet), 94 % (FitNet behind the last norm) and 78 % (SiNGER) of the students: one seed, and an
+artifact much longer than those of most real teachers. benchmarks/STUDY.md is the comparison with
+error bars.
 """
 
 from ml_collections import ConfigDict
@@ -33,13 +35,13 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
     config.data.flip = 0.0  # a mirrored digit is none
     config.data.crop_area = (0.6, 1.0)
     config.data.crop_ratio = (0.8, 1.25)
-    config.epochs = 18
+    config.epochs = 15
     config.batch_size = 64
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_epochs = 2
     config.checkpoint.every = 500
-    config.evals.every = 414  # the end
+    config.evals.every = 345  # the end
     return config
 
 
@@ -48,10 +50,10 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config = quickstart(protocol)
     config.teacher = _run(protocol, embed_dim=64, depth=4)
     config.teacher.method.name = "supervised"
-    config.teacher.epochs = 36
+    config.teacher.epochs = 28
     config.teacher.optimizer.learning_rate = 2e-3
     config.teacher.evals.every = 0
-    planted = {"planted": "random", "planted_after": 2, "planted_length": 60.0}
+    planted = {"planted": "background", "planted_after": 2, "planted_length": 60.0}
     config.teacher.student.overrides.update(planted)
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
@@ -62,7 +64,9 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.distilled.students.final_norm = {
         "method": {"name": "fitnet", "match": {"space": "final_norm"}}
     }
-    config.distilled.students.singer = {"method": {"name": "singer"}}
+    config.distilled.students.singer = {
+        "method": {"name": "singer", "nullspace": {"source": "calibrated"}}
+    }
     config.probe.protocol = "fast"
     config.probe.epochs = 50
     config.probe.learning_rates = (0.1, 0.5, 2.0)
