@@ -74,7 +74,8 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
     config = configs.study.get_config()
     config.main = ("fitnet", "fitnett")
     with pytest.raises(InputError, match="main: 'fitnett' is none of fitnet, "):
-        main.run(config, tmp_path / "study")
+        cells(settings_of(config))
+    assert main.run(config, tmp_path / "study") == 2
     assert not (tmp_path / "study").exists()
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import open_image
 from singer_jax.data.registry import DataSettings, open_source
-from singer_jax.data.scenes import LABELS
+from singer_jax.data.scenes import label_of
 from singer_jax.evaluation import artifacts, linear
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.knn import knn_top1
@@ -50,30 +50,20 @@ class Scenes:
     @classmethod
     def draw(cls, data: DataSettings, size: int, split: str, count: int | None = None) -> Scenes:
         """The first pictures of a split, or all of them, at a size in pixels."""
-        of = {name: open_source(dataclasses.replace(data, source=name), split) for name in LABELS}
         transforms = {
             "scenes_masks": SegmentationTransform(size, train=False),
             "scenes_depth": DepthTransform(size, train=False),
         }
         rng = np.random.default_rng(0)  # draws nothing: both are of testing
-        found: dict[str, list[np.ndarray]] = {name: [] for name in ("pixels", *LABELS)}
-        for index in range(len(of["scenes"]) if count is None else count):
-            found["scenes"].append(of["scenes"][index].label)
-            for name, transform in transforms.items():
-                record = of[name][index]
-                pixels, label = transform(open_image(record.image), record.label, rng)
-                found[name].append(label)
-            found["pixels"].append(pixels)
+        found: dict[str, list[np.ndarray]] = {}
+        for name, transform in transforms.items():
+            source = open_source(dataclasses.replace(data, source=name), split)
+            records = (source[index] for index in range(len(source) if count is None else count))
+            pairs = [transform(open_image(one.image), one.label, rng) for one in records]
+            found["pixels"], found[name] = ([*values] for values in zip(*pairs, strict=True))
         arrays = {name: np.stack(values) for name, values in found.items()}
-        return cls(
-            arrays["pixels"], arrays["scenes"], arrays["scenes_masks"], arrays["scenes_depth"]
-        )
-
-    def by_patch(self, values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Pixels' values as [images, patches, pixels of a patch]."""
-        count, side = len(values), values.shape[1] // grid[0]
-        parts = values.reshape(count, grid[0], side, grid[1], side).swapaxes(2, 3)
-        return parts.reshape(count, grid[0] * grid[1], side * side)
+        classes = np.array([label_of(index) for index in range(len(arrays["pixels"]))])
+        return cls(arrays["pixels"], classes, arrays["scenes_masks"], arrays["scenes_depth"])
 
 
 class SceneMeasures:
@@ -86,136 +76,122 @@ class SceneMeasures:
       teacher: as its students saw it.
       train: what probes are fitted on.
       test: what is measured.
-      layers: the distilled blocks; planted vectors are added after the first.
+      layers: the distilled blocks; a planted vector is added after the first.
     """
 
     def __init__(
         self, teacher: Backbone, train: Scenes, test: Scenes, layers: Sequence[int]
     ) -> None:
-        self.teacher, self.train, self.test, self.layers = teacher, train, test, tuple(layers)
+        self.teacher, self.train, self.test = teacher, train, test
+        self.first, self.last = layers[0], layers[-1]
         self.prefix = teacher.arch.num_prefix_tokens
-        reads = sorted({*layers, layers[0] + 1})
-        self.features = tokens_of(teacher, test, reads)
-        self.marked = marked(teacher, test)
-        last = layers[-1]
+        self.train_marked, self.marked = marked(teacher, train), marked(teacher, test)
         self.vector = np.zeros(teacher.arch.embed_dim, np.float32)
         if teacher.arch.planted:
             self.vector = np.asarray(teacher.params["planted"]["vector"])
-        mapped = dataclasses.replace(
-            train, **{f.name: getattr(train, f.name)[:_MAPPED] for f in dataclasses.fields(train)}
-        )
-        self.mapped = mapped
-        self.clean = self._without(self.features[last][:, self.prefix :], self.marked)
-        fitted = tokens_of(teacher, mapped, [last])[last][:, self.prefix :]
-        self.clean_fitted = self._without(fitted, marked(teacher, mapped))
+        self.features = tokens_of(teacher, test, sorted({self.first, self.last}))
+        fitted = tokens_of(teacher, train, [self.last], _MAPPED)[self.last]
+        self.clean = self._clean(self.features[self.last], self.marked)
+        self.clean_fitted = self._clean(fitted, self.train_marked)
+
+    def _clean(
+        self,
+        tokens: Float[np.ndarray, "images tokens dim"],
+        marks: Bool[np.ndarray, "images patches"],
+    ) -> Float[np.ndarray, "images patches dim"]:
+        patches = tokens[:, self.prefix :]
+        return patches - marks[: len(patches), :, None] * self.vector
 
     def of_teacher(self) -> dict[str, float]:
         """What the teacher itself scores, and what was planted in it."""
         found = self._scores(self.teacher)
-        first = self.layers[0]
-        found["norm_ratio_first"] = norm_ratio(self.features[first][:, self.prefix :])
+        found["norm_ratio_first"] = norm_ratio(self.features[self.first][:, self.prefix :])
         if self.teacher.arch.planted:
             model = self.teacher.network.merge(self.teacher.params)
-            space = nullspace.of_layer(model, first, "mlp")
+            space = nullspace.of_layer(model, self.first, "mlp")
             tau = nullspace.threshold_value(space, "quantile", 0.5)
             projection = np.asarray(nullspace.projector(space, tau, 1))
             found["planted_in_null_space"] = artifacts.energy_within(self.vector, projection)
             found["planted_length"] = float(np.linalg.norm(self.vector))
         return found
 
-    def of_student(self, student: Backbone) -> dict[str, float]:
+    def of_student(self, student: Backbone) -> dict[str, float | None]:
         """Its scores and its likeness to the teacher without what was planted."""
-        found = self._scores(student)
-        last = student.arch.depth - 1
-        fitted, own = (
-            tokens_of(student, scenes, [last])[last][:, student.arch.num_prefix_tokens :]
-            for scenes in (self.mapped, self.test)
-        )
+        last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
+        fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
+        own = tokens_of(student, self.test, [last])[last][:, prefix:]
         cosine = cosine_to_teacher(own, self.clean, linear_map(fitted, self.clean_fitted))
-        return found | {
+        of_marked = cosine[self.marked]
+        return self._scores(student) | {
             "cosine_to_clean": float(cosine.mean()),
-            "cosine_to_clean_marked": float(cosine[self.marked].mean())
-            if self.marked.any()
-            else None,
+            "cosine_to_clean_marked": float(of_marked.mean()) if of_marked.size else None,
         }
 
     def of_target(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> dict[str, float]:
-        """What a method or cleaner made of the first distilled layer's features.
+        """What a method or cleaner made of the first distilled block's features.
 
         Args:
           cleaned: in the place of the teacher's own.
         """
-        first = self.layers[0]
-        before, after = (x[:, self.prefix :] for x in (self.features[first], cleaned))
+        own = self.features[self.first]
+        before, after = (x[:, self.prefix :] for x in (own, cleaned))
         found = {"target_norm_ratio": norm_ratio(after)}
         if self.marked.any():
-            found["removed_share"] = artifacts.removed_share(
-                before, after, self.vector, self.marked
-            )
-        seen = [
-            np.concatenate(
-                [
-                    np.asarray(
-                        _next_block(
-                            self.teacher.network, first, self.teacher.params, x[i : i + _AT_ONCE]
-                        )
-                    )
-                    for i in range(0, len(x), _AT_ONCE)
-                ]
-            )
-            for x in (self.features[first], cleaned)
-        ]
+            given = (before, after, self.vector, self.marked)
+            found["removed_share"] = artifacts.removed_share(*given)
+        seen = (self._next_block(x) for x in (own, cleaned))
         return found | {"next_block_changed": artifacts.relative_change(*seen)}
 
     def refined(self, refiner: Refiner) -> Float[np.ndarray, "images tokens dim"]:
-        """The first distilled layer's features with a refiner's update."""
-        features = self.features[self.layers[0]]
+        """The first distilled block's features with a refiner's update."""
+        features = self.features[self.first]
         update = np.asarray(refiner.update(jnp.asarray(features[:, self.prefix :])))
         return features + np.pad(update, ((0, 0), (self.prefix, 0), (0, 0)))
 
     def clipped(self, quantile: float) -> Float[np.ndarray, "images tokens dim"]:
-        """The first distilled layer's features with clipped patches."""
-        features = self.features[self.layers[0]]
+        """The first distilled block's features with clipped patches."""
+        features = self.features[self.first]
         patches = clip_norms(jnp.asarray(features[:, self.prefix :]), quantile)
         return np.concatenate([features[:, : self.prefix], np.asarray(patches)], axis=1)
+
+    def _next_block(
+        self, features: Float[np.ndarray, "images tokens dim"]
+    ) -> Float[np.ndarray, "images tokens dim"]:
+        network, params = self.teacher.network, self.teacher.params
+        found = [_next_block(network, self.first, params, part) for part in _parts(features)]
+        return np.concatenate([np.asarray(part) for part in found])
 
     def _scores(self, backbone: Backbone) -> dict[str, float]:
         last, prefix = backbone.arch.depth - 1, backbone.arch.num_prefix_tokens
         train, test = (tokens_of(backbone, one, [last])[last] for one in (self.train, self.test))
-        classes = int(self.train.classes.max()) + 1
-        surfaces = int(self.train.masks.max()) + 1
-        labels = self.train.classes, self.test.classes
-        near = [Examples(x[:, 0], y) for x, y in zip((train, test), labels, strict=True)]
-        patches = [x[:, prefix:] for x in (train, test)]
-        left_out = [marked(self.teacher, one) for one in (self.train, self.test)]
-        grid = backbone.arch.grid
-        masks, depth = (
-            [one.by_patch(getattr(one, name), grid) for one in (self.train, self.test)]
-            for name in ("masks", "depth")
-        )
+        labels, tested = self.train.classes, self.test.classes
+        classes, surfaces = int(labels.max()) + 1, int(self.train.masks.max()) + 1
+        near = Examples(train[:, 0], labels), Examples(test[:, 0], tested)
+        left_out = self.train_marked, self.marked
+
+        def dense(name: str) -> tuple[np.ndarray, ...]:
+            of_train, of_test = (
+                _by_patch(getattr(one, name), backbone.arch.grid) for one in (self.train, self.test)
+            )
+            return train[:, prefix:], of_train, test[:, prefix:], of_test
+
         return {
-            "linear_top1": linear.top1(train[:, 0], labels[0], test[:, 0], labels[1], classes),
+            "linear_top1": linear.top1(train[:, 0], labels, test[:, 0], tested, classes),
             "knn_top1": 100 * knn_top1(*near, classes=classes),
-            "miou": linear.mean_iou(
-                patches[0], masks[0], patches[1], masks[1], surfaces, *left_out
-            ),
-            "depth_rmse": linear.depth_rmse(patches[0], depth[0], patches[1], depth[1], *left_out),
-            "norm_ratio": norm_ratio(patches[1]),
+            "miou": linear.mean_iou(*dense("masks"), surfaces, *left_out),
+            "depth_rmse": linear.depth_rmse(*dense("depth"), *left_out),
+            "norm_ratio": norm_ratio(test[:, prefix:]),
         }
 
-    def _without(
-        self, patches: np.ndarray, marks: Bool[np.ndarray, "images patches"]
-    ) -> np.ndarray:
-        return patches - marks[..., None] * self.vector
 
-
-def tokens_of(backbone: Backbone, scenes: Scenes, layers: Sequence[int]) -> Tokens:
-    """All tokens after some blocks."""
+def tokens_of(
+    backbone: Backbone, scenes: Scenes, layers: Sequence[int], count: int | None = None
+) -> Tokens:
+    """All tokens after some blocks, of the first `count` scenes or of all."""
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for start in range(0, len(scenes.pixels), _AT_ONCE):
-        pixels = scenes.pixels[start : start + _AT_ONCE]
-        of_batch = _features(backbone.network, tuple(layers), backbone.params, pixels)
-        for layer, value in of_batch.items():
+    for pixels in _parts(scenes.pixels[:count]):
+        of_part = _features(backbone.network, tuple(layers), backbone.params, pixels)
+        for layer, value in of_part.items():
             found[layer].append(np.asarray(value))
     return {layer: np.concatenate(values) for layer, values in found.items()}
 
@@ -226,8 +202,19 @@ def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patch
     if not spec.arch.planted:
         return np.zeros((len(scenes.pixels), spec.arch.num_patches), bool)
     find = jax.jit(lambda pixels: marked_patches(spec.prepare(pixels), spec.arch))
-    parts = range(0, len(scenes.pixels), _AT_ONCE)
-    return np.concatenate([np.asarray(find(scenes.pixels[i : i + _AT_ONCE])) for i in parts])
+    return np.concatenate([np.asarray(find(pixels)) for pixels in _parts(scenes.pixels)])
+
+
+def _by_patch(
+    values: Num[np.ndarray, "images size size"], grid: tuple[int, int]
+) -> Num[np.ndarray, "images patches pixels"]:
+    count, side = len(values), values.shape[1] // grid[0]
+    parts = values.reshape(count, grid[0], side, grid[1], side).swapaxes(2, 3)
+    return parts.reshape(count, grid[0] * grid[1], side * side)
+
+
+def _parts(images: np.ndarray) -> list[np.ndarray]:
+    return np.split(images, range(_AT_ONCE, len(images), _AT_ONCE))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -297,7 +297,7 @@ def measured(
       run: the run.
       folder: of the run, which is done.
     """
-    teacher, layer = measures.teacher, measures.layers[0]
+    teacher, layer = measures.teacher, measures.first
     refiners = _refiners(run, folder, layer, teacher.arch.embed_dim)
     cleaned = None
     if run.teacher.clean:
