@@ -180,6 +180,21 @@ def plot(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
+def unconverged(rows: Sequence[Row]) -> list[str]:
+    """How far the best student of each teacher is from it, in a sentence."""
+    key, told = "linear_top1", []
+    for own in (row for row in rows if not row["student"]):
+        groups = settled(groups_of(rows, own["teacher"])).values()
+        reached = [np.mean([row[key] for row in group.values()]) for group in groups]
+        if reached:
+            told.append(f"{max(reached):.0f} of {own[key]:.0f} % ({own['teacher']})")
+    return [
+        "- Students that have converged. Linear top-1 of the best, and of its teacher:",
+        f"  {', '.join(told)}. A ranking of students that have seen few",
+        "  images is one of how fast they learn, too.",
+    ]
+
+
 def page(rows: Sequence[Row]) -> str:
     """STUDY.md."""
     teachers = list(dict.fromkeys(row["teacher"] for row in rows))
@@ -231,7 +246,9 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "- Anything at the scale of the paper: teachers of hundreds of millions of parameters,",
         "  whose artifacts emerged by themselves, and students that are trained for long.",
-        "- A teacher whose artifacts emerged here: none of those that were trained has some.",
+        *unconverged(rows),
+        "- Artifacts that emerged by themselves: no teacher was trained that long, and a trained",
+        "  DINOv2 ViT-S/14 that was looked at has none.",
         "- Rows with fewer than five seeds (the variants) show no more than large differences.",
         "- Test-time registers: they move what an MLP neuron writes, and what is planted behind a",
         "  block is written by none.",
