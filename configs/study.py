@@ -10,8 +10,7 @@ stopped. What came out is in benchmarks/STUDY.md.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -19,8 +18,7 @@ from singer_jax.config import default, study
 from singer_jax.errors import unknown
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Of a study.
 
     Attributes:

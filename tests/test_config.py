@@ -93,7 +93,11 @@ def right_values(allowed: object) -> list[object]:
         case Flag():
             return [True, False]
         case Text(pattern):
-            of_form = {"rank": ["rank=3", "quantile=.5e-1"], "max": ["max", "4096"]}
+            of_form = {
+                "rank": ["rank=3", "quantile=.5e-1"],
+                "max": ["max", "4096"],
+                "visible": ["none", "visible-random-1.5"],
+            }
             return next((v for word, v in of_form.items() if word in pattern), ["a", "a/b.c"])
         case Each(item, length, least):
             ends = right_values(item)
@@ -171,8 +175,8 @@ def test_every_configuration_that_is_shipped_passes():
         spec = spec_from_file_location(path.stem, path)
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
-        for protocol in config_lib.PROTOCOLS:
-            config_lib.settings_of(module.get_config(protocol))
+        for variant in ("small", "full") if path.stem == "study" else config_lib.PROTOCOLS:
+            config_lib.settings_of(module.get_config(variant))
 
 
 @pytest.mark.parametrize("given", [{}, {"job": None}, {"job": ["distill"]}])
