@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from singer_jax.errors import RunError, Stopped
 
@@ -28,12 +28,21 @@ _deferring = threading.Event()
 _shielding = threading.Event()
 _held: list[int] = []
 _leaving: list[Callable[[int, str], NoReturn]] = []
+_ignored: list[Callable[[Any], object]] = []  # what tells of other exceptions in finalisers
 
 
 class Interrupted(BaseException):
-    """A signal has come and nothing is to be saved; like KeyboardInterrupt no `Exception`."""
+    """A signal has come and nothing is to be saved; like KeyboardInterrupt no `Exception`.
+
+    Args:
+      number: of the signal.
+    """
 
     status = Stopped.status
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_stopped_by(number))
+        self.number = number
 
 
 @contextlib.contextmanager
@@ -46,6 +55,8 @@ def handled() -> Iterator[None]:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
     _take()
+    _ignored.append(sys.unraisablehook)
+    sys.unraisablehook = _ask_again
     # What is left behind where a process leaves at once is cleaned up; that needs no words.
     words = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
     os.environ["PYTHONWARNINGS"] = ",".join(words)
@@ -126,7 +137,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _held.append(number)
     elif not _deferring.is_set() and not requested():
         _asked.set()
-        raise Interrupted(_stopped_by(number))
+        raise Interrupted(number)
+
+
+def _ask_again(given: Any) -> None:
+    """Where the signal came in a finaliser, which raises nothing, it comes again a moment later."""
+    if not isinstance(given.exc_value, Interrupted):
+        _ignored[-1](given)
+        return
+    _asked.clear()
+    again = threading.Timer(0.01, os.kill, (os.getpid(), given.exc_value.number))
+    again.daemon = True
+    again.start()
 
 
 def _stopped_by(number: int) -> str:

@@ -32,11 +32,16 @@ def distillations() -> dict[str, ConfigDict]:
     """By name and protocol, such as `singer_vitl_vitt_paper`."""
     found = {}
     for file in sorted((ROOT / "configs").glob("*.py")):
-        for protocol in PROTOCOLS:
+        for protocol in variants(file.stem):
             config = load(file.stem).get_config(protocol)
             if config.job == "distill":
                 found[f"{file.stem}_{protocol}"] = config
     return found
+
+
+def variants(name: str) -> tuple[str, ...]:
+    """What may stand behind the colon of a shipped configuration."""
+    return ("small", "full") if name == "study" else PROTOCOLS
 
 
 def load(name: str) -> ModuleType:

@@ -34,6 +34,7 @@ from singer_jax.ranges import (
 )
 from singer_jax.settings import ABSENT, flatten, from_flat, leaves, to_dict
 from singer_jax.training.settings import DistillSettings
+from tests import shipped
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,7 +176,7 @@ def test_every_configuration_that_is_shipped_passes():
         spec = spec_from_file_location(path.stem, path)
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
-        for variant in ("small", "full") if path.stem == "study" else config_lib.PROTOCOLS:
+        for variant in shipped.variants(path.stem):
             config_lib.settings_of(module.get_config(variant))
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from singer_jax.jobs import JOBS
-from tests import tiny
+from tests import shipped, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -267,8 +267,14 @@ def test_rooms_know_only_what_they_may(packages, forbidden):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("protocol", ["recommended", "paper"])
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+@pytest.mark.parametrize(
+    ("file", "protocol"),
+    [
+        (path.name, variant)
+        for path in sorted((ROOT / "configs").glob("*.py"))
+        for variant in shipped.variants(path.stem)
+    ],
+)
 def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
     from importlib.util import module_from_spec, spec_from_file_location
 

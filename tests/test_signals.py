@@ -110,6 +110,27 @@ def test_another_thread_s_signal_does_not_break_off_what_is_shielded():
     assert process.stderr.startswith("singer_jax: stopped by SIGTERM; ")
 
 
+SWALLOWED = """
+import signal, time, weakref
+from singer_jax import stopping
+class Held:
+    pass
+with stopping.handled():
+    held = Held()
+    reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGTERM))
+    del held
+    time.sleep(20)
+    print("went on", flush=True)
+"""
+
+
+def test_a_signal_in_a_finaliser_which_raises_nothing_is_not_lost():
+    process = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True)
+    assert process.returncode == 75 and process.stdout == "", process.stderr
+    assert process.stderr.startswith("singer_jax: stopped by SIGTERM; ")
+    assert len(process.stderr.splitlines()) == 1
+
+
 PROGRAM = """
 import sys, threading
 from singer_jax import stopping

@@ -73,8 +73,6 @@ class VisionTransformer(nnx.Module):
             self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
         if arch.pre_norm:
             self.norm_pre = layer_norm(arch, numerics, rngs)
-        if arch.planted:
-            self.planted = planted.Planted(arch, numerics.param_dtype, rngs)
         blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
         self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
         if numerics.clean == "registers":
@@ -85,6 +83,8 @@ class VisionTransformer(nnx.Module):
             self.attn_pool = AttentionPool(arch, numerics, rngs)
         if arch.num_classes:
             self.head = linear(dim, arch.num_classes, numerics, rngs)
+        if arch.planted:  # the last, so that nothing else is drawn otherwise
+            self.planted = planted.Planted(arch, numerics.param_dtype, rngs)
 
     def embed(
         self, images: Float[Array, "batch height width 3"]
