@@ -45,19 +45,20 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, dict[str, object]]:
-    """Each of them once."""
+    """Each of them once; None of a disk's where the campaign leaves them out."""
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-m", "benchmarks.faults", "--workdir", str(folder)]
     command += ["--faults", str(len(KINDS)), "--only", *KINDS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = faults.read(folder / "faults.jsonl")
     assert rows, done.stderr
-    return {str(row["fault"]): row for row in rows}
+    left_out = disks.FAULTS if "faults of disks are left out" in done.stdout else ()
+    return dict.fromkeys(left_out) | {str(row["fault"]): row for row in rows}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_is_lost_or_wrong(outcomes, name):
-    if name in disks.FAULTS and name not in outcomes:
+    if outcomes[name] is None:
         pytest.skip("needs root and loop devices")
     assert outcomes[name]["outcome"] in ("continued", "stopped"), outcomes[name]["told"]
 

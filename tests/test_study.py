@@ -56,11 +56,11 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert status == 0, printed
     assert results.read_text().startswith(before)  # what was measured is not measured again
     assert results.read_text() == (whole / "results.jsonl").read_text()
-    rows = [json.loads(line) for line in before.splitlines()]
     rows = {row["student"]: row for row in map(json.loads, results.read_text().splitlines())}
     assert set(rows) == {"", "fitnet", "fitnet_clip", "singer"}
     assert rows["fitnet"]["clean"] == "planted"  # the last of two
     assert rows["fitnet"]["removed_share"] == pytest.approx(1)
+    # About: the last block's median is among those that scale the vector.
     assert rows[""]["norm_ratio_first"] == pytest.approx(20, rel=0.2)
     assert rows["singer"]["next_block_changed"] > 0
 
@@ -76,6 +76,9 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
     with pytest.raises(InputError, match="main: 'fitnett' is none of fitnet, "):
         cells(settings_of(config))
     assert main.run(config, tmp_path / "study") == 2
+    config.main, config.teachers, config.variants_on = ("fitnet",), ("null-random-1.0",), ()
+    with pytest.raises(InputError, match=r"teachers: null-random-1.0; .* give a ratio above 1"):
+        cells(settings_of(config))
     assert not (tmp_path / "study").exists()
 
 

@@ -141,27 +141,25 @@ def _confined() -> None:
 
 def main() -> None:
     """The campaign, and its table at the end."""
-    from_line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    from_line.add_argument("--faults", type=int, default=1000, help="how many")
-    from_line.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
-    from_line.add_argument("--seed", type=int, default=0, help="of moments and places")
-    from_line.add_argument(
-        "--only", nargs="*", default=[], help="kinds whose names hold one of these"
-    )
-    from_line.add_argument("--table", action="store_true", help="only the table so far")
-    from_line.add_argument("--keep", action="store_true", help="append it to RESULTS.md")
-    from_line.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    told = from_line.parse_args()
-    folder = told.workdir.absolute()
-    if not told.table:
-        if not told.alone:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=1000, help="how many")
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and places")
+    parser.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
+    parser.add_argument("--table", action="store_true", help="only the table so far")
+    parser.add_argument("--keep", action="store_true", help="append it to RESULTS.md")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.workdir.absolute()
+    if not arguments.table:
+        if not arguments.alone:
             _confined()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # by way of what cleans up
         folder.mkdir(parents=True, exist_ok=True)
-        campaign(folder, told.faults, told.seed, told.only, told.alone)
+        campaign(folder, arguments.faults, arguments.seed, arguments.only, arguments.alone)
     rows = read(folder / "faults.jsonl")
-    command = f"python -m benchmarks.faults --faults {told.faults} --seed {told.seed}"
-    report("Injected faults", command, table(rows), "", _PACKAGES, told.keep)
+    command = f"python -m benchmarks.faults --faults {arguments.faults} --workdir DIR"
+    report("Injected faults", command, table(rows), "", _PACKAGES, arguments.keep)
     sys.exit(any(row["outcome"] in ("lost", "wrong") for row in rows))
 
 

@@ -6,7 +6,7 @@ protocols are in `evaluation.probe`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,44 +14,27 @@ from jaxtyping import Bool, Float, Int
 _PENALTY = 1e-3  # of standardised features, over their number of rows
 
 
-class Probe(NamedTuple):
-    """A linear map of standardised features.
-
-    Attributes:
-      mean, scale: [dim] of the features that it was fitted on.
-      weight, bias: [dim, out] and [out].
-    """
-
-    mean: np.ndarray
-    scale: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-
-    def __call__(self, features: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows out"]:
-        return (features - self.mean) / self.scale @ self.weight + self.bias
-
-
 def fit(
     features: Float[np.ndarray, "rows dim"],
     targets: Float[np.ndarray, "rows out"],
     weights: Float[np.ndarray, " rows"] | None = None,
-) -> Probe:
+) -> Callable[[Float[np.ndarray, "rows dim"]], Float[np.ndarray, "rows out"]]:
     """The map of least squares with a small penalty, in float64.
 
     Args:
       features, targets: these.
       weights: of the rows' squared errors; None: all alike.
     """
-    features, targets = features.astype(np.float64), targets.astype(np.float64)
+    # Only a study needs it.
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
     weights = np.ones(len(features)) if weights is None else weights / weights.mean()
-    mean, bias = (np.average(values, axis=0, weights=weights) for values in (features, targets))
-    deviation = np.sqrt(np.average(np.square(features - mean), axis=0, weights=weights))
-    scale = np.maximum(deviation, 1e-12)
-    x = (features - mean) / scale
-    penalty = _PENALTY * len(x) * np.eye(x.shape[1])
-    weighted = x.T * weights
-    solved = np.linalg.solve(weighted @ x + penalty, weighted @ (targets - bias))
-    return Probe(mean, scale, solved, bias)
+    features, targets = features.astype(np.float64), targets.astype(np.float64)
+    scaler = StandardScaler().fit(features, sample_weight=weights)
+    ridge = Ridge(_PENALTY * len(features))
+    ridge.fit(scaler.transform(features), targets, sample_weight=weights)
+    return lambda rows: ridge.predict(scaler.transform(rows.astype(np.float64)))
 
 
 def top1(
@@ -113,4 +96,4 @@ def depth_rmse(
     mean, kept = of_patches(train_depth, train_left_out)
     probe = fit(train[kept], mean[kept][:, None])
     mean, kept = of_patches(test_depth, test_left_out)
-    return float(np.sqrt(np.mean(np.square(probe(test[kept])[:, 0] - mean[kept]))))
+    return float(np.sqrt(np.mean(np.square(probe(test[kept]).ravel() - mean[kept]))))

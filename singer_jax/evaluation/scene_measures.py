@@ -109,7 +109,8 @@ class SceneMeasures:
         if self.teacher.arch.planted:
             model = self.teacher.network.merge(self.teacher.params)
             space = nullspace.of_layer(model, self.first, "mlp")
-            tau = nullspace.threshold_value(space, "quantile", 0.5)
+            usual = nullspace.NullSpaceSettings()
+            tau = nullspace.threshold_value(space, usual.rule, usual.threshold)
             projection = np.asarray(nullspace.projector(space, tau, 1))
             found["planted_in_null_space"] = artifacts.energy_within(self.vector, projection)
             found["planted_length"] = float(np.linalg.norm(self.vector))

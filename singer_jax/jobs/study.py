@@ -8,20 +8,16 @@ command started again goes on after the last whole cell.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from singer_jax import parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError
@@ -33,11 +29,12 @@ from singer_jax.files import make_workdir, write_text
 from singer_jax.jobs.distill import distill
 from singer_jax.limits import read_object, read_text
 from singer_jax.methods import nullspace
-from singer_jax.methods.base import Constant, teacher_layers
-from singer_jax.methods.singer import DEPTHS, Refiner, SingerSettings
+from singer_jax.methods.base import teacher_layers
+from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PLACES, Architecture, Numerics
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
+from singer_jax.report.collect import restore, trained_singers
 from singer_jax.settings import Settings, flatten, section, setting, to_dict
 from singer_jax.telemetry import LOG
 from singer_jax.training.settings import DistillSettings, StudentsSettings
@@ -163,30 +160,25 @@ def cells(settings: StudySettings) -> list[Cell]:
         data = getattr(settings, part).data
         if data.source != "scenes":
             raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes")
+    for teacher in settings.teachers:
+        if teacher != "none" and float(teacher.split("-")[2]) <= 1:
+            raise InputError(f"teachers: {teacher}; a patch gets longer, give a ratio above 1")
     variants = tuple(name for name in known if name not in settings.main)
     found = []
     for teacher in settings.teachers:
         found.append(Cell(teacher, "", 0, ()))
         for seed in range(settings.seeds):
             further = seed < settings.variant_seeds and teacher in settings.variants_on
-            found.append(Cell(teacher, "", seed, settings.main + variants * further))
-        for clean in settings.cleaners if teacher != "none" else ():
+            students = settings.main + variants * further
+            found += [Cell(teacher, "", seed, students)] if students else []
+        for clean in settings.cleaners if teacher != "none" and settings.cleaned else ():
             seeds = range(settings.seeds)
             found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
     return found
 
 
-# What may grow while a study goes on.
-_GROWING = (
-    "teachers",
-    "seeds",
-    "main",
-    "variant_seeds",
-    "variants_on",
-    "cleaners",
-    "cleaned",
-    "distilled.students.",
-)
+# What may grow while a study goes on: each is further runs, and changes none.
+_GROWING = ("teachers", "seeds", "cleaners")
 
 
 def _check_same_study(settings: StudySettings, workdir: epath.Path) -> None:
@@ -195,7 +187,7 @@ def _check_same_study(settings: StudySettings, workdir: epath.Path) -> None:
     if path.exists():
         saved = flatten(read_object(path))
         for key in sorted(own.keys() | saved.keys()):
-            if own.get(key) != saved.get(key) and not key.startswith(_GROWING):
+            if own.get(key) != saved.get(key) and key not in _GROWING:
                 raise InputError(
                     f"{key}: {own.get(key)!r}, but {workdir} holds results with "
                     f"{saved.get(key)!r}; take another --workdir"
@@ -298,9 +290,11 @@ def measured(
       folder: of the run, which is done.
     """
     teacher, layer = measures.teacher, measures.first
-    refiners = _refiners(run, folder, layer, teacher.arch.embed_dim)
-    cleaned = None
-    if run.teacher.clean:
+    singers, cleaned = {}, None
+    if not run.teacher.clean:
+        prepared, states, _, _ = restore(folder, run)
+        singers = trained_singers(prepared, states)
+    else:
         numerics = Numerics(clean=run.teacher.clean)
         cleaner = load_teacher(teacher.mesh, run.teacher, numerics=numerics)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
@@ -309,45 +303,13 @@ def measured(
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
         clip = getattr(getattr(own.method, "match", None), "clip", None)
-        if name in refiners:
-            rows[name] |= measures.of_target(measures.refined(refiners[name]))
+        if name in singers:
+            rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
         elif cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
         elif clip is not None:
             rows[name] |= measures.of_target(measures.clipped(clip))
     return rows
-
-
-def _refiners(run: DistillSettings, folder: epath.Path, layer: int, dim: int) -> dict[str, Refiner]:
-    """The trained refiners of a run's students, those of one layer."""
-    methods = {name: own.method for name, own in run.each().items()}
-    singers = {name: own for name, own in methods.items() if isinstance(own, SingerSettings)}
-    if not singers or run.teacher.clean:
-        return {}
-
-    def blank(own: SingerSettings) -> Refiner:
-        count = own.rank if own.nullspace.source == "calibrated" else dim
-        space = nullspace.NullSpace(jnp.zeros((dim, count)), jnp.zeros(count))
-        return Refiner(space, own.rank, own.nullspace, nnx.Rngs(params=0))
-
-    mesh = parallel.make_mesh(1)
-    graphs, wanted = {}, {}
-    for name, own in singers.items():
-        abstract = nnx.eval_shape(lambda own=own: blank(own))
-        graphs[name], parts, constants = nnx.split(abstract, nnx.Param, Constant)
-        parts = {"params": parts, "constants": constants}
-        wanted[name] = {
-            kind: {"method": {"refiner": {str(layer): nnx.to_pure_dict(part)}}}
-            for kind, part in parts.items()
-        }
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        step = max(checkpoints.manager.all_steps())
-        found = checkpoints.restore(step, parallel.with_shardings(mesh, wanted))
-    refiners = {}
-    for name, graph in graphs.items():
-        parts = [found[name][kind]["method"]["refiner"][str(layer)] for kind in found[name]]
-        refiners[name] = nnx.merge(graph, *parts)
-    return refiners
 
 
 def _layers(teacher: Architecture) -> tuple[int, ...]:

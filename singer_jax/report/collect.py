@@ -186,7 +186,7 @@ def collect(
     few, fitted = evenly(source, shown), evenly(train, _FITTED)
 
     arch = network.spec.arch
-    singers = _singers(prepared, states)
+    singers = trained_singers(prepared, states)
     last = arch.depth - 1
     layers = {layer for singer in singers.values() for layer in singer.teacher_layers}
 
@@ -271,7 +271,7 @@ def _test_or_train(settings: DistillSettings, train: Source) -> Source:
         return train
 
 
-def _singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
+def trained_singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
     """The method of each student that learns by SiNGER."""
     found = {}
     for name, own in prepared.each.items():

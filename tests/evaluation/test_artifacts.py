@@ -46,6 +46,7 @@ def test_the_probe_is_ridge_regression_and_recovers_a_linear_map():
     rng = np.random.default_rng(0)
     features = rng.standard_normal((400, 3)) * [1, 100, 0.01] + [5, 0, 1]
     targets = features @ [[1.0, 2], [0.5, 0], [30, -9]] + [4, 5]
+    # But for the penalty, which takes a thousandth of each weight.
     np.testing.assert_allclose(
         linear.fit(features, targets)(features), targets, rtol=0.02, atol=0.4
     )
@@ -54,7 +55,8 @@ def test_the_probe_is_ridge_regression_and_recovers_a_linear_map():
     stacked = np.concatenate([x, np.sqrt(1e-3 * 400) * np.eye(3)])
     wanted = np.concatenate([targets - targets.mean(0), np.zeros((3, 2))])
     direct = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
-    np.testing.assert_allclose(linear.fit(features, targets).weight, direct, rtol=1e-9)
+    predicted = x @ direct + targets.mean(0)
+    np.testing.assert_allclose(linear.fit(features, targets)(features), predicted, rtol=1e-9)
 
 
 def test_mean_iou_of_a_case_made_by_hand():
