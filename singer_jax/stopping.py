@@ -65,13 +65,10 @@ def handled() -> Iterator[None]:
         yield
     except Interrupted as error:
         say(str(error))
-        sys.exit(error.status)
+        _end(error.status)
     except SystemExit as error:
-        if error.code == RunError.status:
-            # At once: threads of libraries wait for ever after a failed disk, or tell it again.
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            os._exit(error.code)
+        if error.code in (RunError.status, Stopped.status):
+            _end(error.code)
         raise
 
 
@@ -176,9 +173,24 @@ def _listen(reader: int) -> NoReturn:
 
 
 def _leave(line: str) -> NoReturn:
-    for child in multiprocessing.active_children():
-        child.kill()  # one that hangs does not see that this process ends
+    _kill_children()
     for leave in _leaving:
         leave(Stopped.status, line)
     say(line)
     os._exit(Stopped.status)
+
+
+def _end(status: int) -> NoReturn:
+    """At once: an interpreter that ends lets a second signal kill it and waits for all threads.
+
+    Those of libraries wait for ever after a failed disk, or tell it again.
+    """
+    _kill_children()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()  # one that hangs does not see that this process ends

@@ -2,9 +2,9 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
-import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -40,11 +40,25 @@ def config_file(tmp_path_factory) -> Path:
     return runs.write_config(tmp_path_factory.mktemp("config"))
 
 
+# Ends itself while it saves its fourth checkpoint, after step 12.
+VANISHING = """
+import os, runpy, signal
+from singer_jax.checkpoints import Checkpoints
+save = Checkpoints.save
+def save_and_vanish(self, state, step, meta):
+    save(self, state, step, meta)
+    if step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+Checkpoints.save = save_and_vanish
+runpy.run_module("singer_jax.main", run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def distil(environment, config_file):
-    def start(workdir: object) -> subprocess.Popen:
+    def start(workdir: object, **program: tuple[str, ...]) -> subprocess.Popen:
         arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.steps=20")
-        return runs.start(environment, *arguments)
+        return runs.start(environment, *arguments, **program)
 
     return start
 
@@ -64,14 +78,10 @@ def rows(workdir: epath.Path) -> list[int]:
 def run(distil) -> epath.Path:
     """A run on the store, killed after some checkpoints and continued to its end."""
     workdir = epath.Path(f"gs://{BUCKET}/runs/killed")
-    process = distil(workdir)
-    deadline = time.monotonic() + 600
-    while not (workdir / "checkpoints" / "9" / "commit_success.txt").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    process = distil(workdir, program=("-c", VANISHING))
+    _, printed = process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL, printed
+    assert (workdir / "checkpoints" / "9" / "commit_success.txt").exists()
     assert not (workdir / "student").exists()
     assert {1, 2, 4, 6, 8} <= set(rows(workdir))  # all that a finished checkpoint has behind it
     assert "continuing after step" in finish(distil(workdir))

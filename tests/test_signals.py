@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests import runs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,26 @@ def test_a_signal_in_a_finaliser_which_raises_nothing_is_not_lost():
     assert len(process.stderr.splitlines()) == 1
 
 
+WAITING = """
+import time
+import jax.numpy  # whose interpreter takes a while to end
+from singer_jax import stopping
+with stopping.handled():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_signals_until_the_end_do_not_change_the_status():
+    process = subprocess.Popen([sys.executable, "-c", WAITING], **PIPES)
+    assert process.stdout.readline() == "ready\n"
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.0005)
+    assert process.returncode == 75
+    assert len(process.stderr.read().splitlines()) == 1
+
+
 PROGRAM = """
 import sys, threading
 from singer_jax import stopping
@@ -141,9 +163,7 @@ with stopping.handled(), stopping.deferred():
 
 
 def test_a_second_ctrl_c_ends_a_job_that_does_not_answer():
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], **PIPES)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline().startswith("singer_jax: SIGINT: saving and stopping")
