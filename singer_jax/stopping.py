@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from singer_jax.errors import RunError, Stopped
+from singer_jax.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 20  # seconds for what runs and for cleaning up, outside of `deferred`
@@ -67,9 +67,9 @@ def handled() -> Iterator[None]:
         say(str(error))
         _end(error.status)
     except SystemExit as error:
-        if error.code in (RunError.status, Stopped.status):
-            _end(error.code)
-        raise
+        if not isinstance(error.code, int):
+            raise
+        _end(error.code)
 
 
 def requested() -> bool:
@@ -185,6 +185,7 @@ def _end(status: int) -> NoReturn:
 
     Those of libraries wait for ever after a failed disk, or tell it again.
     """
+    _asked.set()  # what comes now raises nothing
     _kill_children()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
