@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from singer_jax.settings import Settings, setting
 LOG = logging.getLogger("singer_jax")
 
 _SHOWN = 0.05  # the share of waiting above which the progress bar says it
+_PATIENCE = 60  # seconds without a batch after which a line says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +154,19 @@ def in_words(stopped: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {how}" for name, how in stopped.items())
 
 
+@contextlib.contextmanager
+def telling_of_hangs() -> Iterator[None]:
+    """Around a wait for a batch: a worker or a network disk that hangs raises nothing."""
+    line = "no images for %d s: a loader's worker hangs, or the disk that they are on"
+    told = threading.Timer(_PATIENCE, LOG.warning, (line, _PATIENCE))
+    told.daemon = True
+    told.start()
+    try:
+        yield
+    finally:
+        told.cancel()
+
+
 class Recorder:
     """Follows a training loop: writes its metrics late, shows progress, stops it at a NaN.
 
@@ -207,7 +222,8 @@ class Recorder:
         """Around what waits for the next batch; its share of the time is `train/waiting`."""
         start = time.perf_counter()
         try:
-            yield
+            with telling_of_hangs():
+                yield
         finally:
             self.waited += time.perf_counter() - start
 

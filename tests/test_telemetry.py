@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX import event_file_writer  # noqa: F401 - the writer's package is installed
 
+from singer_jax import telemetry
 from singer_jax.errors import RunError
 from singer_jax.telemetry import MetricsWriter, Recorder
 
@@ -97,3 +98,13 @@ def test_the_share_of_time_that_waits_for_images(tmp_path):
     assert "train/waiting" not in first
     assert 0.5 < second["train/waiting"] <= 1
     assert 0 <= third["train/waiting"] <= 1
+
+
+def test_a_wait_that_does_not_end_is_told(tmp_path, caplog, monkeypatch):
+    follow = recorder(tmp_path)
+    with follow.waiting():
+        pass
+    monkeypatch.setattr(telemetry, "_PATIENCE", 0.05)
+    with follow.waiting():
+        time.sleep(0.5)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["no images for 0 s"]

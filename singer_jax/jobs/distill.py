@@ -35,7 +35,14 @@ from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.settings import to_dict
-from singer_jax.telemetry import LOG, MetricsWriter, Recorder, in_words, metric_name
+from singer_jax.telemetry import (
+    LOG,
+    MetricsWriter,
+    Recorder,
+    in_words,
+    metric_name,
+    telling_of_hangs,
+)
 from singer_jax.training import calibration
 from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops
@@ -135,7 +142,8 @@ def _train(
         batches = stack.enter_context(
             contextlib.closing(device_batches(settings, run, source, start))
         )
-        first = next(batches)
+        with telling_of_hangs():
+            first = next(batches)
         program = compile_step(
             run.students, mesh, states, teacher, first[0], settings.students.schedule
         )
