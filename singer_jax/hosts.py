@@ -8,16 +8,18 @@ collective that never ends, and a signal to one of them stops all after the same
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -241,6 +243,7 @@ class _Group:
         self.step, self.announced = 0, False
         self.stop_step, self.agreed = 0, threading.Event()
         self.finished = threading.Event()
+        self.aborted = _on_abort(self._aborted)  # kept: C knows its address
         self.watcher = threading.Thread(target=self._watch, daemon=True, name="hosts")
         self.watcher.start()
 
@@ -284,6 +287,14 @@ class _Group:
                 time.sleep(_POLL / 5)
         os._exit(status)
 
+    def _aborted(self, number: int) -> NoReturn:
+        """Instead of the stack of every thread; a process that is leaving anyway does so."""
+        if self.leaving.acquire(timeout=30):
+            stopping.say(
+                "another process is gone, finished checkpoints are kept; JAX says it above"
+            )
+        os._exit(1)
+
     def _watch(self) -> None:
         while not self.finished.wait(_POLL):
             # Where the coordinator is gone, JAX ends this process.
@@ -299,6 +310,17 @@ class _Group:
                     with self.lock:
                         self.announced = True
                     self.client.key_value_set(f"{_KEYS}stop/{self.process}", str(self.step))
+
+
+def _on_abort(leave: Callable[[int], NoReturn]) -> Any:
+    """Has `leave` called where JAX aborts the process, as it does where the coordinator is gone.
+
+    Python's own handlers run in the main thread, which an abort does not wait for, and what JAX
+    calls instead (`missed_heartbeat_callback`) cannot be given a Python function: it throws.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    return handler
 
 
 _group: _Group | None = None
