@@ -1,7 +1,7 @@
 """Hostile files for every reader of files: no crash, no hang, no memory beyond a bound.
 
   pip install ".[fuzz]"
-  python -m benchmarks.fuzz --seconds 600 --findings /tmp/findings
+  python -m benchmarks.fuzz --seconds 600 --findings /dev/shm/findings
 
 Each entry point is fuzzed in a process of its own, guided by coverage where atheris is installed
 and the entry point is not compiled code; else honest files are changed at random. An input is a

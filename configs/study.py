@@ -3,9 +3,13 @@
   python -m singer_jax.main --config=configs/study.py --workdir=runs/study
   python -m benchmarks.study runs/study/results.jsonl
 
-Everything on generated scenes and from scratch. `:small`, the default, takes less than an hour of
-CPU time on each of two cores; `:full` is for an accelerator. The same command goes on where it was
-stopped. What came out is in benchmarks/STUDY.md.
+  python -m singer_jax.main --config=configs/study.py:real --workdir=runs/study_real \
+      --config.given.weights=vit_small_patch14_dinov2.safetensors
+
+Everything on generated scenes and from scratch, but for the teacher of `:real`, which is as it is
+given. `:small`, the default, takes less than an hour of CPU time on each of two cores; `:full` is
+for an accelerator. The same command goes on where it was stopped. What came out is in
+benchmarks/STUDY.md.
 """
 
 from __future__ import annotations
@@ -100,6 +104,14 @@ SIZES = {
     ),
 }
 
+# The given teacher is asked for the features of as many patches as the small ones have.
+SIZES["real"] = SIZES["small"]._replace(
+    image_size=84,
+    patch_size=14,
+    student=(96, 4, 3),
+    teachers=("given",),
+)
+
 # What differs from each method's own settings.
 MAIN: dict[str, dict[str, Any]] = {
     "fitnet": {"name": "fitnet"},
@@ -159,7 +171,7 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    """The study of a size: `small` or `full`.
+    """The study of a size: `small`, `full` or `real`.
 
     Raises:
       InputError: another size.
@@ -182,6 +194,9 @@ def get_config(size: str = "small") -> ConfigDict:
         config.distilled.students[name] = {"method": method}
     config.distilled.students.singer_half_rank.method["rank"] = chosen.rank // 2
     config.teachers = chosen.teachers
+    if size == "real":
+        config.given.model = "vit_small_patch14_dinov2"
+        config.given.overrides = {"img_size": chosen.image_size}
     config.patches = chosen.patches
     config.seeds, config.variant_seeds = chosen.seeds, chosen.variant_seeds
     config.main = tuple(MAIN)

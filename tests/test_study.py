@@ -12,7 +12,7 @@ from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.jobs.study import cells
-from tests import runs
+from tests import runs, tiny
 
 CONFIG = """
 import configs.study
@@ -68,6 +68,36 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert status == 2 and "distilled.steps: 3" in printed
 
 
+def test_a_given_teacher_is_not_trained(tmp_path):
+    import configs.study
+
+    config = configs.study.get_config("real")
+    config.given.weights = str(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.given.model, config.given.overrides = "vit_tiny_patch16_224", dict(tiny.TEACHER)
+    run = config.distilled
+    run.student.overrides = dict(tiny.STUDENT)
+    run.data.scenes.train, run.data.scenes.test = 64, 30
+    run.batch_size, run.mesh.data, run.steps, run.method.rank = 16, 1, 2, 4
+    config.main, config.variants_on, config.seeds = ("fitnet", "singer"), (), 1
+    for name in set(run.students) - {*config.main, "schedule"}:
+        del run.students[name]
+    config.images = 40
+    assert main.run(config, tmp_path / "study") == 0
+    assert sorted(path.name for path in (tmp_path / "study").iterdir()) == [
+        "given",
+        "results.jsonl",
+        "study.json",
+    ]
+    lines = (tmp_path / "study" / "results.jsonl").read_text().splitlines()
+    rows = {study.name_of(row): row for row in map(json.loads, lines)}
+    assert set(rows) == {"", "fitnet", "singer", "fitnet (shift_average)"}
+    assert rows["singer"]["next_block_changed"] > 0 and "removed_share" not in rows["singer"]
+
+    config.given.weights = ""
+    with pytest.raises(InputError, match=r"given\.weights: missing"):
+        cells(settings_of(config))
+
+
 def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
     import configs.study
 
@@ -82,14 +112,16 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
     assert not (tmp_path / "study").exists()
 
 
-def test_both_sizes_hold_their_own_rule():
+def test_all_sizes_hold_their_own_rule():
     """The quantile leaves room for the planted patches (and every configuration is allowed)."""
     import configs.study
 
     for name, size in configs.study.SIZES.items():
         patches = (size.image_size // size.patch_size) ** 2
         assert size.quantile <= 1 - (size.patches + 1) / patches
-        every = cells(settings_of(configs.study.get_config(name)))
+        config = configs.study.get_config(name)
+        config.given.weights = "given.safetensors"
+        every = cells(settings_of(config))
         assert size.seeds >= 5 and len(every) > 10
 
 

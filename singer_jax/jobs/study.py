@@ -22,7 +22,7 @@ from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation.artifacts import planted_length
-from singer_jax.evaluation.backbone import load_backbone, load_teacher
+from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
 from singer_jax.files import make_workdir, write_text
@@ -32,6 +32,7 @@ from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PLACES, Architecture, Numerics
+from singer_jax.models.network import TeacherSettings
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.report.collect import restore, trained_singers
@@ -40,9 +41,10 @@ from singer_jax.telemetry import LOG
 from singer_jax.training.settings import DistillSettings, StudentsSettings
 
 DIRECTIONS = ("random", "null", "visible")
+NONE, GIVEN = "none", "given"  # teachers in which nothing is planted
 _TEACHER = Text(
-    f"none|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
-    "none, or direction-place-ratio such as null-background-20",
+    f"{NONE}|{GIVEN}|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
+    "none, given, or direction-place-ratio such as null-background-20",
 )
 
 # Training images on which the norms are measured that a planted vector is scaled by.
@@ -63,8 +65,10 @@ class StudySettings(Settings):
         ("none",),
         Each(_TEACHER, least=1),
         "direction of the planted vector (random, or the most null or most visible one of the "
-        "first distilled layer), where, and how many medians long it makes a patch; or none",
+        "first distilled layer), where, and how many medians long it makes a patch; none: trained "
+        "on without; given: as `given` says, not trained at all",
     )
+    given: TeacherSettings = section(TeacherSettings())
     patches: int = setting(2, COUNT, "of an image, to which it is added")
     seeds: int = setting(5, COUNT, "of the students in `main`")
     main: tuple[str, ...] = setting((), Each(NAME), "students of every teacher")
@@ -113,20 +117,19 @@ def study(settings: StudySettings, workdir: epath.Path) -> None:
     make_workdir(workdir)
     _check_same_study(settings, workdir)
     results = Results(workdir / "results.jsonl")
-    scenes: list[Scenes] = []
+    scenes: dict[int, tuple[Scenes, Scenes]] = {}
     for teacher in settings.teachers:
         todo = [cell for cell in left if cell.teacher == teacher and not results.holds(cell)]
         if not todo:
             continue
-        _run(settings.base, workdir / "base")
         folder = workdir / teacher
-        tuned = plant(settings, teacher, workdir / "base", folder / "planted")
-        _run(tuned, folder / "teacher")
-        backbone = load_backbone(parallel.make_mesh(1), run=str(folder / "teacher"))
-        if not scenes:
-            drawn = settings.distilled.data, backbone.image_size
-            scenes = [Scenes.draw(*drawn, TRAIN, settings.images), Scenes.draw(*drawn, TEST)]
-        measures = SceneMeasures(backbone, *scenes, _layers(backbone.arch))
+        backbone = _teacher(settings, teacher, workdir / "base", folder)
+        size = backbone.image_size
+        if size not in scenes:
+            drawn = settings.distilled.data, size
+            train = Scenes.draw(*drawn, TRAIN, settings.images)
+            scenes = {size: (train, Scenes.draw(*drawn, TEST))}
+        measures = SceneMeasures(backbone, *scenes[size], _layers(backbone.arch))
         for cell in todo:
             known = {"teacher": teacher, "clean": cell.clean, "seed": cell.seed}
             if not cell.students:
@@ -161,8 +164,10 @@ def cells(settings: StudySettings) -> list[Cell]:
         if data.source != "scenes":
             raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes")
     for teacher in settings.teachers:
-        if teacher != "none" and float(teacher.split("-")[2]) <= 1:
+        if teacher not in (NONE, GIVEN) and float(teacher.split("-")[2]) <= 1:
             raise InputError(f"teachers: {teacher}; a patch gets longer, give a ratio above 1")
+    if GIVEN in settings.teachers and not settings.given.weights:
+        raise InputError("given.weights: missing, but teachers has `given`")
     variants = tuple(name for name in known if name not in settings.main)
     found = []
     for teacher in settings.teachers:
@@ -171,7 +176,9 @@ def cells(settings: StudySettings) -> list[Cell]:
             further = seed < settings.variant_seeds and teacher in settings.variants_on
             students = settings.main + variants * further
             found += [Cell(teacher, "", seed, students)] if students else []
-        for clean in settings.cleaners if teacher != "none" and settings.cleaned else ():
+        for clean in settings.cleaners if settings.cleaned else ():
+            if teacher == NONE or (teacher == GIVEN and clean == "planted"):
+                continue
             seeds = range(settings.seeds)
             found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
     return found
@@ -223,6 +230,18 @@ class Results:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
+def _teacher(
+    settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
+) -> Backbone:
+    """Trained, where it is not the one that is given; what is done already is not done again."""
+    mesh = parallel.make_mesh(1)
+    if teacher == GIVEN:
+        return load_teacher(mesh, settings.given)
+    _run(settings.base, base)
+    _run(plant(settings, teacher, base, folder / "planted"), folder / "teacher")
+    return load_backbone(mesh, run=str(folder / "teacher"))
+
+
 def plant(
     settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
 ) -> DistillSettings:
@@ -235,7 +254,7 @@ def plant(
       folder: of the weights.
     """
     student = dataclasses.replace(settings.tuned.student, weights=str(base))
-    if teacher == "none":
+    if teacher == NONE:
         return dataclasses.replace(settings.tuned, student=student)
     direction, place, ratio = teacher.split("-")
     backbone = load_backbone(parallel.make_mesh(1), run=str(base))
@@ -266,11 +285,17 @@ def _direction(model: Any, layer: int, name: str) -> np.ndarray:
 
 
 def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> DistillSettings:
-    """The run of a cell."""
-    run = settings.distilled
-    of_teacher = dataclasses.replace(
-        run.teacher, model="", weights=str(teacher), overrides={}, clean=cell.clean or None
-    )
+    """The run of a cell.
+
+    Args:
+      settings: of the study.
+      cell: which.
+      teacher: the folder of the teacher's run, where it is none that is given.
+    """
+    run, of_teacher = settings.distilled, settings.given
+    if cell.teacher != GIVEN:
+        of_teacher = dataclasses.replace(run.teacher, model="", weights=str(teacher), overrides={})
+    of_teacher = dataclasses.replace(of_teacher, clean=cell.clean or None)
     named = {
         name: dataclasses.replace(run.students.named[name], seed=cell.seed)
         for name in cell.students
