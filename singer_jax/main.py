@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from typing import Any
 
 from absl import app, flags
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     if not _WORKDIR.value and _CONFIG.value.get("job") not in _WITHOUT_WORKDIR:
         return _refuse("--workdir: missing; give the folder of the run")
     absl_logging.set_verbosity(absl_logging.WARNING)
-    _quieten_orbax()
+    _quieten_libraries()
     log = logging.getLogger("singer_jax")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -91,11 +92,11 @@ def main(argv: list[str]) -> int:
     )
 
 
-def _quieten_orbax() -> None:
-    """A save that fails is told in one line; not again by each of its threads and coroutines."""
-    # What they raise is raised again where the save is waited for.
+def _quieten_libraries() -> None:
+    """What fails on a disk is told in one line; not again by each thread and coroutine."""
+    # What orbax's raise is raised again where the save is waited for.
     absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
-    raised, ignored = sys.excepthook, sys.unraisablehook
+    raised, in_thread, ignored = sys.excepthook, threading.excepthook, sys.unraisablehook
 
     def closed(error: BaseException | None) -> bool:
         return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
@@ -104,11 +105,18 @@ def _quieten_orbax() -> None:
         if not closed(error):
             raised(kind, error, where)
 
+    def on_raised_in_thread(given: Any) -> None:
+        if isinstance(given.exc_value, OSError):  # TensorBoard's, whose file is full
+            logging.getLogger("singer_jax").error("a thread ended: %s", given.exc_value)
+        else:
+            in_thread(given)
+
     def on_ignored(given: Any) -> None:
         if not closed(given.exc_value):
             ignored(given)
 
-    sys.excepthook, sys.unraisablehook = on_raised, on_ignored
+    sys.excepthook, threading.excepthook = on_raised, on_raised_in_thread
+    sys.unraisablehook = on_ignored
 
 
 def _refuse(message: str) -> int:

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,21 @@ def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef
 def _abstract_model(
     arch: Architecture, numerics: Numerics, choices: Choices
 ) -> tuple[nnx.GraphDef, Params]:
-    """Tracing a large model takes a second; a start asks for it several times."""
+    """Kept, since a start asks for it several times."""
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: VisionTransformer(arch, numerics, rngs=nnx.Rngs(jax.random.key(0))))
+        nnx.eval_shape(lambda: VisionTransformer(arch, numerics, rngs=_OneKey(jax.random.key(0))))
     )
     return graph, nnx.to_pure_dict(state)
+
+
+class _OneKey(NamedTuple):
+    """In the place of `nnx.Rngs`, whose counting takes most of the time of a trace."""
+
+    key: jax.Array
+
+    def params(self) -> jax.Array:
+        """The same one for every parameter: only shapes are asked for."""
+        return self.key
 
 
 @functools.lru_cache(maxsize=32)
