@@ -114,11 +114,15 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_within(seconds: float) -> Iterator[None]:
-    """A failure inside ends all processes by then, also where cleaning up waits for another one."""
+    """A failure inside ends all processes by then, also where cleaning up waits for another one.
+
+    One that is gone is not waited for: JAX ends the others `_SILENCE` after it, in words of its own.
+    """
     try:
         yield
     except BaseException as error:
         if _group:
+            seconds = 5 if _GONE.search(str(error)) else seconds
             timer = threading.Timer(seconds, _group.fail, _reason(error))
             timer.daemon = True
             timer.start()
