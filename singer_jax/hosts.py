@@ -116,7 +116,7 @@ def together() -> Iterator[None]:
 def leaving_within(seconds: float) -> Iterator[None]:
     """A failure inside ends all processes by then, also where cleaning up waits for another one.
 
-    One that is gone is not waited for: JAX ends the others `_SILENCE` after it, in words of its own.
+    One that is gone is not waited for: JAX would end the others, `_SILENCE` later and at length.
     """
     try:
         yield
