@@ -23,6 +23,9 @@ from singer_jax.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 20  # seconds for what runs and for cleaning up, outside of `deferred`
+bar_is_shown = threading.Event()
+"""Set while the last line on stderr is a progress bar's, which has no end."""
+
 _asked = threading.Event()
 _deferring = threading.Event()
 _shielding = threading.Event()
@@ -120,7 +123,7 @@ def shielded() -> Iterator[None]:
 def say(line: str) -> None:
     """One line of the command on stderr, from any thread."""
     # Past loggers and streams, whose locks the main thread may hold, and below a progress bar.
-    bar = "\n" if os.isatty(2) and _deferring.is_set() else ""
+    bar = "\n" if bar_is_shown.is_set() else ""
     os.write(2, f"{bar}singer_jax: {line}\n".encode())
 
 

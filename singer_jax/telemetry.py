@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from singer_jax import chips
+from singer_jax import chips, stopping
 from singer_jax.errors import RunError
 from singer_jax.files import Mirror
 from singer_jax.ranges import COUNT, Flag
@@ -215,6 +215,8 @@ class Recorder:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
+        if not self.bar.disable:
+            stopping.bar_is_shown.set()
         self.row_step, self.row_time, self.waited = start + 1, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -314,3 +316,4 @@ class Recorder:
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
+        stopping.bar_is_shown.clear()

@@ -58,6 +58,8 @@ def test_during_a_step_saves_and_continues_to_the_same_bits(
     status, printed = runs.finish(process)
     assert status == 75, printed
     assert "Traceback" not in printed
+    told = f"singer_jax: {number.name}: saving and stopping; Ctrl-C stops at once"
+    assert told in printed.splitlines()  # not behind the progress bar
     assert "singer_jax: stopped after step" in printed.splitlines()[-1]
     assert not any(map(command_line, decoding))
     status, printed = runs.finish(runs.start(environment, *arguments))
