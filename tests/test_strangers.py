@@ -139,6 +139,13 @@ def test_the_name_of_an_image_moves_no_cursor(tmp_path):
 # Data sets.
 
 
+def test_a_name_in_a_list_breaks_no_line(tmp_path):
+    with_list(tmp_path, "inat19", "gone\x1c\n.jpg")
+    with pytest.raises(InputError, match="is not completely unpacked") as error:
+        open_benchmark("inat19", str(tmp_path), "test")
+    assert str(error.value).isprintable()
+
+
 def with_list(root: Path, name: str, entry: str) -> None:
     """A data set whose test list names another file."""
     getattr(official, name)(root)

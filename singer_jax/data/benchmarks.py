@@ -173,7 +173,7 @@ def _require_images(root: Path, files: Sequence[str]) -> None:
     if missing:
         raise InputError(
             f"{root} is not completely unpacked: missing {len(missing)} of {len(files)} listed "
-            f"files, the first {missing[0]}"
+            f"files, the first {shown(missing[0])}"
         )
 
 
