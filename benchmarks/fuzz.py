@@ -229,7 +229,8 @@ def main() -> None:
     rows = campaign(names, told.findings, told.seconds, told.executions)
     report(
         "Hostile files",
-        f"python -m benchmarks.fuzz --seconds {told.seconds:g}",
+        f"python -m benchmarks.fuzz --seconds {told.seconds:g}"
+        + (f' --only "{told.only}"' if told.only else ""),
         rows,
         "",
         _PACKAGES,

@@ -32,7 +32,7 @@ from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PLACES, Architecture, Numerics
-from singer_jax.models.network import TeacherSettings
+from singer_jax.models.network import ModelSettings
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.report.collect import restore, trained_singers
@@ -68,7 +68,7 @@ class StudySettings(Settings):
         "first distilled layer), where, and how many medians long it makes a patch; none: trained "
         "on without; given: as `given` says, not trained at all",
     )
-    given: TeacherSettings = section(TeacherSettings())
+    given: ModelSettings = section(ModelSettings())
     patches: int = setting(2, COUNT, "of an image, to which it is added")
     seeds: int = setting(5, COUNT, "of the students in `main`")
     main: tuple[str, ...] = setting((), Each(NAME), "students of every teacher")
@@ -292,10 +292,10 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
       cell: which.
       teacher: the folder of the teacher's run, where it is none that is given.
     """
-    run, of_teacher = settings.distilled, settings.given
+    run, model = settings.distilled, settings.given
     if cell.teacher != GIVEN:
-        of_teacher = dataclasses.replace(run.teacher, model="", weights=str(teacher), overrides={})
-    of_teacher = dataclasses.replace(of_teacher, clean=cell.clean or None)
+        model = ModelSettings(weights=str(teacher))
+    of_teacher = dataclasses.replace(run.teacher, **vars(model), clean=cell.clean or None)
     named = {
         name: dataclasses.replace(run.students.named[name], seed=cell.seed)
         for name in cell.students
