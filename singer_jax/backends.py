@@ -3,7 +3,7 @@
 All forms compute the same numbers up to rounding (tests/models/test_backends.py). The numbers of
 the TPU are those of programs compiled for a v5e chip, one ViT-L block at 128 images in bfloat16
 (benchmarks/RESULTS.md); those of the CPU come from `python -m benchmarks.choices`.
-Nothing was measured on a GPU; it takes what suits an accelerator.
+The choices of a GPU were not compared on one; it takes what suits an accelerator.
 """
 
 from __future__ import annotations
