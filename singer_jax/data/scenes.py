@@ -8,6 +8,7 @@ split follows from the split and i, whatever the number and size of the pictures
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any
@@ -28,7 +29,7 @@ CLASSES = tuple(f"{pattern} {shape}" for shape in SHAPES for pattern in PATTERNS
 SURFACES = ("ground", "sky", *CLASSES)
 """What a pixel can show."""
 
-# A split of at most so many pixels is drawn once and kept: 4,000 pictures of 64 x 64.
+# A split of at most so many pixels is drawn once in a process and kept: 4,000 pictures of 64 x 64.
 _KEPT_PIXELS = 2**24
 
 # Metres; what is farther has no depth, as for the sensor of NYUd.
@@ -65,7 +66,7 @@ class ScenesSource:
     def __init__(self, name: str, split: str, settings: SceneSettings) -> None:
         self.name, self.split, self.settings = name, split, settings
         self.num_classes = LABELS[name]
-        self._drawn: dict[int, Record] = {}
+        self._drawn = _drawn(name, split, settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_drawn": {}}  # each process draws for itself
@@ -96,6 +97,12 @@ class ScenesSource:
     def fingerprint(self) -> str:
         described = (VERSION, self.name, self.split, len(self), self.settings.size)
         return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(name: str, split: str, settings: SceneSettings) -> dict[int, Record]:
+    """Pictures that are kept, by index: those of one run, and of the next in the same process."""
+    return {}
 
 
 def label_of(index: int) -> int:
