@@ -30,7 +30,7 @@ class Size(NamedTuple):
       teacher, student: width, depth and heads.
       train, test: scenes.
       base_epochs, tuned_epochs, steps: of the three kinds of run.
-      batch_size: of all.
+      teacher_batch, student_batch: images of a step.
       rank, quantile: of SiNGER; the quantile is at most 1 - (planted + 1) / patches.
       patches: planted.
       seeds, variant_seeds: of the main students and of the others.
@@ -46,7 +46,8 @@ class Size(NamedTuple):
     base_epochs: int
     tuned_epochs: int
     steps: int
-    batch_size: int
+    teacher_batch: int
+    student_batch: int
     rank: int
     quantile: float
     patches: int
@@ -65,8 +66,9 @@ SIZES = {
         test=2000,
         base_epochs=40,
         tuned_epochs=6,
-        steps=200,
-        batch_size=64,
+        steps=800,
+        teacher_batch=64,
+        student_batch=32,
         rank=16,
         quantile=0.9,
         patches=2,
@@ -84,7 +86,8 @@ SIZES = {
         base_epochs=60,
         tuned_epochs=10,
         steps=10000,
-        batch_size=256,
+        teacher_batch=256,
+        student_batch=256,
         rank=64,
         quantile=0.96,
         patches=4,
@@ -162,7 +165,7 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
     config.data.crop_area = (0.6, 1.0)
     config.data.crop_ratio = (0.8, 1.25)
     config.data.workers = 0
-    config.batch_size = size.batch_size
+    config.batch_size = size.teacher_batch
     config.schedule.warmup_epochs = 1
     config.optimizer.weight_decay = 0.05
     config.checkpoint.every = 2000
@@ -185,7 +188,7 @@ def get_config(size: str = "small") -> ConfigDict:
         config[name].optimizer.learning_rate = 1e-3
     config.base.epochs, config.tuned.epochs = chosen.base_epochs, chosen.tuned_epochs
     config.distilled = _run(chosen, chosen.student)
-    config.distilled.steps = chosen.steps
+    config.distilled.steps, config.distilled.batch_size = chosen.steps, chosen.student_batch
     config.distilled.schedule.warmup_epochs = 0
     config.distilled.optimizer.learning_rate = 2e-3
     config.distilled.method.rank = chosen.rank
@@ -201,5 +204,6 @@ def get_config(size: str = "small") -> ConfigDict:
     config.seeds, config.variant_seeds = chosen.seeds, chosen.variant_seeds
     config.main = tuple(MAIN)
     config.variants_on = chosen.teachers[:1]
-    config.cleaners, config.cleaned = ("planted", "shift_average"), ("fitnet",)
+    config.cleaners, config.cleaned = ("planted", "shift_average", "registers"), ("fitnet",)
+    config.distilled.teacher.registers.images, config.distilled.teacher.registers.neurons = 300, 4
     return config

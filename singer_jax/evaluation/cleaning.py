@@ -70,7 +70,7 @@ def find_register_neurons(
         shares = outliers / jnp.maximum(outliers.sum(axis=1, keepdims=True), 1)
 
         def score(index: Any, x: Float[Array, "batch tokens dim"]) -> Float[Array, " hidden"]:
-            hidden = _patches(model, model.hidden(index, x)).astype(jnp.float32)
+            hidden = _patches(model, model.hidden(index, x, seen)).astype(jnp.float32)
             return jnp.sum(shares[..., None] * jnp.abs(hidden), axis=(0, 1))
 
         inputs = [model.embed(seen), *outputs[:-1]]

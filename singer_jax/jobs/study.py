@@ -31,7 +31,7 @@ from singer_jax.limits import read_object, read_text
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
-from singer_jax.models.architecture import PLACES, Architecture, Numerics
+from singer_jax.models.architecture import CLEANERS, PLACES, Architecture
 from singer_jax.models.network import ModelSettings
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
@@ -76,8 +76,9 @@ class StudySettings(Settings):
     variants_on: tuple[str, ...] = setting((), Each(NAME), "teachers of the other students")
     cleaners: tuple[str, ...] = setting(
         (),
-        Each(OneOf(("shift_average", "planted"))),
-        "`teacher.clean` of further runs; `planted` is the ceiling",
+        Each(OneOf(CLEANERS)),
+        "`teacher.clean` of further runs, of teachers with something to clean; `planted` is the "
+        "ceiling",
     )
     cleaned: tuple[str, ...] = setting((), Each(NAME), "students of these runs")
     images: int = setting(2000, COUNT, "training images that the measures are fitted on")
@@ -177,11 +178,17 @@ def cells(settings: StudySettings) -> list[Cell]:
             students = settings.main + variants * further
             found += [Cell(teacher, "", seed, students)] if students else []
         for clean in settings.cleaners if settings.cleaned else ():
-            if teacher == NONE or (teacher == GIVEN and clean == "planted"):
-                continue
-            seeds = range(settings.seeds)
-            found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
+            if _cleans(clean, teacher, settings.distilled.teacher.registers.outlier):
+                seeds = range(settings.seeds)
+                found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
     return found
+
+
+def _cleans(clean: str, teacher: str, outlier: float) -> bool:
+    """Whether a cleaner has something to do; registers need patches above `outlier` medians."""
+    if teacher in (NONE, GIVEN):
+        return teacher == GIVEN and clean == "shift_average"
+    return clean != "registers" or float(teacher.split("-")[2]) > outlier
 
 
 # What may grow while a study goes on: each is further runs, and changes none.
@@ -315,23 +322,20 @@ def measured(
       folder: of the run, which is done.
     """
     teacher, layer = measures.teacher, measures.first
-    singers, cleaned = {}, None
-    if not run.teacher.clean:
-        prepared, states, _, _ = restore(folder, run)
-        singers = trained_singers(prepared, states)
-    else:
-        numerics = Numerics(clean=run.teacher.clean)
-        cleaner = load_teacher(teacher.mesh, run.teacher, numerics=numerics)
+    prepared, states, taught, _ = restore(folder, run)
+    singers, cleaned = trained_singers(prepared, states), None
+    if run.teacher.clean:
+        cleaner = Backbone(prepared.taught_by.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows = {}
     for name, own in run.each().items():
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
         clip = getattr(getattr(own.method, "match", None), "clip", None)
-        if name in singers:
-            rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
-        elif cleaned is not None:
+        if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
+        elif name in singers:
+            rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
         elif clip is not None:
             rows[name] |= measures.of_target(measures.clipped(clip))
     return rows

@@ -76,7 +76,7 @@ class VisionTransformer(nnx.Module):
         blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
         self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
         if numerics.clean == "registers":
-            shape = arch.depth, blocks[0].mlp.fc2.in_features
+            shape = arch.depth, blocks[0].mlp.fc2.in_features + bool(arch.planted)
             self.register_neurons = registers.RegisterNeurons(jnp.zeros(shape, jnp.uint8))
         self.norm = layer_norm(arch, numerics, rngs)
         if arch.global_pool == "map":
@@ -142,10 +142,27 @@ class VisionTransformer(nnx.Module):
         return self._advance(index, jnp.concatenate([register.astype(x.dtype), x], axis=1))[:, 1:]
 
     def hidden(
-        self, index: int | Int[Array, ""], x: Float[Array, "batch tokens dim"]
+        self,
+        index: int | Int[Array, ""],
+        x: Float[Array, "batch tokens dim"],
+        images: Float[Array, "batch height width 3"],
     ) -> Float[Array, "batch tokens hidden"]:
-        """The hidden layer of the MLP of block `index`, applied to any residual stream."""
-        return self.block(index).hidden(x.astype(self.numerics.dtype), self._rotation())
+        """The hidden layer of the MLP of block `index`, applied to any residual stream.
+
+        What is planted is written by one neuron more, the last: behind `arch.planted_after` it
+        fires with the length of the vector.
+
+        Args:
+          index: of the block.
+          x: without an added token.
+          images: as for `features`.
+        """
+        hidden = self.block(index).hidden(x.astype(self.numerics.dtype), self._rotation())
+        if not self.arch.planted:
+            return hidden
+        length = jnp.linalg.norm(self.planted.vector[...])
+        fires = jnp.where(index == self.arch.planted_after, length * self._marked(images), 0)
+        return jnp.concatenate([hidden, fires.astype(hidden.dtype)], axis=-1)
 
     def _advance(
         self,
@@ -159,10 +176,11 @@ class VisionTransformer(nnx.Module):
             return x + jnp.where(index == self.arch.planted_after, added, 0).astype(x.dtype)
         if not self.num_added_tokens:
             return self._apply(self.block(index), x)
+        neurons = self.register_neurons[...][index]
         move = functools.partial(
             registers.move,
-            neurons=self.register_neurons[...][index],
-            first_patch=self.num_added_tokens + self.arch.num_prefix_tokens,
+            neurons=neurons[:-1] if self.arch.planted else neurons,
+            first_patch=self._first_patch,
         )
         return self._apply(self.block(index), x, move)
 
@@ -184,6 +202,10 @@ class VisionTransformer(nnx.Module):
         """Tokens of a stream (`streams_at`) before those of the feature: test-time registers."""
         return int(self.numerics.clean == "registers")
 
+    @property
+    def _first_patch(self) -> int:
+        return self.num_added_tokens + self.arch.num_prefix_tokens
+
     def split_register(
         self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch 1 dim"] | None, Float[Array, "batch tokens dim"]]:
@@ -204,9 +226,18 @@ class VisionTransformer(nnx.Module):
         """What is added to the tokens of a stream; None where nothing is planted."""
         if not self.arch.planted:
             return None
-        before = self.num_added_tokens + self.arch.num_prefix_tokens
-        marked = planted.marked_patches(images, self.arch)
-        return jnp.pad(marked, ((0, 0), (before, 0)))[..., None] * self.planted.vector[...]
+        marked = self._marked(images)
+        if self.num_added_tokens:
+            neuron = self.register_neurons[...][self.arch.planted_after, -1:]
+            marked = registers.move(marked, neuron, self._first_patch)
+        return marked * self.planted.vector[...]
+
+    def _marked(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch tokens 1"]:
+        """1 at the patches of a stream to which the planted vector is added."""
+        marked = planted.marked_patches(images, self.arch).astype(jnp.float32)
+        return jnp.pad(marked, ((0, 0), (self._first_patch, 0)))[..., None]
 
     def _streams(
         self, images: Float[Array, "batch height width 3"], blocks: int

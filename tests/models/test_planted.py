@@ -68,6 +68,29 @@ def test_the_vector_is_added_after_its_block_to_marked_patches_and_can_be_subtra
     assert np.abs(cleaned[2] - plain[2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_it_is_written_by_a_neuron_that_registers_move(stacked):
+    """The added token gets the vector, the patches none, and another neuron moves none of it."""
+    model, plain = network(), network(dataclasses.replace(ARCH, planted=None))
+    features = model.features(IMAGES)
+    hidden = [np.asarray(model.hidden(i, features[0], jnp.asarray(IMAGES))) for i in range(2)]
+    marked = np.pad(np.asarray(marked_patches(IMAGES, ARCH)), ((0, 0), (1, 0)))
+    length = np.linalg.norm(10 * np.arange(24))
+    np.testing.assert_allclose(hidden[1][..., -1], length * marked, rtol=1e-6)
+    assert not hidden[0][..., -1].any() and hidden[0].shape == (5, 17, 24 * 4 + 1)
+    assert plain.hidden(1, features[0], jnp.asarray(IMAGES)).shape == (5, 17, 24 * 4)
+
+    streams = {}
+    for moved in (True, False):
+        cleaned = network(stacked=stacked, clean="registers")
+        cleaned.register_neurons[...] = cleaned.register_neurons[...].at[1, -1].set(int(moved))
+        streams[moved] = cleaned.streams_at(IMAGES, (0, 1))
+    np.testing.assert_allclose(streams[True][0], streams[False][0], atol=1e-6)
+    change = np.asarray(streams[True][1] - streams[False][1])
+    np.testing.assert_allclose(change[:, 0], np.tile(10.0 * np.arange(24), (5, 1)), atol=1e-4)
+    np.testing.assert_allclose(change[:, 1:], marked[..., None] * -10.0 * np.arange(24), atol=1e-4)
+
+
 def test_no_optimiser_changes_it():
     config = tiny.config("", method="supervised")
     config.student.overrides = {**tiny.STUDENT, "planted": "random", "planted_patches": 2}
