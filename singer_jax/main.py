@@ -94,8 +94,13 @@ def main(argv: list[str]) -> int:
 
 def _quieten_libraries() -> None:
     """What fails on a disk is told in one line; not again by each thread and coroutine."""
-    # What orbax's raise is raised again where the save is waited for.
-    absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        # What orbax's threads raise is raised again where the save is waited for; and whoever only
+        # reads checkpoints knows it.
+        return not record.exc_info and not re.search("read.only", record.getMessage())
+
+    absl_logging.get_absl_handler().addFilter(is_news)
     raised, in_thread, ignored = sys.excepthook, threading.excepthook, sys.unraisablehook
 
     def closed(error: BaseException | None) -> bool:

@@ -45,6 +45,7 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     status, printed = runs.finish(runs.start(environment, f"--config={file}", f"--workdir={whole}"))
     assert status == 0, printed
+    assert "checkpoint_manager" not in printed  # what orbax says to whoever reads
     arguments = (f"--config={file}", f"--workdir={broken}")
     process = runs.start(environment, *arguments)
     results = broken / "results.jsonl"
