@@ -1,9 +1,9 @@
 """STUDY.md and its plot from the results of the job `study`; the same file gives the same bytes.
 
-  python -m benchmarks.study runs/study/results.jsonl
+  python -m benchmarks.study runs/study/results.jsonl runs/study_real/results.jsonl
   python -m benchmarks.study          # again from the results that are kept here
 
-The first keeps the results as benchmarks/study.jsonl.
+The first keeps the results, of one study or of several, as benchmarks/study.jsonl.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +56,14 @@ OF_TEACHER = (
     Measure("norm_ratio", "last block", 2),
     Measure("planted_length", "planted length", 1),
     Measure("planted_in_null_space", "of its energy in the null space", 2),
+)
+
+# Of the teacher of `configs/study.py:real` whose results are kept.
+OF_GIVEN = (
+    "`given` is a real one as it is: a ViT-S/14 in DINOv2's architecture and timm's layout, which",
+    "others trained on to find what is salient in photos. It sees scenes of 84 x 84 pixels, and it",
+    "has no outliers.",
+    "",
 )
 
 Row = dict[str, Any]
@@ -225,6 +232,7 @@ def page(rows: Sequence[Row]) -> str:
         "brackets cleaned the teacher",
         "(`planted`: the vector was subtracted, the ceiling; `registers` looked for its neurons).",
         "",
+        *(OF_GIVEN if "given" in teachers else ()),
         "Linear top-1, mIoU and depth are linear probes in closed form (ridge regression) on test",
         "scenes, of the class token and of the patches. Dense scores leave out the marked",
         "patches, so that an artifact which follows the background tells nothing. Intervals are",
@@ -269,10 +277,10 @@ def page(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Writes the page and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="?", type=Path, help="of the job; none: those kept")
+    parser.add_argument("results", nargs="*", type=Path, help="of the job; none: those kept")
     arguments = parser.parse_args()
     if arguments.results:
-        shutil.copyfile(arguments.results, KEPT)
+        KEPT.write_text("".join(path.read_text() for path in arguments.results))
     rows = [json.loads(line) for line in KEPT.read_text().splitlines()]
     PAGE.write_text(page(rows))
     teachers = list(dict.fromkeys(row["teacher"] for row in rows))
