@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from singer_jax.config import default, study
 from singer_jax.errors import unknown
+from singer_jax.methods.singer import DEPTHS
 
 
 class Size(NamedTuple):
@@ -66,7 +67,7 @@ SIZES = {
         test=2000,
         base_epochs=40,
         tuned_epochs=6,
-        steps=800,
+        steps=600,
         teacher_batch=64,
         student_batch=32,
         rank=16,
@@ -74,7 +75,7 @@ SIZES = {
         patches=2,
         seeds=5,
         variant_seeds=2,
-        teachers=("random-random-20", "none", "null-background-5"),
+        teachers=("random-random-20", "none", "null-random-20", "null-background-5"),
     ),
     "full": Size(
         image_size=96,
@@ -111,11 +112,13 @@ SIZES = {
 SIZES["real"] = SIZES["small"]._replace(
     image_size=84,
     patch_size=14,
+    teacher=(384, 12, 6),
     student=(96, 4, 3),
     teachers=("given",),
 )
 
-# What differs from each method's own settings.
+# What differs from each method's own settings. FitNet gets the blocks of SiNGER (`_same_blocks`);
+# its own are one more, before the planted vector.
 MAIN: dict[str, dict[str, Any]] = {
     "fitnet": {"name": "fitnet"},
     "fitnet_final_norm": {"name": "fitnet", "match": {"space": "final_norm"}},
@@ -127,22 +130,31 @@ MAIN: dict[str, dict[str, Any]] = {
     "singer_calibrated": {"name": "singer", "nullspace": {"source": "calibrated"}},
     "singer_final_norm": {"name": "singer", "match": {"space": "final_norm"}},
 }
+_PUBLISHED = {"use": "init", "rule": "absolute", "threshold": 0.05, "order": "official"}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "fitnet_own_blocks": {"name": "fitnet"},
     "fitnet_standardised": {"name": "fitnet", "match": {"space": "standardised"}},
     "fitnet_cosine": {
         "name": "fitnet",
         "match": {"space": "final_norm", "loss": "cosine_smooth_l1"},
     },
     "vitkd": {"name": "vitkd"},
+    "vitkd_frozen": {"name": "vitkd", "train_generator": False},
     "vitkd_official": {"name": "vitkd_official"},
     "singer_soft": {"name": "singer", "nullspace": {"use": "soft"}},
     "singer_init": {"name": "singer", "nullspace": {"use": "init"}},
     "singer_random": {"name": "singer", "nullspace": {"use": "random"}},
     "singer_block": {"name": "singer", "nullspace": {"source": "block"}},
+    "singer_mlp_norm": {"name": "singer", "nullspace": {"source": "mlp_norm"}},
     "singer_quarter": {"name": "singer", "nullspace": {"threshold": 0.25}},
+    "singer_three_quarters": {"name": "singer", "nullspace": {"threshold": 0.75}},
+    "singer_start": {"name": "singer", "nullspace": {"start": "official"}},
     "singer_half_rank": {"name": "singer"},
+    "singer_double_rank": {"name": "singer"},
     "singer_without_outlier": {"name": "singer", "weights": {"outlier": 0.0}},
     "singer_without_info": {"name": "singer", "weights": {"info": 0.0}},
+    "singer_matching": {"name": "singer", "matching": "official"},
+    "singer_published": {"name": "singer", "matching": "official", "nullspace": _PUBLISHED},
 }
 
 
@@ -173,6 +185,11 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
     return config
 
 
+def _same_blocks(size: Size) -> tuple[int, ...]:
+    """That of the teacher's blocks which SiNGER distils besides the last."""
+    return (round(DEPTHS[0] * size.teacher[1]) - 1,)
+
+
 def get_config(size: str = "small") -> ConfigDict:
     """The study of a size: `small`, `full` or `real`.
 
@@ -195,7 +212,12 @@ def get_config(size: str = "small") -> ConfigDict:
     config.distilled.method.quantile = chosen.quantile
     for name, method in (MAIN | VARIANTS).items():
         config.distilled.students[name] = {"method": method}
-    config.distilled.students.singer_half_rank.method["rank"] = chosen.rank // 2
+    students = config.distilled.students
+    students.singer_half_rank.method["rank"] = chosen.rank // 2
+    students.singer_double_rank.method["rank"] = chosen.rank * 2
+    for name in MAIN | VARIANTS:
+        if students[name].method["name"] == "fitnet" and name != "fitnet_own_blocks":
+            students[name].method["layers"] = _same_blocks(chosen)
     config.teachers = chosen.teachers
     if size == "real":
         config.given.model = "vit_small_patch14_dinov2"
@@ -205,5 +227,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.main = tuple(MAIN)
     config.variants_on = chosen.teachers[:1]
     config.cleaners, config.cleaned = ("planted", "shift_average", "registers"), ("fitnet",)
+    if size == "real":  # it has nothing that is planted and no outliers
+        config.cleaners = ("shift_average",)
     config.distilled.teacher.registers.images, config.distilled.teacher.registers.neurons = 300, 4
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _LONGEST = 200  # characters of a name that is looked for among others
 
@@ -21,6 +21,19 @@ class RunError(RuntimeError):
     """A run failed for a reason that its message names: exit status 1, checkpoints are kept."""
 
     status = 1
+
+
+class StudentsStopped(RunError):
+    """Some students of a run, or all, met a number that is none; the others are done.
+
+    Args:
+      message: of the error.
+      students: what each of them met.
+    """
+
+    def __init__(self, message: str, students: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.students = dict(students)
 
 
 class Stopped(Exception):

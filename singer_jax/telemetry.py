@@ -24,7 +24,7 @@ import jax
 from etils import epath
 
 from singer_jax import chips, stopping
-from singer_jax.errors import RunError
+from singer_jax.errors import RunError, StudentsStopped
 from singer_jax.files import Mirror
 from singer_jax.ranges import COUNT, Flag
 from singer_jax.settings import Settings, setting
@@ -272,7 +272,8 @@ class Recorder:
                 losses[student] = own["loss"]
                 metrics |= {metric_name("train", student, k): value for k, value in own.items()}
         if not losses:
-            raise RunError(f"no student goes on: {in_words(self.stopped)}")
+            message = f"no student goes on: {in_words(self.stopped)}"
+            raise StudentsStopped(message, self.stopped)
         self.bar.update()
         if not self.logs(step):
             return

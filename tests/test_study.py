@@ -25,7 +25,7 @@ def get_config():
     config.base.epochs = config.tuned.epochs = 1
     config.distilled.steps, config.images = 2, 40
     config.teachers, config.seeds, config.variant_seeds = ("random-random-20",), 1, 1
-    config.main, config.variants_on = ("fitnet", "fitnet_clip", "singer"), ()
+    config.main, config.variants_on = ("fitnet", "fitnet_clip", "singer"), config.teachers
     config.cleaners = ("planted", "registers")
     for name in set(config.distilled.students) - {*config.main, "schedule"}:
         del config.distilled.students[name]

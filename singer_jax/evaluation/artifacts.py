@@ -28,12 +28,11 @@ def removed_share(
 ) -> float:
     """The share of the planted vector's energy that is gone from the marked patches.
 
-    1 - mean (a + d)^2 / a^2 with a the vector's length and d what the change adds along it. 0: it
-    is as it was; below 0: it is larger, also where it was turned round and more.
+    1 - mean |v + d|^2 / |v|^2 with v the vector and d the change of a patch: all else that the
+    change does to it counts against it. 0: it is as it was; below 0: it is worse.
     """
-    length = np.linalg.norm(planted)
-    along = (after - before)[marked] @ (planted / length)
-    return float(1 - np.mean(np.square(length + along)) / length**2)
+    left = (after - before)[marked] + planted
+    return float(1 - np.mean(np.sum(np.square(left), axis=-1)) / np.sum(np.square(planted)))
 
 
 def energy_within(

@@ -90,17 +90,11 @@ class SceneMeasures:
         if teacher.arch.planted:
             self.vector = np.asarray(teacher.params["planted"]["vector"])
         self.features = tokens_of(teacher, test, sorted({self.first, self.last}))
-        fitted = tokens_of(teacher, train, [self.last], _MAPPED)[self.last]
-        self.clean = self._clean(self.features[self.last], self.marked)
-        self.clean_fitted = self._clean(fitted, self.train_marked)
-
-    def _clean(
-        self,
-        tokens: Float[np.ndarray, "images tokens dim"],
-        marks: Bool[np.ndarray, "images patches"],
-    ) -> Float[np.ndarray, "images patches dim"]:
-        patches = tokens[:, self.prefix :]
-        return patches - marks[: len(patches), :, None] * self.vector
+        clean = _without_planted(teacher)
+        self.clean, self.clean_fitted = (
+            tokens_of(clean, scenes, [self.last], count)[self.last][:, self.prefix :]
+            for scenes, count in ((test, None), (train, _MAPPED))
+        )
 
     def of_teacher(self) -> dict[str, float]:
         """What the teacher itself scores, and what was planted in it."""
@@ -117,7 +111,7 @@ class SceneMeasures:
         return found
 
     def of_student(self, student: Backbone) -> dict[str, float | None]:
-        """Its scores and its likeness to the teacher without what was planted."""
+        """Its scores and its likeness to the teacher into which nothing is planted."""
         last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
         fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
         own = tokens_of(student, self.test, [last])[last][:, prefix:]
@@ -130,6 +124,8 @@ class SceneMeasures:
 
     def of_target(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> dict[str, float]:
         """What a method or cleaner made of the first distilled block's features.
+
+        What the next block sees of it is the change of what it adds to the residual stream.
 
         Args:
           cleaned: in the place of the teacher's own.
@@ -160,7 +156,7 @@ class SceneMeasures:
     ) -> Float[np.ndarray, "images tokens dim"]:
         network, params = self.teacher.network, self.teacher.params
         found = [_next_block(network, self.first, params, part) for part in _parts(features)]
-        return np.concatenate([np.asarray(part) for part in found])
+        return np.concatenate([np.asarray(part) for part in found]) - features
 
     def _scores(self, backbone: Backbone) -> dict[str, float]:
         last, prefix = backbone.arch.depth - 1, backbone.arch.num_prefix_tokens
@@ -195,6 +191,14 @@ def tokens_of(
         for layer, value in of_part.items():
             found[layer].append(np.asarray(value))
     return {layer: np.concatenate(values) for layer, values in found.items()}
+
+
+def _without_planted(backbone: Backbone) -> Backbone:
+    """The same weights, but a planted vector of zeros."""
+    params = dict(backbone.params)
+    if "planted" in params:
+        params["planted"] = jax.tree.map(jnp.zeros_like, params["planted"])
+    return dataclasses.replace(backbone, params=params)
 
 
 def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patches"]:

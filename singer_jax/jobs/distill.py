@@ -23,7 +23,7 @@ from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
-from singer_jax.errors import InputError, RunError
+from singer_jax.errors import InputError, StudentsStopped
 from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neurons
 from singer_jax.evaluation.cleaning import told as cleaning_told
@@ -102,7 +102,8 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     names = ", ".join(filter(None, states)) or "student"
     LOG.info("%s: %d steps done, %s exported", workdir, steps, names)
     if stopped:
-        raise RunError(f"{workdir}: {in_words(stopped)}; the other students are done")
+        message = f"{workdir}: {in_words(stopped)}; the other students are done"
+        raise StudentsStopped(message, stopped)
 
 
 def _described(settings: DistillSettings, run: Setups, source: Source) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from etils import epath
 from singer_jax import parallel
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, StudentsStopped
 from singer_jax.evaluation.artifacts import planted_length
 from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
@@ -34,6 +34,7 @@ from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import CLEANERS, PLACES, Architecture
 from singer_jax.models.network import ModelSettings
 from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.zoo import lookup
 from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.report.collect import restore, trained_singers
 from singer_jax.settings import Settings, flatten, section, setting, to_dict
@@ -73,12 +74,13 @@ class StudySettings(Settings):
     seeds: int = setting(5, COUNT, "of the students in `main`")
     main: tuple[str, ...] = setting((), Each(NAME), "students of every teacher")
     variant_seeds: int = setting(2, COUNT, "of the other students")
-    variants_on: tuple[str, ...] = setting((), Each(NAME), "teachers of the other students")
+    variants_on: tuple[str, ...] = setting(
+        (), Each(NAME), "teachers of the other students, and those that are cleaned"
+    )
     cleaners: tuple[str, ...] = setting(
         (),
         Each(OneOf(CLEANERS)),
-        "`teacher.clean` of further runs, of teachers with something to clean; `planted` is the "
-        "ceiling",
+        "`teacher.clean` of further runs, of teachers with something to clean",
     )
     cleaned: tuple[str, ...] = setting((), Each(NAME), "students of these runs")
     images: int = setting(2000, COUNT, "training images that the measures are fitted on")
@@ -137,9 +139,15 @@ def study(settings: StudySettings, workdir: epath.Path) -> None:
                 results.add([known | {"student": ""} | measures.of_teacher()])
                 continue
             run = distillation(settings, cell, folder / "teacher")
-            _run(run, folder / cell.name)
-            rows = measured(measures, run, folder / cell.name)
-            results.add([known | {"student": name} | row for name, row in rows.items()])
+            lost: Mapping[str, str] = {}
+            try:
+                _run(run, folder / cell.name)
+            except StudentsStopped as error:
+                lost = error.students
+            rows = {name: {"stopped": why} for name, why in lost.items()}
+            if done := [name for name in cell.students if name not in lost]:
+                rows |= measured(measures, run, folder / cell.name, done)
+            results.add([known | {"student": name} | rows[name] for name in cell.students])
     print(f"{workdir / 'results.jsonl'}: {len(results.rows)} rows")
 
 
@@ -169,6 +177,8 @@ def cells(settings: StudySettings) -> list[Cell]:
             raise InputError(f"teachers: {teacher}; a patch gets longer, give a ratio above 1")
     if GIVEN in settings.teachers and not settings.given.weights:
         raise InputError("given.weights: missing, but teachers has `given`")
+    if set(settings.teachers) - {NONE, GIVEN}:
+        _check_planted(settings)
     variants = tuple(name for name in known if name not in settings.main)
     found = []
     for teacher in settings.teachers:
@@ -177,17 +187,35 @@ def cells(settings: StudySettings) -> list[Cell]:
             further = seed < settings.variant_seeds and teacher in settings.variants_on
             students = settings.main + variants * further
             found += [Cell(teacher, "", seed, students)] if students else []
-        for clean in settings.cleaners if settings.cleaned else ():
+        if not settings.cleaned or teacher not in settings.variants_on:
+            continue
+        for clean in settings.cleaners:
             if _cleans(clean, teacher, settings.distilled.teacher.registers.outlier):
                 seeds = range(settings.seeds)
                 found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
     return found
 
 
+def _check_planted(settings: StudySettings) -> None:
+    """That there is room for the planted patches, in the images and above a quantile of SiNGER."""
+    student = settings.tuned.student
+    patches = lookup(student.model, dict(student.overrides)).arch.num_patches
+    if settings.patches >= patches:
+        raise InputError(f"patches: {settings.patches} are planted, but an image has {patches}")
+    most = 1 - (settings.patches + 1) / patches
+    for name, own in settings.distilled.each().items():
+        quantile = getattr(own.method, "quantile", 0)
+        if quantile > most:
+            raise InputError(
+                f"distilled.students.{name}.method.quantile: {quantile:g}, but with "
+                f"{settings.patches} of {patches} patches planted it is at most {most:.3g}"
+            )
+
+
 def _cleans(clean: str, teacher: str, outlier: float) -> bool:
     """Whether a cleaner has something to do; registers need patches above `outlier` medians."""
     if teacher in (NONE, GIVEN):
-        return teacher == GIVEN and clean == "shift_average"
+        return teacher == GIVEN and clean != "planted"
     return clean != "registers" or float(teacher.split("-")[2]) > outlier
 
 
@@ -312,14 +340,15 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
 
 
 def measured(
-    measures: SceneMeasures, run: DistillSettings, folder: epath.Path
+    measures: SceneMeasures, run: DistillSettings, folder: epath.Path, students: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """What a study says of each student of a run.
+    """What a study says of students of a run.
 
     Args:
       measures: of its teacher, uncleaned.
       run: the run.
       folder: of the run, which is done.
+      students: their names.
     """
     teacher, layer = measures.teacher, measures.first
     prepared, states, taught, _ = restore(folder, run)
@@ -328,12 +357,15 @@ def measured(
         cleaner = Backbone(prepared.taught_by.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows = {}
-    for name, own in run.each().items():
+    for name in students:
+        own = run.each()[name]
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
         clip = getattr(getattr(own.method, "match", None), "clip", None)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
+            if run.teacher.clean == "registers":  # a block sees the added token, too
+                del rows[name]["next_block_changed"]
         elif name in singers:
             rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
         elif clip is not None:

@@ -40,12 +40,15 @@ def marked_patches(
 
     Args:
       images: as the model takes them.
-      arch: with `planted`: `random` patches, drawn by the sum of the pixels' bits, or the
-        `background`, whose pixels vary least; where several vary alike, the first.
+      arch: with `planted`: `random` patches, drawn by a sum over the pixels, rounded so that it is
+        the same in every program, or the `background`, whose pixels vary least; where several vary
+        alike, the first.
     """
     if arch.planted == "random":
-        bits = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32)
-        seeds = jnp.sum(bits, axis=(1, 2, 3), dtype=jnp.uint32)  # wraps; of no order
+        levels = jnp.round(images.astype(jnp.float32) * 32).astype(jnp.int32).astype(jnp.uint32)
+        levels = levels.reshape(len(images), -1)
+        places = jnp.arange(levels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)
+        seeds = jnp.sum(levels * places, axis=1, dtype=jnp.uint32)  # wraps; of no order
         draw = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), arch.num_patches))
         scores = draw(seeds)
     else:

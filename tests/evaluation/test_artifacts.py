@@ -21,11 +21,19 @@ def test_the_share_of_the_planted_energy_that_is_removed(left, removed):
     assert found == pytest.approx(removed)
 
 
-def test_what_is_across_the_vector_or_elsewhere_is_not_its_energy():
+def test_a_projected_update_removes_the_share_that_is_in_the_subspace():
+    onto = np.diag([1.0, 1, 0])
+    after = planted(1) - MARKED[..., None] * (VECTOR @ onto)
+    found = artifacts.removed_share(planted(1), after, VECTOR, MARKED)
+    assert found == pytest.approx(artifacts.energy_within(VECTOR, onto))
+
+
+def test_what_a_change_does_besides_counts_against_it_in_marked_patches_alone():
     after = planted(0)
-    after[..., 1] += 7  # at right angles
+    after[..., 1] += 2  # at right angles
     after[0, 1] += 5  # not marked
-    assert artifacts.removed_share(planted(1), after, VECTOR, MARKED) == pytest.approx(1)
+    found = artifacts.removed_share(planted(1), after, VECTOR, MARKED)
+    assert found == pytest.approx(1 - 4 / 25)
 
 
 def test_the_length_makes_the_norm_the_ratio_of_a_median_token():
