@@ -9,8 +9,11 @@ The first keeps the results, of one study or of several, as benchmarks/study.jso
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,14 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 KEPT, PAGE, PLOT = HERE / "study.jsonl", HERE / "STUDY.md", HERE / "study.svg"
 AGAINST = ("fitnet", "fitnet_final_norm")
+SEEDS = 5  # of a student that is compared
+
+# Scores that read tokens of the student's last block which the method does not train.
+UNTRAINED = {
+    "relational": ("linear_top1", "knn_top1"),
+    "vitkd_official": ("linear_top1", "knn_top1"),
+    "pooled": ("miou", "depth_rmse"),
+}
 
 
 class Measure(NamedTuple):
@@ -58,13 +69,65 @@ OF_TEACHER = (
     Measure("planted_in_null_space", "of its energy in the null space", 2),
 )
 
+INTRODUCTION = """\
+# Does it work, and when
+
+Made by `python -m benchmarks.study` from `benchmarks/study.jsonl`, the results of
+`python -m singer_jax.main --config=configs/study.py`, which says every size. Nothing here is the
+paper's, and nothing is of a real large model.
+
+## Question and design
+
+Does refining a teacher's features in a null space beat what else people do about tokens of huge
+norm, where there are such tokens, and what does it cost where there are none?
+
+A small transformer is trained to classify generated scenes (`data.source=scenes`). Each teacher
+below is that one trained on while a vector is added to a few patches of every image, as one more
+neuron of the first distilled block's MLP would write it: planted artifacts, of which direction,
+place and size are known. The name says them: direction (random, or the most null or most visible
+one for the next block by the paper's linear map), place (random patches, or background: those whose
+pixels vary least), and about how many medians long the patch becomes. `none` was trained on
+without. Students see images without labels. All of a cell learn in one run from the same teacher
+pass.
+
+Names: `fitnet_SPACE` is `method.match.space`, `fitnet_clip` `method.match.clip`; `singer_WORD`
+differs in one setting, which the configuration says. FitNet learns from the same blocks as SiNGER,
+but for `fitnet_own_blocks`. What stands in brackets cleaned the teacher. `planted`: the vector is
+subtracted; what later blocks made of it stays. `registers`: four neurons were looked for and moved;
+the one that writes the vector fires by its length, at the marked patches alone, and is easy to
+find."""
+
 # Of the teacher of `configs/study.py:real` whose results are kept.
-OF_GIVEN = (
-    "`given` is a real one as it is: a ViT-S/14 in DINOv2's architecture and timm's layout, which",
-    "others trained on to find what is salient in photos. It sees scenes of 84 x 84 pixels, and it",
-    "has no outliers.",
-    "",
-)
+OF_GIVEN = """
+`given` is a trained model as it is. Here: a ViT-S/14 in DINOv2's architecture and timm's layout,
+which others trained on to find what is salient in photos. It sees scenes of 84 x 84 pixels."""
+
+MEASURED = """
+Linear top-1, mIoU and depth are linear probes in closed form (ridge regression) on test scenes, of
+the class token and of the patches. Dense scores leave out the marked patches, so that an artifact
+which follows the background tells nothing. Intervals are 95 % by Student's t over seeds;
+differences are between runs of the same seed, bold where five seeds' interval leaves out 0. Some
+scores read tokens of the student's last block that its method does not train: the class token of
+`relational` and `vitkd_official`, the patches of `pooled`. They are shown and not compared.
+
+The clean teacher is the same weights with a vector of zeros; the cosine to it is one after a linear
+map that is fitted on other images. Of a target, that is the teacher's features at the first
+distilled block as refined or cleaned: how many medians its 99th percentile is, what share of the
+planted energy is gone, and the change of what the next block adds to the residual stream. Half of
+all directions are null for the linear map of the next block, so that 0.50 in the null space is what
+chance gives.
+
+## Teachers
+"""
+
+OPEN = """\
+## What is not
+
+- Anything at the scale of the paper: teachers of hundreds of millions of parameters, whose
+  artifacts emerged by themselves, and students that are trained for long. No teacher here was
+  trained that long.
+- Rows with fewer than five seeds (the variants) show no more than large differences.
+- SiNGER without its distillation term: nothing would teach the student."""
 
 Row = dict[str, Any]
 Group = dict[int, Row]
@@ -80,10 +143,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(scipy.stats.t.ppf(0.975, count - 1) * error)
 
 
-def paired(rows: Group, other: Group, key: str) -> tuple[float, float]:
-    """`interval` of the differences between runs of the same seed."""
+def pairs(rows: Group, other: Group, key: str) -> list[float]:
+    """Differences between runs of the same seed."""
     seeds = sorted(rows.keys() & other.keys())
-    return interval([rows[seed][key] - other[seed][key] for seed in seeds])
+    return [rows[seed][key] - other[seed][key] for seed in seeds]
+
+
+def paired(rows: Group, other: Group, key: str) -> tuple[float, float]:
+    """`interval` of `pairs`."""
+    return interval(pairs(rows, other, key))
 
 
 def name_of(row: Row) -> str:
@@ -92,10 +160,10 @@ def name_of(row: Row) -> str:
 
 
 def groups_of(rows: Iterable[Row], teacher: str) -> dict[str, Group]:
-    """Students of a teacher by name, in the order of the file."""
+    """Students of a teacher by name, in the order of the file; without runs that were stopped."""
     found: dict[str, Group] = {}
     for row in rows:
-        if row["teacher"] == teacher and row["student"]:
+        if row["teacher"] == teacher and row["student"] and "stopped" not in row:
             found.setdefault(name_of(row), {})[row["seed"]] = row
     return found
 
@@ -128,7 +196,7 @@ def means(groups: Mapping[str, Group], measures: Sequence[Measure]) -> list[str]
 
 
 def differences(groups: Mapping[str, Group], against: str) -> list[str]:
-    """Paired differences to one student; bold where the interval leaves out 0."""
+    """Paired differences to one student; bold where the interval of enough seeds leaves out 0."""
     body = []
     for name, group in groups.items():
         if name == against:
@@ -137,36 +205,78 @@ def differences(groups: Mapping[str, Group], against: str) -> list[str]:
         for measure in SCORES:
             mean, half = paired(group, groups[against], measure.key)
             text = number(mean, half, measure.digits, sign=True)
-            cells.append(f"**{text}**" if abs(mean) > half else text)
+            cells.append(f"**{text}**" if abs(mean) > half and len(group) >= SEEDS else text)
         body.append([name, *cells])
     return table([f"minus {against}", *(m.heading for m in SCORES)], body)
 
 
-def findings(groups: Mapping[str, Group], against: str) -> list[str]:
+class Difference(NamedTuple):
+    """Of a student of a teacher to another in one measure."""
+
+    teacher: str
+    against: str
+    student: str
+    measure: Measure
+    mean: float
+    p_value: float
+
+
+def settled(groups: Mapping[str, Group]) -> dict[str, Group]:
+    """Students with enough seeds to be compared."""
+    return {name: group for name, group in groups.items() if len(group) >= SEEDS}
+
+
+def compared(rows: Sequence[Row]) -> list[str]:
+    """Teachers with enough seeds of the students that others are compared with."""
+    teachers = dict.fromkeys(row["teacher"] for row in rows)
+    return [name for name in teachers if set(AGAINST) <= set(settled(groups_of(rows, name)))]
+
+
+def all_differences(rows: Sequence[Row]) -> list[Difference]:
+    """Every pair that is compared, of all teachers, with the p-value of a paired t-test."""
+    found = []
+    for teacher in compared(rows):
+        groups = settled(groups_of(rows, teacher))
+        for against, (name, group), measure in itertools.product(AGAINST, groups.items(), SCORES):
+            if name in AGAINST[: AGAINST.index(against) + 1]:  # itself, or compared already
+                continue
+            if measure.key in UNTRAINED.get(name, ()):
+                continue
+            values = pairs(group, groups[against], measure.key)
+            p_value = np.nan_to_num(scipy.stats.ttest_1samp(values, 0).pvalue, nan=1.0)
+            mean = float(np.mean(values))
+            found.append(Difference(teacher, against, name, measure, mean, float(p_value)))
+    return found
+
+
+def established(found: Sequence[Difference]) -> list[Difference]:
+    """Those of which one in twenty is expected to be none (Benjamini and Hochberg)."""
+    if not found:
+        return []
+    adjusted = scipy.stats.false_discovery_control([one.p_value for one in found])
+    return [one for one, value in zip(found, adjusted, strict=True) if value <= 0.05]
+
+
+def findings(found: Sequence[Difference]) -> list[str]:
     """Who is better and worse than one student, in a sentence a measure."""
     lines = []
     for measure in SCORES:
-        better, worse = [], []
-        for name, group in groups.items():
-            mean, half = paired(group, groups[against], measure.key) if name != against else (0, 0)
-            if abs(mean) > half:
-                (better if mean * measure.better > 0 else worse).append((name, mean))
-        told = [
-            f"{word} {', '.join(f'{n} ({m:+.{measure.digits}f})' for n, m in found)}"
-            for word, found in (("better", better), ("worse", worse))
-            if found
-        ]
+        own = [one for one in found if one.measure is measure]
+        told = []
+        for word, sign in (("better", 1), ("worse", -1)):
+            named = [
+                f"{one.student} ({one.mean:+.{measure.digits}f})"
+                for one in own
+                if one.mean * measure.better * sign > 0
+            ]
+            told += [f"{word} {', '.join(named)}"] if named else []
         lines.append(f"- {measure.heading}: {'; '.join(told) or 'no student differs'}.")
     return [*lines, ""]
 
 
-def settled(groups: Mapping[str, Group], least: int = 5) -> dict[str, Group]:
-    """Students with enough seeds to be compared."""
-    return {name: group for name, group in groups.items() if len(group) >= least}
-
-
-def plot(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Paired differences to FitNet, a column a measure and a row a teacher."""
+    teachers = compared(rows)
     with matplotlib.rc_context({"svg.hashsalt": "study", "font.size": 8}):
         shown = (SCORES[0], SCORES[2], SCORES[3])
         figure = Figure(figsize=(10, 2.6 * len(teachers)), layout="constrained")
@@ -202,65 +312,40 @@ def unconverged(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def told_stopped(rows: Sequence[Row]) -> list[str]:
+    """Runs that met a number that is none."""
+    lost = [row for row in rows if "stopped" in row]
+    told = [
+        f"- {row['teacher']}, seed {row['seed']}, {name_of(row)}: {row['stopped']}" for row in lost
+    ]
+    return ["Not measured:", "", *told, ""] if lost else []
+
+
 def page(rows: Sequence[Row]) -> str:
     """STUDY.md."""
     teachers = list(dict.fromkeys(row["teacher"] for row in rows))
-    compared = [
-        teacher for teacher in teachers if set(AGAINST) <= set(settled(groups_of(rows, teacher)))
-    ]
-    lines = [
-        "# Does it work, and when",
-        "",
-        "Made by `python -m benchmarks.study` from `benchmarks/study.jsonl`, the results of",
-        "`python -m singer_jax.main --config=configs/study.py`, which says every size. Nothing",
-        "here is the paper's, and nothing is of a real large model.",
-        "",
-        "## Question and design",
-        "",
-        "Does refining a teacher's features in a null space beat what else people do about tokens",
-        "of huge norm, where there are such tokens, and what does it cost where there are none?",
-        "",
-        "A small transformer is trained to classify generated scenes (`data.source=scenes`). Each",
-        "teacher below is that one trained on while a vector is added to a few patches of every",
-        "image, as one more neuron of the first distilled block's MLP would write it: planted",
-        "artifacts, of which direction, place and size are known. The name says them: direction",
-        "(random, or the most null or most visible one for the next block by the paper's linear",
-        "map), place (random patches, or background: those whose pixels vary least), and about how",
-        "many medians long the patch becomes. `none` was trained on without. Students see images",
-        "without labels. All of a cell learn in one run from the same teacher pass. Names:",
-        "`fitnet_SPACE` is `method.match.space`, `fitnet_clip` `method.match.clip`; what stands in",
-        "brackets cleaned the teacher",
-        "(`planted`: the vector was subtracted, the ceiling; `registers` looked for its neurons).",
-        "",
-        *(OF_GIVEN if "given" in teachers else ()),
-        "Linear top-1, mIoU and depth are linear probes in closed form (ridge regression) on test",
-        "scenes, of the class token and of the patches. Dense scores leave out the marked",
-        "patches, so that an artifact which follows the background tells nothing. Intervals are",
-        "95 % by Student's t over seeds; differences are between runs of the same seed. With some",
-        "ten students and four scores a teacher, two of the bold ones would be so by chance alone.",
-        "",
-        "## Teachers",
-        "",
-    ]
+    lines = [INTRODUCTION, *([OF_GIVEN] if "given" in teachers else ()), MEASURED]
     own = {row["teacher"]: {0: row} for row in rows if not row["student"]}
     lines += means(own, OF_TEACHER)
-    lines += ["## What is established", ""]
-    for teacher in compared:
-        groups = settled(groups_of(rows, teacher))
-        for against in AGAINST:
-            lines += [f"Teacher {teacher}, at least five seeds, against {against}:", ""]
-            lines += findings(groups, against)
+    found = all_differences(rows)
+    known = established(found)
     lines += [
-        "## What is not",
+        "## What is established",
         "",
-        "- Anything at the scale of the paper: teachers of hundreds of millions of parameters,",
-        "  whose artifacts emerged by themselves, and students that are trained for long.",
+        f"Of {len(found)} differences, each tested by a paired t-test over {SEEDS} seeds, those of",
+        "which one in twenty is expected to be chance (Benjamini and Hochberg). All are of these",
+        "teachers, one of each name, and of these test scenes.",
+        "",
+    ]
+    for teacher, against in itertools.product(compared(rows), AGAINST):
+        lines += [f"Teacher {teacher}, against {against}:", ""]
+        lines += findings([one for one in known if one[:2] == (teacher, against)])
+    lines += [
+        OPEN,
         *unconverged(rows),
-        "- Artifacts that emerged by themselves: no teacher was trained that long.",
-        "- Rows with fewer than five seeds (the variants) show no more than large differences.",
         "",
-        f"![Paired differences to FitNet]({PLOT.name})",
-        "",
+        *told_stopped(rows),
+        *([f"![Paired differences to FitNet]({PLOT.name})", ""] if compared(rows) else ()),
     ]
     for teacher in teachers:
         groups = groups_of(rows, teacher)
@@ -279,13 +364,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="*", type=Path, help="of the job; none: those kept")
     arguments = parser.parse_args()
-    if arguments.results:
-        KEPT.write_text("".join(path.read_text() for path in arguments.results))
-    rows = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    texts = [path.read_text() for path in arguments.results or [KEPT]]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    twice = Counter((row["teacher"], row["clean"], row["seed"], row["student"]) for row in rows)
+    if (most := twice.most_common(1)) and most[0][1] > 1:
+        sys.exit(f"twice in these results: {most[0][0]}; of two studies give one teacher to one")
+    KEPT.write_text("".join(texts))
     PAGE.write_text(page(rows))
-    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
-    plot(rows, [t for t in teachers if AGAINST[0] in settled(groups_of(rows, t))], PLOT)
-    print(f"{PAGE}, {PLOT}")
+    if compared(rows):
+        plot(rows, PLOT)
+    print(PAGE)
 
 
 if __name__ == "__main__":

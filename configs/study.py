@@ -7,9 +7,9 @@
       --config.given.weights=vit_small_patch14_dinov2.safetensors
 
 Everything on generated scenes and from scratch, but for the teacher of `:real`, which is as it is
-given. `:small`, the default, takes less than an hour of CPU time on each of two cores; `:full` is
-for an accelerator. The same command goes on where it was stopped. What came out is in
-benchmarks/STUDY.md.
+given (to one of other than 12 blocks FitNet needs the `method.layers` of SiNGER). `:small`, the
+default, takes about an hour of CPU time on each of two cores; `:full` is for an accelerator. The
+same command goes on where it was stopped. What came out is in benchmarks/STUDY.md.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def test_as_many_patches_as_asked_follow_from_the_image_alone(place):
     assert marked.shape == (5, 16) and (marked.sum(1) == 2).all()
     others = np.asarray(marked_patches(jnp.asarray(IMAGES[[3, 0]]), arch))
     assert (others == marked[[3, 0]]).all()
-    assert (np.asarray(jax.jit(marked_patches, static_argnums=1)(IMAGES, arch)) == marked).all()
+    # Nor do the last bits matter, which are not those of another program.
+    for images in (IMAGES, np.nextafter(IMAGES, np.inf)):
+        again = jax.jit(marked_patches, static_argnums=1)(images, arch)
+        assert (np.asarray(again) == marked).all()
     assert len({row.tobytes() for row in marked}) > 1
 
 
