@@ -98,7 +98,7 @@ def _quieten_libraries() -> None:
     def is_news(record: logging.LogRecord) -> bool:
         # What orbax's threads raise is raised again where the save is waited for; and whoever only
         # reads checkpoints knows it.
-        return not record.exc_info and not re.search("read.only", record.getMessage())
+        return not record.exc_info and not re.search("read.only=", record.getMessage())
 
     absl_logging.get_absl_handler().addFilter(is_news)
     raised, in_thread, ignored = sys.excepthook, threading.excepthook, sys.unraisablehook
