@@ -58,6 +58,7 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
     config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()
+    config.distilled.method.match.clip = 1.0  # FitNet as it is published
     config.distilled.method.rank = 16
     config.distilled.method.quantile = 0.85  # of 16 patches, so that two are above
     config.distilled.students.fitnet = {"method": {"name": "fitnet"}}

@@ -208,6 +208,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.distilled.steps, config.distilled.batch_size = chosen.steps, chosen.student_batch
     config.distilled.schedule.warmup_epochs = 0
     config.distilled.optimizer.learning_rate = 2e-3
+    config.distilled.method.match.clip = 1.0
     config.distilled.method.rank = chosen.rank
     config.distilled.method.quantile = chosen.quantile
     for name, method in (MAIN | VARIANTS).items():

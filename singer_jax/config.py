@@ -31,6 +31,7 @@ _PAPER: dict[str, dict[str, Any]] = {
     "distill": {
         "precision": "float32",
         "method.matching": "official",
+        "method.match.clip": 1.0,
         "method.nullspace.use": "init",
         "method.nullspace.rule": "absolute",
         "method.nullspace.threshold": 0.05,

@@ -33,7 +33,7 @@ from singer_jax.ranges import (
     check,
 )
 from singer_jax.settings import ABSENT, flatten, from_flat, leaves, to_dict
-from singer_jax.training.settings import DistillSettings
+from singer_jax.training.settings import DistillSettings, of_saved
 from tests import shipped
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +237,12 @@ def test_each_method_has_its_own_default_where_they_differ():
     (_, singer), (_, fitnet) = settings.method.methods
     assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 1.0)
     assert to_dict(settings)["method"]["weights"]["kd"] == 1.0
+
+
+def test_a_run_older_than_a_default_is_as_it_was():
+    assert FitNetSettings().match.clip == 0.9
+    assert of_saved({"method": {"name": "fitnet"}}).method.match.clip == 1
+    assert of_saved({"method": {"name": "fitnet", "match": {"clip": 0.8}}}).method.match.clip == 0.8
 
 
 def test_settings_check_themselves():

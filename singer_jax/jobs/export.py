@@ -22,9 +22,9 @@ from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.ranges import COUNT, TEXT, Flag, OneOf, optional
-from singer_jax.settings import Settings, flatten, from_flat, setting
+from singer_jax.settings import Settings, setting
 from singer_jax.telemetry import LOG
-from singer_jax.training.settings import DistillSettings
+from singer_jax.training.settings import of_saved
 
 PROGRAM_FILE = "features.stablehlo"
 _LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
@@ -94,7 +94,7 @@ def _origin(run: epath.Path, settings: ExportSettings) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = settings.step or checkpoints.latest_step()
         meta = checkpoints.meta(step)
-    its_settings = from_flat(DistillSettings(), flatten(meta["config"])).each()[settings.student]
+    its_settings = of_saved(meta["config"]).each()[settings.student]
     return origin(meta.get("weights", {}), settings.student, its_settings.method_name, step)
 
 

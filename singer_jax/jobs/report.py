@@ -16,9 +16,9 @@ from singer_jax.limits import read_object
 from singer_jax.ranges import COUNT, NAME, TEXT, Each, OneOf
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
-from singer_jax.settings import Settings, flatten, from_flat, setting, to_dict
+from singer_jax.settings import Settings, setting, to_dict
 from singer_jax.telemetry import LOG
-from singer_jax.training.settings import DistillSettings
+from singer_jax.training.settings import DistillSettings, of_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,6 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
 def read_settings(run: epath.Path) -> DistillSettings:
     """The settings of a run, without the students that went wrong, which are named.
 
-    Those that are newer than the run have their defaults.
-
     Raises:
       InputError: the folder is not a run.
     """
@@ -73,7 +71,7 @@ def read_settings(run: epath.Path) -> DistillSettings:
         saved = read_object(file)
     except InputError as error:
         raise InputError(f"run: {error}; start the run again, which writes it") from error
-    settings = from_flat(DistillSettings(), flatten(saved))
+    settings = of_saved(saved)
     students = settings.students
     if not students.named or not (run / "checkpoints").is_dir():
         return settings

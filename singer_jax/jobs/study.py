@@ -361,14 +361,14 @@ def measured(
         own = run.each()[name]
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
-        clip = getattr(getattr(own.method, "match", None), "clip", None)
+        clip = getattr(getattr(own.method, "match", None), "clip", 1)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
             if run.teacher.clean == "registers":  # a block sees the added token, too
                 del rows[name]["next_block_changed"]
         elif name in singers:
             rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
-        elif clip is not None:
+        elif clip < 1:
             rows[name] |= measures.of_target(measures.clipped(clip))
     return rows
 

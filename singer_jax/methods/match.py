@@ -19,7 +19,7 @@ from singer_jax.methods.base import Constant, Forward, Method
 from singer_jax.methods.losses import LOSSES
 from singer_jax.methods.norms import clip_norms, unit
 from singer_jax.methods.tokens import TokenMatch
-from singer_jax.ranges import BETWEEN, OneOf, optional
+from singer_jax.ranges import OneOf, Range
 from singer_jax.settings import Settings, setting
 
 SPACES = ("residual", "final_norm", "l2", "standardised")
@@ -48,11 +48,11 @@ class LossSettings(Settings):
 class MatchSettings(SpaceSettings, LossSettings):
     """How predicted and teacher's tokens are compared."""
 
-    clip: float | None = setting(
-        None,
-        optional(BETWEEN),
+    clip: float = setting(
+        1.0,
+        Range(0, 1, low_open=True),
         "quantile of an image's patch norms to which larger ones are scaled down in the teacher; "
-        "None: they stay",
+        "1: they stay",
     )
 
 
@@ -200,7 +200,7 @@ class Comparison(nnx.Module):
         self, features: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch matched dim"]:
         tokens = self.tokens.of_teacher(features)
-        if self.settings.clip is None:
+        if self.settings.clip == 1:
             return tokens
         prefix, patches = jnp.split(tokens, [self.tokens.num_prefix_tokens], axis=1)
         clipped = clip_norms(patches, self.settings.clip)

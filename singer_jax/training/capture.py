@@ -19,8 +19,8 @@ from singer_jax.data.loader import batch_records
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.files import failures, write_text
-from singer_jax.settings import flatten, from_flat, to_dict
-from singer_jax.training.settings import DistillSettings
+from singer_jax.settings import to_dict
+from singer_jax.training.settings import DistillSettings, of_saved
 
 FOLDER = "nan"
 
@@ -47,7 +47,7 @@ class Captured(NamedTuple):
     @property
     def settings(self) -> DistillSettings:
         """Of the run."""
-        return from_flat(DistillSettings(), flatten(self.config))
+        return of_saved(self.config)
 
 
 def capture(

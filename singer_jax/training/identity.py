@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.settings import flatten, from_flat, to_dict
-from singer_jax.training.settings import DistillSettings
+from singer_jax.settings import flatten, to_dict
+from singer_jax.training.settings import DistillSettings, of_saved
 
 
 def check_same_run(
@@ -52,11 +52,10 @@ def _resumable(key: str) -> bool:
 def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
     """Keys whose values make these settings another run than the saved one, and both values.
 
-    Settings that the run does not read make no difference; those that are newer than the saved run
-    had their default then.
+    Settings that the run does not read make no difference.
     """
     theirs = flatten(saved)
-    theirs |= flatten(to_dict(from_flat(DistillSettings(), theirs)))
+    theirs |= flatten(to_dict(of_saved(saved)))
     ours = flatten(to_dict(settings))
     return [
         f"{key}: {theirs.get(key)!r} -> {ours.get(key)!r}"

@@ -20,6 +20,7 @@ from singer_jax.settings import (
     ABSENT,
     Setting,
     Settings,
+    flatten,
     from_flat,
     leaves,
     section,
@@ -171,3 +172,12 @@ class DistillSettings(Settings):
             )
             for name, one in self.students.named.items()
         } or {"": self}
+
+
+# What runs did that are older than these keys, where that is no longer the default.
+_FORMER = {"method.match.clip": 1.0}
+
+
+def of_saved(config: Mapping[str, Any]) -> DistillSettings:
+    """The settings of a run from those it has written; what is newer than the run is as it was."""
+    return from_flat(DistillSettings(), _FORMER | flatten(config))
