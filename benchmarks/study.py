@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 KEPT, PAGE, PLOT = HERE / "study.jsonl", HERE / "STUDY.md", HERE / "study.svg"
-AGAINST = ("fitnet", "fitnet_final_norm")
+AGAINST = ("fitnet", "fitnet_final_norm", "fitnet_clip")
 SEEDS = 5  # of a student that is compared
 
 # Scores that read tokens of the student's last block which the method does not train.
