@@ -75,7 +75,13 @@ SIZES = {
         patches=2,
         seeds=5,
         variant_seeds=2,
-        teachers=("random-random-20", "none", "null-random-20", "null-background-5"),
+        teachers=(
+            "random-random-20",
+            "none",
+            "null-random-20",
+            "null-background-5",
+            "visible-random-20",
+        ),
     ),
     "full": Size(
         image_size=96,
