@@ -100,7 +100,8 @@ find."""
 # Of the teacher of `configs/study.py:real` whose results are kept.
 OF_GIVEN = """
 `given` is a trained model as it is. Here: a ViT-S/14 in DINOv2's architecture and timm's layout,
-which others trained on to find what is salient in photos. It sees scenes of 84 x 84 pixels."""
+which others trained on to find what is salient in photos. It sees scenes of 84 x 84 pixels and has
+no outliers. Its students saw 9,600 images in batches of 16, and two seeds are all."""
 
 MEASURED = """
 Linear top-1, mIoU and depth are linear probes in closed form (ridge regression) on test scenes, of
