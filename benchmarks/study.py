@@ -59,7 +59,7 @@ LIKENESS = (
 TARGET = (
     Measure("target_norm_ratio", "norm ratio of the target", 2),
     Measure("removed_share", "planted energy removed", 2),
-    Measure("next_block_changed", "next block's output changed", 2),
+    Measure("next_block_changed", "what the next block adds, changed", 2),
 )
 OF_TEACHER = (
     *SCORES,
@@ -90,8 +90,8 @@ pixels vary least), and about how many medians long the patch becomes. `none` wa
 without. Students see images without labels. All of a cell learn in one run from the same teacher
 pass.
 
-Names: `fitnet_SPACE` is `method.match.space`, `fitnet_clip` `method.match.clip`; `singer_WORD`
-differs in one setting, which the configuration says. FitNet learns from the same blocks as SiNGER,
+Names: `fitnet_SPACE` is `method.match.space`, `fitnet_clip` `method.match.clip`; of `singer_WORD`
+the configuration says in what it differs. FitNet learns from the same blocks as SiNGER,
 but for `fitnet_own_blocks`. What stands in brackets cleaned the teacher. `planted`: the vector is
 subtracted; what later blocks made of it stays. `registers`: four neurons were looked for and moved;
 the one that writes the vector fires by its length, at the marked patches alone, and is easy to
@@ -155,6 +155,11 @@ def paired(rows: Group, other: Group, key: str) -> tuple[float, float]:
     return interval(pairs(rows, other, key))
 
 
+def is_compared(name: str, measure: Measure) -> bool:
+    """Whether a student's method trains the tokens that a score reads."""
+    return measure.key not in UNTRAINED.get(name, ())
+
+
 def name_of(row: Row) -> str:
     """Of a student; one of a cleaned teacher is named with what cleaned it."""
     return f"{row['student']} ({row['clean']})" if row["clean"] else row["student"]
@@ -204,6 +209,9 @@ def differences(groups: Mapping[str, Group], against: str) -> list[str]:
             continue
         cells = []
         for measure in SCORES:
+            if not is_compared(name, measure):
+                cells.append("")
+                continue
             mean, half = paired(group, groups[against], measure.key)
             text = number(mean, half, measure.digits, sign=True)
             cells.append(f"**{text}**" if abs(mean) > half and len(group) >= SEEDS else text)
@@ -239,9 +247,8 @@ def all_differences(rows: Sequence[Row]) -> list[Difference]:
     for teacher in compared(rows):
         groups = settled(groups_of(rows, teacher))
         for against, (name, group), measure in itertools.product(AGAINST, groups.items(), SCORES):
-            if name in AGAINST[: AGAINST.index(against) + 1]:  # itself, or compared already
-                continue
-            if measure.key in UNTRAINED.get(name, ()):
+            already = name in AGAINST[: AGAINST.index(against) + 1]  # or itself
+            if already or not is_compared(name, measure):
                 continue
             values = pairs(group, groups[against], measure.key)
             p_value = np.nan_to_num(scipy.stats.ttest_1samp(values, 0).pvalue, nan=1.0)
@@ -286,7 +293,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             groups = settled(groups_of(rows, teacher))
             names = [name for name in groups if name != AGAINST[0]]
             for measure, axis in zip(shown, line, strict=True):
-                found = [paired(groups[n], groups[AGAINST[0]], measure.key) for n in names]
+                found = [
+                    paired(groups[name], groups[AGAINST[0]], measure.key)
+                    if is_compared(name, measure)
+                    else (math.nan, math.nan)
+                    for name in names
+                ]
                 centre, half = np.array(found).T
                 axis.errorbar(centre, range(len(names)), xerr=half, fmt="o", markersize=3)
                 axis.axvline(0, color="grey", linewidth=0.8)

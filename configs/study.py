@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 
 from singer_jax.config import default, study
 from singer_jax.errors import unknown
+from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
+from singer_jax.models.zoo import lookup
 
 
 class Size(NamedTuple):
@@ -118,13 +120,11 @@ SIZES = {
 SIZES["real"] = SIZES["small"]._replace(
     image_size=84,
     patch_size=14,
-    teacher=(384, 12, 6),
     student=(96, 4, 3),
     teachers=("given",),
 )
 
-# What differs from each method's own settings. FitNet gets the blocks of SiNGER (`_same_blocks`);
-# its own are one more, before the planted vector.
+# What differs from each method's own settings; FitNet gets the blocks of SiNGER, too.
 MAIN: dict[str, dict[str, Any]] = {
     "fitnet": {"name": "fitnet"},
     "fitnet_final_norm": {"name": "fitnet", "match": {"space": "final_norm"}},
@@ -191,11 +191,6 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
     return config
 
 
-def _same_blocks(size: Size) -> tuple[int, ...]:
-    """That of the teacher's blocks which SiNGER distils besides the last."""
-    return (round(DEPTHS[0] * size.teacher[1]) - 1,)
-
-
 def get_config(size: str = "small") -> ConfigDict:
     """The study of a size: `small`, `full` or `real`.
 
@@ -222,13 +217,19 @@ def get_config(size: str = "small") -> ConfigDict:
     students = config.distilled.students
     students.singer_half_rank.method["rank"] = chosen.rank // 2
     students.singer_double_rank.method["rank"] = chosen.rank * 2
-    for name in MAIN | VARIANTS:
-        if students[name].method["name"] == "fitnet" and name != "fitnet_own_blocks":
-            students[name].method["layers"] = _same_blocks(chosen)
     config.teachers = chosen.teachers
+    teacher = config.base.student
     if size == "real":
-        config.given.model = "vit_small_patch14_dinov2"
-        config.given.overrides = {"img_size": chosen.image_size}
+        teacher = config.given
+        teacher.model, teacher.overrides = (
+            "vit_small_patch14_dinov2",
+            {"img_size": chosen.image_size},
+        )
+    arch = lookup(teacher.model, teacher.overrides.to_dict()).arch
+    for name in MAIN | VARIANTS:
+        # Its own blocks are one more, before the planted vector.
+        if students[name].method["name"] == "fitnet" and name != "fitnet_own_blocks":
+            students[name].method["layers"] = teacher_layers(None, False, DEPTHS, arch)
     config.patches = chosen.patches
     config.seeds, config.variant_seeds = chosen.seeds, chosen.variant_seeds
     config.main = tuple(MAIN)

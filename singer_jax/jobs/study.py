@@ -356,12 +356,11 @@ def measured(
     if run.teacher.clean:
         cleaner = Backbone(prepared.taught_by.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
-    rows = {}
+    rows, each = {}, run.each()
     for name in students:
-        own = run.each()[name]
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
-        clip = getattr(getattr(own.method, "match", None), "clip", 1)
+        clip = getattr(getattr(each[name].method, "match", None), "clip", 1)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
             if run.teacher.clean == "registers":  # a block sees the added token, too

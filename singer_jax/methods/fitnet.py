@@ -42,7 +42,7 @@ class FitNetWeights(Settings):
 class FitNetSettings(LayerSettings):
     """Of FitNet."""
 
-    # 1 is FitNet as it is published. 0.9 rests on every table of benchmarks/STUDY.md.
+    # 1 is FitNet as it is published. 0.9 rests on the planted teachers of benchmarks/STUDY.md.
     match: MatchSettings = section(MatchSettings(clip=0.9))
     weights: FitNetWeights = section(FitNetWeights())
 
