@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.results import report
-from singer_jax import backends
 from singer_jax.models import layers
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import backends
 
 
 def library_attention(query: Any, key: Any, value: Any, fused: bool = False) -> jax.Array:

@@ -7,7 +7,7 @@
 `--parts`: one block, the embedding, the loss's pieces and the null space at the width of a model
 and 128 images a chip, each in the form that the CPU takes (or that a library offers) and in the
 one that the TPU takes. `--step`: the whole SiNGER step. CPU seconds of the compiler, all threads;
-temporaries, memory traffic (`singer_jax.hlo`) and operations of one chip, where the body of a loop
+temporaries, memory traffic (`singer_jax.platform.hlo`) and operations of one chip, where the body of a loop
 counts once.
 """
 
@@ -29,7 +29,6 @@ from jax.sharding import Mesh
 from benchmarks.make_inputs import write_blank_weights
 from benchmarks.results import report
 from benchmarks.topology import Program, compile_timed, tpu_mesh
-from singer_jax import parallel
 from singer_jax.config import default, settings_of
 from singer_jax.methods import singer
 from singer_jax.methods.jacobi import left_singular
@@ -37,6 +36,7 @@ from singer_jax.models.architecture import Numerics
 from singer_jax.models.layers import patch_products
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup
 

@@ -7,7 +7,7 @@ Each entry point is fuzzed in a process of its own, guided by coverage where ath
 and the entry point is not compiled code; else honest files are changed at random. An input is a
 finding if it raises anything but what a command reports in one line (`InputError`, `RunError`,
 `UnreadableImage`), takes longer than 5 CPU s, ends the process, or lets it grow by more than 512
-MiB. All limits of `singer_jax.limits` are a twentieth of their defaults meanwhile, so that files of
+MiB. All limits of `singer_jax.io.limits` are a twentieth of their defaults meanwhile, so that files of
 a few kilobytes reach them.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.results import report
-from singer_jax import limits
+from singer_jax.io import limits
 
 SLOW, GROWTH = 5.0, 512  # seconds, MiB
 _HARD = 2**32  # bytes; a process that asks for more is told that there are none

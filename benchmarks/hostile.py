@@ -211,7 +211,7 @@ def _files_of_a_run(folder: Path) -> Entry:
 
     from singer_jax.jobs.report import read_settings, results_of
     from singer_jax.report.collect import read_metrics
-    from singer_jax.settings import to_dict
+    from singer_jax.settings.settings import to_dict
     from singer_jax.training.settings import DistillSettings
 
     run, settings = epath.Path(folder), DistillSettings()

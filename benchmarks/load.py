@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 
 from benchmarks.results import report
-from singer_jax import parallel
 from singer_jax.models.weights import load_model, spec_of_weights
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 
 _GIB = 2**30
 

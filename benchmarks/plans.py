@@ -25,9 +25,9 @@ from pathlib import Path
 import jax
 
 from benchmarks.results import report
-from singer_jax import chips
 from singer_jax.errors import InputError
 from singer_jax.jobs.plan import PlanSettings, planned
+from singer_jax.platform import chips
 from singer_jax.training.roofline import Cost
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -23,7 +23,6 @@ import numpy as np
 
 from benchmarks.make_inputs import write_images, write_weights
 from benchmarks.results import report
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches, worker_count
 from singer_jax.data.registry import make_source
@@ -31,6 +30,7 @@ from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.probe import ProbeSettings
+from singer_jax.platform import parallel
 
 RATES = tuple(np.geomspace(0.01, 10, 16).round(4).tolist())
 

@@ -23,13 +23,13 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks.results import report
-from singer_jax import parallel
 from singer_jax.config import default, settings_of
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.network import ModelSettings, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import FORMATS
 from singer_jax.models.weights import load_model
+from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup
 

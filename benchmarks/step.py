@@ -41,7 +41,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
 
 def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
     """The run (`training.setup.Setups`) of our step."""
-    from singer_jax.settings import from_flat
+    from singer_jax.settings.settings import from_flat
     from singer_jax.training.settings import DistillSettings
     from singer_jax.training.setup import setup_students
 
@@ -98,9 +98,9 @@ def jax_step(
     from flax import nnx
     from safetensors.numpy import save_file
 
-    from singer_jax import parallel
     from singer_jax.models.params import join
     from singer_jax.models.weights import to_timm
+    from singer_jax.platform import parallel
     from singer_jax.training.flops import step_flops
     from singer_jax.training.program import compile_step, peak_memory
 
@@ -378,7 +378,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Measured]:
 
 def rows(arguments: argparse.Namespace, measured: dict[str, Measured]) -> list[dict[str, str]]:
     """Of the table."""
-    from singer_jax import chips
+    from singer_jax.platform import chips
 
     best = min((m.median for name, m in measured.items() if name in TORCH), default=None)
     least = min((m.peak for name, m in measured.items() if name in TORCH), default=None)
@@ -411,7 +411,7 @@ def breakdown(arguments: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     """
     import jax
 
-    from singer_jax import hlo, parallel
+    from singer_jax.platform import hlo, parallel
     from singer_jax.training.flops import parts_flops
     from singer_jax.training.program import compile_step
     from singer_jax.training.step import PARTS

@@ -31,9 +31,9 @@ from ml_collections import ConfigDict
 from benchmarks.make_inputs import write_blank_weights, write_weights
 from benchmarks.results import report
 from benchmarks.topology import tpu_mesh
-from singer_jax import parallel
 from singer_jax.config import default, settings_of
 from singer_jax.models.summary import features_flops
+from singer_jax.platform import parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups, setup_students

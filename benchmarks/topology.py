@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from singer_jax import chips, hlo, parallel
+from singer_jax.platform import chips, hlo, parallel
 
 
 def tpu_mesh(topology: str = "v5e:2x2", fsdp: int = 1) -> Mesh:

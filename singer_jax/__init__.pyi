@@ -16,6 +16,6 @@ from .methods.weighted_sum import WeightedSum, WeightedSumSettings
 from .models.architecture import Architecture, Numerics
 from .models.network import StudentSettings, TeacherSettings
 from .models.vit import VisionTransformer
-from .ranges import Range
-from .settings import Settings, setting
+from .settings.ranges import Range
+from .settings.settings import Settings, setting
 from .training.settings import DistillSettings, OneOfStudents, StudentsSettings

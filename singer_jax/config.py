@@ -17,12 +17,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from singer_jax import settings as settings_lib
 from singer_jax.errors import unknown
 from singer_jax.jobs import JOBS
 from singer_jax.models.architecture import FIELDS
-from singer_jax.ranges import Allowed, Each, Either, Range
-from singer_jax.settings import ABSENT, Setting, Settings
+from singer_jax.settings import settings as settings_lib
+from singer_jax.settings.ranges import Allowed, Each, Either, Range
+from singer_jax.settings.settings import ABSENT, Setting, Settings
 
 PROTOCOLS = ("recommended", "paper")
 

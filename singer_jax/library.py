@@ -7,15 +7,16 @@ from typing import Any
 
 from flax import nnx
 
-from singer_jax import parallel, ranges
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.files import as_path
+from singer_jax.io.files import as_path
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
 from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.platform import parallel
+from singer_jax.settings import ranges
 from singer_jax.training.settings import DistillSettings
 
 

@@ -22,10 +22,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped, unknown
-from singer_jax.files import as_path, config_file, working_disks
-from singer_jax.settings import flatten
+from singer_jax.io.files import as_path, config_file, working_disks
+from singer_jax.platform import signals
+from singer_jax.settings.settings import flatten
 
 # Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
 # again, and must not start an accelerator.
@@ -49,12 +49,12 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
     Args:
       config: its configuration.
       workdir: its work directory: a local path, or a URL such as gs://bucket/folder.
-      **joining: arguments of `singer_jax.hosts.join`.
+      **joining: arguments of `singer_jax.platform.hosts.join`.
     """
     try:
         folder = as_path(workdir)
-        from singer_jax import hosts, parallel
         from singer_jax.config import settings_of
+        from singer_jax.platform import hosts, parallel
 
         settings = settings_of(config)
         hosts.join(**joining)
@@ -161,7 +161,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def console() -> None:
     """The command `singer-jax`."""
-    with stopping.handled():
+    with signals.handled():
         app.run(main, flags_parser=parse_flags)
 
 

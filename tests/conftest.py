@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import pytest
 
-from singer_jax import parallel
+from singer_jax.platform import parallel
 
 # Goldens and properties are stated for float32 products, not for TF32 or bfloat16 passes.
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -19,9 +19,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks.make_inputs import write_blank_weights
-from singer_jax import parallel
 from singer_jax.config import PROTOCOLS, settings_of
-from singer_jax.settings import flatten
+from singer_jax.platform import parallel
+from singer_jax.settings.settings import flatten
 from singer_jax.training.setup import Setup, setup_students
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs.quickstart import get_config
-from singer_jax import backends, chips, main
 from singer_jax import config as config_lib
+from singer_jax import main
+from singer_jax.platform import backends, chips
 from tests import tiny
 
 

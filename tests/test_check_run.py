@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from singer_jax import main
 from singer_jax.config import check_run
-from tests import runs, tiny
+from tests import cli, tiny
 from tests.damage import files, flip, largest
 
 
@@ -40,7 +40,7 @@ def check(run: Path, capsys) -> tuple[int, dict[str, str], str]:
 
 
 def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
-    process = runs.hold(run)
+    process = cli.hold(run)
     try:
         before = {file: file.read_bytes() for file in files(run)}
         status, told, _ = check(run, capsys)

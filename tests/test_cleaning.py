@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from singer_jax import main, parallel
+from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.jobs import distill
+from singer_jax.platform import parallel
 from singer_jax.training import flops
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students

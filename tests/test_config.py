@@ -20,7 +20,7 @@ from singer_jax.methods.singer import SingerSettings
 from singer_jax.models import architecture, layers
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.weight_files import HUB_CONFIG
-from singer_jax.ranges import (
+from singer_jax.settings.ranges import (
     Allowed,
     Each,
     Either,
@@ -32,7 +32,7 @@ from singer_jax.ranges import (
     Text,
     check,
 )
-from singer_jax.settings import ABSENT, flatten, from_flat, leaves, to_dict
+from singer_jax.settings.settings import ABSENT, flatten, from_flat, leaves, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 from tests import shipped
 
@@ -152,7 +152,7 @@ def set_key(config, key: str, value: object) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_key_of_every_job_is_checked_at_the_front_door(job, capsys, tmp_path, monkeypatch):
     """Before anything is started; each key with a wrong value of its own."""
-    from singer_jax import parallel
+    from singer_jax.platform import parallel
 
     def started(*arguments):
         raise AssertionError("work began")

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from singer_jax import methods, parallel
+from singer_jax import methods
 from singer_jax.config import default
 from singer_jax.evaluation import heads
 from singer_jax.evaluation import probe as probes
@@ -30,7 +30,8 @@ from singer_jax.models.architecture import Architecture
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params, from_leaves, leaves
 from singer_jax.models.weights import load_model, timm_axes, timm_key, to_timm
-from singer_jax.settings import Settings, flatten, from_flat
+from singer_jax.platform import parallel
+from singer_jax.settings.settings import Settings, flatten, from_flat
 from singer_jax.training.optimizer import (
     OptimizerSettings,
     ScheduleSettings,

@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from singer_jax import hosts
 from singer_jax.errors import InputError
-from tests import runs, tiny
+from singer_jax.platform import hosts
+from tests import cli, tiny
 
 IMAGES = 8
 STEPS = 12
@@ -28,12 +28,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_file(folder) -> Path:
-    return runs.write_config(folder)
+    return cli.write_config(folder)
 
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return runs.environment()
+    return cli.environment()
 
 
 def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> list[str]:
@@ -51,7 +51,7 @@ def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> lis
 def reference(folder, config_file, environment) -> Path:
     """One process on one device, with the same global batch."""
     workdir = folder / "reference"
-    status, printed = runs.finish(runs.start(environment, *arguments(config_file, workdir, 1)))
+    status, printed = cli.finish(cli.start(environment, *arguments(config_file, workdir, 1)))
     assert status == 0, printed
     return workdir
 
@@ -78,11 +78,11 @@ def end_of(processes: list[subprocess.Popen], status: int, *words: str) -> None:
 
 
 def test_two_processes_do_what_one_does(config_file, environment, tmp_path, reference):
-    processes = runs.start_together(environment, 2, *arguments(config_file, tmp_path, 2))
+    processes = cli.start_together(environment, 2, *arguments(config_file, tmp_path, 2))
     for status, printed in finish_all(processes):
         assert status == 0, printed
-    runs.assert_same_student(tmp_path, reference, **ROUNDING)
-    assert runs.steps(tmp_path) == runs.steps(reference)  # each row once
+    cli.assert_same_student(tmp_path, reference, **ROUNDING)
+    assert cli.steps(tmp_path) == cli.steps(reference)  # each row once
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in reference.iterdir()
     )
@@ -92,23 +92,23 @@ def test_a_signal_to_one_of_four_stops_all_after_one_step_and_one_process_goes_o
     config_file, environment, tmp_path, reference
 ):
     """Parameters split over two of them; continued on another number and another mesh."""
-    processes = runs.start_together(environment, 4, *arguments(config_file, tmp_path, 2, 2))
-    runs.wait_for_step(processes[0], tmp_path, 2)
+    processes = cli.start_together(environment, 4, *arguments(config_file, tmp_path, 2, 2))
+    cli.wait_for_step(processes[0], tmp_path, 2)
     processes[2].send_signal(signal.SIGTERM)
     end_of(processes, 75, "stopped after step", "saved in")
     assert len([p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]) == 1
-    two_devices = runs.environment(2)
-    process = runs.start(two_devices, *arguments(config_file, tmp_path, 2))
-    status, printed = runs.finish(process)
+    two_devices = cli.environment(2)
+    process = cli.start(two_devices, *arguments(config_file, tmp_path, 2))
+    status, printed = cli.finish(process)
     assert status == 0 and "continuing after step" in printed, printed
-    runs.assert_same_student(tmp_path, reference, **ROUNDING)
+    cli.assert_same_student(tmp_path, reference, **ROUNDING)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other(config_file, environment, tmp_path, killed):
     run = arguments(config_file, tmp_path, 2)
-    processes = runs.start_together(environment, 2, *run, "--config.steps=100000")
-    runs.wait_for_step(processes[0], tmp_path, 2)
+    processes = cli.start_together(environment, 2, *run, "--config.steps=100000")
+    cli.wait_for_step(processes[0], tmp_path, 2)
     processes[killed].kill()
     status, printed = finish_all(processes)[1 - killed]
     assert status == 1 and "Traceback" not in printed, printed
@@ -135,21 +135,21 @@ def test_what_fails_on_one_fails_on_all(config_file, environment, tmp_path, last
     run = arguments(config_file, tmp_path / "run", 2)
     data = ["--config.data.source=folder", f"--config.data.path={images(tmp_path, 'whole', 0)}"]
     own = tuple(argument.format(broken=broken) for argument in last)
-    processes = runs.start_together(environment, 2, *run, *data, last=own)
+    processes = cli.start_together(environment, 2, *run, *data, last=own)
     end_of(processes, status, "process 1", *(word.format(broken=broken) for word in words))
 
 
 def test_a_loss_that_is_no_number_ends_all(config_file, environment, tmp_path):
     run = arguments(config_file, tmp_path, 2)
     blow_up = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd")
-    end_of(runs.start_together(environment, 2, *run, *blow_up), 1, "last good checkpoint is kept")
+    end_of(cli.start_together(environment, 2, *run, *blow_up), 1, "last good checkpoint is kept")
 
 
 def test_unreadable_images_of_all_processes_are_counted(config_file, environment, tmp_path):
     run = arguments(config_file, tmp_path / "run", 2)
     whole, damaged = images(tmp_path, "whole", 0), images(tmp_path, "damaged", 2)
     data = ["--config.data.source=folder", f"--config.data.path={whole}", "--config.steps=4"]
-    processes = runs.start_together(
+    processes = cli.start_together(
         environment, 2, *run, *data, last=(f"--config.data.path={damaged}",)
     )
     found = finish_all(processes)
@@ -198,8 +198,8 @@ def test_an_occupied_port_is_named():
 def test_processes_that_do_not_come_are_one_line_in_time(environment, process):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         address = f"127.0.0.1:{server.server_port}"
-    status, printed = runs.finish(
-        runs.start(
+    status, printed = cli.finish(
+        cli.start(
             environment,
             "--config=configs/models.py",
             f"--coordinator={address}",
@@ -225,8 +225,8 @@ def test_a_slurm_job_without_srun_runs_alone(monkeypatch, caplog):
 
 
 def test_processes_that_jax_cannot_find_are_one_line(environment):
-    process = runs.start(environment | {"OMPI_COMM_WORLD_SIZE": "4"}, "--config=configs/models.py")
-    status, printed = runs.finish(process)
+    process = cli.start(environment | {"OMPI_COMM_WORLD_SIZE": "4"}, "--config=configs/models.py")
+    status, printed = cli.finish(process)
     assert status == 2
     assert len(printed.splitlines()) == 1, printed
     assert "MPI started 4 processes" in printed
@@ -239,7 +239,7 @@ import jax
 os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which jax sets on a machine without chips
 from jax._src.clusters import cloud_tpu_cluster, cluster
 cluster.running_in_cloud_tpu_vm = cloud_tpu_cluster.running_in_cloud_tpu_vm = True
-from singer_jax import hosts
+from singer_jax.platform import hosts
 hosts.join(timeout=100)
 with hosts.together():
     print(jax.process_index(), jax.process_count())

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from tests import runs
+from tests import cli
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -92,7 +92,7 @@ def stand_ins(folder: Path, **commands: str) -> dict[str, str]:
     """An environment in which these commands come first."""
     for name, text in commands.items():
         write(folder / "bin" / name, text, python=sys.executable)
-    environment = runs.environment()
+    environment = cli.environment()
     return environment | {"PATH": f"{folder / 'bin'}:{environment['PATH']}"}
 
 
@@ -140,18 +140,18 @@ class TestSlurm:
     @pytest.mark.parametrize("whom", ["tasks", "all"])
     def test_time_is_up(self, tmp_path, environment, whom):
         """Its tasks (time is up) or all (the nodes are taken) get SIGTERM: saved, queued again."""
-        config, workdir = runs.write_config(tmp_path), tmp_path / "run"
+        config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         arguments = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.data=2"]
         job = self.start(tmp_path, environment, *arguments)
-        runs.wait_for_step(job, workdir, 4)
+        cli.wait_for_step(job, workdir, 4)
         pids = list(map(int, (tmp_path / "pids").read_text().split()))
         for pid in pids + [job.pid] * (whom == "all"):
             os.kill(pid, signal.SIGTERM)
-        status, printed = runs.finish(job)
+        status, printed = cli.finish(job)
         assert status == 75, printed
         assert lines(tmp_path / "scontrol.log") == [f"requeue {JOB}"]
 
-        status, printed = runs.finish(self.start(tmp_path, environment, *arguments))
+        status, printed = cli.finish(self.start(tmp_path, environment, *arguments))
         assert status == 0, printed
         assert "continuing after step" in printed
         assert lines(tmp_path / "scontrol.log") == [f"requeue {JOB}"]
@@ -159,14 +159,14 @@ class TestSlurm:
 
     def test_what_is_wrong_is_not_queued_again(self, tmp_path, environment):
         job = self.start(tmp_path, environment, "--config=nothing.py", f"--workdir={tmp_path}")
-        status, printed = runs.finish(job)
+        status, printed = cli.finish(job)
         assert status == 2
         assert "--config: no file nothing.py" in printed
         assert not (tmp_path / "scontrol.log").exists()
 
     def test_no_python(self, tmp_path, environment):
         del environment["PYTHON"]
-        status, printed = runs.finish(self.start(tmp_path, environment))
+        status, printed = cli.finish(self.start(tmp_path, environment))
         assert status == 2
         assert "no .venv/bin/python" in printed
 
@@ -285,14 +285,14 @@ class TestTpuPod:
 
     def test_two_hosts_train_together(self, tmp_path):
         """The job is the real one; its bucket is a folder."""
-        config, workdir = runs.write_config(tmp_path), tmp_path / "run"
+        config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         flags = f'"--workdir={workdir}" --config={config} --config.mesh.data=2 --config.steps=2'
         job = f'cd {ROOT} && {sys.executable} -m singer_jax.main {flags} 2>"$HOME/log"'
         done = self.run(tmp_path, job, "a", self.WORKDIR, states="ACTIVE")
         log = (tmp_path / "checkout" / "host0" / "log").read_text()
         assert done.returncode == 0, done.stderr + log
         assert "2 steps done, student exported" in log
-        assert runs.steps(workdir)[-1] == 2
+        assert cli.steps(workdir)[-1] == 2
 
 
 class TestJobSet:

@@ -18,7 +18,7 @@ from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.models.weights import to_timm
-from tests import runs, tiny
+from tests import cli, tiny
 from tests.models.test_weights import fake_hub
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def test_a_new_method_trains_by_its_settings_and_by_its_name(hub, tmp_path, monk
     assert by_name.method == given.method
     assert main.run(config, tmp_path / "command") == 0
     singer_jax.distill(dataclasses.replace(by_name, method=given.method), tmp_path / "library")
-    runs.assert_same_student(tmp_path / "command", tmp_path / "library")
+    cli.assert_same_student(tmp_path / "command", tmp_path / "library")
     rows = (tmp_path / "library" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["train/loss_norms"] > 0
 

@@ -218,7 +218,7 @@ def test_another_teacher_is_refused_on_resume(config, tmp_path, capsys):
 
 
 def test_a_checkpoint_that_says_nothing_of_its_teacher_is_continued(config, tmp_path, monkeypatch):
-    from singer_jax.checkpoints import Checkpoints
+    from singer_jax.runs.checkpoints import Checkpoints
 
     save = Checkpoints.save
 

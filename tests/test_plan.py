@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from singer_jax import chips, main, parallel
+from singer_jax import main
 from singer_jax.config import plan as plan_config
 from singer_jax.config import settings_of
 from singer_jax.data.registry import make_source
@@ -15,10 +15,11 @@ from singer_jax.data.sources import TRAIN
 from singer_jax.errors import InputError
 from singer_jax.jobs import distill, plan
 from singer_jax.jobs.plan import PlanSettings, as_text, planned
+from singer_jax.platform import chips, parallel
 from singer_jax.training import program, roofline
 from singer_jax.training.roofline import Cost, DoesNotFit
 from singer_jax.training.setup import setup_students
-from tests import runs
+from tests import cli
 
 # Small enough for the compiler of TPUs to take seconds.
 SIZES = {
@@ -38,7 +39,7 @@ def jaxpr(function, *args) -> str:
 @pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
 def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
     """The program that the job `distill` compiles and the planned one have equal jaxprs."""
-    file = runs.write_config(tmp_path)
+    file = cli.write_config(tmp_path)
     if students:
         with file.open("a") as out:
             out.write(
@@ -88,7 +89,7 @@ class TestCommand:
                 "--config.price=2",
                 "--config.images=6400",
             ],
-            env=runs.environment(),
+            env=cli.environment(),
             capture_output=True,
             text=True,
             timeout=300,

@@ -15,13 +15,15 @@ import pytest
 from etils import epath
 from safetensors.numpy import load, save
 
-from singer_jax import files, holding, main, stored
-from singer_jax.checkpoints import Checkpoints
+from singer_jax import main
 from singer_jax.config import compare, evaluation, export, report
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.telemetry import MetricsWriter
-from tests import runs, tiny
+from singer_jax.io import files
+from singer_jax.runs import lock, verify
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.telemetry import MetricsWriter
+from tests import cli, tiny
 from tests.object_store import BUCKET, object_store
 
 
@@ -32,18 +34,18 @@ def environment(tmp_path_factory):
         cache = tmp_path_factory.mktemp("cache")
         for name, value in (store | {"XDG_CACHE_HOME": str(cache)}).items():
             patch.setenv(name, value)
-        yield runs.environment()
+        yield cli.environment()
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    return runs.write_config(tmp_path_factory.mktemp("config"))
+    return cli.write_config(tmp_path_factory.mktemp("config"))
 
 
 # Ends itself while it saves its fourth checkpoint, after step 12.
 VANISHING = """
 import os, runpy, signal
-from singer_jax.checkpoints import Checkpoints
+from singer_jax.runs.checkpoints import Checkpoints
 save = Checkpoints.save
 def save_and_vanish(self, state, step, meta):
     save(self, state, step, meta)
@@ -58,7 +60,7 @@ runpy.run_module("singer_jax.main", run_name="__main__")
 def distil(environment, config_file):
     def start(workdir: object, **program: tuple[str, ...]) -> subprocess.Popen:
         arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.steps=20")
-        return runs.start(environment, *arguments, **program)
+        return cli.start(environment, *arguments, **program)
 
     return start
 
@@ -176,8 +178,8 @@ def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environmen
         checkpoints.set_aside()
         assert checkpoints.latest_step() == 2
         checkpoints.save({"a": jnp.arange(5000)}, 4, {"data": "abc"})
-    assert stored.finished(folder / "checkpoints") == [2, 4]
-    assert stored.damage(newest) is None
+    assert verify.finished(folder / "checkpoints") == [2, 4]
+    assert verify.damage(newest) is None
     aside = folder / "checkpoints.damaged"
     assert objects(aside / "4") == before
     assert (aside / "4" / "meta" / "metadata").read_text() == "{"
@@ -185,19 +187,19 @@ def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environmen
 
 
 def test_a_run_on_a_store_is_held_by_one_process(environment, monkeypatch):
-    monkeypatch.setattr(holding, "BEAT", 0.1)
-    monkeypatch.setattr(holding, "SILENCE", 2.0)
-    monkeypatch.setattr(holding, "SETTLE", 0.3)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "SILENCE", 2.0)
+    monkeypatch.setattr(lock, "SETTLE", 0.3)
     folder = epath.Path(f"gs://{BUCKET}/held")
-    with holding.holding(folder) as held:
+    with lock.holding(folder) as held:
         held.check()
-        monkeypatch.setattr(holding, "_machine", lambda: "another one")
-        with pytest.raises(InputError, match="is held by process"), holding.holding(folder):
+        monkeypatch.setattr(lock, "_machine", lambda: "another one")
+        with pytest.raises(InputError, match="is held by process"), lock.holding(folder):
             pass
         held.check()
-    assert not (folder / holding.FILE).exists()
-    (folder / holding.FILE).write_text(json.dumps({"id": "x"}))
-    with holding.holding(folder) as held:  # a silent one
+    assert not (folder / lock.FILE).exists()
+    (folder / lock.FILE).write_text(json.dumps({"id": "x"}))
+    with lock.holding(folder) as held:  # a silent one
         held.check()
 
 

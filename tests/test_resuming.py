@@ -12,10 +12,10 @@ from etils import epath
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from singer_jax import parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import RunError
-from singer_jax.stored import finished
+from singer_jax.platform import parallel
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.verify import finished
 from tests.damage import flip, largest
 
 KEEP = 3

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import cli
+from tests.cli import assert_same_student, finish, start, steps, wait_for_step
 from tests.damage import files
-from tests.runs import assert_same_student, finish, start, steps, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    return runs.write_config(tmp_path_factory.mktemp("config"))
+    return cli.write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return runs.environment()
+    return cli.environment()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     before = {file: file.read_bytes() for file in files(tmp_path)}
     assert json.loads((tmp_path / "nan" / "student.json").read_text())["step"] == bad
     python, *command = shlex.split(last.split("replay it: ")[1])
-    assert (python, *command[:2]) == ("python", *runs.PROGRAM)
+    assert (python, *command[:2]) == ("python", *cli.PROGRAM)
     status, printed = finish(start(environment, *command[2:]))
     assert status == 1
     found = rf"singer_jax: step {bad}: invalid value \((nan|inf)\) encountered in \w+ \(in .*\.py:"

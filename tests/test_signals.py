@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
+from tests import cli
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -16,19 +16,19 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return runs.environment()
+    return cli.environment()
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    return runs.write_config(tmp_path_factory.mktemp("config"))
+    return cli.write_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.checkpoint.every=99")
-    status, printed = runs.finish(runs.start(environment, *arguments))
+    status, printed = cli.finish(cli.start(environment, *arguments))
     assert status == 0, printed
     return workdir
 
@@ -50,31 +50,31 @@ def test_during_a_step_saves_and_continues_to_the_same_bits(
     config_file, environment, tmp_path, uninterrupted, number
 ):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
-    process = runs.start(environment, *arguments)
-    runs.wait_for_step(process, tmp_path, 2)
+    process = cli.start(environment, *arguments)
+    cli.wait_for_step(process, tmp_path, 2)
     decoding = workers(process)
     assert len(decoding) == 2
-    runs.signal_group(process, number)
-    status, printed = runs.finish(process)
+    cli.signal_group(process, number)
+    status, printed = cli.finish(process)
     assert status == 75, printed
     assert "Traceback" not in printed
     told = f"singer_jax: {number.name}: saving and stopping; Ctrl-C stops at once"
     assert told in printed.splitlines()  # not behind the progress bar
     assert "singer_jax: stopped after step" in printed.splitlines()[-1]
     assert not any(map(command_line, decoding))
-    status, printed = runs.finish(runs.start(environment, *arguments))
+    status, printed = cli.finish(cli.start(environment, *arguments))
     assert status == 0 and "continuing after step" in printed, printed
-    runs.assert_same_student(tmp_path, uninterrupted)
+    cli.assert_same_student(tmp_path, uninterrupted)
 
 
 def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_path):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=1")
-    process = runs.start(environment, *arguments, "--config.checkpoint.every=1")
+    process = cli.start(environment, *arguments, "--config.checkpoint.every=1")
     saving = tmp_path / "checkpoints"
-    runs.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")), process)
+    cli.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")), process)
     for number in SIGNALS:
-        runs.signal_group(process, number)
-    status, printed = runs.finish(process)
+        cli.signal_group(process, number)
+    status, printed = cli.finish(process)
     assert status == 75, printed
     assert "Traceback" not in printed
     step = int(printed.splitlines()[-1].split("stopped after step ")[1].split()[0])
@@ -84,10 +84,10 @@ def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_p
 @pytest.mark.parametrize("number", SIGNALS)
 def test_during_set_up_ends_at_once_in_one_line(config_file, environment, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
-    process = runs.start(environment, *arguments)
-    runs.wait_until(lambda: len(workers(process)) == 2, process)  # which are starting themselves
-    runs.signal_group(process, number)
-    status, printed = runs.finish(process)  # returns when the last worker has closed stderr
+    process = cli.start(environment, *arguments)
+    cli.wait_until(lambda: len(workers(process)) == 2, process)  # which are starting themselves
+    cli.signal_group(process, number)
+    status, printed = cli.finish(process)  # returns when the last worker has closed stderr
     assert status == 75, printed
     assert "Traceback" not in printed and "Error" not in printed
     assert printed.splitlines()[-1].startswith(f"singer_jax: stopped by {number.name}; ")
@@ -95,11 +95,11 @@ def test_during_set_up_ends_at_once_in_one_line(config_file, environment, tmp_pa
 
 SHIELDED = """
 import signal, threading, time
-from singer_jax import stopping
-with stopping.handled():
+from singer_jax.platform import signals
+with signals.handled():
     other = threading.Thread(target=threading.Event().wait, daemon=True)
     other.start()  # takes the signal that the main thread has blocked
-    with stopping.shielded():
+    with signals.shielded():
         signal.pthread_kill(other.ident, signal.SIGTERM)
         for _ in range(100):
             time.sleep(0.01)
@@ -116,10 +116,10 @@ def test_another_thread_s_signal_does_not_break_off_what_is_shielded():
 
 SWALLOWED = """
 import signal, time, weakref
-from singer_jax import stopping
+from singer_jax.platform import signals
 class Held:
     pass
-with stopping.handled():
+with signals.handled():
     held = Held()
     reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGTERM))
     del held
@@ -138,8 +138,8 @@ def test_a_signal_in_a_finaliser_which_raises_nothing_is_not_lost():
 WAITING = """
 import time
 import jax.numpy  # whose interpreter takes a while to end
-from singer_jax import stopping
-with stopping.handled():
+from singer_jax.platform import signals
+with signals.handled():
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -148,8 +148,8 @@ with stopping.handled():
 DONE = """
 import sys
 import jax.numpy
-from singer_jax import stopping
-with stopping.handled():
+from singer_jax.platform import signals
+with signals.handled():
     print("done", flush=True)
     sys.exit(0)
 """
@@ -170,8 +170,8 @@ def test_signals_until_the_end_do_not_change_the_status(program, ends):
 
 PROGRAM = """
 import sys, threading
-from singer_jax import stopping
-with stopping.handled(), stopping.deferred():
+from singer_jax.platform import signals
+with signals.handled(), signals.deferred():
     print("ready", flush=True)
     threading.Event().wait()
 """
@@ -195,8 +195,8 @@ def test_a_second_ctrl_c_ends_a_job_that_does_not_answer():
 
 HANGING = """
 import sys, threading
-from singer_jax import stopping
-with stopping.handled():
+from singer_jax.platform import signals
+with signals.handled():
     print("told", end="")
     threading.Thread(target=threading.Event().wait).start()
     sys.exit(1)

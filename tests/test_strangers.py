@@ -24,8 +24,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from benchmarks.hostile import ENTRIES, prepared_set
-from singer_jax import limits, parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.data import images
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.images import EvalTransform, TrainTransform, UnreadableImage, open_image
@@ -33,12 +31,15 @@ from singer_jax.data.loader import LoadExample
 from singer_jax.data.matlab import read_numbers
 from singer_jax.data.sources import TEST, TRAIN, FolderSource, TfdsSource
 from singer_jax.errors import InputError, RunError
-from singer_jax.files import as_path
+from singer_jax.io import limits
+from singer_jax.io.files import as_path
 from singer_jax.models import weights
 from singer_jax.models.network import ModelSettings, resolve_model
 from singer_jax.models.torch_file import open_torch_file
 from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.platform import parallel
 from singer_jax.report.collect import read_metrics
+from singer_jax.runs.checkpoints import Checkpoints
 from tests.data import official
 
 RNG = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from singer_jax.config import compare, evaluation, replay, report
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
-from tests import runs, tiny
+from tests import cli, tiny
 
 CONFIG = """
 from tests import tiny
@@ -46,7 +46,7 @@ def config_file(tmp_path_factory) -> Path:
 def whole(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     arguments = (f"--config={config_file}", f"--workdir={workdir}")
-    status, printed = runs.finish(runs.start(runs.environment(), *arguments))
+    status, printed = cli.finish(cli.start(cli.environment(), *arguments))
     assert status == 0, printed
     assert "2 students one by one, " in printed and "singer: teacher layer 1: " in printed
     return workdir
@@ -78,12 +78,12 @@ def test_each_student_has_its_metrics_and_its_export(whole):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
-    process = runs.start(runs.environment(), *arguments)
-    runs.wait_until((tmp_path / "checkpoints" / "3").is_dir, process)
+    process = cli.start(cli.environment(), *arguments)
+    cli.wait_until((tmp_path / "checkpoints" / "3").is_dir, process)
     process.send_signal(number)
-    status, _ = runs.finish(process)
+    status, _ = cli.finish(process)
     assert status in (-signal.SIGKILL, 75) and not (tmp_path / "students").exists()
-    status, printed = runs.finish(runs.start(runs.environment(), *arguments))
+    status, printed = cli.finish(cli.start(cli.environment(), *arguments))
     assert status == 0 and "continuing after step" in printed, printed
     found, expected = students(tmp_path), students(whole)
     for name, tensors in expected.items():
@@ -92,15 +92,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path
 
 
 def test_two_processes_do_what_one_does(config_file, whole, tmp_path):
-    started = runs.start_together(
-        runs.environment(),
+    started = cli.start_together(
+        cli.environment(),
         2,
         f"--config={config_file}",
         f"--workdir={tmp_path}",
         "--config.mesh.data=2",
         "--config.mesh.fsdp=1",
     )
-    for status, printed in map(runs.finish, started):
+    for status, printed in map(cli.finish, started):
         assert status == 0, printed
     for name, tensors in students(whole).items():
         for key, value in students(tmp_path)[name].items():

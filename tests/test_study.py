@@ -12,7 +12,7 @@ from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.jobs.study import cells
-from tests import runs, tiny
+from tests import cli, tiny
 
 CONFIG = """
 import configs.study
@@ -41,19 +41,19 @@ def file(tmp_path_factory) -> Path:
 
 
 def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
-    environment = runs.environment()
+    environment = cli.environment()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    status, printed = runs.finish(runs.start(environment, f"--config={file}", f"--workdir={whole}"))
+    status, printed = cli.finish(cli.start(environment, f"--config={file}", f"--workdir={whole}"))
     assert status == 0, printed
     assert "checkpoint_manager" not in printed  # what orbax says to whoever reads
     arguments = (f"--config={file}", f"--workdir={broken}")
-    process = runs.start(environment, *arguments)
+    process = cli.start(environment, *arguments)
     results = broken / "results.jsonl"
-    runs.wait_until(lambda: results.exists() and "singer" in results.read_text(), process)
-    runs.signal_group(process, signal.SIGKILL)
-    runs.finish(process)
+    cli.wait_until(lambda: results.exists() and "singer" in results.read_text(), process)
+    cli.signal_group(process, signal.SIGKILL)
+    cli.finish(process)
     before = results.read_text()
-    status, printed = runs.finish(runs.start(environment, *arguments))
+    status, printed = cli.finish(cli.start(environment, *arguments))
     assert status == 0, printed
     assert results.read_text().startswith(before)  # what was measured is not measured again
     assert results.read_text() == (whole / "results.jsonl").read_text()
@@ -66,7 +66,7 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert rows[""]["norm_ratio_first"] == pytest.approx(20, rel=0.2)
     assert rows["singer"]["next_block_changed"] > 0
 
-    status, printed = runs.finish(runs.start(environment, *arguments, "--config.distilled.steps=3"))
+    status, printed = cli.finish(cli.start(environment, *arguments, "--config.distilled.steps=3"))
     assert status == 2 and "distilled.steps: 3" in printed
 
 

@@ -9,7 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from tests import runs, tiny
+from tests import cli, tiny
 
 STEPS, EVERY = 12, 3
 
@@ -46,7 +46,7 @@ class Bench:
     @property
     def environment(self) -> dict[str, str]:
         """Of every command."""
-        return runs.environment() | {
+        return cli.environment() | {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -67,10 +67,10 @@ class Bench:
             arguments = [f"--config={self.config_file}", f"--workdir={workdir}", *more]
             arguments += ["--config.checkpoint.keep=9", f"--config.mesh.data={processes}"]
             if processes > 1:
-                started = runs.start_together(self.environment, processes, *arguments)
+                started = cli.start_together(self.environment, processes, *arguments)
             else:
-                started = [runs.start(self.environment, *arguments)]
-            for status, printed in map(runs.finish, started):
+                started = [cli.start(self.environment, *arguments)]
+            for status, printed in map(cli.finish, started):
                 assert status == 0, printed
         return workdir
 
@@ -95,7 +95,7 @@ class Bench:
         self.whole()
         begun, again = cpu_of_children(), self.folder / "again"
         arguments = (f"--config={self.config_file}", f"--workdir={again}")
-        status, printed = runs.finish(runs.start(self.environment, *arguments))
+        status, printed = cli.finish(cli.start(self.environment, *arguments))
         assert status == 0, printed
         shutil.rmtree(again)
         return cpu_of_children() - begun

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.faults.bench import EVERY, STEPS, Bench
-from tests import runs
+from tests import cli
 
 STOPPED = (1, 2, 75)  # statuses of one clear line
 _HANGS = 180  # seconds
@@ -102,7 +102,7 @@ class Trial:
         log = self.folder / f"printed.{len(self._started)}"
         with log.open("wb") as printed:
             process = subprocess.Popen(
-                [sys.executable, *runs.PROGRAM, *arguments, *self.more, *more],
+                [sys.executable, *cli.PROGRAM, *arguments, *self.more, *more],
                 env=self.bench.environment | variables,
                 stdout=subprocess.DEVNULL,
                 stderr=printed,
@@ -116,7 +116,7 @@ class Trial:
         """All processes of the run."""
         if self.processes == 1:
             return [self.start(*more)]
-        flags = runs.joining(self.processes)
+        flags = cli.joining(self.processes)
         return [self.start(*more, *own) for own in flags]
 
     def until(self, happened: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -211,7 +211,7 @@ class Trial:
     def compare(self, workdir: Path) -> None:
         """With the run that nothing disturbed; raises `Wrong`."""
         whole = self.bench.whole(images=self.images, processes=self.processes)
-        expected, given = runs.student(whole), runs.student(workdir)
+        expected, given = cli.student(whole), cli.student(workdir)
         same = expected.keys() == given.keys() and all(
             value.tobytes() == given[name].tobytes() for name, value in expected.items()
         )

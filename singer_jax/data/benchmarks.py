@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from singer_jax import limits
 from singer_jax.data.dense import ADE20K_CLASSES
 from singer_jax.data.images import UnreadableImage
 from singer_jax.data.matlab import open_frames, read_numbers
@@ -32,6 +31,7 @@ from singer_jax.data.sources import (
     check_classes,
 )
 from singer_jax.errors import InputError, shown, unknown
+from singer_jax.io import limits
 
 _LONGEST_NAME = 1024  # characters; names are stored at the length of the longest
 
@@ -352,7 +352,7 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
     """
     if name not in BENCHMARKS:
         raise unknown("data set", name, BENCHMARKS)
-    from singer_jax.files import check_local  # not in a loader's worker
+    from singer_jax.io.files import check_local  # not in a loader's worker
 
     check_local("data.path", root)
     benchmark = BENCHMARKS[name]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from singer_jax import limits
 from singer_jax.errors import InputError
+from singer_jax.io import limits
 
 # Pillow's other readers are of formats that no photo has; that of EPS starts Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -64,7 +64,7 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
       exif: turn it as its EXIF orientation says.
 
     Raises:
-      UnreadableImage: not an image, or one beyond a limit of `singer_jax.limits`.
+      UnreadableImage: not an image, or one beyond a limit of `singer_jax.io.limits`.
     """
     if isinstance(stored, np.ndarray):
         return Image.fromarray(stored)

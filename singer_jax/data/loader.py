@@ -18,10 +18,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from singer_jax import stopping
 from singer_jax.data.images import UnreadableImage, open_image
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
+from singer_jax.platform import signals
 
 ImageBatch = dict[str, np.ndarray]
 """`image` uint8 [batch, size, size, 3], `label` int32 [batch] (or [batch, size, size] where each
@@ -197,7 +197,7 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[I
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
     batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
-    with stopping.shielded():
+    with signals.shielded():
         before = set(multiprocessing.active_children())
         batches.start_prefetch()  # in threads, which a process that leaves must not break off
         _wait_for_started(workers, before)

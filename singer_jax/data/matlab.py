@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from singer_jax import limits
 from singer_jax.errors import InputError
+from singer_jax.io import limits
 
 _LARGEST = 2**24  # bytes of a list, compressed or not; those of the data sets have 16 KiB
 _LARGEST_FRAME = 2**28  # bytes of a frame, and of the piece in which it is compressed

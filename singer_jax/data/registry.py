@@ -10,9 +10,9 @@ from singer_jax.data.benchmarks import BENCHMARKS, open_benchmark
 from singer_jax.data.scenes import LABELS, SceneSettings, ScenesSource
 from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
 from singer_jax.errors import InputError
-from singer_jax.files import check_local
-from singer_jax.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
-from singer_jax.settings import Settings, section, setting
+from singer_jax.io.files import check_local
+from singer_jax.settings.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
+from singer_jax.settings.settings import Settings, section, setting
 
 # Named in messages; any other TFDS name is read too.
 SOURCES = (

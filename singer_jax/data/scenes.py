@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from singer_jax.data.raycast import SHAPES, Body, Scene, Texture, render
 from singer_jax.data.sources import TRAIN, Record
-from singer_jax.ranges import COUNT, Range
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import COUNT, Range
+from singer_jax.settings.settings import Settings, setting
 
 # Raised with every change of a picture: a run is not continued on other ones.
 VERSION = 1

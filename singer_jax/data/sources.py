@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from singer_jax import limits
 from singer_jax.data.images import UnreadableImage
 from singer_jax.errors import InputError, shown, unknown
+from singer_jax.io import limits
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAIN, TEST = "train", "test"

@@ -17,14 +17,11 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
-from singer_jax import parallel
-from singer_jax.checkpoints import Checkpoints, checksum
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.heads import Classification, Task
-from singer_jax.evaluation.memory import fitting
-from singer_jax.files import as_path
+from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
@@ -36,6 +33,9 @@ from singer_jax.models.weights import (
     spec_of_weights,
 )
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
+from singer_jax.platform.memory import fitting
+from singer_jax.runs.checkpoints import Checkpoints, checksum
 
 _MOST_IMAGES = 64  # a device, at once: enough to keep it busy
 

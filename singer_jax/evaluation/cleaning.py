@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
@@ -28,6 +27,7 @@ from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.registers import Neurons, RegisterSettings
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.platform import parallel
 
 
 def find_register_neurons(

@@ -18,10 +18,10 @@ from jax.lax import Precision
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from singer_jax import parallel
 from singer_jax.errors import RunError
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.platform import parallel
 
 Head = dict[str, jax.Array]
 """`kernel` [in, out] and `bias` [out]; a leading axis of rates while several train."""

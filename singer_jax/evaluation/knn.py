@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from singer_jax import parallel
 from singer_jax.evaluation.backbone import Examples
-from singer_jax.evaluation.memory import fitting
-from singer_jax.evaluation.spread import spread
+from singer_jax.platform import parallel
+from singer_jax.platform.memory import fitting
+from singer_jax.platform.spread import spread
 
 
 def knn_top1(

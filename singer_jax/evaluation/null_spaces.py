@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
@@ -22,6 +21,7 @@ from singer_jax.methods.norms import is_outlier, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.platform import parallel
 
 
 def collect_patches(

@@ -20,17 +20,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from singer_jax import parallel
 from singer_jax.data.loader import train_batches
 from singer_jax.data.sources import Source, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Head, Task, mean_loss, over_devices
-from singer_jax.evaluation.memory import fitting
 from singer_jax.evaluation.progress import Keeper, Progress
-from singer_jax.evaluation.spread import pick, spread
 from singer_jax.models.params import Params
-from singer_jax.ranges import (
+from singer_jax.platform import parallel
+from singer_jax.platform.memory import fitting
+from singer_jax.platform.spread import pick, spread
+from singer_jax.runs.schedules import cosine_schedule
+from singer_jax.settings.ranges import (
     BETWEEN,
     COUNT,
     FROM_ZERO,
@@ -41,8 +42,7 @@ from singer_jax.ranges import (
     OneOf,
     optional,
 )
-from singer_jax.schedules import cosine_schedule
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.settings import Settings, setting
 
 FINAL_LEARNING_RATE = 1e-8
 

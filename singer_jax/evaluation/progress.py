@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax import parallel
 from singer_jax.errors import Stopped
-from singer_jax.files import download, replacing
-from singer_jax.limits import read_arrays
-from singer_jax.telemetry import LOG
+from singer_jax.io.files import download, replacing
+from singer_jax.io.limits import read_arrays
+from singer_jax.platform import parallel
+from singer_jax.runs.telemetry import LOG
 
 
 @dataclasses.dataclass(frozen=True)

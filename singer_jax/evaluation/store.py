@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from singer_jax import parallel
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Task
-from singer_jax.limits import read_object
-from singer_jax.telemetry import LOG
+from singer_jax.io.limits import read_object
+from singer_jax.platform import parallel
+from singer_jax.runs.telemetry import LOG
 
 _FILES = ("features.npy", "labels.npy")
 _CHUNK = 2**24

@@ -13,9 +13,9 @@ from singer_jax.data.registry import DataSettings, open_source
 from singer_jax.data.scenes import LABELS
 from singer_jax.data.sources import TEST, TRAIN, Source
 from singer_jax.errors import InputError
-from singer_jax.files import make_workdir, replacing
-from singer_jax.ranges import COUNT, OneOf
-from singer_jax.settings import Settings, section, setting
+from singer_jax.io.files import make_workdir, replacing
+from singer_jax.settings.ranges import COUNT, OneOf
+from singer_jax.settings.settings import Settings, section, setting
 
 # Examples of each split that the papers of the data sets and SPEC's table state.
 EXPECTED = {

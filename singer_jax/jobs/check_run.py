@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from singer_jax import stored
 from singer_jax.errors import InputError, RunError
-from singer_jax.files import as_path, download
+from singer_jax.io.files import as_path, download
 from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, open_weights
-from singer_jax.ranges import TEXT, OneOf
-from singer_jax.settings import Settings, setting
-from singer_jax.telemetry import read_rows
+from singer_jax.runs import verify
+from singer_jax.runs.telemetry import read_rows
+from singer_jax.settings.ranges import TEXT, OneOf
+from singer_jax.settings.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
 
 
 def _findings(run: epath.Path) -> Iterator[Finding]:
-    for step in stored.finished(run / "checkpoints"):
-        reason = stored.damage(run / "checkpoints" / str(step))
+    for step in verify.finished(run / "checkpoints"):
+        reason = verify.damage(run / "checkpoints" / str(step))
         yield Finding(f"checkpoints/{step}", reason or "every checksum matches", bool(reason))
     if (run / "checkpoints.damaged").is_dir():
         for file in sorted((run / "checkpoints.damaged").glob("*.txt")):

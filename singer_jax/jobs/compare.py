@@ -11,13 +11,13 @@ import numpy as np
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.files import as_path, write_text, writing
+from singer_jax.io.files import as_path, write_text, writing
+from singer_jax.io.limits import read_object
 from singer_jax.jobs.report import MEASURED, read_settings, results_of_student
-from singer_jax.limits import read_object
-from singer_jax.ranges import NAME, Each, OneOf
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
-from singer_jax.settings import Settings, flatten, setting, to_dict
+from singer_jax.settings.ranges import NAME, Each, OneOf
+from singer_jax.settings.settings import Settings, flatten, setting, to_dict
 
 
 @dataclasses.dataclass(frozen=True)

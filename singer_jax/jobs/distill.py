@@ -17,8 +17,6 @@ from etils import epath
 from flax import nnx
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from singer_jax import parallel
-from singer_jax.checkpoints import Checkpoints, fingerprint
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.registry import open_source
@@ -28,14 +26,15 @@ from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neurons
 from singer_jax.evaluation.cleaning import told as cleaning_told
 from singer_jax.evaluation.knn import knn_top1
-from singer_jax.files import check_takes_checkpoints, make_workdir, write_text, writing
-from singer_jax.holding import Holder, holding
+from singer_jax.io.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models import registers
 from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
-from singer_jax.settings import to_dict
-from singer_jax.telemetry import (
+from singer_jax.platform import parallel
+from singer_jax.runs.checkpoints import Checkpoints, fingerprint
+from singer_jax.runs.lock import Holder, holding
+from singer_jax.runs.telemetry import (
     LOG,
     MetricsWriter,
     Recorder,
@@ -43,6 +42,7 @@ from singer_jax.telemetry import (
     metric_name,
     telling_of_hangs,
 )
+from singer_jax.settings.settings import to_dict
 from singer_jax.training import calibration
 from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax import hosts, methods, parallel, stopping
+from singer_jax import methods
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import DataSettings, open_source
@@ -24,13 +24,14 @@ from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, lo
 from singer_jax.evaluation.measure import Split, probe_task, test_examples
 from singer_jax.evaluation.probe import ProbeSettings, score
 from singer_jax.evaluation.progress import FileKeeper
-from singer_jax.files import as_path, cached, download, make_workdir, replacing, write_text
+from singer_jax.io.files import as_path, cached, download, make_workdir, replacing, write_text
+from singer_jax.io.limits import read_arrays, read_object
 from singer_jax.jobs.report import read_settings
-from singer_jax.limits import read_arrays, read_object
 from singer_jax.models.architecture import PRECISIONS, Numerics
-from singer_jax.ranges import SEED, TEXT, Each, OneOf
-from singer_jax.settings import Settings, section, setting, to_dict
-from singer_jax.telemetry import LOG
+from singer_jax.platform import hosts, parallel, signals
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import SEED, TEXT, Each, OneOf
+from singer_jax.settings.settings import Settings, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings
 
 
@@ -98,7 +99,7 @@ def evaluate(settings: EvaluateSettings, workdir: epath.Path) -> None:
     subjects = _subjects(settings, workdir, (*table1.TASKS, *splits), skipped)
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
-    with stopping.deferred():
+    with signals.deferred():
         _measure_all(settings, subjects, benchmarks, splits)
     rows: dict[str, Any] = {}
     for subject in subjects:

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from singer_jax import parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.files import as_path, replacing, writing
+from singer_jax.io.files import as_path, replacing, writing
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
-from singer_jax.ranges import COUNT, TEXT, Flag, OneOf, optional
-from singer_jax.settings import Settings, setting
-from singer_jax.telemetry import LOG
+from singer_jax.platform import parallel
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import COUNT, TEXT, Flag, OneOf, optional
+from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.settings import of_saved
 
 PROGRAM_FILE = "features.stablehlo"

@@ -7,8 +7,8 @@ import dataclasses
 from etils import epath
 
 from singer_jax.models.summary import models_table
-from singer_jax.ranges import OneOf
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import OneOf
+from singer_jax.settings.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)

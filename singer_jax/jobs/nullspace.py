@@ -9,13 +9,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from singer_jax import parallel
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import SizedDataSettings, open_source
 from singer_jax.data.sources import TRAIN, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.null_spaces import collect_patches, describe_layer
-from singer_jax.files import make_workdir, write_text
+from singer_jax.io.files import make_workdir, write_text
 from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
@@ -23,7 +22,9 @@ from singer_jax.models.architecture import PRECISIONS, Numerics
 from singer_jax.models.network import FrozenSettings, Network, resolve_model
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
-from singer_jax.ranges import (
+from singer_jax.platform import parallel
+from singer_jax.report.pictures import save_spectra
+from singer_jax.settings.ranges import (
     BETWEEN,
     COUNT,
     FROM_ZERO,
@@ -34,8 +35,7 @@ from singer_jax.ranges import (
     Text,
     optional,
 )
-from singer_jax.report.pictures import save_spectra
-from singer_jax.settings import Settings, section, setting
+from singer_jax.settings.settings import Settings, section, setting
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _THRESHOLD = Text(

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from singer_jax import chips, parallel
-from singer_jax import settings as settings_lib
 from singer_jax.errors import InputError
-from singer_jax.files import config_file
-from singer_jax.ranges import COUNT, FROM_ZERO, POSITIVE, TEXT, OneOf, Text, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.io.files import config_file
+from singer_jax.platform import chips, parallel
+from singer_jax.settings import settings as settings_lib
+from singer_jax.settings.ranges import COUNT, FROM_ZERO, POSITIVE, TEXT, OneOf, Text, optional
+from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.roofline import DECODED, Cost, DoesNotFit, cost
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students

@@ -13,7 +13,6 @@ import json
 import numpy as np
 from etils import epath
 
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, Subset
@@ -21,14 +20,15 @@ from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
 from singer_jax.evaluation.probe import ProbeSettings
-from singer_jax.files import write_text
+from singer_jax.io.files import write_text
 from singer_jax.jobs.distill import distill
-from singer_jax.ranges import OneOf
+from singer_jax.platform import parallel
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_norm_maps, save_patch_maps
-from singer_jax.settings import Settings, section, setting
-from singer_jax.telemetry import LOG
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import OneOf
+from singer_jax.settings.settings import Settings, section, setting
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students
 

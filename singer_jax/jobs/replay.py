@@ -13,18 +13,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax import parallel, stored
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TRAIN, Source
 from singer_jax.errors import InputError, RunError
-from singer_jax.files import as_path
+from singer_jax.io.files import as_path
+from singer_jax.io.limits import read_object
 from singer_jax.jobs.distill import device_batches, load_teacher, measured
-from singer_jax.limits import read_object
 from singer_jax.models.params import Params
-from singer_jax.ranges import TEXT, OneOf
-from singer_jax.settings import Settings, setting
-from singer_jax.telemetry import LOG
+from singer_jax.platform import parallel
+from singer_jax.runs import verify
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import TEXT, OneOf
+from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.capture import Captured, read
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students
@@ -82,7 +83,7 @@ def _state_before(
 ) -> TrainState:
     """The latest kept state of the student before the step, or the one before the first step."""
     name, step = captured.student, captured.step
-    if not stored.finished(folder / "checkpoints"):
+    if not verify.finished(folder / "checkpoints"):
         found = measured(captured.settings, run, source, teacher)
         return run.init_states(teacher, found)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:

@@ -8,16 +8,16 @@ import dataclasses
 import jax
 from etils import epath
 
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
-from singer_jax.files import as_path
-from singer_jax.limits import read_object
-from singer_jax.ranges import COUNT, NAME, TEXT, Each, OneOf
+from singer_jax.io.files import as_path
+from singer_jax.io.limits import read_object
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
-from singer_jax.settings import Settings, setting, to_dict
-from singer_jax.telemetry import LOG
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import COUNT, NAME, TEXT, Each, OneOf
+from singer_jax.settings.settings import Settings, setting, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 
 

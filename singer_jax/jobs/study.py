@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax import parallel
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError, StudentsStopped
@@ -25,9 +24,9 @@ from singer_jax.evaluation.artifacts import planted_length
 from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
-from singer_jax.files import make_workdir, write_text
+from singer_jax.io.files import make_workdir, write_text
+from singer_jax.io.limits import read_object, read_text
 from singer_jax.jobs.distill import distill
-from singer_jax.limits import read_object, read_text
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
@@ -35,10 +34,11 @@ from singer_jax.models.architecture import CLEANERS, PLACES, Architecture
 from singer_jax.models.network import ModelSettings
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.models.zoo import lookup
-from singer_jax.ranges import COUNT, NAME, Each, OneOf, Text
+from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers
-from singer_jax.settings import Settings, flatten, section, setting, to_dict
-from singer_jax.telemetry import LOG
+from singer_jax.runs.telemetry import LOG
+from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text
+from singer_jax.settings.settings import Settings, flatten, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings, StudentsSettings
 
 DIRECTIONS = ("random", "null", "visible")

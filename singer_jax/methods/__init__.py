@@ -18,7 +18,7 @@ from singer_jax.methods.vitkd import ViTKD, ViTKDOfficial
 from singer_jax.methods.weighted_sum import WeightedSum, WeightedSumSettings
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.settings import Settings
+from singer_jax.settings.settings import Settings
 
 METHODS: dict[str, type[Method]] = {
     "singer": Singer,

@@ -23,8 +23,8 @@ from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import FROM_ZERO, Each, Flag, OneOf, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import FROM_ZERO, Each, Flag, OneOf, optional
+from singer_jax.settings.settings import Settings, setting
 
 Scalars = dict[str, Float[Array, ""]]
 

@@ -24,8 +24,8 @@ from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import NOT_NEGATIVE, optional
-from singer_jax.settings import Settings, section, setting
+from singer_jax.settings.ranges import NOT_NEGATIVE, optional
+from singer_jax.settings.settings import Settings, section, setting
 
 
 @dataclasses.dataclass(frozen=True)

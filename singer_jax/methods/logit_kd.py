@@ -12,8 +12,8 @@ from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
 from singer_jax.methods.losses import divergence
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import NOT_NEGATIVE, POSITIVE
-from singer_jax.settings import Settings, section, setting
+from singer_jax.settings.ranges import NOT_NEGATIVE, POSITIVE
+from singer_jax.settings.settings import Settings, section, setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from singer_jax.methods.base import Constant, Forward, Method
 from singer_jax.methods.losses import LOSSES
 from singer_jax.methods.norms import clip_norms, unit
 from singer_jax.methods.tokens import TokenMatch
-from singer_jax.ranges import OneOf, Range
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import OneOf, Range
+from singer_jax.settings.settings import Settings, setting
 
 SPACES = ("residual", "final_norm", "l2", "standardised")
 

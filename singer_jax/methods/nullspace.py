@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.errors import InputError
 from singer_jax.methods.jacobi import left_singular
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import NOT_NEGATIVE, POSITIVE, OneOf, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import NOT_NEGATIVE, POSITIVE, OneOf, optional
+from singer_jax.settings.settings import Settings, setting
 
 MAPS = ("mlp", "mlp_norm", "block")
 SOURCES = (*MAPS, "calibrated")

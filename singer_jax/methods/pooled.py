@@ -14,8 +14,8 @@ from singer_jax.methods.losses import LOSSES
 from singer_jax.methods.match import LossSettings
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import NOT_NEGATIVE
-from singer_jax.settings import Settings, section, setting
+from singer_jax.settings.ranges import NOT_NEGATIVE
+from singer_jax.settings.settings import Settings, section, setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from singer_jax import ranges
 from singer_jax.errors import InputError
 from singer_jax.methods import METHODS, WeightedSumSettings, chosen
-from singer_jax.ranges import NOT_NEGATIVE, OneOf, optional
-from singer_jax.settings import Setting, Settings, from_flat, leaves
+from singer_jax.settings import ranges
+from singer_jax.settings.ranges import NOT_NEGATIVE, OneOf, optional
+from singer_jax.settings.settings import Setting, Settings, from_flat, leaves
 
 
 class MethodSection:

@@ -41,8 +41,8 @@ from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.ranges import BETWEEN, COUNT, NOT_NEGATIVE
-from singer_jax.settings import Settings, section, setting
+from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE
+from singer_jax.settings.settings import Settings, section, setting
 
 # Of the published distilled layers, beside the last: block 17 of 24.
 DEPTHS = (0.75,)

@@ -10,7 +10,7 @@ from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
 from singer_jax.methods.losses import cross_entropy
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.settings import Settings
+from singer_jax.settings.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

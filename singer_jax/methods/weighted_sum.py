@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from singer_jax.methods.base import Batch, Forward, Method, Scalars
-from singer_jax.settings import Settings
+from singer_jax.settings.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

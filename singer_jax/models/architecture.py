@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from singer_jax import backends
 from singer_jax.models import quantised
-from singer_jax.ranges import NOT_NEGATIVE, SIDE, Each, Either, Flag, OneOf, Range, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.platform import backends
+from singer_jax.settings.ranges import (
+    NOT_NEGATIVE,
+    SIDE,
+    Each,
+    Either,
+    Flag,
+    OneOf,
+    Range,
+    optional,
+)
+from singer_jax.settings.settings import Settings, setting
 
 # Names of timm's arguments that have a meaning here.
 ACTIVATIONS = ("gelu", "quick_gelu")

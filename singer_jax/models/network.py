@@ -17,8 +17,8 @@ from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weight_files import find_weights, read_hub_config
 from singer_jax.models.weights import check_weights, spec_of_weights, stated_model
 from singer_jax.models.zoo import ModelSpec
-from singer_jax.ranges import TEXT, Flag, OneOf, optional
-from singer_jax.settings import ABSENT, Setting, Settings, section, setting
+from singer_jax.settings.ranges import TEXT, Flag, OneOf, optional
+from singer_jax.settings.settings import ABSENT, Setting, Settings, section, setting
 
 
 class _Overrides:

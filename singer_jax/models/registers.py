@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from singer_jax.ranges import COUNT, Range
-from singer_jax.settings import Settings, setting
+from singer_jax.settings.ranges import COUNT, Range
+from singer_jax.settings.settings import Settings, setting
 
 Neurons = Sequence[tuple[int, int]]
 """Block and position in the hidden layer of its MLP."""

@@ -23,8 +23,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from singer_jax import limits
 from singer_jax.errors import InputError
+from singer_jax.io import limits
 
 # Far above any published checkpoint (ViT-7B: 0.1 MB and 10,000 operations); an operation makes at
 # most some 100 bytes.

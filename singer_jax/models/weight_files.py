@@ -14,12 +14,13 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from singer_jax import limits, ranges
 from singer_jax.errors import InputError
-from singer_jax.files import as_path, cached, download, is_remote
+from singer_jax.io import limits
+from singer_jax.io.files import as_path, cached, download, is_remote
 from singer_jax.models.architecture import FIELDS
 from singer_jax.models.torch_file import open_torch_file
-from singer_jax.ranges import POSITIVE, SIDE, Allowed, Each, Range, Text
+from singer_jax.settings import ranges
+from singer_jax.settings.ranges import POSITIVE, SIDE, Allowed, Each, Range, Text
 
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"

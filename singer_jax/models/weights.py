@@ -26,10 +26,9 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from singer_jax import limits
-from singer_jax.backends import Choices
 from singer_jax.errors import InputError, RunError
-from singer_jax.files import replacing, write_text
+from singer_jax.io import limits
+from singer_jax.io.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, Numerics
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.vit import VisionTransformer
@@ -41,6 +40,7 @@ from singer_jax.models.weight_files import (
     read_hub_config,
 )
 from singer_jax.models.zoo import MODELS, ModelSpec, lookup
+from singer_jax.platform.backends import Choices
 
 # Fields of `Architecture` that timm's class Eva calls otherwise.
 _EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}

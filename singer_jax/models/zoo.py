@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from singer_jax import ranges
 from singer_jax.errors import InputError, unknown
 from singer_jax.models.architecture import FIELDS, Architecture
+from singer_jax.settings import ranges
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -16,8 +16,6 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from singer_jax import limits, parallel
-from singer_jax.checkpoints import Checkpoints
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.registry import open_source
@@ -25,10 +23,13 @@ from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_tokens
+from singer_jax.io import limits
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
-from singer_jax.settings import to_dict
+from singer_jax.platform import parallel
+from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.settings.settings import to_dict
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups, restore_states, setup_students
 from singer_jax.training.step import TrainState

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from singer_jax import limits
 from singer_jax.errors import shown
-from singer_jax.files import write_text
+from singer_jax.io import limits
+from singer_jax.io.files import write_text
 from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_order
 
 _FOLDER = Path(__file__).parent

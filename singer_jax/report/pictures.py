@@ -10,7 +10,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
-from singer_jax.files import replacing
+from singer_jax.io.files import replacing
 
 
 def save_patch_maps(

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from singer_jax import parallel
 from singer_jax.methods import Forward
 from singer_jax.models.params import Params
+from singer_jax.platform import parallel
 from singer_jax.training.setup import Setups
 from singer_jax.training.step import micro_batches
 

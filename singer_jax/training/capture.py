@@ -18,8 +18,8 @@ from etils import epath
 from singer_jax.data.loader import batch_records
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
-from singer_jax.files import failures, write_text
-from singer_jax.settings import to_dict
+from singer_jax.io.files import failures, write_text
+from singer_jax.settings.settings import to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 
 FOLDER = "nan"

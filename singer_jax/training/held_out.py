@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.models.params import Params
+from singer_jax.platform import parallel
 from singer_jax.training.setup import Setups
 from singer_jax.training.step import Metrics, TrainState
 

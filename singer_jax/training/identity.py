@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.settings import flatten, to_dict
+from singer_jax.settings.settings import flatten, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 
 

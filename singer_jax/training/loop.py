@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from singer_jax import hosts, stopping
 from singer_jax.errors import Stopped
 from singer_jax.models.params import Params
-from singer_jax.ranges import COUNT, FROM_ZERO
-from singer_jax.settings import Settings, setting
-from singer_jax.telemetry import Recorder
+from singer_jax.platform import hosts, signals
+from singer_jax.runs.telemetry import Recorder
+from singer_jax.settings.ranges import COUNT, FROM_ZERO
+from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.step import Metrics, TrainState
 
 States = Mapping[str, TrainState]
@@ -82,7 +82,7 @@ def train(
       RunError: a loss or gradient of every student that is not finite; what `batches` raises.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stopping.deferred())
+        stack.enter_context(signals.deferred())
         stack.callback(between.saved)
         stack.enter_context(hosts.leaving_within(30))
         batch, unreadable = next(batches)

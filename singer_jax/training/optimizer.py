@@ -6,9 +6,18 @@ import dataclasses
 
 import optax
 
-from singer_jax.ranges import COUNT, DECAY, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Each, OneOf
-from singer_jax.schedules import cosine_schedule
-from singer_jax.settings import Settings, setting
+from singer_jax.runs.schedules import cosine_schedule
+from singer_jax.settings.ranges import (
+    COUNT,
+    DECAY,
+    FROM_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Each,
+    OneOf,
+)
+from singer_jax.settings.settings import Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from singer_jax import backends, parallel
 from singer_jax.models.params import Params
+from singer_jax.platform import backends, parallel
 from singer_jax.training.step import Distillation, Students, TrainState
 
 

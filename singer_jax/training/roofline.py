@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from singer_jax import chips, hlo, parallel
 from singer_jax.errors import InputError
+from singer_jax.platform import chips, hlo, parallel
 from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups

@@ -7,16 +7,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from singer_jax import methods, parallel
-from singer_jax import settings as settings_lib
+from singer_jax import methods
 from singer_jax.data.registry import TrainingDataSettings
 from singer_jax.errors import InputError
 from singer_jax.methods.section import MethodSection
 from singer_jax.methods.singer import SingerSettings
 from singer_jax.models.architecture import PRECISIONS
 from singer_jax.models.network import StudentSettings, TeacherSettings
-from singer_jax.ranges import COUNT, SEED, Elsewhere, OneOf, optional
-from singer_jax.settings import (
+from singer_jax.platform import parallel
+from singer_jax.runs.telemetry import LogSettings
+from singer_jax.settings import settings as settings_lib
+from singer_jax.settings.ranges import COUNT, SEED, Elsewhere, OneOf, optional
+from singer_jax.settings.settings import (
     ABSENT,
     Setting,
     Settings,
@@ -27,7 +29,6 @@ from singer_jax.settings import (
     setting,
     to_dict,
 )
-from singer_jax.telemetry import LogSettings
 from singer_jax.training.loop import CheckpointSettings, EvalsSettings
 from singer_jax.training.optimizer import OptimizerSettings, ScheduleSettings
 

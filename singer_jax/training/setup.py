@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from singer_jax import backends, methods, parallel
+from singer_jax import methods
 from singer_jax.errors import InputError
 from singer_jax.methods import Forward, Method, Needs, nullspace
 from singer_jax.models import registers
@@ -27,12 +27,13 @@ from singer_jax.models.quantised import check_installed
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
+from singer_jax.platform import backends, parallel
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.step import Distillation, Students, TrainState, teach
 
 if TYPE_CHECKING:  # a step needs no orbax
-    from singer_jax.checkpoints import Checkpoints
+    from singer_jax.runs.checkpoints import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from singer_jax import chips, parallel
+from singer_jax.platform import chips, parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups
 from tests.compiled.compiling import abstract

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks.topology import tpu_mesh
-from singer_jax import parallel
 from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
@@ -18,6 +17,7 @@ from singer_jax.models.architecture import Numerics
 from singer_jax.models.network import Network
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 from tests.compiled.compiling import Compile, abstract
 
 pytestmark = pytest.mark.optimized

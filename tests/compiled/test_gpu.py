@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
+from tests import cli
 
 COMPILER = Path(sys.prefix) / "gpu_compiler"
 
@@ -19,7 +19,7 @@ COMPILER = Path(sys.prefix) / "gpu_compiler"
 def run(*arguments: str) -> str:
     assert COMPILER.is_dir(), "bash launch/test.sh installs the compiler for GPUs"
     path = os.pathsep.join([str(COMPILER), os.getcwd()])
-    environment = runs.environment() | {"PYTHONPATH": path}
+    environment = cli.environment() | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         env=environment,

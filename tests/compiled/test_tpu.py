@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from benchmarks.make_inputs import write_blank_weights
 from benchmarks.topology import tpu_mesh
-from singer_jax import checkpoints, parallel
 from singer_jax.config import settings_of
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
 from singer_jax.methods import calibration as directions
 from singer_jax.methods import nullspace
+from singer_jax.platform import parallel
+from singer_jax.runs import checkpoints
 from singer_jax.training import calibration
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.program import jit_step

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from singer_jax import main, parallel
+from singer_jax import main
 from singer_jax.config import evaluation
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.registry import make_source
@@ -17,6 +17,7 @@ from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.heads import Classification
 from singer_jax.models import zoo
 from singer_jax.models.weights import to_hub_config
+from singer_jax.platform import parallel
 from tests import tiny
 
 

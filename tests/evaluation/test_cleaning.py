@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from singer_jax import parallel
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import TRAIN, DigitsSource, evenly
@@ -17,6 +16,7 @@ from singer_jax.models.network import Network
 from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 from tests import planted
 
 SPEC = lookup("vit_tiny_patch16_224", planted.SIZES | {"num_classes": 0})

@@ -12,7 +12,7 @@ from singer_jax import config as config_lib
 from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.jobs import evaluate, export, nullspace, report
-from tests import runs, tiny
+from tests import cli, tiny
 from tests.data import official
 
 # All jobs in one start of the processes; each has a folder of its own, as hosts that share no disk.
@@ -20,7 +20,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import jax
-from singer_jax import hosts
+from singer_jax.platform import hosts
 from tests.evaluation import test_hosts
 
 joining = dict(flag.removeprefix("--").split("=") for flag in sys.argv[3:])
@@ -73,12 +73,12 @@ def inputs(tmp_path_factory) -> Path:
 def results(inputs, tmp_path_factory) -> tuple[Path, Path]:
     """The folders of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    environment = runs.environment()
+    environment = cli.environment()
     program = ("-c", SCRIPT, str(inputs), str(two))
-    hosts = runs.start_together(environment, 2, program=program)
+    hosts = cli.start_together(environment, 2, program=program)
     run_jobs(inputs, one / "host0")
     for process in hosts:
-        status, printed = runs.finish(process)
+        status, printed = cli.finish(process)
         assert status == 0, printed
     return one / "host0", two
 

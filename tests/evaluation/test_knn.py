@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from singer_jax.evaluation import knn, memory
+from singer_jax.evaluation import knn
 from singer_jax.evaluation.backbone import Examples
+from singer_jax.platform import memory
 
 
 def direct(bank: Examples, queries: Examples, classes: int, k: int, temperature: float) -> float:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from singer_jax.errors import Stopped
-from singer_jax.evaluation import memory
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.heads import Classification
 from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
 from singer_jax.evaluation.progress import FileKeeper, Keeper
-from tests import runs, tiny
+from singer_jax.platform import memory
+from tests import cli, tiny
 
 CONFIG = """
 from singer_jax.config import evaluation
@@ -77,25 +77,25 @@ def test_a_stopped_command_continues_to_the_same_results(tmp_path):
     weights = tiny.write_described(tmp_path / "weights")
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(weights)))
-    environment = runs.environment()
+    environment = cli.environment()
 
     def start(workdir: str) -> subprocess.Popen:
-        return runs.start(environment, f"--config={file}", f"--workdir={tmp_path / workdir}")
+        return cli.start(environment, f"--config={file}", f"--workdir={tmp_path / workdir}")
 
     whole = start("whole")
     for final in (False, True):
         process = start("stopped")
         progress = tmp_path / "stopped" / "tasks" / "digits.progress.npz"
-        runs.wait_until(functools.partial(in_phase, progress, final), process)
+        cli.wait_until(functools.partial(in_phase, progress, final), process)
         process.send_signal(signal.SIGTERM)
-        status, printed = runs.finish(process)
+        status, printed = cli.finish(process)
         assert status == 75, printed
         assert printed.splitlines()[-1].startswith("singer_jax: stopped after step")
         assert "Traceback" not in printed
         assert not (tmp_path / "stopped" / "results.json").exists()
-    status, printed = runs.finish(start("stopped"))
+    status, printed = cli.finish(start("stopped"))
     assert status == 0 and "continuing after step" in printed, printed
-    status, printed = runs.finish(whole)
+    status, printed = cli.finish(whole)
     assert status == 0, printed
     expected, found = (
         (tmp_path / name / "results.json").read_bytes() for name in ("whole", "stopped")
@@ -109,11 +109,11 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(tiny.write_described(tmp_path / "weights"))))
     arguments = (f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.probe.epochs=9999")
-    processes = runs.start_together(runs.environment(), 2, *arguments)
+    processes = cli.start_together(cli.environment(), 2, *arguments)
     progress = tmp_path / "run" / "tasks" / "digits.progress.npz"
-    runs.wait_until(functools.partial(in_phase, progress, False), processes[0])
+    cli.wait_until(functools.partial(in_phase, progress, False), processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    ends = [runs.finish(process) for process in processes]
+    ends = [cli.finish(process) for process in processes]
     assert [status for status, _ in ends] == [75, 75], ends
     for _, printed in ends:
         assert "singer_jax: stopped after step" in printed.splitlines()[-1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from singer_jax import main, parallel
+from singer_jax import main
 from singer_jax.config import evaluation
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
@@ -20,6 +20,7 @@ from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.sources import TEST
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.platform import parallel
 from tests import tiny
 from tests.data import official
 from tests.evaluation.test_heads import bilinear

@@ -26,7 +26,7 @@ from singer_jax.methods.base import (
 from singer_jax.methods.section import MethodSection
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.settings import Settings, flatten
+from singer_jax.settings.settings import Settings, flatten
 
 TEACHER = Architecture(
     img_size=(16, 16), patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=0

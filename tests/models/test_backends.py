@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from singer_jax import parallel
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.attention import attend, attend_padded
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import load_model
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 from tests import tiny
 
 PLATFORMS = ("tpu", "gpu")

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from hypothesis import strategies as st
 
-from singer_jax import parallel
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.models import quantised
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
 from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup_students

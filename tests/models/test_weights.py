@@ -18,7 +18,6 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from singer_jax import parallel
 from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
 from singer_jax.models.architecture import Numerics
@@ -39,6 +38,7 @@ from singer_jax.models.weights import (
     to_hub_config,
     to_timm,
 )
+from singer_jax.platform import parallel
 from tests.models.torch_writer import write_torch_file
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from singer_jax import hosts, main, parallel
+from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
+from singer_jax.platform import hosts, parallel
 from singer_jax.training import calibration
 from singer_jax.training.setup import Setups, setup_students
-from tests import runs, tiny
+from tests import cli, tiny
 
 
 @pytest.fixture(scope="module")
@@ -92,4 +93,4 @@ def test_a_resumed_run_ends_with_the_same_bits_and_measures_once(
 
     monkeypatch.setattr(calibration, "measure", never)
     assert main.run(config, tmp_path / "stopped") == 0
-    runs.assert_same_student(tmp_path / "stopped", tmp_path / "whole")
+    cli.assert_same_student(tmp_path / "stopped", tmp_path / "whole")

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from singer_jax import parallel
 from singer_jax.config import settings_of
+from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setup, setup
 from tests import tiny

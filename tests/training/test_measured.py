@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from singer_jax import main, parallel
+from singer_jax import main
 from singer_jax.config import settings_of
 from singer_jax.models.params import leaves
+from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students
-from tests import runs, tiny
+from tests import cli, tiny
 
 STANDARDISED = {"method.match.space": "standardised", "method.match.clip": 0.8}
 
@@ -79,7 +80,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(teacher_file, tmp_path):
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "again" / "student")
     assert main.run(config, tmp_path / "again") == 0
-    runs.assert_same_student(tmp_path / "whole", tmp_path / "again")
+    cli.assert_same_student(tmp_path / "whole", tmp_path / "again")
 
 
 def test_no_step_sorts(teacher_file):

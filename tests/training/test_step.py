@@ -7,10 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
-from singer_jax import parallel
 from singer_jax.config import settings_of
 from singer_jax.methods import nullspace
 from singer_jax.models.params import leaves
+from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setup, setup
 from tests import tiny

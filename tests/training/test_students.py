@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from singer_jax import backends, parallel
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.models.params import leaves
 from singer_jax.models.summary import features_flops
+from singer_jax.platform import backends, parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step, jit_step
 from singer_jax.training.settings import OneOfStudents, StudentsSettings

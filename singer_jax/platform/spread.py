@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Num
 
-from singer_jax import parallel
+from singer_jax.platform import parallel
 
 
 def spread(mesh: Mesh, rows: Any, count: int) -> Num[Array, "devices*rows ..."]:

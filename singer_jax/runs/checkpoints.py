@@ -19,11 +19,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-from singer_jax import parallel, stored
 from singer_jax.errors import RunError
-from singer_jax.files import as_path, check_takes_checkpoints, failures
+from singer_jax.io.files import as_path, check_takes_checkpoints, failures
 from singer_jax.models.params import Params, join, split
-from singer_jax.stored import by_name
+from singer_jax.platform import parallel
+from singer_jax.runs import verify
+from singer_jax.runs.verify import by_name
 
 LOG = logging.getLogger("singer_jax")
 
@@ -111,7 +112,7 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
-        self.watch = stored.Watch(self.manager.directory)
+        self.watch = verify.Watch(self.manager.directory)
 
     def latest_step(self) -> int | None:
         """Steps done in the latest finished checkpoint; None where there is none."""
@@ -130,7 +131,7 @@ class Checkpoints:
         def look() -> int | None:
             found = self.watch.damaged
             for step in reversed(self.manager.all_steps()):
-                reason = stored.damage(self.manager.directory / str(step))
+                reason = verify.damage(self.manager.directory / str(step))
                 if reason is None:
                     return step
                 found[step] = reason
@@ -165,7 +166,7 @@ class Checkpoints:
         if not folder.is_dir():
             return
         try:
-            LOG.warning("%s, set aside in %s", found, stored.set_aside(folder, reason))
+            LOG.warning("%s, set aside in %s", found, verify.set_aside(folder, reason))
         except failures(folder) as error:
             raise RunError(f"{found} and cannot be set aside: {error}") from error
 
@@ -179,7 +180,7 @@ class Checkpoints:
         checksums = {key: int(value) for key, value in jax.device_get(_checksums(state)).items()}
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            meta=ocp.args.JsonSave(stored.sealed(meta | {"checksums": checksums})),
+            meta=ocp.args.JsonSave(verify.sealed(meta | {"checksums": checksums})),
         )
         with self._writing():  # which waits for the save before
             self.manager.save(step, args=arguments)

@@ -92,9 +92,9 @@ def joining(count: int) -> list[list[str]]:
 HOLD = """
 import sys, time
 from etils import epath
-from singer_jax import stopping
-from singer_jax.holding import holding
-with stopping.handled(), holding(epath.Path(sys.argv[1])):
+from singer_jax.platform import signals
+from singer_jax.runs.lock import holding
+with signals.handled(), holding(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1000)
 """

@@ -14,10 +14,11 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singer_jax import parallel, stored
-from singer_jax.checkpoints import Checkpoints, checksum
 from singer_jax.errors import RunError
-from singer_jax.files import working_disks
+from singer_jax.io.files import working_disks
+from singer_jax.platform import parallel
+from singer_jax.runs import verify
+from singer_jax.runs.checkpoints import Checkpoints, checksum
 from tests.damage import files, flip, largest
 
 META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
@@ -95,7 +96,7 @@ def test_the_one_before_goes_on_and_nothing_is_deleted(two, tmp_path, abstract, 
 def test_a_second_one_of_the_same_step_is_kept_beside(two, tmp_path):
     for _ in range(2):
         shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-        stored.set_aside(epath.Path(tmp_path / "checkpoints" / "4"), "tried")
+        verify.set_aside(epath.Path(tmp_path / "checkpoints" / "4"), "tried")
     names = sorted(path.name for path in (tmp_path / "checkpoints.damaged").iterdir())
     assert names == ["4", "4.2", "4.2.txt", "4.txt"]
 
@@ -124,7 +125,7 @@ def test_what_reads_back_whole_restores_to_the_same_bits(two, abstract, file, pl
             target.write_bytes(content[: place % (len(content) + 1)])
         else:
             target.unlink()
-        if stored.damage(epath.Path(folder)) is None:
+        if verify.damage(epath.Path(folder)) is None:
             with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
                 restored = checkpoints.restore(4, abstract)
             jax.tree.map(np.testing.assert_array_equal, restored, state(4))
@@ -140,14 +141,14 @@ def test_what_reads_back_whole_restores_to_the_same_bits(two, abstract, file, pl
 )
 def test_the_checksum_of_a_file_is_that_of_the_device(seed, dtype, shape):
     values = np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype)
-    assert stored.checksum(values) == int(checksum(jnp.asarray(values)))
+    assert verify.checksum(values) == int(checksum(jnp.asarray(values)))
 
 
 def test_a_leaf_larger_than_a_part_has_the_same_checksum(monkeypatch):
     values = np.arange(1000, dtype=np.float32)
-    expected = stored.checksum(values)
-    monkeypatch.setattr(stored, "_PART", 64)
-    assert stored.checksum(values) == expected
+    expected = verify.checksum(values)
+    monkeypatch.setattr(verify, "_PART", 64)
+    assert verify.checksum(values) == expected
 
 
 @pytest.mark.parametrize("rotten", [2, 4])
@@ -169,7 +170,7 @@ def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, ro
         checkpoints.save(state(6), 6, META)
         checkpoints.wait()
         kept = {2, 4, 6} - {rotten}
-        assert set(stored.finished(checkpoints.manager.directory)) == kept
+        assert set(verify.finished(checkpoints.manager.directory)) == kept
     assert (tmp_path / "checkpoints.damaged" / str(rotten)).is_dir()
 
 
@@ -217,7 +218,7 @@ def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
     def read(path: epath.Path) -> None:
         raise error
 
-    monkeypatch.setattr(stored, "_reader", lambda folder: read)
+    monkeypatch.setattr(verify, "_reader", lambda folder: read)
     with pytest.raises(RunError, match=f"cannot read .*: {type(error).__name__}: ") as raised:
-        stored.damage(epath.Path(two / "checkpoints" / "4"))
+        verify.damage(epath.Path(two / "checkpoints" / "4"))
     assert "tensorstore_spec" not in str(raised.value)

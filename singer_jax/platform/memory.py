@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from singer_jax.parallel import device_memory
+from singer_jax.platform.parallel import device_memory
 
 _SHARE = 4  # a quarter of the memory; the rest is for parameters, programs and their temporaries
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from singer_jax import hlo
+from singer_jax.platform import hlo
 
 # As the compiler for TPUs writes it: S(1) is the chip's fast memory, T(8,128) tiles.
 TPU = """HloModule jit_f, is_scheduled=true

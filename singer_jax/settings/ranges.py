@@ -1,6 +1,6 @@
 """What a setting may be: small objects that decide it and say it in words.
 
-They hold no names of settings; a field of `singer_jax.settings` names one.
+They hold no names of settings; a field of `singer_jax.settings.settings` names one.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from typing import Any
 from etils import epath
 
 from singer_jax.errors import InputError, RunError
-from singer_jax.files import failures, is_remote, writing
+from singer_jax.io.files import failures, is_remote, writing
 
 LOG = logging.getLogger("singer_jax")
 

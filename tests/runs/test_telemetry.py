@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX import event_file_writer  # noqa: F401 - the writer's package is installed
 
-from singer_jax import telemetry
 from singer_jax.errors import RunError
-from singer_jax.telemetry import MetricsWriter, Recorder
+from singer_jax.runs import telemetry
+from singer_jax.runs.telemetry import MetricsWriter, Recorder
 
 
 def rows(folder: Path) -> list[dict]:

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from singer_jax import parallel
 from singer_jax.errors import RunError
-from singer_jax.files import failures, is_remote, move, write_text
+from singer_jax.io.files import failures, is_remote, move, write_text
+from singer_jax.platform import parallel
 
 LOG = logging.getLogger("singer_jax")
 

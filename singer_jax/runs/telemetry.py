@@ -23,11 +23,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from singer_jax import chips, stopping
 from singer_jax.errors import RunError, StudentsStopped
-from singer_jax.files import Mirror
-from singer_jax.ranges import COUNT, Flag
-from singer_jax.settings import Settings, setting
+from singer_jax.io.files import Mirror
+from singer_jax.platform import chips, signals
+from singer_jax.settings.ranges import COUNT, Flag
+from singer_jax.settings.settings import Settings, setting
 
 LOG = logging.getLogger("singer_jax")
 
@@ -216,7 +216,7 @@ class Recorder:
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
         if not self.bar.disable:
-            stopping.bar_is_shown.set()
+            signals.bar_is_shown.set()
         self.row_step, self.row_time, self.waited = start + 1, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -317,4 +317,4 @@ class Recorder:
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
-        stopping.bar_is_shown.clear()
+        signals.bar_is_shown.clear()

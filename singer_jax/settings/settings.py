@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
-from singer_jax import ranges
 from singer_jax.errors import InputError, unknown
-from singer_jax.ranges import Allowed, Elsewhere
+from singer_jax.settings import ranges
+from singer_jax.settings.ranges import Allowed, Elsewhere
 
 ABSENT = object()
 """The default of a key that need not be there."""

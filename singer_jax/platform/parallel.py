@@ -21,10 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from singer_jax import backends, chips
 from singer_jax.errors import InputError
-from singer_jax.ranges import COUNT, optional
-from singer_jax.settings import Settings, setting
+from singer_jax.platform import backends, chips
+from singer_jax.settings.ranges import COUNT, optional
+from singer_jax.settings.settings import Settings, setting
 
 # Which dimension of a parameter is split over `fsdp`; the first rule that matches the end of a
 # parameter's path decides, also inside an optimizer state. Everything else is replicated.

@@ -10,14 +10,15 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singer_jax import parallel, stored
-from singer_jax.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.config import settings_of
 from singer_jax.errors import RunError
 from singer_jax.models.architecture import Numerics
 from singer_jax.models.params import leaves
 from singer_jax.models.weights import load_model
 from singer_jax.models.zoo import lookup
+from singer_jax.platform import parallel
+from singer_jax.runs import verify
+from singer_jax.runs.checkpoints import Checkpoints, checksum, fingerprint
 from singer_jax.training.setup import Setup, setup
 from tests import tiny
 
@@ -121,7 +122,7 @@ def test_one_without_checksums_is_refused(saved, run):
     folder, _ = saved
     file = folder / "checkpoints" / "3" / "meta" / "metadata"
     file.write_text('{"data": "abc"}')
-    assert stored.damage(epath.Path(file.parent.parent)) == "it holds no checksums"
+    assert verify.damage(epath.Path(file.parent.parent)) == "it holds no checksums"
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* holds no checksum of "),

@@ -25,14 +25,14 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed, xla_bridge
 
-from singer_jax import stopping
 from singer_jax.errors import InputError, RunError, Stopped
+from singer_jax.platform import signals
 
 LOG = logging.getLogger("singer_jax")
 
 _POLL = 0.5  # seconds
 _SILENCE = 40  # seconds without a sign of a process, after which JAX ends all others
-_EXPECTED = (InputError, RunError, Stopped, stopping.Interrupted)
+_EXPECTED = (InputError, RunError, Stopped, signals.Interrupted)
 # What a collective on CPUs raises, mostly as a ValueError, where another process is gone.
 _GONE = re.compile(r"\bGloo\b")
 _KEYS = "singer_jax/"
@@ -84,7 +84,7 @@ def join(
         _group = _Group(distributed.global_state)
         if _group.process > 0:
             LOG.setLevel(logging.WARNING)  # the first process tells the story
-        stopping.on_leaving(_group.fail)
+        signals.on_leaving(_group.fail)
 
 
 def stop_after(step: int) -> bool:
@@ -93,7 +93,7 @@ def stop_after(step: int) -> bool:
     Args:
       step: rises from call to call, by the same steps in all processes.
     """
-    return _group.stop_after(step) if _group else stopping.requested()
+    return _group.stop_after(step) if _group else signals.requested()
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def _deadline(timeout: int, given: dict[str, Any]) -> Iterator[None]:
     where = f" at {given['coordinator_address']}" if given else ""
 
     def leave() -> None:
-        stopping.say(f"the other processes did not come{where} within {timeout} s")
+        signals.say(f"the other processes did not come{where} within {timeout} s")
         os._exit(1)
 
     timer = threading.Timer(timeout, leave)
@@ -279,7 +279,7 @@ class _Group:
     def _leave(self, status: int, line: str) -> NoReturn:
         """Without the barrier of JAX's shutdown, at which the others may never arrive."""
         self.leaving.acquire()  # for good: one thread says it
-        stopping.say(line)
+        signals.say(line)
         sys.stdout.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{_KEYS}left/{self.process}", "")
@@ -294,9 +294,7 @@ class _Group:
     def _aborted(self, number: int) -> NoReturn:
         """Instead of the stack of every thread; a process that is leaving anyway does so."""
         if self.leaving.acquire(timeout=30):
-            stopping.say(
-                "another process is gone, finished checkpoints are kept; JAX says it above"
-            )
+            signals.say("another process is gone, finished checkpoints are kept; JAX says it above")
         os._exit(1)
 
     def _watch(self) -> None:
@@ -310,7 +308,7 @@ class _Group:
                 if len(steps) == self.processes:
                     self.stop_step = max(steps) + 1
                     self.agreed.set()
-                elif (steps or stopping.requested()) and not self.announced:
+                elif (steps or signals.requested()) and not self.announced:
                     with self.lock:
                         self.announced = True
                     self.client.key_value_set(f"{_KEYS}stop/{self.process}", str(self.step))

@@ -1,0 +1,1 @@
+"""Files, URLs and limits for untrusted input."""

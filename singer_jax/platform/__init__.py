@@ -1,0 +1,1 @@
+"""Devices and processes: mesh, hosts, signals, per-backend choices, compiled programs."""

@@ -1,0 +1,1 @@
+"""The life of a work directory: checkpoints, verification, lock, metrics."""

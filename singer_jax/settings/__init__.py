@@ -1,0 +1,1 @@
+"""Settings dataclasses and the ranges of their values."""
