@@ -30,7 +30,7 @@ def blocks(images: int) -> dict[str, float]:
     from flax import nnx
 
     from singer_jax.models import attention, layers
-    from singer_jax.models.architecture import Numerics
+    from singer_jax.models.architecture import ComputePolicy
     from singer_jax.models.vit import VisionTransformer
     from singer_jax.models.zoo import lookup
 
@@ -41,7 +41,9 @@ def blocks(images: int) -> dict[str, float]:
         if fused and not attention.has_fused_attention():
             continue
         with mock.patch.object(layers, "has_fused_attention", lambda fused=fused: fused):
-            model = VisionTransformer(arch, Numerics(jnp.bfloat16, jnp.bfloat16), rngs=nnx.Rngs(0))
+            model = VisionTransformer(
+                arch, ComputePolicy(jnp.bfloat16, jnp.bfloat16), rngs=nnx.Rngs(0)
+            )
         graph, params = nnx.split(model)
 
         def loss(params, x, graph=graph):  # noqa: ANN001, ANN202

@@ -32,7 +32,7 @@ from benchmarks.topology import Program, compile_timed, tpu_mesh
 from singer_jax.config import default, settings_of
 from singer_jax.methods import singer
 from singer_jax.methods.jacobi import left_singular
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.layers import patch_products
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
@@ -61,8 +61,8 @@ def parts(model: str, mesh: Mesh, images: int) -> Iterator[tuple[str, str, Calla
     stream = batch(tokens, dim)
     for form, platform in (("of the CPU", "cpu"), ("of the TPU", "tpu")):
         stacked = platform == "tpu"
-        numerics = Numerics(jnp.bfloat16, jnp.bfloat16, backend=platform, stacked=stacked)
-        graph, params = abstract_model(arch, numerics)
+        policy = ComputePolicy(jnp.bfloat16, jnp.bfloat16, backend=platform, stacked=stacked)
+        graph, params = abstract_model(arch, policy)
         params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params
         )

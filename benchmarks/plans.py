@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def row(config: str, change: str, topology: str, batch: int) -> dict[str, str]:
     """Of the table."""
     devices = chips.described(topology)
-    settings = PlanSettings(plan=config, change=change, topology=topology, batch_size=str(batch))
+    settings = PlanSettings(plan=config, overrides=change, topology=topology, batch_size=str(batch))
     shown = {
         "configuration": config,
         "chips": topology,

@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.results import report
 from singer_jax.config import default, settings_of
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import ModelSettings, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import FORMATS
@@ -99,18 +99,20 @@ def features_rows(arguments: argparse.Namespace, pixels: np.ndarray, layers: lis
     rows = []
     for what, own in (("as it is", params), ("planted outliers", planted(graph, params, x))):
 
-        def features(numerics: Numerics, own: Params = own) -> dict[int, np.ndarray]:
-            graph, _ = load_model(spec, file, numerics)
-            own = jax.tree.map(lambda leaf: leaf.astype(numerics.param_dtype), own)
+        def features(policy: ComputePolicy, own: Params = own) -> dict[int, np.ndarray]:
+            graph, _ = load_model(spec, file, policy)
+            own = jax.tree.map(lambda leaf: leaf.astype(policy.param_dtype), own)
             found = jax.jit(lambda p, x: nnx.merge(graph, p).features_at(x, layers))(own, x)
             return jax.device_get(found)
 
-        exact = features(Numerics())
+        exact = features(ComputePolicy())
         for dtype in ("float32", "bfloat16"):
             for quantised in (None, *FORMATS):
                 if dtype == "float32" and quantised is None:
                     continue
-                found = features(Numerics(jnp.dtype(dtype), jnp.dtype(dtype), quantised=quantised))
+                found = features(
+                    ComputePolicy(jnp.dtype(dtype), jnp.dtype(dtype), quantised=quantised)
+                )
                 for layer in layers:
                     near = cosines(exact[layer], found[layer])
                     norms = np.linalg.norm(exact[layer], axis=-1)
@@ -134,7 +136,7 @@ def losses_rows(arguments: argparse.Namespace, pixels: np.ndarray) -> list[dict[
     config.teacher.model, config.teacher.weights = arguments.model, arguments.weights
     config.student.model, config.precision = arguments.student, "float32"
     config.batch_size, config.data.image_size = 8, SIZE
-    config.method.resample_grids = True
+    config.method.interpolate_patch_grid = True
     config.steps, config.mesh.data = 1000, 1
 
     def prepared(quantised: str | None) -> tuple:

@@ -68,7 +68,7 @@ def counted() -> list[dict[str, str]]:
         name: step_flops(one.students, one.states, one.teacher, 1)
         for name, one in ((name, Setups({"": own})) for name, own in run.each.items())
     }
-    spec, blocks = run.taught_by.network.spec, max(run.students.teacher_reads) + 1
+    spec, blocks = run.teacher_model.network.spec, max(run.students.teacher_reads) + 1
     teacher = features_flops(spec.arch, blocks)
     rows = [{"part": "teacher", "GFLOP an image": f"{teacher / 1e9:.1f}"}]
     rows += [
@@ -100,8 +100,8 @@ def compiled(topology: str, images: int, only: str) -> Iterator[dict[str, str]]:
     config = six_of_vit_large(images * mesh.size)
     run = prepare(config, mesh)
     batch = described_batch(run, config.batch_size)
-    programs = {"six, one by one": (run, "one_by_one"), "six, together": (run, "together")}
-    programs |= {name: (Setups({"": own}), "together") for name, own in run.each.items()}
+    programs = {"six, one by one": (run, "sequential"), "six, together": (run, "parallel")}
+    programs |= {name: (Setups({"": own}), "parallel") for name, own in run.each.items()}
     for name, (which, schedule) in programs.items():
         if only and only not in name:
             continue

@@ -6,7 +6,7 @@
 
 Prints, for each chip, memory, operations, memory traffic and collectives of the step that the
 trainer runs, and from the chip's data sheet the time of a step and of the whole run. Settings of
-the distillation are changed by --config.change='mesh.fsdp=8 student.remat=True';
+the distillation are changed by --config.overrides='mesh.fsdp=8 student.remat=True';
 --config.batch_size=max finds the largest batch that fits.
 """
 

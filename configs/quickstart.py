@@ -40,8 +40,8 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_epochs = 2
-    config.checkpoint.every = 500
-    config.evals.every = 345  # the end
+    config.checkpoint.every_steps = 500
+    config.evals.every_steps = 345  # the end
     return config
 
 
@@ -52,21 +52,21 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.teacher.method.name = "supervised"
     config.teacher.epochs = 28
     config.teacher.optimizer.learning_rate = 2e-3
-    config.teacher.evals.every = 0
+    config.teacher.evals.every_steps = 0
     planted = {"planted": "background", "planted_after": 2, "planted_length": 60.0}
     config.teacher.student.overrides.update(planted)
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
     config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()
-    config.distilled.method.match.clip = 1.0  # FitNet as it is published
+    config.distilled.method.match.norm_clip_quantile = 1.0  # FitNet as it is published
     config.distilled.method.rank = 16
-    config.distilled.method.quantile = 0.85  # of 16 patches, so that two are above
+    config.distilled.method.outlier_quantile = 0.85  # of 16 patches, so that two are above
     config.distilled.students.fitnet = {"method": {"name": "fitnet"}}
     config.distilled.students.final_norm = {
-        "method": {"name": "fitnet", "match": {"space": "final_norm"}}
+        "method": {"name": "fitnet", "match": {"target_space": "final_norm"}}
     }
     config.distilled.students.singer = {
-        "method": {"name": "singer", "nullspace": {"source": "calibrated"}}
+        "method": {"name": "singer", "nullspace": {"weight_matrix": "calibrated"}}
     }
     config.probe.protocol = "fast"
     config.probe.epochs = 50

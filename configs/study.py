@@ -127,40 +127,45 @@ SIZES["real"] = SIZES["small"]._replace(
 # What differs from each method's own settings; FitNet gets the blocks of SiNGER, too.
 MAIN: dict[str, dict[str, Any]] = {
     "fitnet": {"name": "fitnet"},
-    "fitnet_final_norm": {"name": "fitnet", "match": {"space": "final_norm"}},
-    "fitnet_l2": {"name": "fitnet", "match": {"space": "l2"}},
-    "fitnet_clip": {"name": "fitnet", "match": {"clip": 0.9}},
-    "relational": {"name": "relational", "match": {"space": "final_norm"}},
+    "fitnet_final_norm": {"name": "fitnet", "match": {"target_space": "final_norm"}},
+    "fitnet_l2": {"name": "fitnet", "match": {"target_space": "l2"}},
+    "fitnet_clip": {"name": "fitnet", "match": {"norm_clip_quantile": 0.9}},
+    "relational": {"name": "relational", "match": {"target_space": "final_norm"}},
     "pooled": {"name": "pooled"},
     "singer": {"name": "singer"},
-    "singer_calibrated": {"name": "singer", "nullspace": {"source": "calibrated"}},
-    "singer_final_norm": {"name": "singer", "match": {"space": "final_norm"}},
+    "singer_calibrated": {"name": "singer", "nullspace": {"weight_matrix": "calibrated"}},
+    "singer_final_norm": {"name": "singer", "match": {"target_space": "final_norm"}},
 }
-_PUBLISHED = {"use": "init", "rule": "absolute", "threshold": 0.05, "order": "official"}
+_PUBLISHED = {
+    "mode": "init",
+    "threshold_type": "absolute",
+    "threshold": 0.05,
+    "direction_order": "official",
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fitnet_own_blocks": {"name": "fitnet"},
-    "fitnet_standardised": {"name": "fitnet", "match": {"space": "standardised"}},
+    "fitnet_standardised": {"name": "fitnet", "match": {"target_space": "standardised"}},
     "fitnet_cosine": {
         "name": "fitnet",
-        "match": {"space": "final_norm", "loss": "cosine_smooth_l1"},
+        "match": {"target_space": "final_norm", "loss": "cosine_smooth_l1"},
     },
     "vitkd": {"name": "vitkd"},
     "vitkd_frozen": {"name": "vitkd", "train_generator": False},
     "vitkd_official": {"name": "vitkd_official"},
-    "singer_soft": {"name": "singer", "nullspace": {"use": "soft"}},
-    "singer_init": {"name": "singer", "nullspace": {"use": "init"}},
-    "singer_random": {"name": "singer", "nullspace": {"use": "random"}},
-    "singer_block": {"name": "singer", "nullspace": {"source": "block"}},
-    "singer_mlp_norm": {"name": "singer", "nullspace": {"source": "mlp_norm"}},
+    "singer_soft": {"name": "singer", "nullspace": {"mode": "soft"}},
+    "singer_init": {"name": "singer", "nullspace": {"mode": "init"}},
+    "singer_random": {"name": "singer", "nullspace": {"mode": "random"}},
+    "singer_block": {"name": "singer", "nullspace": {"weight_matrix": "block"}},
+    "singer_mlp_norm": {"name": "singer", "nullspace": {"weight_matrix": "mlp_norm"}},
     "singer_quarter": {"name": "singer", "nullspace": {"threshold": 0.25}},
     "singer_three_quarters": {"name": "singer", "nullspace": {"threshold": 0.75}},
-    "singer_start": {"name": "singer", "nullspace": {"start": "official"}},
+    "singer_start": {"name": "singer", "nullspace": {"init": "official"}},
     "singer_half_rank": {"name": "singer"},
     "singer_double_rank": {"name": "singer"},
-    "singer_without_outlier": {"name": "singer", "weights": {"outlier": 0.0}},
-    "singer_without_info": {"name": "singer", "weights": {"info": 0.0}},
-    "singer_matching": {"name": "singer", "matching": "official"},
-    "singer_published": {"name": "singer", "matching": "official", "nullspace": _PUBLISHED},
+    "singer_without_outlier": {"name": "singer", "loss_weights": {"outlier": 0.0}},
+    "singer_without_info": {"name": "singer", "loss_weights": {"info": 0.0}},
+    "singer_matching": {"name": "singer", "layer_mapping": "official"},
+    "singer_published": {"name": "singer", "layer_mapping": "official", "nullspace": _PUBLISHED},
 }
 
 
@@ -186,8 +191,8 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
     config.batch_size = size.teacher_batch
     config.schedule.warmup_epochs = 1
     config.optimizer.weight_decay = 0.05
-    config.checkpoint.every = 2000
-    config.evals.every = 0
+    config.checkpoint.every_steps = 2000
+    config.evals.every_steps = 0
     return config
 
 
@@ -209,9 +214,9 @@ def get_config(size: str = "small") -> ConfigDict:
     config.distilled.steps, config.distilled.batch_size = chosen.steps, chosen.student_batch
     config.distilled.schedule.warmup_epochs = 0
     config.distilled.optimizer.learning_rate = 2e-3
-    config.distilled.method.match.clip = 1.0
+    config.distilled.method.match.norm_clip_quantile = 1.0
     config.distilled.method.rank = chosen.rank
-    config.distilled.method.quantile = chosen.quantile
+    config.distilled.method.outlier_quantile = chosen.quantile
     for name, method in (MAIN | VARIANTS).items():
         config.distilled.students[name] = {"method": method}
     students = config.distilled.students

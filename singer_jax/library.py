@@ -12,7 +12,7 @@ from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io.files import as_path
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
-from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.platform import parallel
@@ -20,9 +20,9 @@ from singer_jax.settings import ranges
 from singer_jax.training.settings import DistillSettings
 
 
-def _numerics(precision: str) -> Numerics:
+def _numerics(precision: str) -> ComputePolicy:
     ranges.check("precision", precision, ranges.OneOf(tuple(PRECISIONS)))
-    return Numerics(PRECISIONS[precision])
+    return ComputePolicy(PRECISIONS[precision])
 
 
 def list_models() -> list[str]:
@@ -80,7 +80,7 @@ def load_model(
         weights="" if of_run else given,
         model=model,
         student=student,
-        numerics=_numerics(precision),
+        policy=_numerics(precision),
     )
     loaded = backbone.network.merge(backbone.params)
     loaded.spec = backbone.network.spec

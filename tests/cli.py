@@ -21,7 +21,7 @@ from tests import tiny
 def get_config(protocol="recommended"):
     config = tiny.config({teacher!r}, protocol=protocol)
     config.steps = 40
-    config.checkpoint.every = 3
+    config.checkpoint.every_steps = 3
     return config
 """
 

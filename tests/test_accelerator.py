@@ -43,7 +43,7 @@ def teacher(tmp_path_factory) -> Path:
 
 def run_config(teacher: Path, steps: int) -> ConfigDict:
     config = tiny.config(teacher)
-    config.steps, config.evals.every, config.evals.images = steps, 2, 32
+    config.steps, config.evals.every_steps, config.evals.images = steps, 2, 32
     config.mesh.data = None
     return config
 

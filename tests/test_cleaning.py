@@ -38,7 +38,7 @@ def config(teacher_file):
 
 @pytest.mark.parametrize("clean", CLEANERS)
 def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys, clean):
-    config.teacher.clean = clean
+    config.teacher.artifact_removal = clean
     assert main.run(config, tmp_path / "whole") == 0
     found = json.loads((tmp_path / "whole" / "weights.json").read_text())["teacher"]["clean"]
     expected = [list(pair) for pair in planted.NEURONS] if clean == "registers" else []
@@ -61,13 +61,13 @@ def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys,
     assert exported["singer_jax"]["teacher"]["clean"] == found
 
     capsys.readouterr()
-    config.teacher.clean = None
+    config.teacher.artifact_removal = None
     assert main.run(config, tmp_path / "again") == 2
-    assert f"teacher.clean: '{clean}' -> None" in capsys.readouterr().err
+    assert f"teacher.artifact_removal: '{clean}' -> None" in capsys.readouterr().err
 
 
 def prepare(config, clean, **changes: object) -> Setups:
-    config.update_from_flattened_dict({"teacher.clean": clean} | changes)
+    config.update_from_flattened_dict({"teacher.artifact_removal": clean} | changes)
     return setup_students(settings_of(config), 64, 10)
 
 
@@ -80,7 +80,7 @@ def batch_of(run: Setups) -> dict:
 
 def test_a_step_of_two_students_on_several_devices_with_a_quantised_teacher(config):
     """Where a refiner changes nothing, as it starts, the info loss of registers is 0."""
-    config.method.layers, config.method.append_last = (1,), False
+    config.method.layers, config.method.include_last_layer = (1,), False
     config.students.a = {"method": {"name": "fitnet"}}
     config.students.b = {}
     metrics = {}

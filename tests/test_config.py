@@ -207,7 +207,7 @@ def test_settings_come_back_from_their_keys(job):
         if right_values(known.allowed)
         and not key.endswith("job")
         and ".overrides." not in key
-        and ".terms." not in key
+        and ".method_weights." not in key
     }
     # The first of several methods; its settings hold only what it reads.
     changed |= {key: "singer" for key in changed if key.endswith("method.name")}
@@ -229,10 +229,10 @@ def test_a_key_that_a_method_does_not_read_is_left_at_its_default(name):
 
 def test_each_method_has_its_own_default_where_they_differ():
     config = config_lib.default()
-    config.method.terms.singer, config.method.terms.fitnet = 1.0, 0.5
+    config.method.method_weights.singer, config.method.method_weights.fitnet = 1.0, 0.5
     (_, singer), (_, fitnet) = config_lib.settings_of(config).method.methods
     assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 10.0)
-    config.method.weights.kd = 1.0
+    config.method.loss_weights.kd = 1.0
     settings = config_lib.settings_of(config)
     (_, singer), (_, fitnet) = settings.method.methods
     assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 1.0)
@@ -240,9 +240,14 @@ def test_each_method_has_its_own_default_where_they_differ():
 
 
 def test_a_run_older_than_a_default_is_as_it_was():
-    assert FitNetSettings().match.clip == 0.9
-    assert of_saved({"method": {"name": "fitnet"}}).method.match.clip == 1
-    assert of_saved({"method": {"name": "fitnet", "match": {"clip": 0.8}}}).method.match.clip == 0.8
+    assert FitNetSettings().match.norm_clip_quantile == 0.9
+    assert of_saved({"method": {"name": "fitnet"}}).method.match.norm_clip_quantile == 1
+    assert (
+        of_saved(
+            {"method": {"name": "fitnet", "match": {"norm_clip_quantile": 0.8}}}
+        ).method.match.norm_clip_quantile
+        == 0.8
+    )
 
 
 def test_settings_check_themselves():

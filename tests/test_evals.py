@@ -32,7 +32,7 @@ def images(tmp_path_factory) -> Path:
 def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path, mesh, caplog):
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.data.source = str(images)
-    config.steps, config.evals.every = 2, 1
+    config.steps, config.evals.every_steps = 2, 1
     with caplog.at_level(logging.WARNING):
         assert main.run(config, tmp_path / "run") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -40,7 +40,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     assert [row["step"] for row in evaluated] == [1, 2]
     for row in evaluated:
         assert row["eval/images/unreadable"] == 2
-        assert np.isfinite(row["eval/held_out/loss"])
+        assert np.isfinite(row["eval/val/loss"])
     named = [r.getMessage() for r in caplog.records if "left out of kNN" in r.getMessage()]
     assert len(named) == 2
     for split in ("train", "val"):
@@ -68,6 +68,6 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(distill, "HeldOut", Recorded)
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
-    config.steps, config.evals.every, config.accumulation = 1, 1, 4
+    config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0
     assert made == [config.batch_size // 4]

@@ -113,16 +113,16 @@ def method_settings(case: dict) -> Settings:
     config.name = METHODS[case["method"]]
     config.layers = tuple(case["teacher_layers"])
     if case["method"] == "singer":
-        config.rank, config.quantile = case["rank"], case["outlier_quantile"]
+        config.rank, config.outlier_quantile = case["rank"], case["outlier_quantile"]
         config.nullspace.threshold = case["threshold"]
     if "mask_ratio" in case:
         config.mask_ratio = case["mask_ratio"]
         config.mimic_layers = tuple(case["mimic_teacher_layers"])
         kd = case["weights"]["kd"]
-        config.weights.mimic = kd * case.get("alpha", 1.0)
-        config.weights.generation = kd * case.get("beta", 1.0)
+        config.loss_weights.mimic = kd * case.get("alpha", 1.0)
+        config.loss_weights.generation = kd * case.get("beta", 1.0)
     else:
-        config.weights.update(case["weights"])
+        config.loss_weights.update(case["weights"])
     return MethodSection().from_flat(SingerSettings(), flatten(config), "")
 
 

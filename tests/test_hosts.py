@@ -41,7 +41,7 @@ def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> lis
         f"--config={config_file}",
         f"--workdir={workdir}",
         f"--config.steps={STEPS}",
-        "--config.checkpoint.every=99",
+        "--config.checkpoint.every_steps=99",
         f"--config.mesh.data={data}",
         f"--config.mesh.fsdp={fsdp}",
     ]

@@ -23,7 +23,7 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(teacher):
     config = tiny.config(teacher)
-    config.log.every = config.checkpoint.every = 100
+    config.log.every_steps = config.checkpoint.every_steps = 100
     return config
 
 
@@ -102,7 +102,7 @@ def _empty_folder(config, folder) -> None:
         (_break("data.source", "imagenet2021"), ["unknown data.source", "imagenet2012"]),
         (_break("method.name", "singr"), ["unknown method.name 'singr'", "closest: singer"]),
         (_break("method.layers", (1, 3)), ["method.layers: 3 is out of range", "0 to 2"]),
-        (_break("method.nullspace.use", "projct"), ["nullspace.use", "closest: project"]),
+        (_break("method.nullspace.mode", "projct"), ["nullspace.mode", "closest: project"]),
         (_break("batch_size", 7), ["batch_size: 7", "2 devices"]),
         (_break("precision", "float16"), ["unknown precision", "bfloat16"]),
         (_break("optimizer.name", "adam"), ["unknown optimizer.name", "adamw"]),
@@ -115,8 +115,8 @@ def _empty_folder(config, folder) -> None:
                 "student.overrides.embed_dim",
             ],
         ),
-        (_break("accumulation", 0), ["accumulation: 0", "at least 1"]),
-        (_break("checkpoint.every", 0), ["checkpoint.every: 0", "at least 1"]),
+        (_break("grad_accum_steps", 0), ["grad_accum_steps: 0", "at least 1"]),
+        (_break("checkpoint.every_steps", 0), ["checkpoint.every_steps: 0", "at least 1"]),
         (_break("student.overrides", {"num_heads": 0}), ["student.overrides.num_heads: 0; give a"]),
         (
             _break("student.overrides", {"depth": "2"}),
@@ -194,9 +194,9 @@ def test_a_start_that_fails_binds_nothing(config, tmp_path, capsys):
     refused("not a complete safetensors file")
     weights.write_bytes(whole)
     config.data.source = str(tiny.write_images(tmp_path / "images" / "train", 8).parent)
-    config.evals.every = 1
+    config.evals.every_steps = 1
     refused("nothing to evaluate on")
-    config.evals.every, config.method.rank, config.seed = 0, 3, 7
+    config.evals.every_steps, config.method.rank, config.seed = 0, 3, 7
     assert main.run(config, run) == 0
     assert json.loads((run / "config.json").read_text())["method"]["rank"] == 3
 
@@ -291,7 +291,7 @@ def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
         assert lookup(config.teacher.weights).name == lookup(config.teacher.model).name
         for own in settings_of(config).each().values():
             lookup(own.student.model)
-        assert (config.method.matching == "official") == (protocol == "paper")
+        assert (config.method.layer_mapping == "official") == (protocol == "paper")
         assert (config.data.normalisation == "imagenet") == (protocol == "paper")
 
 

@@ -62,7 +62,7 @@ def test_a_shipped_configuration_runs_by_its_name(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["method"]["nullspace"]["use"] == "init"  # of the protocol
+    assert config["method"]["nullspace"]["mode"] == "init"  # of the protocol
 
 
 def test_another_name_is_one_line_with_the_closest(installed, tmp_path):

@@ -84,7 +84,7 @@ class TestCommand:
                 "singer_jax.main",
                 "--config=configs/plan.py",
                 "--config.plan=singer_vitl_vitt",
-                f"--config.change={TINY}",
+                f"--config.overrides={TINY}",
                 "--config.topology=v5e:2x2",
                 "--config.price=2",
                 "--config.images=6400",
@@ -118,7 +118,7 @@ class TestCommand:
 
 def test_one_reduction_of_what_is_trained(tmp_path):
     """With pure data parallelism nothing large crosses the network but the gradients."""
-    settings = PlanSettings(plan="singer_vitl_vitt", change=TINY)
+    settings = PlanSettings(plan="singer_vitl_vitt", overrides=TINY)
     found = planned(settings, chips.described("v5e:2x2"))
     assert set(found.collectives) == {"all-reduce"}
     count, size = found.collectives["all-reduce"]
@@ -131,10 +131,12 @@ def test_one_reduction_of_what_is_trained(tmp_path):
 
 
 def test_fsdp_gathers_the_teacher():
-    settings = PlanSettings(plan="singer_vitl_vitt", change=f"{TINY} mesh.fsdp=4")
+    settings = PlanSettings(plan="singer_vitl_vitt", overrides=f"{TINY} mesh.fsdp=4")
     found = planned(settings, chips.described("v5e:2x2"))
     assert found.collectives["all-gather"][0] >= 4  # kernels of each of the teacher's blocks
-    pure = planned(PlanSettings(plan="singer_vitl_vitt", change=TINY), chips.described("v5e:2x2"))
+    pure = planned(
+        PlanSettings(plan="singer_vitl_vitt", overrides=TINY), chips.described("v5e:2x2")
+    )
     assert found.arguments < pure.arguments
 
 
@@ -187,7 +189,7 @@ def test_the_roofline():
     assert quantised.mfu == pytest.approx(2 / quantised.step_seconds)
     alone = dataclasses.replace(found, count=1)
     assert alone.seconds["collectives"] == 0
-    text = as_text(found, PlanSettings(plan="singer_vitl_vitt", change="steps=3600"))
+    text = as_text(found, PlanSettings(plan="singer_vitl_vitt", overrides="steps=3600"))
     assert "4000.0 ms a step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
 
 
@@ -197,9 +199,9 @@ def test_the_roofline():
         ({}, "plan: empty"),
         ({"plan": "nothing.py"}, "no file nothing.py"),
         ({"plan": "evaluate"}, "of the job 'evaluate'"),
-        ({"plan": "singer_vitl_vitt", "change": "steps"}, "change: 'steps'; write key=value"),
-        ({"plan": "singer_vitl_vitt", "change": "stepz=1"}, "stepz"),
-        ({"plan": "singer_vitl_vitt", "change": "steps=-1"}, "steps: -1"),
+        ({"plan": "singer_vitl_vitt", "overrides": "steps"}, "overrides: 'steps'; write key=value"),
+        ({"plan": "singer_vitl_vitt", "overrides": "stepz=1"}, "stepz"),
+        ({"plan": "singer_vitl_vitt", "overrides": "steps=-1"}, "steps: -1"),
         ({"plan": "singer_vitl_vitt", "topology": "v5e:3x3"}, "topology: 'v5e:3x3'"),
         ({"plan": "singer_vitl_vitt", "topology": "h900:8"}, "such as v5e:4x4"),
         ({"plan": "singer_vitl_vitt", "topology": "h100:8"}, "pip install 'singer-jax[plan-gpu]'"),
@@ -227,7 +229,7 @@ def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
     monkeypatch.setattr(roofline, "compile_step", lambda *arguments: taken)
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["NVIDIA H100"])
     with pytest.raises(DoesNotFit, match="16 images a chip, which does not fit into its memory"):
-        planned(PlanSettings(plan="singer_vitl_vitt", change=TINY), jax.devices()[:4])
+        planned(PlanSettings(plan="singer_vitl_vitt", overrides=TINY), jax.devices()[:4])
 
 
 def test_products_are_planned_as_they_run():
@@ -235,5 +237,5 @@ def test_products_are_planned_as_they_run():
     config = plan_config()
     config.plan = "singer_vitl_vitt"
     assert settings_of(config).precision == "bfloat16"
-    config.change = "precision=float32"
+    config.overrides = "precision=float32"
     assert settings_of(config).precision == "float32"

@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environmen
         assert checkpoints.latest_step() == 2
         checkpoints.save({"a": jnp.arange(5000)}, 4, {"data": "abc"})
     assert verify.finished(folder / "checkpoints") == [2, 4]
-    assert verify.damage(newest) is None
+    assert verify.find_corruption(newest) is None
     aside = folder / "checkpoints.damaged"
     assert objects(aside / "4") == before
     assert (aside / "4" / "meta" / "metadata").read_text() == "{"

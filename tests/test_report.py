@@ -26,7 +26,7 @@ def runs(tmp_path_factory) -> Path:
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
     for name, method, seed in (("a", "singer", 0), ("b", "singer", 1), ("c", "fitnet", 0)):
         config = tiny.config(teacher, method)
-        config.steps, config.seed, config.evals.every, config.evals.images = 4, seed, 2, 40
+        config.steps, config.seed, config.evals.every_steps, config.evals.images = 4, seed, 2, 40
         assert main.run(config, folder / name) == 0
         measure = evaluation()
         measure.run, measure.data.source, measure.data.workers = str(folder / name), "digits", 0
@@ -42,9 +42,9 @@ def test_evaluation_while_training_is_in_the_metrics(runs):
     assert set(evaluated) == {2, 4}
     for row in evaluated.values():
         assert 0 <= row["eval/knn/top1"] <= 100
-        terms = [row[f"eval/held_out/loss_{name}"] for name in ("kd", "outlier", "info")]
-        np.testing.assert_allclose(row["eval/held_out/loss"], sum(terms), rtol=1e-4)
-    assert evaluated[2]["eval/held_out/loss"] != evaluated[4]["eval/held_out/loss"]
+        terms = [row[f"eval/val/loss_{name}"] for name in ("kd", "outlier", "info")]
+        np.testing.assert_allclose(row["eval/val/loss"], sum(terms), rtol=1e-4)
+    assert evaluated[2]["eval/val/loss"] != evaluated[4]["eval/val/loss"]
 
 
 def test_evaluation_changes_nothing_in_the_run(runs, tmp_path):
@@ -60,9 +60,9 @@ def test_evaluation_changes_nothing_in_the_run(runs, tmp_path):
 def test_evaluation_needs_a_test_split(runs, tmp_path, capsys):
     config = tiny.config(runs / "teacher.safetensors")
     config.data.source = str(tiny.write_images(tmp_path / "images", 9))
-    config.evals.every = 1
+    config.evals.every_steps = 1
     assert main.run(config, tmp_path / "run") == 2
-    assert "evals.every" in capsys.readouterr().err
+    assert "evals.every_steps" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_else(page):
     assert "http://" not in text.replace("http://www.w3.org", "") and "src=" not in text
     for heading in ("Results", "Patches", "Training", "Norms", "Null space", "Configuration"):
         assert f"<h2>{heading}" in text
-    assert "digits top1" in text and "held_out/loss" in text
+    assert "digits top1" in text and "val/loss" in text
     assert len(text) < 2_000_000
 
 

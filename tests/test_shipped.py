@@ -41,7 +41,7 @@ def test_it_trains_when_it_is_shrunk(name, tmp_path):
     config.student.overrides = tiny.STUDENT | {"depth": 4}
     config.method.rank = 4
     config.batch_size, config.steps, config.mesh.data = 8, 2, 1
-    config.data.source, config.data.workers, config.log.every = "digits", 0, 1
+    config.data.source, config.data.workers, config.log.every_steps = "digits", 0, 1
     assert main.run(config, tmp_path / "run") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     for name in settings_of(config).each():

@@ -27,7 +27,11 @@ def config_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = (f"--config={config_file}", f"--workdir={workdir}", "--config.checkpoint.every=99")
+    arguments = (
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        "--config.checkpoint.every_steps=99",
+    )
     status, printed = cli.finish(cli.start(environment, *arguments))
     assert status == 0, printed
     return workdir
@@ -69,7 +73,7 @@ def test_during_a_step_saves_and_continues_to_the_same_bits(
 
 def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_path):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=1")
-    process = cli.start(environment, *arguments, "--config.checkpoint.every=1")
+    process = cli.start(environment, *arguments, "--config.checkpoint.every_steps=1")
     saving = tmp_path / "checkpoints"
     cli.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")), process)
     for number in SIGNALS:

@@ -25,7 +25,7 @@ from tests import tiny
 
 def get_config(protocol="recommended"):
     config = tiny.config({teacher!r}, protocol=protocol)
-    config.steps, config.checkpoint.every, config.evals.every = 12, 3, 6
+    config.steps, config.checkpoint.every_steps, config.evals.every_steps = 12, 3, 6
     config.students.singer = {{}}
     config.students.fitnet = {{"method": {{"name": "fitnet"}}, "overrides": {{"depth": 3}}}}
     config.students.fitnet.seed = 1
@@ -68,7 +68,7 @@ def test_each_student_has_its_metrics_and_its_export(whole):
     assert "train/loss" not in last and "train/fitnet/loss_outlier" not in last
     measured = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("singer", "fitnet"):
-        assert measured[f"eval/{name}/held_out/loss"] > 0
+        assert measured[f"eval/{name}/val/loss"] > 0
         assert 0 <= measured[f"eval/{name}/knn/top1"] <= 100
     assert set(students(whole)) == {"singer", "fitnet"}
     described = json.loads((whole / "students" / "fitnet" / "config.json").read_text())
@@ -136,10 +136,10 @@ def test_other_students_are_another_run(config_file, whole, capsys):
 
 def test_another_schedule_continues_the_same_run(config_file, whole, tmp_path):
     config = configuration(config_file)
-    config.students.schedule = "together"
+    config.students.execution = "parallel"
     assert main.run(config, tmp_path) == 0
     shutil.rmtree(tmp_path / "checkpoints" / "12")
-    config.students.schedule = "one_by_one"
+    config.students.execution = "sequential"
     assert main.run(config, tmp_path) == 0
     for name, tensors in students(whole).items():
         for key, value in students(tmp_path)[name].items():
@@ -154,7 +154,7 @@ def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, t
         found = r"bad: train/bad/loss_\w+ is (nan|inf) at step 2, stopped after step 1"
         assert re.search(found, capsys.readouterr().err)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert "eval/singer/held_out/loss" in last and last["step"] == 12
+    assert "eval/singer/val/loss" in last and last["step"] == 12
     assert not any(name.startswith("eval/bad/") for name in last)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert max(row["step"] for row in rows if "train/bad/loss" in row) == 1

@@ -27,7 +27,7 @@ def get_config():
     config.teachers, config.seeds, config.variant_seeds = ("random-random-20",), 1, 1
     config.main, config.variants_on = ("fitnet", "fitnet_clip", "singer"), config.teachers
     config.cleaners = ("planted", "registers")
-    for name in set(config.distilled.students) - {*config.main, "schedule"}:
+    for name in set(config.distilled.students) - {*config.main, "execution"}:
         del config.distilled.students[name]
     return config
 """
@@ -82,7 +82,7 @@ def test_a_given_teacher_is_not_trained_and_a_student_that_is_stopped_stops_no_s
     run.batch_size, run.mesh.data, run.steps, run.method.rank = 16, 1, 2, 4
     run.students.wild = {"method": {"name": "fitnet"}, "optimizer": {"learning_rate": 1e30}}
     config.main, config.variants_on, config.seeds = ("fitnet", "singer", "wild"), ("given",), 1
-    for name in set(run.students) - {*config.main, "schedule"}:
+    for name in set(run.students) - {*config.main, "execution"}:
         del run.students[name]
     run.students.fitnet.method["layers"] = (1,)
     config.images = 40

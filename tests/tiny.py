@@ -45,7 +45,7 @@ def config(
     """A run on the digits that takes seconds."""
     config = default(protocol)
     config.method.name = method
-    config.method.rank, config.method.quantile = 4, 0.8
+    config.method.rank, config.method.outlier_quantile = 4, 0.8
     config.teacher.model = config.student.model = "vit_tiny_patch16_224"
     config.teacher.weights = str(teacher)
     config.teacher.overrides, config.student.overrides = dict(TEACHER), dict(STUDENT)
@@ -54,7 +54,7 @@ def config(
     config.data.source, config.data.workers = "digits", 0
     config.batch_size, config.steps = 8, 6
     config.schedule.warmup_epochs = 0
-    config.log.every = config.checkpoint.every = 2
+    config.log.every_steps = config.checkpoint.every_steps = 2
     return config
 
 

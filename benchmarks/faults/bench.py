@@ -18,7 +18,7 @@ from tests import tiny
 
 def get_config():
     config = tiny.config({teacher!r})
-    config.steps, config.checkpoint.every, config.log.every = {steps}, {every}, 1
+    config.steps, config.checkpoint.every_steps, config.log.every_steps = {steps}, {every}, 1
     config.data.source, config.data.path = "folder", {images!r}
     return config
 """

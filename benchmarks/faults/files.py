@@ -159,13 +159,13 @@ def _nan(trial: Trial) -> None:
     trial.note()
 
 
-# Images. With data.strict one that cannot be read ends a run.
+# Images. With data.fail_on_unreadable one that cannot be read ends a run.
 
 
 def _bad_images(harm: Callable[[Path], None]) -> Inject:
     def inject(trial: Trial) -> None:
         folder = trial.own_images()
-        process = trial.start("--config.data.strict=True")
+        process = trial.start("--config.data.fail_on_unreadable=True")
         trial.past(trial.rng.randrange(1, 4), process)
         kept = trial.folder / "kept"
         shutil.copytree(folder, kept)

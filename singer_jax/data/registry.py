@@ -84,7 +84,7 @@ class TrainingDataSettings(SizedDataSettings):
         OneOf(("fast", "exact")),
         "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
     )
-    strict: bool = setting(False, Flag(), "an unreadable image stops the run")
+    fail_on_unreadable: bool = setting(False, Flag(), "an unreadable image stops the run")
 
 
 def open_source(data: DataSettings, split: str) -> Source:

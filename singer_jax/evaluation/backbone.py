@@ -22,7 +22,7 @@ from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.heads import Classification, Task
 from singer_jax.io.files import as_path
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import find_weights, read_hub_config
@@ -85,7 +85,7 @@ class Backbone:
 
     def digest(self) -> str:
         """Of its parameters, of what it is and of how it computes."""
-        described = repr((self.network.spec, self.network.merge(self.params).numerics))
+        described = repr((self.network.spec, self.network.merge(self.params).policy))
         sums = jax.device_get(_checksums(self.params))
         described = described + repr([int(value) for value in sums])
         return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
@@ -103,7 +103,7 @@ class Backbone:
         token = token or ("cls" if self.arch.class_token else "pooled")
         if token == "cls" and not self.arch.class_token:
             raise InputError(
-                f"probe.token: {self.network.spec.name} has no class token; take avg or pooled"
+                f"probe.pooling: {self.network.spec.name} has no class token; take avg or pooled"
             )
         return Classification(classes, token)
 
@@ -289,7 +289,7 @@ def load_backbone(
     model: str = "",
     student: str = "",
     step: int | None = None,
-    numerics: Numerics = Numerics(),
+    policy: ComputePolicy = ComputePolicy(),
 ) -> Backbone:
     """The model to measure.
 
@@ -300,13 +300,13 @@ def load_backbone(
       model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
       student: of a run with several, which of them.
       step: of the checkpoint of a run; None: the latest.
-      numerics: dtypes of the model.
+      policy: dtypes of the model.
 
     Raises:
       InputError: nothing given, nothing there, or weights of another architecture.
     """
     if run:
-        return _of_run(mesh, as_path(run), student, step, numerics)
+        return _of_run(mesh, as_path(run), student, step, policy)
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -318,7 +318,7 @@ def load_backbone(
     else:
         spec = spec_of_weights(lookup(model or weights), path)
     graph, params = load_model(
-        spec, path, numerics, lambda abstract: parallel.tree_shardings(mesh, abstract)
+        spec, path, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
     return Backbone(Network(spec, graph), params, mesh)
 
@@ -328,7 +328,7 @@ def load_teacher(
     settings: ModelSettings,
     image_size: int | None = None,
     normalisation: str = "model",
-    numerics: Numerics = Numerics(),
+    policy: ComputePolicy = ComputePolicy(),
 ) -> Backbone:
     """The teacher of a run, as the run took it.
 
@@ -336,19 +336,19 @@ def load_teacher(
       mesh: where it lives.
       settings: what the run says of it.
       image_size, normalisation: as for `models.network.resolve_model`.
-      numerics: dtypes of the model.
+      policy: dtypes of the model.
 
     Raises:
       InputError: weights that are not there or of another architecture.
     """
     spec, path = resolve_model("teacher", settings, image_size, normalisation)
     place = functools.partial(parallel.tree_shardings, mesh)
-    graph, params = load_model(spec, path, numerics, place)
+    graph, params = load_model(spec, path, policy, place)
     return Backbone(Network(spec, graph), params, mesh)
 
 
 def _of_run(
-    mesh: Mesh, run: epath.Path, student: str, step: int | None, numerics: Numerics
+    mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
 ) -> Backbone:
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
@@ -365,7 +365,7 @@ def _of_run(
             told = ", ".join(students) if "" not in students else "one student without a name"
             raise InputError(f"student: {student!r}, but {run} has {told}")
         spec = from_hub_config(students[student])
-        graph, abstract = abstract_model(spec.arch, numerics)
+        graph, abstract = abstract_model(spec.arch, policy)
         abstract = parallel.with_shardings(mesh, abstract)
         params = checkpoints.restore_student(step, abstract, student)
     return Backbone(Network(spec, graph), params, mesh)

@@ -74,7 +74,7 @@ def find_register_neurons(
             return jnp.sum(shares[..., None] * jnp.abs(hidden), axis=(0, 1))
 
         inputs = [model.embed(seen), *outputs[:-1]]
-        if model.numerics.stacked:
+        if model.policy.stacked:
             each = jnp.arange(depth), jnp.stack(inputs)
             scores = jax.lax.map(lambda index_and_x: score(*index_and_x), each)
         else:
@@ -86,7 +86,7 @@ def find_register_neurons(
     scores, with_outliers, already = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
     if not with_outliers:
         raise InputError(
-            f"teacher.clean: registers, but no patch of {len(images)} images has more than "
+            f"teacher.artifact_removal: registers, but no patch of {len(images)} images has more than "
             f"{settings.outlier:g} times the median norm after block {watched} of "
             f"{network.spec.name}: there is nothing to move; leave it None or lower "
             "teacher.registers.outlier"

@@ -143,7 +143,7 @@ def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
         return Segmentation(classes)
     if kind == "depth":
         return Depth(ignore_missing=not settings.depth_zero_as_bin)
-    return backbone.classification(classes, settings.token)
+    return backbone.classification(classes, settings.pooling)
 
 
 def transforms_of(kind: str, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -114,7 +114,7 @@ def describe_layer(
     angle = median_angle(tokens, outliers, defect)
     rows, spectra = [], {}
     for source in sources:
-        own = nullspace.NullSpaceSettings(source=source, epsilon=epsilon)
+        own = nullspace.NullSpaceSettings(weight_matrix=source, ridge=epsilon)
         space = on_every_device(
             lambda model, own=own: calibration.of_layer(model, layer, own, rank, covariance)
         )

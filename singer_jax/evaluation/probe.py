@@ -63,9 +63,9 @@ class ProbeSettings(Settings):
     learning_rates: tuple[float, ...] = setting(
         (0.5,), Each(POSITIVE, least=1), "of several the best on held-out training images is taken"
     )
-    held_out: float = setting(0.1, BETWEEN, "share of the training images to choose it on")
+    val_fraction: float = setting(0.1, BETWEEN, "share of the training images to choose it on")
     weight_decay: float = setting(1e-6, NOT_NEGATIVE, "times the parameter")
-    token: str | None = setting(
+    pooling: str | None = setting(
         None,
         optional(OneOf(("cls", "avg", "pooled"))),
         "class token, mean of the patches or the model's own; None: cls where there is one",
@@ -262,7 +262,7 @@ def probe(
     held_out: dict[float, float] = {}
     if len(rates) > 1:
         if not keeper.progress.held_out:
-            cut = max(1, round(settings.held_out * len(order)))
+            cut = max(1, round(settings.val_fraction * len(order)))
             heads = _train(trainer, order[cut:], rates, keeper)
             found = score(task, heads, trainer.centre(order[:cut]), trainer.mesh)
             scores = tuple(metrics[task.score] for metrics in found)

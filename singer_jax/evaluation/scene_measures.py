@@ -104,7 +104,7 @@ class SceneMeasures:
             model = self.teacher.network.merge(self.teacher.params)
             space = nullspace.of_layer(model, self.first, "mlp")
             usual = nullspace.NullSpaceSettings()
-            tau = nullspace.threshold_value(space, usual.rule, usual.threshold)
+            tau = nullspace.threshold_value(space, usual.threshold_type, usual.threshold)
             projection = np.asarray(nullspace.projector(space, tau, 1))
             found["planted_in_null_space"] = artifacts.energy_within(self.vector, projection)
             found["planted_length"] = float(np.linalg.norm(self.vector))

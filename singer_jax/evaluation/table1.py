@@ -114,7 +114,7 @@ def published(run: Mapping[str, Any] | None, model: str) -> tuple[str, dict[str,
       what the row is of, and its columns; None where the paper has none.
     """
     key: Any = architecture_name(model)
-    if run and any(run["method"].get("terms", {}).values()):
+    if run and any(run["method"].get("method_weights", {}).values()):
         return None
     if run:
         key = (

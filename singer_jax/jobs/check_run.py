@@ -64,7 +64,7 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
 
 def _findings(run: epath.Path) -> Iterator[Finding]:
     for step in verify.finished(run / "checkpoints"):
-        reason = verify.damage(run / "checkpoints" / str(step))
+        reason = verify.find_corruption(run / "checkpoints" / str(step))
         yield Finding(f"checkpoints/{step}", reason or "every checksum matches", bool(reason))
     if (run / "checkpoints.damaged").is_dir():
         for file in sorted((run / "checkpoints.damaged").glob("*.txt")):

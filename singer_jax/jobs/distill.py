@@ -33,14 +33,14 @@ from singer_jax.models.provenance import Provenance, origin, provenance, told
 from singer_jax.models.weights import export_timm, to_hub_config, to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
-from singer_jax.runs.lock import Holder, holding
+from singer_jax.runs.lock import RunLock, holding
 from singer_jax.runs.telemetry import (
     LOG,
     MetricsWriter,
     Recorder,
     in_words,
     metric_name,
-    telling_of_hangs,
+    stall_watchdog,
 )
 from singer_jax.settings.settings import to_dict
 from singer_jax.training import calibration
@@ -48,7 +48,7 @@ from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.identity import check_same_run, check_same_teacher
-from singer_jax.training.loop import Between, train
+from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups, restore_states, saved_tree, setup_students
@@ -119,7 +119,7 @@ def _train(
     workdir: epath.Path,
     run: Setups,
     source: Source,
-    held: Holder,
+    held: RunLock,
     checkpoints: Checkpoints,
     start: int,
     meta: dict[str, Any],
@@ -128,7 +128,7 @@ def _train(
     """The states after the last step; adds to `stopped` the students that went wrong."""
     teacher, mesh = load_teacher(settings, run, source, meta["weights"]), run.any.mesh
     if teacher is not None:
-        stacked = run.taught_by.numerics.stacked
+        stacked = run.teacher_model.policy.stacked
         meta = meta | {"teacher": fingerprint(teacher, stacked)}
     if start:
         check_same_teacher(settings, workdir, meta, checkpoints.meta(start))
@@ -136,17 +136,17 @@ def _train(
         states = restore_states(checkpoints, start, run)
     else:
         states = run.init_states(teacher, measured(settings, run, source, teacher))
-    every = settings.evals.every
+    every = settings.evals.every_steps
     evaluate = _evaluation(settings, run, source, stopped) if every else None
     LOG.info("%s: %s", workdir, _sizes(states, teacher))
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(
             contextlib.closing(device_batches(settings, run, source, start))
         )
-        with telling_of_hangs():
+        with stall_watchdog():
             first = next(batches)
         program = compile_step(
-            run.students, mesh, states, teacher, first[0], settings.students.schedule
+            run.students, mesh, states, teacher, first[0], settings.students.execution
         )
         if program.told:
             LOG.info("%s: %s", workdir, program.told)
@@ -158,7 +158,7 @@ def _train(
             writer,
             start=start,
             steps=run.any.steps,
-            every=settings.log.every,
+            every=settings.log.every_steps,
             batch_size=settings.batch_size,
             flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
             devices=mesh.devices.ravel(),
@@ -172,13 +172,13 @@ def _train(
             held.check()
             checkpoints.save(saved_tree(states), step, meta | {"stopped": dict(stopped)})
 
-        between = Between(
+        between = LoopHooks(
             save=save,
-            save_every=settings.checkpoint.every,
+            save_every=settings.checkpoint.every_steps,
             kept_in=str(workdir),
             saved=checkpoints.wait,
             evaluate=evaluate,
-            evaluate_every=settings.evals.every,
+            evaluate_every=settings.evals.every_steps,
             first=functools.partial(_report_start, run),
         )
         rest, first = itertools.chain(iter([first]), batches), None  # kept no longer than its step
@@ -202,8 +202,8 @@ def _provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]
     found: dict[str, Provenance] = {}
     if jax.process_index() > 0:
         return found
-    if run.taught_by:
-        spec, file = run.taught_by.network.spec, run.taught_by.weights
+    if run.teacher_model:
+        spec, file = run.teacher_model.network.spec, run.teacher_model.weights
         found["teacher"] = provenance(spec, settings.teacher.weights, file)
     for name, own in settings.each().items():
         prepared = run.each[name]
@@ -223,21 +223,21 @@ def load_teacher(
 
     A run that continues takes what `weights` says already.
     """
-    taught_by, of_teacher = run.taught_by, weights.get("teacher", {})
-    if taught_by is None or settings.teacher.clean is None:
+    teacher_model, of_teacher = run.teacher_model, weights.get("teacher", {})
+    if teacher_model is None or settings.teacher.artifact_removal is None:
         return run.load_teacher()
     if "clean" in of_teacher:
         return run.load_teacher(of_teacher["clean"]["neurons"])
-    params, mesh, wanted = taught_by.load(), run.any.mesh, settings.teacher.registers
-    before, neurons = (taught_by.uncleaned, params), ()
+    params, mesh, wanted = teacher_model.load(), run.any.mesh, settings.teacher.registers
+    before, neurons = (teacher_model.uncleaned, params), ()
     workers = min(worker_count(settings.data.workers), 2)
-    if settings.teacher.clean == "registers":
+    if settings.teacher.artifact_removal == "registers":
         few = evenly(source, wanted.images)
         neurons = find_register_neurons(*before, mesh, few, wanted, workers)
-    teacher = taught_by.with_neurons(params, neurons)
-    after, few = (taught_by.network, teacher), evenly(source, _DESCRIBED)
+    teacher = teacher_model.with_neurons(params, neurons)
+    after, few = (teacher_model.network, teacher), evenly(source, _DESCRIBED)
     layers = describe_cleaning(before, after, mesh, few, run.students.teacher_reads, workers)
-    found = {"by": settings.teacher.clean, "neurons": neurons, "layers": layers}
+    found = {"by": settings.teacher.artifact_removal, "neurons": neurons, "layers": layers}
     for line in cleaning_told(found) if jax.process_index() == 0 else ():
         LOG.info(line)
     weights["teacher"] = {**of_teacher, "clean": found}
@@ -274,7 +274,7 @@ def device_batches(
         seed=settings.seed,
         start=start,
         workers=worker_count(data.workers),
-        strict=data.strict,
+        strict=data.fail_on_unreadable,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -295,7 +295,7 @@ def _evaluation(
     out.
 
     Returns:
-      a function that gives `eval/held_out/loss`, `eval/held_out/loss_<term>` and `eval/knn/top1`,
+      a function that gives `eval/val/loss`, `eval/val/loss_<term>` and `eval/knn/top1`,
       of several students behind `eval/NAME/`, and `eval/images/unreadable`, how many images of both
       splits could not be read so far.
 
@@ -306,8 +306,8 @@ def _evaluation(
         test_split = open_source(settings.data, TEST)
     except InputError as error:
         raise InputError(
-            f"evals.every: {settings.evals.every}, but there is nothing to evaluate on: {error}; "
-            "set evals.every=0 or add a test split"
+            f"evals.every_steps: {settings.evals.every_steps}, but there is nothing to evaluate on: {error}; "
+            "set evals.every_steps=0 or add a test split"
         ) from error
     test, bank = (evenly(source, settings.evals.images) for source in (test_split, train_split))
     workers, mesh = worker_count(settings.data.workers), run.any.mesh
@@ -324,7 +324,7 @@ def _evaluation(
     held_out = HeldOut(
         run,
         test,
-        settings.batch_size // settings.accumulation,
+        settings.batch_size // settings.grad_accum_steps,
         workers,
         functools.partial(say_unreadable, test),
     )
@@ -356,7 +356,7 @@ def _evaluation(
         losses = held_out(states, teacher)
         going_on = {name: state for name, state in states.items() if name not in stopped}
         metrics = {
-            metric_name("eval", name, f"held_out/{term}"): value
+            metric_name("eval", name, f"val/{term}"): value
             for name in going_on
             for term, value in losses[name].items()
         }

@@ -27,7 +27,7 @@ from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.io.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.io.limits import read_arrays, read_object
 from singer_jax.jobs.report import read_settings
-from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import SEED, TEXT, Each, OneOf
@@ -116,19 +116,19 @@ def _subjects(
     skipped: dict[str, str],
 ) -> list[_Subject]:
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-    numerics = Numerics(PRECISIONS[settings.precision])
+    policy = ComputePolicy(PRECISIONS[settings.precision])
     described = as_path(settings.run) / "config.json" if settings.run else None
     run = read_settings(as_path(settings.run)) if described and described.is_file() else None
     students = run.each() if run and run.students.named else {}
     backbones: dict[str, Backbone] = {}
     if students and not settings.student:
         for name in students:
-            backbones[name] = load_backbone(mesh, run=settings.run, student=name, numerics=numerics)
+            backbones[name] = load_backbone(mesh, run=settings.run, student=name, policy=policy)
         if any(methods.needs(own.method).teacher for own in students.values()):
             data = run.data
             try:
                 backbones["teacher"] = load_teacher(
-                    mesh, run.teacher, data.image_size, data.normalisation, numerics
+                    mesh, run.teacher, data.image_size, data.normalisation, policy
                 )
             except InputError as error:
                 LOG.warning("the teacher is not measured: %s", error)
@@ -139,7 +139,7 @@ def _subjects(
             weights=settings.weights,
             model=settings.model,
             student=settings.student,
-            numerics=numerics,
+            policy=policy,
         )
     found = []
     for name, backbone in backbones.items():
@@ -329,7 +329,7 @@ def _measure(
             raise InputError(
                 f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
             )
-        task = backbone.classification(classes, settings.probe.token)
+        task = backbone.classification(classes, settings.probe.pooling)
         heads = {part: value[None] for part, value in head.items()}
         return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
     probe = settings.probe

@@ -14,7 +14,7 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io.files import as_path, replacing, writing
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
@@ -56,10 +56,10 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     Raises:
       InputError: nothing to export, or a folder that cannot be written.
     """
-    numerics = Numerics()
+    policy = ComputePolicy()
     if settings.weights:
         dtype = _stored_dtype(find_weights(settings.weights))
-        numerics = Numerics(param_dtype=dtype)
+        policy = ComputePolicy(param_dtype=dtype)
     backbone = load_backbone(
         parallel.make_mesh(),  # whole on each device, so that process 0 has it all
         run="" if settings.weights else settings.run or str(workdir),
@@ -67,7 +67,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         model=settings.model,
         student=settings.student,
         step=settings.step,
-        numerics=numerics,
+        policy=policy,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
     if settings.stablehlo and size > _LARGEST_PROGRAM:

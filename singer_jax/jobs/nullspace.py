@@ -18,7 +18,7 @@ from singer_jax.io.files import make_workdir, write_text
 from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
-from singer_jax.models.architecture import PRECISIONS, Numerics
+from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.models.network import FrozenSettings, Network, resolve_model
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
@@ -58,9 +58,9 @@ class NullspaceSettings(Settings):
         optional(Each(FROM_ZERO)),
         "teacher blocks from 0, ascending; None: at the published relative depths",
     )
-    append_last: bool = setting(True, Flag(), "also the teacher's last block")
+    include_last_layer: bool = setting(True, Flag(), "also the teacher's last block")
     rank: int = setting(64, COUNT, "of the refiner")
-    quantile: float = setting(
+    outlier_quantile: float = setting(
         0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
     )
     images: int = setting(
@@ -69,13 +69,13 @@ class NullspaceSettings(Settings):
         "of the training split, to measure the outliers on; `calibrated` needs two, and more of "
         "them the larger `rank` is",
     )
-    sources: tuple[str, ...] = setting(
+    weight_matrices: tuple[str, ...] = setting(
         spaces.SOURCES,
         Each(OneOf(spaces.SOURCES), least=1),
         "linear maps that are decomposed, or `calibrated`: on every second image",
     )
-    epsilon: float = setting(
-        1.0, POSITIVE, "of `calibrated`, as `method.nullspace.epsilon` of a distillation"
+    ridge: float = setting(
+        1.0, POSITIVE, "of `calibrated`, as `method.nullspace.ridge` of a distillation"
     )
     thresholds: tuple[str, ...] = setting(
         ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1"),
@@ -101,7 +101,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     spec, weights = resolve_model("teacher", settings.teacher, data.image_size, data.normalisation)
     if not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
-    layers = teacher_layers(settings.layers, settings.append_last, DEPTHS, spec.arch)
+    layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, spec.arch)
     for rule, threshold in thresholds:
         spaces.check_threshold(rule, threshold, spec.arch.embed_dim)
     quantised = settings.teacher.precision
@@ -109,7 +109,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         check_installed(quantised)
     images = open_source(data, TRAIN)
     few = evenly(images, settings.images)
-    if "calibrated" in settings.sources and len(few) < 2:
+    if "calibrated" in settings.weight_matrices and len(few) < 2:
         raise InputError("images: 1, but the source calibrated needs two; leave it out of sources")
     make_workdir(workdir)
 
@@ -118,7 +118,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     graph, params = load_model(
         spec,
         weights,
-        Numerics(dtype, dtype, quantised=quantised, backend=parallel.platform(mesh)),
+        ComputePolicy(dtype, dtype, quantised=quantised, backend=parallel.platform(mesh)),
         lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
     network = Network(spec, graph)
@@ -134,11 +134,11 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
             mesh,
             layer,
             patches[layer],
-            sources=settings.sources,
-            epsilon=settings.epsilon,
+            sources=settings.weight_matrices,
+            epsilon=settings.ridge,
             thresholds=thresholds,
             rank=settings.rank,
-            quantile=settings.quantile,
+            quantile=settings.outlier_quantile,
         )
         rows += found
     if jax.process_index() > 0:

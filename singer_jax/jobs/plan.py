@@ -33,7 +33,7 @@ class PlanSettings(Settings):
     plan: str = setting(
         "", TEXT, "configuration of the distillation, `:protocol` behind it; a shipped one by name"
     )
-    change: str = setting(
+    overrides: str = setting(
         "", TEXT, "settings of it, as `key=value key=value`, such as `mesh.fsdp=8`"
     )
     topology: str = setting("v5e:4x4", TEXT, "TPU and shape of the slice, such as v5p:4x4x4")
@@ -51,7 +51,7 @@ class PlanSettings(Settings):
         """What is planned; raises `InputError` where it is wrong."""
         if not self.plan:
             raise InputError("plan: empty; give the configuration of a distillation")
-        return _distillation(self.plan, self.change)
+        return _distillation(self.plan, self.overrides)
 
     @property
     def precision(self) -> str:
@@ -73,7 +73,7 @@ def plan(settings: PlanSettings, workdir: epath.Path) -> None:
     devices = chips.described(settings.topology)
     jax.config.update("jax_enable_compilation_cache", False)  # it would hide the compiler's time
     found = planned(settings, devices)
-    print(f"{settings.plan} {settings.change}".rstrip())
+    print(f"{settings.plan} {settings.overrides}".rstrip())
     print(as_text(found, settings))
 
 
@@ -145,7 +145,7 @@ def _cost(settings: PlanSettings, devices: Any, batch_size: int) -> Cost:
     run = dataclasses.replace(settings.distillation, batch_size=batch_size)
     mesh = parallel.make_mesh(run.mesh.data, run.mesh.fsdp, devices)
     prepared = setup_students(run, settings.images, settings.classes, mesh, weights_needed=False)
-    return cost(prepared, batch_size, run.students.schedule)
+    return cost(prepared, batch_size, run.students.execution)
 
 
 def _largest(settings: PlanSettings, devices: Any) -> Cost:
@@ -154,7 +154,7 @@ def _largest(settings: PlanSettings, devices: Any) -> Cost:
     Memory grows in proportion to the batch: two programs say where the limit must be, and it is
     tried from there downwards.
     """
-    unit = len(devices) * settings.distillation.accumulation
+    unit = len(devices) * settings.distillation.grad_accum_steps
 
     def at(count: int) -> Cost | None:
         try:
@@ -204,7 +204,7 @@ def _changes(change: str) -> dict[str, Any]:
     for item in shlex.split(change):
         key, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"change: {item!r}; write key=value")
+            raise InputError(f"overrides: {item!r}; write key=value")
         try:
             found[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):

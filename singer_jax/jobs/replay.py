@@ -59,7 +59,7 @@ def replay(settings: ReplaySettings, workdir: epath.Path) -> None:
     run_settings, name, step = captured.settings, captured.student, captured.step
     LOG.info("%s: %s", folder, captured.found)
     source = open_source(run_settings.data, TRAIN)
-    at_a_time = run_settings.batch_size // run_settings.accumulation
+    at_a_time = run_settings.batch_size // run_settings.grad_accum_steps
     mesh = parallel.make_mesh(math.gcd(at_a_time, jax.device_count()))
     run = setup_students(run_settings, len(source), source.num_classes, mesh)
     teacher = load_teacher(run_settings, run, source, read_object(folder / "weights.json"))

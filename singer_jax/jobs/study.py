@@ -80,7 +80,7 @@ class StudySettings(Settings):
     cleaners: tuple[str, ...] = setting(
         (),
         Each(OneOf(CLEANERS)),
-        "`teacher.clean` of further runs, of teachers with something to clean",
+        "`teacher.artifact_removal` of further runs, of teachers with something to clean",
     )
     cleaned: tuple[str, ...] = setting((), Each(NAME), "students of these runs")
     images: int = setting(2000, COUNT, "training images that the measures are fitted on")
@@ -207,7 +207,7 @@ def _check_planted(settings: StudySettings) -> None:
         quantile = getattr(own.method, "quantile", 0)
         if quantile > most:
             raise InputError(
-                f"distilled.students.{name}.method.quantile: {quantile:g}, but with "
+                f"distilled.students.{name}.method.outlier_quantile: {quantile:g}, but with "
                 f"{settings.patches} of {patches} patches planted it is at most {most:.3g}"
             )
 
@@ -330,12 +330,14 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
     run, model = settings.distilled, settings.given
     if cell.teacher != GIVEN:
         model = ModelSettings(weights=str(teacher))
-    of_teacher = dataclasses.replace(run.teacher, **vars(model), clean=cell.clean or None)
+    of_teacher = dataclasses.replace(
+        run.teacher, **vars(model), artifact_removal=cell.clean or None
+    )
     named = {
         name: dataclasses.replace(run.students.named[name], seed=cell.seed)
         for name in cell.students
     }
-    students = StudentsSettings(named, run.students.schedule)
+    students = StudentsSettings(named, run.students.execution)
     return dataclasses.replace(run, seed=cell.seed, teacher=of_teacher, students=students)
 
 
@@ -353,8 +355,8 @@ def measured(
     teacher, layer = measures.teacher, measures.first
     prepared, states, taught, _ = restore(folder, run)
     singers, cleaned = trained_singers(prepared, states), None
-    if run.teacher.clean:
-        cleaner = Backbone(prepared.taught_by.network, taught, prepared.any.mesh)
+    if run.teacher.artifact_removal:
+        cleaner = Backbone(prepared.teacher_model.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows, each = {}, run.each()
     for name in students:
@@ -363,7 +365,7 @@ def measured(
         clip = getattr(getattr(each[name].method, "match", None), "clip", 1)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
-            if run.teacher.clean == "registers":  # a block sees the added token, too
+            if run.teacher.artifact_removal == "registers":  # a block sees the added token, too
                 del rows[name]["next_block_changed"]
         elif name in singers:
             rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))

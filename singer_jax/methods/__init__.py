@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flax import nnx
 from jaxtyping import Array
 
-from singer_jax.methods.base import Batch, Constant, Forward, Method, Needs
+from singer_jax.methods.base import Batch, FrozenVariable, Method, MethodRequirements, ModelFeatures
 from singer_jax.methods.fitnet import FitNet
 from singer_jax.methods.logit_kd import LogitKD
 from singer_jax.methods.pooled import Pooled
@@ -34,8 +34,8 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "Batch",
-    "Constant",
-    "Forward",
+    "FrozenVariable",
+    "ModelFeatures",
     "Method",
     "chosen",
     "make",
@@ -65,13 +65,13 @@ def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
     return found
 
 
-def needs(settings: Settings) -> Needs:
+def needs(settings: Settings) -> MethodRequirements:
     """What the methods look at; arguments and errors as `chosen`."""
     each = [METHODS[name].needs(own) for name, (_, own) in chosen(settings).items()]
-    return Needs(*(any(values) for values in zip(*each, strict=True)))
+    return MethodRequirements(*(any(values) for values in zip(*each, strict=True)))
 
 
-def measure(teacher: Forward, settings: Settings) -> dict[str, dict[str, Array]]:
+def measure(teacher: ModelFeatures, settings: Settings) -> dict[str, dict[str, Array]]:
     """What the methods must know of the first batches, of one batch, by the names of those that do.
 
     Args:

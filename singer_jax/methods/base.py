@@ -1,6 +1,6 @@
 """What distillation methods share: the interface, the matching of layers, the adapters.
 
-A method is an NNX module. Its `nnx.Param`s are trained, its `Constant`s are computed once, saved
+A method is an NNX module. Its `nnx.Param`s are trained, its `FrozenVariable`s are computed once, saved
 and left alone. Adding one is a file with its settings and a subclass of `Method`, and a line in
 `methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in `models/vit.py`; rank
 is that of a LoRA update.
@@ -29,12 +29,12 @@ from singer_jax.settings.settings import Settings, setting
 Scalars = dict[str, Float[Array, ""]]
 
 
-class Constant(nnx.Variable):
+class FrozenVariable(nnx.Variable):
     """A part of a method that is saved with it and never trained; `Method.absorb` may change it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward:
+class ModelFeatures:
     """A model and its features of one batch: the raw residual stream after each block by index.
 
     Attributes:
@@ -48,14 +48,16 @@ class Forward:
     registers: Mapping[int, Float[Array, "batch 1 dim"]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: VisionTransformer, images: Num[Array, "batch height width 3"]) -> Forward:
+    def of(
+        cls, model: VisionTransformer, images: Num[Array, "batch height width 3"]
+    ) -> ModelFeatures:
         """A model that knows its `spec`, and all its features of images in 0..255."""
         return cls(model, dict(enumerate(model.features(model.spec.prepare(images)))))
 
     @classmethod
     def of_streams(
         cls, model: VisionTransformer, streams: Mapping[int, Float[Array, "batch tokens dim"]]
-    ) -> Forward:
+    ) -> ModelFeatures:
         """A model and its features, as `VisionTransformer.streams_at` gives them."""
         parts = {layer: model.split_register(x) for layer, x in streams.items()}
         added = {layer: register for layer, (register, _) in parts.items() if register is not None}
@@ -90,7 +92,7 @@ class Batch:
     key: jax.Array | None = None
 
 
-class Needs(NamedTuple):
+class MethodRequirements(NamedTuple):
     """What a method looks at.
 
     Attributes:
@@ -112,12 +114,12 @@ class Needs(NamedTuple):
 class TokenSettings(Settings):
     """How student and teacher are compared, by every method that compares tokens."""
 
-    matching: str = setting(
+    layer_mapping: str = setting(
         "last_to_last",
         OneOf(("last_to_last", "official")),
         "which student block learns from a teacher block (`methods.base.match_layers`)",
     )
-    resample_grids: bool = setting(
+    interpolate_patch_grid: bool = setting(
         False, Flag(), "compare models of other grids on the teacher's grid"
     )
 
@@ -131,7 +133,7 @@ class LayerSettings(TokenSettings):
         optional(Each(FROM_ZERO)),
         "teacher blocks from 0, ascending; None: at the published relative depths",
     )
-    append_last: bool = setting(True, Flag(), "also distil the teacher's last block")
+    include_last_layer: bool = setting(True, Flag(), "also distil the teacher's last block")
 
 
 class Method(nnx.Module):
@@ -153,12 +155,12 @@ class Method(nnx.Module):
     tokens: TokenMatch | None = None
 
     @classmethod
-    def needs(cls, settings: Any) -> Needs:
+    def needs(cls, settings: Any) -> MethodRequirements:
         """What `loss` will look at."""
-        return Needs()
+        return MethodRequirements()
 
     @classmethod
-    def measure(cls, teacher: Forward, settings: Any) -> dict[str, Array]:
+    def measure(cls, teacher: ModelFeatures, settings: Any) -> dict[str, Array]:
         """What a method that needs it must know of a batch; that of several batches adds up."""
         return {}
 
@@ -167,11 +169,11 @@ class Method(nnx.Module):
         """The teacher's blocks whose features `loss` and `diagnose` look at."""
         return self.teacher_layers
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Named loss terms, already weighted, whose sum is minimised."""
         raise NotImplementedError
 
-    def observe(self, teacher: Forward | None) -> dict[str, Any]:
+    def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
         """Means over the images of a training batch that the method keeps statistics of.
 
         Of a step's micro-batches they are averaged. None by default.
@@ -179,12 +181,12 @@ class Method(nnx.Module):
         return {}
 
     def absorb(self, means: dict[str, Any]) -> None:
-        """Takes what `observe` gave into the method's `Constant`s.
+        """Takes what `observe` gave into the method's `FrozenVariable`s.
 
         A micro-batch's before its loss, in a copy; a step's, all together, after its update.
         """
 
-    def diagnose(self, teacher: Forward | None) -> Scalars:
+    def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
         """Further metrics, which are computed only in steps that are logged."""
         return {}
 
@@ -243,7 +245,7 @@ def match_layers(
 
 def teacher_layers(
     layers: Sequence[int] | None,
-    append_last: bool,
+    include_last_layer: bool,
     relative_depths: Sequence[float],
     teacher: Architecture,
 ) -> tuple[int, ...]:
@@ -251,7 +253,7 @@ def teacher_layers(
 
     Args:
       layers: indices of blocks; None: at `relative_depths`.
-      append_last: also the last block.
+      include_last_layer: also the last block.
       relative_depths: of the method's published layers; 0.75 is block 17 of 24.
       teacher: for its depth.
 
@@ -262,7 +264,7 @@ def teacher_layers(
     if layers is None:
         layers = sorted({max(0, round(relative * depth) - 1) for relative in relative_depths})
     layers = [int(layer) for layer in layers]
-    if append_last and depth - 1 not in layers:
+    if include_last_layer and depth - 1 not in layers:
         layers.append(depth - 1)
     for layer in layers:
         if not 0 <= layer < depth:
@@ -292,8 +294,8 @@ def distilled_layers(
     Raises:
       InputError: as `teacher_layers` and `match_layers`.
     """
-    layers = teacher_layers(settings.layers, settings.append_last, relative_depths, teacher)
-    return layers, match_layers(settings.matching, layers, teacher.depth, student.depth)
+    layers = teacher_layers(settings.layers, settings.include_last_layer, relative_depths, teacher)
+    return layers, match_layers(settings.layer_mapping, layers, teacher.depth, student.depth)
 
 
 def freeze(module: nnx.Module, *names: str) -> None:
@@ -307,7 +309,7 @@ def freeze(module: nnx.Module, *names: str) -> None:
         for name in names or list(vars(node)):
             value = getattr(node, name, None)
             if isinstance(value, nnx.Param) and not (names and path):
-                setattr(node, name, Constant(value[...]))
+                setattr(node, name, FrozenVariable(value[...]))
 
 
 def linear_adapters(

@@ -48,11 +48,11 @@ def of_layer(
       rank: the number of calibrated directions.
       covariance: of the layer's outliers; None where nothing is calibrated.
     """
-    if settings.source != "calibrated":
-        return nullspace.of_layer(model, layer, settings.source)
+    if settings.weight_matrix != "calibrated":
+        return nullspace.of_layer(model, layer, settings.weight_matrix)
     seen = nullspace.of_layer(model, layer, "mlp")
     linear_map = nullspace.linear_map(model, layer, "mlp")
-    return calibrated(seen, linear_map, covariance, rank, settings.epsilon)
+    return calibrated(seen, linear_map, covariance, rank, settings.ridge)
 
 
 def calibrated(

@@ -12,9 +12,9 @@ from flax import nnx
 
 from singer_jax.methods.base import (
     Batch,
-    Forward,
     LayerSettings,
-    Needs,
+    MethodRequirements,
+    ModelFeatures,
     Scalars,
     distilled_layers,
     linear_adapters,
@@ -43,8 +43,8 @@ class FitNetSettings(LayerSettings):
     """Of FitNet."""
 
     # 1 is FitNet as it is published. 0.9 rests on the planted teachers of benchmarks/STUDY.md.
-    match: MatchSettings = section(MatchSettings(clip=0.9))
-    weights: FitNetWeights = section(FitNetWeights())
+    match: MatchSettings = section(MatchSettings(norm_clip_quantile=0.9))
+    loss_weights: FitNetWeights = section(FitNetWeights())
 
 
 class FitNet(TokenMethod):
@@ -58,9 +58,11 @@ class FitNet(TokenMethod):
     Settings = FitNetSettings
 
     @classmethod
-    def needs(cls, settings: FitNetSettings) -> Needs:
+    def needs(cls, settings: FitNetSettings) -> MethodRequirements:
         """The head and labels only for the cross-entropy."""
-        return Needs(logits=settings.weights.ce is not None, labels=bool(settings.weights.ce))
+        return MethodRequirements(
+            logits=settings.loss_weights.ce is not None, labels=bool(settings.loss_weights.ce)
+        )
 
     def __init__(
         self,
@@ -72,15 +74,15 @@ class FitNet(TokenMethod):
         self.teacher_layers, self.student_layers = distilled_layers(
             settings, (0.5, 0.75), teacher.arch, student
         )
-        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        self.tokens = match_tokens(student, teacher.arch, settings.interpolate_patch_grid)
         self.compare = Comparison(settings.match, self.tokens, self.teacher_layers)
-        self.kd_weight = settings.weights.kd
-        self.ce_weight = settings.weights.ce
+        self.kd_weight = settings.loss_weights.kd
+        self.ce_weight = settings.loss_weights.ce
         self.adapter = linear_adapters(
             self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
         )
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Terms `kd` and, with a weight, `ce`."""
         kd = sum(
             self.compare(

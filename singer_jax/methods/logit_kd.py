@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
+from singer_jax.methods.base import Batch, Method, MethodRequirements, ModelFeatures, Scalars
 from singer_jax.methods.losses import divergence
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -28,7 +28,7 @@ class LogitKDSettings(Settings):
     """Of logit distillation."""
 
     temperature: float = setting(4.0, POSITIVE, "of both softmaxes")
-    weights: LogitKDWeights = section(LogitKDWeights())
+    loss_weights: LogitKDWeights = section(LogitKDWeights())
 
 
 class LogitKD(Method):
@@ -37,9 +37,9 @@ class LogitKD(Method):
     Settings = LogitKDSettings
 
     @classmethod
-    def needs(cls, settings: LogitKDSettings) -> Needs:
+    def needs(cls, settings: LogitKDSettings) -> MethodRequirements:
         """Both heads."""
-        return Needs(logits=True, teacher_logits=True)
+        return MethodRequirements(logits=True, teacher_logits=True)
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class LogitKD(Method):
         rngs: nnx.Rngs,
     ) -> None:
         self.temperature = settings.temperature
-        self.kd_weight = settings.weights.kd
+        self.kd_weight = settings.loss_weights.kd
         self.last = teacher.arch.depth - 1
 
     @property
@@ -57,7 +57,7 @@ class LogitKD(Method):
         """The last block, for the head."""
         return (self.last,)
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Term `kd`, the mean over the images."""
         taught, own = (
             jax.nn.log_softmax(forward.head_output().astype(jnp.float32) / self.temperature)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from singer_jax.methods.base import Constant, Forward, Method
+from singer_jax.methods.base import FrozenVariable, Method, ModelFeatures
 from singer_jax.methods.losses import LOSSES
 from singer_jax.methods.norms import clip_norms, unit
 from singer_jax.methods.tokens import TokenMatch
@@ -32,7 +32,7 @@ MEASURED_BATCHES = 100
 class SpaceSettings(Settings):
     """Of which tokens of the teacher's a student learns."""
 
-    space: str = setting(
+    target_space: str = setting(
         "residual", OneOf(SPACES), "in which tokens are compared (`methods.match.Comparison`)"
     )
 
@@ -48,7 +48,7 @@ class LossSettings(Settings):
 class MatchSettings(SpaceSettings, LossSettings):
     """How predicted and teacher's tokens are compared."""
 
-    clip: float = setting(
+    norm_clip_quantile: float = setting(
         1.0,
         Range(0, 1, low_open=True),
         "quantile of an image's patch norms to which larger ones are scaled down in the teacher; "
@@ -68,9 +68,9 @@ class Statistics(nnx.Module):
     """
 
     def __init__(self, num_prefix_tokens: int, dim: int) -> None:
-        self.batches = Constant(jnp.zeros(()))
-        self.mean = Constant(jnp.zeros((num_prefix_tokens + 1, dim)))
-        self.variance = Constant(jnp.ones((num_prefix_tokens + 1, dim)))
+        self.batches = FrozenVariable(jnp.zeros(()))
+        self.mean = FrozenVariable(jnp.zeros((num_prefix_tokens + 1, dim)))
+        self.variance = FrozenVariable(jnp.ones((num_prefix_tokens + 1, dim)))
 
     def observe(self, tokens: Float[Array, "batch tokens dim"]) -> dict[str, Array]:
         """Of one batch, for `absorb`: means of the difference from `mean` and of its square."""
@@ -138,7 +138,7 @@ class Comparison(nnx.Module):
         self.settings = settings
         self.tokens = tokens
         self.statistics = nnx.Dict()
-        if settings.space == "standardised":
+        if settings.target_space == "standardised":
             for layer in layers:
                 self.statistics[str(layer)] = Statistics(
                     tokens.num_prefix_tokens, tokens.teacher.embed_dim
@@ -147,7 +147,7 @@ class Comparison(nnx.Module):
     def __call__(
         self,
         predicted: Float[Array, "batch matched dim"],
-        teacher: Forward,
+        teacher: ModelFeatures,
         layer: int,
         features: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, ""]:
@@ -157,7 +157,7 @@ class Comparison(nnx.Module):
 
     def target(
         self,
-        teacher: Forward,
+        teacher: ModelFeatures,
         layer: int,
         features: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, "batch matched dim"]:
@@ -169,7 +169,7 @@ class Comparison(nnx.Module):
           features: in the place of the teacher's own, for example refined ones.
         """
         tokens = self._clipped(teacher.features[layer] if features is None else features)
-        match self.settings.space:
+        match self.settings.target_space:
             case "final_norm":
                 return teacher.model.norm(tokens)
             case "l2":
@@ -182,9 +182,9 @@ class Comparison(nnx.Module):
         self, predicted: Float[Array, "batch matched dim"]
     ) -> Float[Array, "batch matched dim"]:
         """The predicted tokens in the space."""
-        return unit(predicted) if self.settings.space == "l2" else predicted
+        return unit(predicted) if self.settings.target_space == "l2" else predicted
 
-    def observe(self, teacher: Forward) -> dict[str, Any]:
+    def observe(self, teacher: ModelFeatures) -> dict[str, Any]:
         """As `Method.observe`."""
         return {
             layer: statistics.observe(self._clipped(teacher.features[int(layer)]))
@@ -200,10 +200,10 @@ class Comparison(nnx.Module):
         self, features: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch matched dim"]:
         tokens = self.tokens.of_teacher(features)
-        if self.settings.clip == 1:
+        if self.settings.norm_clip_quantile == 1:
             return tokens
         prefix, patches = jnp.split(tokens, [self.tokens.num_prefix_tokens], axis=1)
-        clipped = clip_norms(patches, self.settings.clip)
+        clipped = clip_norms(patches, self.settings.norm_clip_quantile)
         return jnp.concatenate([prefix.astype(clipped.dtype), clipped], axis=1)
 
 
@@ -216,7 +216,7 @@ class TokenMethod(Method):
 
     compare: Comparison | None = None
 
-    def observe(self, teacher: Forward | None) -> dict[str, Any]:
+    def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
         """The statistics of the space `standardised`."""
         return self.compare.observe(teacher) if self.compare else {}
 

@@ -32,35 +32,35 @@ RULES = ("quantile", "absolute", "relative", "rank")
 class NullSpaceSettings(Settings):
     """Where the null space comes from, and how a refiner uses it."""
 
-    use: str = setting(
+    mode: str = setting(
         "project",
         OneOf(("project", "soft", "init", "random")),
         "the update is projected onto the null space, filtered softly, only started in it, or "
         "neither",
     )
-    source: str = setting(
+    weight_matrix: str = setting(
         "mlp",
         OneOf(SOURCES),
         "the linear map that is decomposed (`methods.nullspace.linear_map`), or `calibrated`: the "
         "`rank` directions that hold the outliers of the first batches and that `mlp` sees least "
         "(`methods.calibration`)",
     )
-    epsilon: float = setting(
+    ridge: float = setting(
         1.0,
         POSITIVE,
         "of `calibrated`, relative to the mean squared singular value: the larger, the more the "
         "directions hold of the outliers, and the more is seen of them",
     )
-    rule: str = setting(
+    threshold_type: str = setting(
         "quantile", OneOf(RULES), "how `threshold` is read; `relative` is to the largest value"
     )
     threshold: float = setting(0.5, NOT_NEGATIVE, "below which a singular value counts as null")
-    start: str | None = setting(
+    init: str | None = setting(
         None,
         optional(OneOf(("identity", "official"))),
         "of the refiner; None: identity, of `init` and `random` official",
     )
-    order: str = setting(
+    direction_order: str = setting(
         "most_null",
         OneOf(("most_null", "official")),
         "which directions `init` starts from (`methods.nullspace.directions`)",

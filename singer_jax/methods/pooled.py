@@ -9,7 +9,7 @@ import dataclasses
 
 from flax import nnx
 
-from singer_jax.methods.base import Batch, Forward, Method, Scalars, linear_adapters
+from singer_jax.methods.base import Batch, Method, ModelFeatures, Scalars, linear_adapters
 from singer_jax.methods.losses import LOSSES
 from singer_jax.methods.match import LossSettings
 from singer_jax.models.architecture import Architecture
@@ -30,7 +30,7 @@ class PooledSettings(Settings):
     """Of distillation of the pooled vector."""
 
     match: LossSettings = section(LossSettings())
-    weights: PooledWeights = section(PooledWeights())
+    loss_weights: PooledWeights = section(PooledWeights())
 
 
 class Pooled(Method):
@@ -52,12 +52,12 @@ class Pooled(Method):
     ) -> None:
         self.teacher_layers, self.student_layers = (teacher.arch.depth - 1,), (student.depth - 1,)
         self.loss_name = settings.match.loss
-        self.kd_weight = settings.weights.kd
+        self.kd_weight = settings.loss_weights.kd
         self.adapter = linear_adapters(
             self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
         )
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Term `kd`."""
         (last,), (own,) = self.teacher_layers, self.student_layers
         predicted = self.adapter[str(own)](student.model.pooled(student.features[own]))

@@ -1,7 +1,7 @@
 """Relational distillation: which patches of an image resemble each other.
 
 The local loss of LightlyTrain's `distillation` v3 (lightly-ai/lightly-train), which applies it to
-the last block behind the last norm: `match.space` `final_norm`.
+the last block behind the last norm: `match.target_space` `final_norm`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from singer_jax.methods.base import (
     Batch,
-    Forward,
     LayerSettings,
+    ModelFeatures,
     Scalars,
     distilled_layers,
     linear_adapters,
@@ -43,7 +43,7 @@ class RelationalSettings(LayerSettings):
 
     similarity_temperature: float = setting(0.07, POSITIVE, "of the cosines of patches")
     match: SpaceSettings = section(SpaceSettings())
-    weights: RelationalWeights = section(RelationalWeights())
+    loss_weights: RelationalWeights = section(RelationalWeights())
 
 
 class Relational(TokenMethod):
@@ -61,16 +61,16 @@ class Relational(TokenMethod):
         self.teacher_layers, self.student_layers = distilled_layers(
             settings, (), teacher.arch, student
         )
-        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
-        match = MatchSettings(space=settings.match.space)
+        self.tokens = match_tokens(student, teacher.arch, settings.interpolate_patch_grid)
+        match = MatchSettings(target_space=settings.match.target_space)
         self.compare = Comparison(match, self.tokens, self.teacher_layers)
         self.temperature = settings.similarity_temperature
-        self.kd_weight = settings.weights.kd
+        self.kd_weight = settings.loss_weights.kd
         self.adapter = linear_adapters(
             self.student_layers, student.embed_dim, teacher.arch.embed_dim, rngs
         )
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Term `kd`: KL(teacher || student) of each patch's softmax(cos / T), their mean."""
         kd = 0.0
         for layer, own in zip(self.teacher_layers, self.student_layers, strict=True):

@@ -14,7 +14,7 @@ from singer_jax.settings.settings import Setting, Settings, from_flat, leaves
 
 
 class MethodSection:
-    """`name`, `terms`, and the keys of every method, each once.
+    """`name`, `method_weights`, and the keys of every method, each once.
 
     Methods share the keys of the same name. Where their defaults differ, the key's default is None,
     which leaves each its own.
@@ -49,9 +49,9 @@ class MethodSection:
         given = self._flat(value) | {
             key: flat[prefix + key] for key in keys if prefix + key in flat
         }
-        for key in ("name", *(f"terms.{name}" for name in METHODS)):
+        for key in ("name", *(f"method_weights.{name}" for name in METHODS)):
             ranges.check(f"{prefix}{key}", given[key], keys[key].allowed)
-        weights = {name: float(given[f"terms.{name}"]) for name in METHODS}
+        weights = {name: float(given[f"method_weights.{name}"]) for name in METHODS}
         weights = {name: weight for name, weight in weights.items() if weight}
         weights = weights or {given["name"]: 1.0}
         parts = tuple((weight, _own(name, given)) for name, weight in weights.items())
@@ -62,7 +62,7 @@ class MethodSection:
         flat = {key: known.default for key, known in keys.items()}
         flat["name"] = next(iter(parts))
         if isinstance(value, WeightedSumSettings):
-            flat |= {f"terms.{name}": weight for name, (weight, _) in parts.items()}
+            flat |= {f"method_weights.{name}": weight for name, (weight, _) in parts.items()}
         given = {name: leaves(own) for name, (_, own) in parts.items()}
         defaults = {name: leaves(METHODS[name].Settings()) for name in parts}
         for key in keys:
@@ -94,7 +94,7 @@ def _keys() -> dict[str, Setting]:
     keys = {"name": Setting("singer", OneOf(names), "which method")}
     for name in names:
         meaning = f"weight of {name} in a sum of methods, which is taken instead of `name`"
-        keys[f"terms.{name}"] = Setting(0.0, NOT_NEGATIVE, meaning)
+        keys[f"method_weights.{name}"] = Setting(0.0, NOT_NEGATIVE, meaning)
     read = {name: leaves(method.Settings()) for name, method in METHODS.items()}
     for key in dict.fromkeys(key for own in read.values() for key in own):
         readers = {name: own[key] for name, own in read.items() if key in own}

@@ -19,10 +19,10 @@ from singer_jax.errors import InputError
 from singer_jax.methods import calibration, nullspace
 from singer_jax.methods.base import (
     Batch,
-    Constant,
-    Forward,
+    FrozenVariable,
     LayerSettings,
-    Needs,
+    MethodRequirements,
+    ModelFeatures,
     Scalars,
     distilled_layers,
     linear_adapter,
@@ -49,8 +49,8 @@ DEPTHS = (0.75,)
 
 # Below this share of the outliers' energy in the subspace a run warns.
 SMALL_SHARE = 0.2
-_REMEDY = "method.nullspace.threshold or take method.nullspace.use=soft"
-_REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.epsilon"
+_REMEDY = "method.nullspace.threshold or take method.nullspace.mode=soft"
+_REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.ridge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,11 @@ class SingerSettings(LayerSettings):
     """Of SiNGER."""
 
     rank: int = setting(64, COUNT, "of the refiner, at most the teacher's width")
-    quantile: float = setting(
+    outlier_quantile: float = setting(
         0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
     )
     match: MatchSettings = section(MatchSettings())
-    weights: SingerWeights = section(SingerWeights())
+    loss_weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
 
 
@@ -93,23 +93,23 @@ class Refiner(nnx.Module):
     def __init__(
         self, space: nullspace.NullSpace, rank: int, settings: NullSpaceSettings, rngs: nnx.Rngs
     ) -> None:
-        tau = nullspace.threshold_value(space, settings.rule, settings.threshold)
-        self.singular_values = Constant(space.values)
-        self.threshold = Constant(tau)
-        self.null_dim = Constant(nullspace.null_dim(space, tau))
-        self.projected = settings.use in ("project", "soft")
+        tau = nullspace.threshold_value(space, settings.threshold_type, settings.threshold)
+        self.singular_values = FrozenVariable(space.values)
+        self.threshold = FrozenVariable(tau)
+        self.null_dim = FrozenVariable(nullspace.null_dim(space, tau))
+        self.projected = settings.mode in ("project", "soft")
         dim = space.vectors.shape[0]
         if self.projected:
             rows = space.vectors.T[::-1][:rank]
-            soft = settings.use == "soft"
-            self.projection = Constant(
+            soft = settings.mode == "soft"
+            self.projection = FrozenVariable(
                 nullspace.soft_filter(space, tau) if soft else nullspace.projector(space, tau, rank)
             )
-        elif settings.use == "init":
-            rows = nullspace.directions(space, tau, rank, settings.order, rngs.params())
+        elif settings.mode == "init":
+            rows = nullspace.directions(space, tau, rank, settings.direction_order, rngs.params())
         else:
             rows = nullspace.random_directions(rngs.params(), rank, dim)
-        start = settings.start or ("identity" if self.projected else "official")
+        start = settings.init or ("identity" if self.projected else "official")
         identity = start == "identity"
         self.down = nnx.Param(rows.T)
         self.up = nnx.Param(jnp.zeros_like(rows) if identity else rows)
@@ -154,19 +154,19 @@ class Singer(TokenMethod):
     Settings = SingerSettings
 
     @classmethod
-    def needs(cls, settings: SingerSettings) -> Needs:
+    def needs(cls, settings: SingerSettings) -> MethodRequirements:
         """The teacher's outliers only for calibrated null spaces."""
-        return Needs(measured=settings.nullspace.source == "calibrated")
+        return MethodRequirements(measured=settings.nullspace.weight_matrix == "calibrated")
 
     @classmethod
-    def measure(cls, teacher: Forward, settings: SingerSettings) -> dict[str, Array]:
+    def measure(cls, teacher: ModelFeatures, settings: SingerSettings) -> dict[str, Array]:
         """By distilled layer `calibration.outlier_covariance`."""
         arch = teacher.model.arch
-        layers = teacher_layers(settings.layers, settings.append_last, DEPTHS, arch)
+        layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, arch)
         patches = {layer: teacher.features[layer][:, arch.num_prefix_tokens :] for layer in layers}
         return {
             str(layer): calibration.outlier_covariance(
-                own, is_outlier(token_norms(own), settings.quantile)
+                own, is_outlier(token_norms(own), settings.outlier_quantile)
             )
             for layer, own in patches.items()
         }
@@ -183,12 +183,12 @@ class Singer(TokenMethod):
         self.teacher_layers, self.student_layers = distilled_layers(
             settings, DEPTHS, teacher.arch, student
         )
-        self.tokens = match_tokens(student, teacher.arch, settings.resample_grids)
+        self.tokens = match_tokens(student, teacher.arch, settings.interpolate_patch_grid)
         self.compare = Comparison(settings.match, self.tokens, self.teacher_layers)
         self.last = teacher.arch.depth - 1
-        self.quantile = settings.quantile
-        self.weights = settings.weights
-        self.calibrated = settings.nullspace.source == "calibrated"
+        self.quantile = settings.outlier_quantile
+        self.weights = settings.loss_weights
+        self.calibrated = settings.nullspace.weight_matrix == "calibrated"
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
@@ -207,7 +207,7 @@ class Singer(TokenMethod):
         next_ones = {layer + 1 for layer in self.teacher_layers if layer < self.last}
         return tuple(sorted(next_ones | set(self.teacher_layers)))
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """KD, outlier and info terms (paper equations 4 to 8), each averaged over the layers."""
         prefix = teacher.model.arch.num_prefix_tokens
         kd = outlier = info = 0.0
@@ -237,7 +237,7 @@ class Singer(TokenMethod):
             "info": self.weights.info * info / layers,
         }
 
-    def diagnose(self, teacher: Forward | None) -> Scalars:
+    def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
         """Per distilled layer, over all patches of the global batch.
 
         `teacher_norm_` and `refined_norm_` `median` and `p99` (`batch_quantile`); in bfloat16
@@ -317,10 +317,10 @@ def check(
     """Raises `InputError` for settings that do not fit the teacher or what was measured of it."""
     if settings.rank > teacher.embed_dim:
         raise InputError(f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}")
-    rule, threshold = settings.nullspace.rule, settings.nullspace.threshold
+    rule, threshold = settings.nullspace.threshold_type, settings.nullspace.threshold
     nullspace.check_threshold(rule, threshold, teacher.embed_dim)
-    if settings.nullspace.source == "calibrated" and measured is None:
+    if settings.nullspace.weight_matrix == "calibrated" and measured is None:
         raise InputError(
-            "method.nullspace.source: calibrated needs `measured`, the sum over a few batches of "
+            "method.nullspace.weight_matrix: calibrated needs `measured`, the sum over a few batches of "
             "`Singer.measure(teacher, settings)`"
         )

@@ -6,7 +6,7 @@ import dataclasses
 
 from flax import nnx
 
-from singer_jax.methods.base import Batch, Forward, Method, Needs, Scalars
+from singer_jax.methods.base import Batch, Method, MethodRequirements, ModelFeatures, Scalars
 from singer_jax.methods.losses import cross_entropy
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -24,9 +24,9 @@ class Supervised(Method):
     Settings = SupervisedSettings
 
     @classmethod
-    def needs(cls, settings: Settings) -> Needs:
+    def needs(cls, settings: Settings) -> MethodRequirements:
         """Labels and logits, no teacher."""
-        return Needs(teacher=False, logits=True, labels=True)
+        return MethodRequirements(teacher=False, logits=True, labels=True)
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Supervised(Method):
     ) -> None:
         """Has no parts and no settings of its own; the arguments are those of every method."""
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Term `ce`."""
         logits = student.head_output()
         return {"ce": cross_entropy(logits, batch.labels)}

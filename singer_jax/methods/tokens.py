@@ -67,20 +67,22 @@ class TokenMatch:
         return ", ".join(compared)
 
 
-def match_tokens(student: Architecture, teacher: Architecture, resample_grids: bool) -> TokenMatch:
+def match_tokens(
+    student: Architecture, teacher: Architecture, interpolate_patch_grid: bool
+) -> TokenMatch:
     """The tokens that are compared.
 
     Args:
       student, teacher: architectures.
-      resample_grids: the student's patches may be resampled onto the teacher's grid.
+      interpolate_patch_grid: the student's patches may be resampled onto the teacher's grid.
 
     Raises:
-      InputError: another grid of patches, and `resample_grids` is off.
+      InputError: another grid of patches, and `interpolate_patch_grid` is off.
     """
-    if student.grid != teacher.grid and not resample_grids:
+    if student.grid != teacher.grid and not interpolate_patch_grid:
         raise InputError(
             f"the student has {student.grid[0]} x {student.grid[1]} patches, the teacher "
-            f"{teacher.grid[0]} x {teacher.grid[1]}: set method.resample_grids=True to compare on "
+            f"{teacher.grid[0]} x {teacher.grid[1]}: set method.interpolate_patch_grid=True to compare on "
             "the teacher's grid, or choose data.image_size and models with equal grids"
         )
     has_class = (0,) if student.class_token and teacher.class_token else ()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from singer_jax.errors import InputError
 from singer_jax.methods.base import (
     Batch,
-    Forward,
+    ModelFeatures,
     Scalars,
     TokenSettings,
     freeze,
@@ -53,7 +53,7 @@ class MaskedSettings(TokenSettings):
     train_generator: bool = setting(
         True, Flag(), "train what generates; the official code leaves it at its start"
     )
-    weights: ViTKDWeights = section(ViTKDWeights())
+    loss_weights: ViTKDWeights = section(ViTKDWeights())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ViTKDSettings(MaskedSettings):
 class ViTKDOfficialSettings(MaskedSettings):
     """Of ViTKD as its authors published it."""
 
-    weights: ViTKDWeights = section(ViTKDWeights(mimic=3e-5, generation=3e-6))
+    loss_weights: ViTKDWeights = section(ViTKDWeights(mimic=3e-5, generation=3e-6))
 
 
 class Generator(nnx.Module):
@@ -108,8 +108,8 @@ class _Masked(TokenMethod):
                     f"method.mimic_layers: {layer} is not in 0..{last - 1} (the teacher's last "
                     f"block, {last}, is generated)"
                 )
-        matched = match_layers(settings.matching, mimic, arch.depth, student.depth)
-        (generated,) = match_layers(settings.matching, (last,), arch.depth, student.depth)
+        matched = match_layers(settings.layer_mapping, mimic, arch.depth, student.depth)
+        (generated,) = match_layers(settings.layer_mapping, (last,), arch.depth, student.depth)
         if generated in matched:
             raise InputError(
                 f"method.mimic_layers: student block {generated} would both mimic and generate; "
@@ -117,9 +117,9 @@ class _Masked(TokenMethod):
             )
         self.teacher_layers = (*mimic, last)
         self.student_layers = (*matched, generated)
-        self.tokens = match_tokens(student, arch, settings.resample_grids)
+        self.tokens = match_tokens(student, arch, settings.interpolate_patch_grid)
         self.mask_ratio = settings.mask_ratio
-        self.weights = settings.weights
+        self.weights = settings.loss_weights
         self.mask_token = nnx.Param(
             jax.nn.initializers.normal(0.02)(rngs.params(), (1, 1, arch.embed_dim))
         )
@@ -146,7 +146,7 @@ class ViTKD(_Masked):
             freeze(self.generator)
             freeze(self, "mask_token")
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Terms `mimic` and `generation`."""
         *mimicked, aligned = (
             self.adapter[str(own)](self.tokens.of_student(student.features[own]))
@@ -199,7 +199,7 @@ class ViTKDOfficial(_Masked):
                 freeze(part)
             freeze(self, "mask_token")
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """Terms `mimic` and `generation`."""
         prefix = self.tokens.num_prefix_tokens
         of_student = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from singer_jax.methods.base import Batch, Forward, Method, Scalars
+from singer_jax.methods.base import Batch, Method, ModelFeatures, Scalars
 from singer_jax.settings.settings import Settings
 
 
@@ -39,7 +39,7 @@ class WeightedSum(Method):
         """What any of the methods reads."""
         return tuple(sorted({layer for m in self.methods.values() for layer in m.teacher_reads}))
 
-    def loss(self, teacher: Forward | None, student: Forward, batch: Batch) -> Scalars:
+    def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
         """All terms, times the weight of their method."""
         return {
             f"{name}_{term}": weight * value
@@ -47,7 +47,7 @@ class WeightedSum(Method):
             for term, value in self.methods[name].loss(teacher, student, batch).items()
         }
 
-    def observe(self, teacher: Forward | None) -> dict[str, Any]:
+    def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
         """What each method observes, by its name."""
         found = {name: method.observe(teacher) for name, method in self.methods.items()}
         return {name: means for name, means in found.items() if means}
@@ -57,7 +57,7 @@ class WeightedSum(Method):
         for name, own in means.items():
             self.methods[name].absorb(own)
 
-    def diagnose(self, teacher: Forward | None) -> Scalars:
+    def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
         """The metrics of all methods."""
         return {
             f"{name}_{metric}": value

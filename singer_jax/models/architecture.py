@@ -159,7 +159,7 @@ class Architecture(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
+class ComputePolicy:
     """How a model computes.
 
     Attributes:
@@ -171,7 +171,7 @@ class Numerics:
       quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
         dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
         the tokens of huge norm, keeps its precision.
-      clean: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
+      artifact_removal: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
         `models.views`, or the subtraction of what was `planted`); None: nothing.
       gathered: sharding of a block's parameters while it computes, of a model that is not trained
         and whose parameters are split over devices; None leaves it to the compiler, which may
@@ -185,7 +185,7 @@ class Numerics:
     backend: str = dataclasses.field(default="", repr=False)
     stacked: bool = dataclasses.field(default=False, repr=False)
     quantised: str | None = None
-    clean: str | None = dataclasses.field(default=None, repr=False)
+    artifact_removal: str | None = dataclasses.field(default=None, repr=False)
     gathered: jax.sharding.NamedSharding | None = dataclasses.field(default=None, repr=False)
 
     @property

@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from singer_jax.models import quantised
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.attention import attend, has_fused_attention
 
 Rotation = Float[Array, "2 patches head_dim"]
@@ -38,32 +38,32 @@ class _FlatLinear(nnx.Linear):
 def linear(
     in_features: int,
     out_features: int,
-    numerics: Numerics,
+    policy: ComputePolicy,
     rngs: nnx.Rngs,
     use_bias: bool = True,
     product: quantised.Product = jax.lax.dot_general,
 ) -> nnx.Linear:
     """A linear map with timm's initialisation; `product` of its input and its kernel."""
-    kind = _FlatLinear if numerics.choices.flat_linear else nnx.Linear
+    kind = _FlatLinear if policy.choices.flat_linear else nnx.Linear
     return kind(
         in_features,
         out_features,
         use_bias=use_bias,
         kernel_init=initializers.truncated_normal(0.02),
-        dtype=numerics.dtype,
-        param_dtype=numerics.param_dtype,
+        dtype=policy.dtype,
+        param_dtype=policy.param_dtype,
         dot_general=product,
         rngs=rngs,
     )
 
 
-def layer_norm(arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the residual stream."""
     return nnx.LayerNorm(
         arch.embed_dim,
         epsilon=arch.norm_eps,
-        dtype=numerics.dtype,
-        param_dtype=numerics.param_dtype,
+        dtype=policy.dtype,
+        param_dtype=policy.param_dtype,
         # E[(x - E[x])^2] as in PyTorch: E[x^2] - E[x]^2 cancels on tokens of huge norm.
         use_fast_variance=False,
         rngs=rngs,
@@ -73,14 +73,14 @@ def layer_norm(arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> nnx.La
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches times one matrix (timm `PatchEmbed`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         self.proj = nnx.Conv(
             3,
             arch.embed_dim,
             kernel_size=(arch.patch_size, arch.patch_size),
             use_bias=not arch.pre_norm,
             kernel_init=initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            param_dtype=numerics.param_dtype,
+            param_dtype=policy.param_dtype,
             rngs=rngs,
         )
 
@@ -142,18 +142,18 @@ class Attention(nnx.Module):
     and value only.
     """
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim = arch.embed_dim
         self.num_heads = arch.num_heads
         bias = arch.qkv_bias and not arch.eva
-        self.qkv = linear(dim, 3 * dim, numerics, rngs, bias, numerics.product)
+        self.qkv = linear(dim, 3 * dim, policy, rngs, bias, policy.product)
         self.separate_bias = arch.qkv_bias and arch.eva
         if self.separate_bias:
-            self.q_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
-            self.v_bias = nnx.Param(jnp.zeros(dim, numerics.param_dtype))
-        self.proj = linear(dim, dim, numerics, rngs)
-        self.apart = numerics.choices.project_apart
-        self.fused = numerics.choices.fused_attention and has_fused_attention()
+            self.q_bias = nnx.Param(jnp.zeros(dim, policy.param_dtype))
+            self.v_bias = nnx.Param(jnp.zeros(dim, policy.param_dtype))
+        self.proj = linear(dim, dim, policy, rngs)
+        self.apart = policy.choices.project_apart
+        self.fused = policy.choices.fused_attention and has_fused_attention()
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
@@ -225,11 +225,11 @@ class _Mlp(nnx.Module):
 class Mlp(_Mlp):
     """Two linear maps around an activation (timm `Mlp`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
         self.activation = ACTIVATIONS[arch.act_layer]
-        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
-        self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
+        self.fc1 = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
+        self.fc2 = linear(hidden, arch.embed_dim, policy, rngs)
 
     def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         """What `fc2` reads."""
@@ -243,10 +243,10 @@ class Mlp(_Mlp):
 class SwiGLUPacked(_Mlp):
     """silu(first half) x second half of one projection (timm `SwiGLUPacked`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
-        self.fc1 = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
-        self.fc2 = linear(hidden // 2, arch.embed_dim, numerics, rngs)
+        self.fc1 = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
+        self.fc2 = linear(hidden // 2, arch.embed_dim, policy, rngs)
 
     def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         """What `fc2` reads."""
@@ -261,12 +261,12 @@ class SwiGLUPacked(_Mlp):
 class SwiGLU(_Mlp):
     """silu(gate) x value of two projections (timm `SwiGLU`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         hidden = int(arch.embed_dim * arch.mlp_ratio)
         hidden += -hidden % _SWIGLU_MULTIPLE
-        self.fc1_g = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
-        self.fc1_x = linear(arch.embed_dim, hidden, numerics, rngs, product=numerics.product)
-        self.fc2 = linear(hidden, arch.embed_dim, numerics, rngs)
+        self.fc1_g = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
+        self.fc1_x = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
+        self.fc2 = linear(hidden, arch.embed_dim, policy, rngs)
 
     def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         """What `fc2` reads."""
@@ -287,25 +287,25 @@ MLPS: dict[str, type[nnx.Module]] = {
 class LayerScale(nnx.Module):
     """A learned factor per channel (timm `LayerScale`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics) -> None:
-        self.gamma = nnx.Param(jnp.full((arch.embed_dim,), arch.init_values, numerics.param_dtype))
+    def __init__(self, arch: Architecture, policy: ComputePolicy) -> None:
+        self.gamma = nnx.Param(jnp.full((arch.embed_dim,), arch.init_values, policy.param_dtype))
 
 
 class Block(nnx.Module):
     """A pre-norm transformer block (timm `Block`; with `arch.eva` `EvaBlock`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
-        self.norm1 = layer_norm(arch, numerics, rngs)
-        self.attn = Attention(arch, numerics, rngs)
-        self.norm2 = layer_norm(arch, numerics, rngs)
-        self.mlp = MLPS[arch.mlp_layer](arch, numerics, rngs)
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
+        self.norm1 = layer_norm(arch, policy, rngs)
+        self.attn = Attention(arch, policy, rngs)
+        self.norm2 = layer_norm(arch, policy, rngs)
+        self.mlp = MLPS[arch.mlp_layer](arch, policy, rngs)
         if arch.init_values is not None and arch.eva:
-            self.gamma_1 = LayerScale(arch, numerics).gamma
-            self.gamma_2 = LayerScale(arch, numerics).gamma
+            self.gamma_1 = LayerScale(arch, policy).gamma
+            self.gamma_2 = LayerScale(arch, policy).gamma
         elif arch.init_values is not None:
-            self.ls1 = LayerScale(arch, numerics)
-            self.ls2 = LayerScale(arch, numerics)
-        self.keep_residual = numerics.choices.keep_residual
+            self.ls1 = LayerScale(arch, policy)
+            self.ls2 = LayerScale(arch, policy)
+        self.keep_residual = policy.choices.keep_residual
 
     def scales(self) -> tuple[Float[Array, " dim"] | None, Float[Array, " dim"] | None]:
         """LayerScale factors after attention and after the MLP; None where there is none."""
@@ -345,16 +345,16 @@ def _scaled(x: Float[Array, "*axes dim"], scale: Float[Array, " dim"] | None) ->
 class AttentionPool(nnx.Module):
     """One learned query attends to all tokens, then an MLP (timm `AttentionPoolLatent`)."""
 
-    def __init__(self, arch: Architecture, numerics: Numerics, rngs: nnx.Rngs) -> None:
+    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim = arch.embed_dim
         self.num_heads = arch.num_heads
         start = initializers.truncated_normal(dim**-0.5)
-        self.latent = nnx.Param(start(rngs.params(), (1, 1, dim), numerics.param_dtype))
-        self.q = linear(dim, dim, numerics, rngs)
-        self.kv = linear(dim, 2 * dim, numerics, rngs)
-        self.proj = linear(dim, dim, numerics, rngs)
-        self.norm = layer_norm(arch, numerics, rngs)
-        self.mlp = Mlp(arch, numerics, rngs)
+        self.latent = nnx.Param(start(rngs.params(), (1, 1, dim), policy.param_dtype))
+        self.q = linear(dim, dim, policy, rngs)
+        self.kv = linear(dim, 2 * dim, policy, rngs)
+        self.proj = linear(dim, dim, policy, rngs)
+        self.norm = layer_norm(arch, policy, rngs)
+        self.mlp = Mlp(arch, policy, rngs)
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))

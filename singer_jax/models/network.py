@@ -64,7 +64,7 @@ class FrozenSettings(ModelSettings):
 class TeacherSettings(FrozenSettings):
     """Which model to learn from, and what is learnt of its features."""
 
-    clean: str | None = setting(
+    artifact_removal: str | None = setting(
         None,
         optional(OneOf(CLEANERS)),
         "what takes outlier tokens out of its features; None: they are as they are",

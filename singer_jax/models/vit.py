@@ -20,7 +20,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from singer_jax.models import planted, registers
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.layers import (
     AttentionPool,
     Block,
@@ -43,7 +43,7 @@ class VisionTransformer(nnx.Module):
 
     Args:
       arch: sizes and variants.
-      numerics: dtypes and rematerialisation.
+      policy: dtypes and rematerialisation.
       rngs: stream `params`; initialised as timm does by default.
 
     Attributes:
@@ -54,17 +54,17 @@ class VisionTransformer(nnx.Module):
     spec: ModelSpec | None = None
 
     def __init__(
-        self, arch: Architecture, numerics: Numerics = Numerics(), *, rngs: nnx.Rngs
+        self, arch: Architecture, policy: ComputePolicy = ComputePolicy(), *, rngs: nnx.Rngs
     ) -> None:
         self.arch = arch
-        self.numerics = numerics
+        self.policy = policy
         dim = arch.embed_dim
 
         def param(std: float, tokens: int) -> nnx.Param:
             start = initializers.truncated_normal(std)
-            return nnx.Param(start(rngs.params(), (1, tokens, dim), numerics.param_dtype))
+            return nnx.Param(start(rngs.params(), (1, tokens, dim), policy.param_dtype))
 
-        self.patch_embed = PatchEmbed(arch, numerics, rngs)
+        self.patch_embed = PatchEmbed(arch, policy, rngs)
         if arch.class_token:
             self.cls_token = param(1e-6, 1)
         if arch.reg_tokens:
@@ -72,26 +72,26 @@ class VisionTransformer(nnx.Module):
         if not arch.eva:
             self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
         if arch.pre_norm:
-            self.norm_pre = layer_norm(arch, numerics, rngs)
-        blocks = [Block(arch, numerics, rngs) for _ in range(arch.depth)]
-        self.blocks = _stack(blocks) if numerics.stacked else nnx.List(blocks)
-        if numerics.clean == "registers":
+            self.norm_pre = layer_norm(arch, policy, rngs)
+        blocks = [Block(arch, policy, rngs) for _ in range(arch.depth)]
+        self.blocks = _stack(blocks) if policy.stacked else nnx.List(blocks)
+        if policy.artifact_removal == "registers":
             shape = arch.depth, blocks[0].mlp.fc2.in_features + bool(arch.planted)
             self.register_neurons = registers.RegisterNeurons(jnp.zeros(shape, jnp.uint8))
-        self.norm = layer_norm(arch, numerics, rngs)
+        self.norm = layer_norm(arch, policy, rngs)
         if arch.global_pool == "map":
-            self.attn_pool = AttentionPool(arch, numerics, rngs)
+            self.attn_pool = AttentionPool(arch, policy, rngs)
         if arch.num_classes:
-            self.head = linear(dim, arch.num_classes, numerics, rngs)
+            self.head = linear(dim, arch.num_classes, policy, rngs)
         if arch.planted:  # the last, so that nothing else is drawn otherwise
-            self.planted = planted.Planted(arch, numerics.param_dtype, rngs)
+            self.planted = planted.Planted(arch, policy.param_dtype, rngs)
 
     def embed(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"]:
         """The tokens that enter the first block: prefix tokens, patches, position embedding."""
         arch = self.arch
-        x = self.patch_embed(images.astype(self.numerics.dtype))
+        x = self.patch_embed(images.astype(self.policy.dtype))
         prefix = []
         if arch.class_token:
             prefix.append(self.cls_token)
@@ -111,7 +111,7 @@ class VisionTransformer(nnx.Module):
 
     def block(self, index: int | Int[Array, ""]) -> Block:
         """Block `index` alone; a traced index needs stacked parameters."""
-        stacked, gathered = self.numerics.stacked, self.numerics.gathered
+        stacked, gathered = self.policy.stacked, self.policy.gathered
         if not stacked and gathered is None:
             return self.blocks[index]
         graph, state = nnx.split(self.blocks if stacked else self.blocks[index])
@@ -157,7 +157,7 @@ class VisionTransformer(nnx.Module):
           x: without an added token.
           images: as for `features`.
         """
-        hidden = self.block(index).hidden(x.astype(self.numerics.dtype), self._rotation())
+        hidden = self.block(index).hidden(x.astype(self.policy.dtype), self._rotation())
         if not self.arch.planted:
             return hidden
         length = jnp.linalg.norm(self.planted.vector[...])
@@ -187,10 +187,10 @@ class VisionTransformer(nnx.Module):
     def _apply(
         self, block: Block, x: Float[Array, "batch tokens dim"], move: Move | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        x, by = x.astype(self.numerics.dtype), self._rotation()
+        x, by = x.astype(self.policy.dtype), self._rotation()
         if move is not None:
             return block(x, by, move)  # of a model that is not trained
-        apply = nnx.remat(Block.__call__) if self.numerics.remat else Block.__call__
+        apply = nnx.remat(Block.__call__) if self.policy.remat else Block.__call__
         return apply(block, x, by)
 
     def _rotation(self) -> Rotation | None:
@@ -200,7 +200,7 @@ class VisionTransformer(nnx.Module):
     @property
     def num_added_tokens(self) -> int:
         """Tokens of a stream (`streams_at`) before those of the feature: test-time registers."""
-        return int(self.numerics.clean == "registers")
+        return int(self.policy.artifact_removal == "registers")
 
     @property
     def _first_patch(self) -> int:
@@ -256,12 +256,12 @@ class VisionTransformer(nnx.Module):
         added: Float[Array, "batch tokens dim"] | None,
     ) -> Float[Array, "batch tokens dim"]:
         """The stream after block `index`, without what was planted where that is subtracted."""
-        subtracted = self.numerics.clean == "planted" and index >= self.arch.planted_after
+        subtracted = self.policy.artifact_removal == "planted" and index >= self.arch.planted_after
         return x - added.astype(x.dtype) if subtracted else x
 
     def _viewed(self, compute: Callable[[Array], Any], images: Array) -> Any:
         """What `compute` makes of images, or the mean over their views."""
-        if self.numerics.clean != "shift_average":
+        if self.policy.artifact_removal != "shift_average":
             return compute(images)
         return averaged(compute, images, self.arch)
 
@@ -303,7 +303,7 @@ class VisionTransformer(nnx.Module):
     def _streams_at(
         self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
     ) -> dict[int, Float[Array, "batch tokens dim"]]:
-        if not self.numerics.stacked:
+        if not self.policy.stacked:
             streams = self._streams(images, layers[-1] + 1)
             return {layer: jax.lax.stop_gradient(streams[layer]) for layer in layers}
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from singer_jax.errors import InputError, RunError
 from singer_jax.io import limits
 from singer_jax.io.files import replacing, write_text
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
@@ -53,19 +53,19 @@ _MOST_NAMED = 1000  # keys in a message
 _MOST_MISSING_BLOCKS = 24  # of which each key is named
 
 
-def abstract_model(arch: Architecture, numerics: Numerics) -> tuple[nnx.GraphDef, Params]:
+def abstract_model(arch: Architecture, policy: ComputePolicy) -> tuple[nnx.GraphDef, Params]:
     """Graph definition and parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    graph, params = _abstract_model(arch, numerics, numerics.choices)
+    graph, params = _abstract_model(arch, policy, policy.choices)
     return graph, jax.tree.map(lambda leaf: leaf, params)  # not the dicts of another caller
 
 
 @functools.lru_cache(maxsize=32)
 def _abstract_model(
-    arch: Architecture, numerics: Numerics, choices: Choices
+    arch: Architecture, policy: ComputePolicy, choices: Choices
 ) -> tuple[nnx.GraphDef, Params]:
     """Kept, since a start asks for it several times."""
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: VisionTransformer(arch, numerics, rngs=_OneKey(jax.random.key(0))))
+        nnx.eval_shape(lambda: VisionTransformer(arch, policy, rngs=_OneKey(jax.random.key(0))))
     )
     return graph, nnx.to_pure_dict(state)
 
@@ -86,7 +86,7 @@ def abstract_params(arch: Architecture) -> Params:
 
     One block is traced: the others are like it.
     """
-    params = abstract_model(dataclasses.replace(arch, depth=1, planted_after=0), Numerics())[1]
+    params = abstract_model(dataclasses.replace(arch, depth=1, planted_after=0), ComputePolicy())[1]
     return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
 
 
@@ -128,7 +128,7 @@ def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
 def load_model(
     spec: ModelSpec,
     path: Path,
-    numerics: Numerics = Numerics(),
+    policy: ComputePolicy = ComputePolicy(),
     shardings: Callable[[Params], Params] | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """A model with the weights of a file.
@@ -136,7 +136,7 @@ def load_model(
     Args:
       spec: what the model is; `spec_of_weights` adapts it to the file's head and statistics.
       path: a file as `weight_files.find_weights` gives it.
-      numerics: dtypes of the model; weights are cast to `param_dtype`.
+      policy: dtypes of the model; weights are cast to `param_dtype`.
       shardings: from abstract parameters to a sharding for each; default: one device.
 
     Returns:
@@ -146,7 +146,7 @@ def load_model(
       InputError: with every missing, surplus and mis-shaped key.
     """
     check_weights(spec, path)
-    graph, abstract = abstract_model(spec.arch, numerics)
+    graph, abstract = abstract_model(spec.arch, policy)
     tensors = _tensors(spec, path)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
@@ -167,7 +167,7 @@ def load_model(
         def part_of(part: tuple[slice, ...]) -> np.ndarray:
             place = tuple((along.start, along.stop) for along in part)
             if place not in found:  # devices that hold the same part read it once
-                if numerics.stacked and keys[0] == "blocks":
+                if policy.stacked and keys[0] == "blocks":
                     blocks = range(spec.arch.depth)[part[0]]
                     each = [("blocks", index, *keys[1:]) for index in blocks]
                     array = np.stack([read(one, leaf.shape[1:], part[1:]) for one in each])

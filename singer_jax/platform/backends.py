@@ -34,7 +34,7 @@ class Choices:
       fused_attention: cuDNN's kernel, where it is found (`models.attention`). A TPU's compiler
         fuses the softmax with its products by itself and writes 0.2 GB of weights a block in
         bfloat16.
-      one_by_one: several students of a step after each other even where all fit into memory. The
+      sequential: several students of a step after each other even where all fit into memory. The
         CPU asks for its temporaries anew in each step, and the system clears them: four students
         took 0.91 of the time of four runs together, 0.66 one by one (benchmarks/RESULTS.md).
       compiler_options: for `jax.jit` of a function with a backward pass. The CPU drops barriers
@@ -46,7 +46,7 @@ class Choices:
     stack_frozen: bool = False
     project_apart: bool = False
     fused_attention: bool = False
-    one_by_one: bool = False
+    sequential: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
 
 
@@ -54,7 +54,7 @@ _CHOICES = {
     "cpu": Choices(
         flat_linear=True,
         keep_residual=True,
-        one_by_one=True,
+        sequential=True,
         compiler_options=(
             ("xla_disable_hlo_passes", "cse_barrier_expander"),
             ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"),

@@ -108,7 +108,7 @@ def restore(
     settings = dataclasses.replace(
         settings,
         mesh=parallel.MeshSettings(),
-        batch_size=jax.device_count() * settings.accumulation,
+        batch_size=jax.device_count() * settings.grad_accum_steps,
     )
     prepared = setup_students(settings, len(source), source.num_classes)
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:

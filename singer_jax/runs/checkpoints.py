@@ -58,7 +58,7 @@ def fingerprint(params: Params, stacked: bool = False) -> str:
 
     Args:
       params: of the model.
-      stacked: as `models.architecture.Numerics.stacked`; changes nothing.
+      stacked: as `models.architecture.ComputePolicy.stacked`; changes nothing.
     """
     found, described = jax.device_get(_of_each_block(params, stacked)), []
     for name, leaf in by_name(params).items():
@@ -131,7 +131,7 @@ class Checkpoints:
         def look() -> int | None:
             found = self.watch.damaged
             for step in reversed(self.manager.all_steps()):
-                reason = verify.damage(self.manager.directory / str(step))
+                reason = verify.find_corruption(self.manager.directory / str(step))
                 if reason is None:
                     return step
                 found[step] = reason

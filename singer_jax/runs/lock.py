@@ -40,7 +40,7 @@ SETTLE = 1.0  # seconds in which another start at the same time will have writte
 
 
 @contextlib.contextmanager
-def holding(folder: epath.Path, active: bool = True) -> Iterator[Holder]:
+def holding(folder: epath.Path, active: bool = True) -> Iterator[RunLock]:
     """Holds a work directory, which is there, for the time of the block.
 
     Args:
@@ -50,7 +50,7 @@ def holding(folder: epath.Path, active: bool = True) -> Iterator[Holder]:
     Raises:
       InputError: another run holds it.
     """
-    holder = Holder(folder, active)
+    holder = RunLock(folder, active)
     try:
         holder.take()
         yield holder
@@ -58,7 +58,7 @@ def holding(folder: epath.Path, active: bool = True) -> Iterator[Holder]:
         holder.release()
 
 
-class Holder:
+class RunLock:
     """A run in its work directory; see `holding`."""
 
     def __init__(self, folder: epath.Path, active: bool = True) -> None:

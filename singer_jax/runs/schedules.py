@@ -9,15 +9,15 @@ import optax
 
 
 def cosine_schedule(
-    learning_rate: float, steps: int, warmup: int, final_ratio: float
+    learning_rate: float, steps: int, warmup: int, min_lr_ratio: float
 ) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then half a cosine to `final_ratio` times it.
+    """Linear warm-up to `learning_rate`, then half a cosine to `min_lr_ratio` times it.
 
     With w = warmup and T = steps - w: lr (s + 1) / w for s < w, else
-    f + (lr - f) (1 + cos(pi (s - w) / T)) / 2 with f = final_ratio lr. A run that is shorter than
+    f + (lr - f) (1 + cos(pi (s - w) / T)) / 2 with f = min_lr_ratio lr. A run that is shorter than
     its warm-up ends inside it.
     """
-    final, decay_steps = final_ratio * learning_rate, max(steps - warmup, 1)
+    final, decay_steps = min_lr_ratio * learning_rate, max(steps - warmup, 1)
 
     def schedule(step: Any) -> Any:
         # (1 + cos x) / 2 = sin^2((pi - x) / 2), which does not cancel near the end in float32.

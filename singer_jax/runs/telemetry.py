@@ -39,7 +39,7 @@ _PATIENCE = 60  # seconds without a batch after which a line says it
 class LogSettings(Settings):
     """What a run says of itself, and when."""
 
-    every: int = setting(50, COUNT, "between two rows of metrics", "steps")
+    every_steps: int = setting(50, COUNT, "between two rows of metrics", "steps")
     wandb: bool = setting(False, Flag(), "also send them to Weights & Biases")
 
 
@@ -155,7 +155,7 @@ def in_words(stopped: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def telling_of_hangs() -> Iterator[None]:
+def stall_watchdog() -> Iterator[None]:
     """Around a wait for a batch: a worker or a network disk that hangs raises nothing."""
     line = "no images for %d s: a loader's worker hangs, or the disk that they are on"
     told = threading.Timer(_PATIENCE, LOG.warning, (line, _PATIENCE))
@@ -221,10 +221,10 @@ class Recorder:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for the next batch; its share of the time is `train/waiting`."""
+        """Around what waits for the next batch; its share of the time is `train/data_wait_fraction`."""
         start = time.perf_counter()
         try:
-            with telling_of_hangs():
+            with stall_watchdog():
                 yield
         finally:
             self.waited += time.perf_counter() - start
@@ -283,7 +283,7 @@ class Recorder:
             waiting = min(1.0, self.waited / (now - self.row_time))
             self.row_step, self.row_time, self.waited = step, now, 0.0
             metrics["train/images_per_second"] = steps_per_second * self.batch_size
-            metrics["train/waiting"] = waiting
+            metrics["train/data_wait_fraction"] = waiting
             if self.flops_share:
                 metrics["train/mfu"] = steps_per_second * self.flops_share
             self.bar.set_postfix_str(

@@ -76,7 +76,7 @@ def finished(folder: epath.Path) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
 
 
-def damage(folder: epath.Path, given_up: Callable[[], bool] = lambda: False) -> str | None:
+def find_corruption(folder: epath.Path, given_up: Callable[[], bool] = lambda: False) -> str | None:
     """Why a finished checkpoint is not what was saved, in words; None where it is whole.
 
     Args:
@@ -233,4 +233,4 @@ class Watch:
     def _damage(self, step: int) -> str | None:
         if step not in finished(self.folder):
             return None
-        return damage(self.folder / str(step), self._closed.is_set)
+        return find_corruption(self.folder / str(step), self._closed.is_set)

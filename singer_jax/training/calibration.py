@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from singer_jax.methods import Forward
+from singer_jax.methods import ModelFeatures
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.training.setup import Setups
@@ -41,15 +41,15 @@ def jit_add(run: Setups) -> Callable[[dict[str, Any], Params, Any], dict[str, An
 
     It goes through the batch in as many parts as the step does, so that it takes no more memory.
     """
-    network, students = run.taught_by.network, run.students
+    network, students = run.teacher_model.network, run.students
 
     def add(totals: dict[str, Any], teacher: Params, batch: Any) -> dict[str, Any]:
         def add_part(totals: dict[str, Any], part: Any) -> tuple[dict[str, Any], None]:
-            seen = Forward.of_streams(network.merge(teacher), students.teach(teacher, part))
+            seen = ModelFeatures.of_streams(network.merge(teacher), students.teach(teacher, part))
             found = {name: run.each[name].measure(seen) for name in totals}
             return jax.tree.map(jnp.add, totals, found), None
 
-        parts = micro_batches(batch, run.any.distillation.accumulation)
+        parts = micro_batches(batch, run.any.distillation.grad_accum_steps)
         return jax.lax.scan(add_part, totals, parts)[0]
 
     return jax.jit(add, out_shardings=parallel.replicated(run.any.mesh), donate_argnums=0)

@@ -45,17 +45,17 @@ def parts_flops(
       batch_size: global.
       quantised: only those of products of 8-bit numbers.
     """
-    accumulation = next(iter(students.each.values())).accumulation
-    images = batch_size // accumulation
+    grad_accum_steps = next(iter(students.each.values())).grad_accum_steps
+    images = batch_size // grad_accum_steps
     features, taught, network = {}, 0, students.teacher
     if network:
         arch, reads = network.spec.arch, students.teacher_reads
         blocks = max(reads) + 1
         model = network.merge(teacher)
-        passes = len(views(arch.grid)) if model.numerics.clean == "shift_average" else 1
+        passes = len(views(arch.grid)) if model.policy.artifact_removal == "shift_average" else 1
         tokens = model.num_added_tokens + arch.num_prefix_tokens + arch.num_patches
         shape = (images, tokens, arch.embed_dim)
-        feature = jax.ShapeDtypeStruct(shape, model.numerics.dtype)
+        feature = jax.ShapeDtypeStruct(shape, model.policy.dtype)
         features = dict.fromkeys(reads, feature)
         if quantised:
             block = jax.make_jaxpr(lambda params, x: network.merge(params).apply_block(0, x))
@@ -75,7 +75,7 @@ def parts_flops(
         state = states[name]
         traced = gradient(state.params, state.constants, teacher, features, batch, key)
         found += _of_jaxpr(traced.jaxpr, quantised)
-    return {part: accumulation * number for part, number in found.items()}
+    return {part: grad_accum_steps * number for part, number in found.items()}
 
 
 def count(function: Any, *args: Any) -> int:

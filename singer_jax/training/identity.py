@@ -36,12 +36,12 @@ _RESUMABLE = (
     "data.path",
     "data.decode",
     "data.workers",
-    "data.strict",
+    "data.fail_on_unreadable",
     "mesh.",
     "checkpoint.",
     "log.",
     "evals.",
-    "students.schedule",
+    "students.execution",
 )
 
 

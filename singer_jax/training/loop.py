@@ -24,7 +24,7 @@ States = Mapping[str, TrainState]
 class CheckpointSettings(Settings):
     """When a run is saved."""
 
-    every: int = setting(1000, COUNT, "between two checkpoints", "steps")
+    every_steps: int = setting(1000, COUNT, "between two checkpoints", "steps")
     keep: int = setting(2, COUNT, "how many of them are kept, the latest")
 
 
@@ -32,12 +32,12 @@ class CheckpointSettings(Settings):
 class EvalsSettings(Settings):
     """Evaluation while training: kNN and the held-out losses, on the test split."""
 
-    every: int = setting(0, FROM_ZERO, "between two evaluations; 0: never", "steps")
+    every_steps: int = setting(0, FROM_ZERO, "between two evaluations; 0: never", "steps")
     images: int = setting(1000, COUNT, "of the test split, and of the training split for kNN")
 
 
 @dataclasses.dataclass(frozen=True)
-class Between:
+class LoopHooks:
     """What happens between steps.
 
     Attributes:
@@ -64,7 +64,7 @@ def train(
     states: States,
     teacher: Params | None,
     batches: Iterator[Any],
-    between: Between,
+    between: LoopHooks,
     recorder: Recorder,
 ) -> States:
     """Steps from `recorder.start` to `recorder.steps`.

@@ -31,7 +31,7 @@ class OptimizerSettings(Settings):
     eps: float = setting(1e-8, NOT_NEGATIVE, "added to the root of AdamW's second moment")
     weight_decay: float = setting(1e-4, NOT_NEGATIVE, "of every parameter")
     momentum: float = setting(0.9, DECAY, "of SGD")
-    clip_norm: float = setting(0.0, NOT_NEGATIVE, "largest norm of all gradients; 0: any")
+    max_grad_norm: float = setting(0.0, NOT_NEGATIVE, "largest norm of all gradients; 0: any")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScheduleSettings(Settings):
 
     name: str = setting("cosine", OneOf(("cosine", "multistep")), "its shape")
     warmup_epochs: int = setting(5, FROM_ZERO, "linear warm-up of `cosine`", "epochs")
-    final_ratio: float = setting(1e-4, SHARE, "last over largest learning rate of `cosine`")
+    min_lr_ratio: float = setting(1e-4, SHARE, "last over largest learning rate of `cosine`")
     milestones: tuple[int, ...] = setting(
         (30, 60, 90), Each(COUNT), "when `multistep` lowers the learning rate", "epochs"
     )
@@ -60,7 +60,7 @@ def make_schedule(
     """
     if settings.name == "cosine":
         warmup = settings.warmup_epochs * steps_per_epoch
-        return cosine_schedule(learning_rate, steps, warmup, settings.final_ratio)
+        return cosine_schedule(learning_rate, steps, warmup, settings.min_lr_ratio)
     boundaries = {epoch * steps_per_epoch: settings.gamma for epoch in settings.milestones}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
@@ -83,6 +83,6 @@ def make_optimizer(
             optax.add_decayed_weights(settings.weight_decay),
             optax.sgd(schedule, settings.momentum or None),
         )
-    if settings.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+    if settings.max_grad_norm:
+        return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), update)
     return update

@@ -51,7 +51,7 @@ def compile_step(
     states: Mapping[str, TrainState],
     teacher: Params | None,
     batch: Any,
-    schedule: str | None = None,
+    execution: str | None = None,
 ) -> Program:
     """`jit_step`, compiled for these arguments; of several students as memory admits.
 
@@ -59,33 +59,33 @@ def compile_step(
       students: of the step.
       mesh: of the devices.
       states, teacher, batch: as the step takes them.
-      schedule: `together` or `one_by_one`; None: together, where a device has that much memory and
+      execution: `parallel` or `sequential`; None: together, where a device has that much memory and
         its backend does not prefer the other.
     """
 
-    def compiled(schedule: str, why: str = "") -> Program:
-        which = dataclasses.replace(students, one_by_one=schedule == "one_by_one")
+    def compiled(execution: str, why: str = "") -> Program:
+        which = dataclasses.replace(students, sequential=execution == "sequential")
         step = jit_step(which, mesh, states, teacher)
         step = step.lower(states, teacher, batch, np.bool_(True)).compile()
-        peak, words = peak_memory(step), schedule.replace("_", " ")
+        peak, words = peak_memory(step), execution.replace("_", " ")
         return Program(step, peak, f"{len(students.each)} students {words}, {_gib(peak)}{why}")
 
     if len(students.each) == 1:
-        return compiled("together")._replace(told="")
-    if schedule or backends.choices(parallel.platform(mesh)).one_by_one:
-        return compiled(schedule or "one_by_one")
+        return compiled("parallel")._replace(told="")
+    if execution or backends.choices(parallel.platform(mesh)).sequential:
+        return compiled(execution or "sequential")
     memory = parallel.device_memory(mesh)
     try:
-        together = compiled("together", f" of a device's {_gib(memory)}")
+        together = compiled("parallel", f" of a device's {_gib(memory)}")
     except jax.errors.JaxRuntimeError as error:  # a compiler that knows its device's memory
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return compiled("one_by_one", "; together they do not fit")
+        return compiled("sequential", "; together they do not fit")
     if parallel.of_first_process(together.peak <= _MOST * memory):
         return together
     needed = _gib(together.peak)
     del together
-    return compiled("one_by_one", f"; together they would take {needed} of {_gib(memory)}")
+    return compiled("sequential", f"; together they would take {needed} of {_gib(memory)}")
 
 
 def peak_memory(compiled: Any) -> int:

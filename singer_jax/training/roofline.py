@@ -163,7 +163,7 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
     flops = parts_flops(run.students, run.states, run.teacher, batch_size)
     shares = {part: number / mesh.size for part, number in flops.items()}
     fast = 0
-    precision = run.taught_by.numerics.quantised if run.taught_by else None
+    precision = run.teacher_model.policy.quantised if run.teacher_model else None
     if precision == "int8" or (precision == "fp8" and chips.chip(kind).fp8):
         counted = parts_flops(run.students, run.states, run.teacher, batch_size, quantised=True)
         fast = sum(counted.values())
@@ -192,7 +192,7 @@ def _does_not_fit(batch_size: int, mesh: Mesh) -> DoesNotFit:
     return DoesNotFit(
         f"batch_size: {batch_size} is {batch_size // mesh.size} images a chip, which does not fit "
         f"into its memory of {memory / 2**30:.0f} GiB; take a smaller one (batch_size=max finds "
-        "it), accumulation, student.remat or mesh.fsdp"
+        "it), grad_accum_steps, student.remat or mesh.fsdp"
     )
 
 

@@ -32,11 +32,11 @@ from singer_jax.settings.settings import (
 from singer_jax.training.loop import CheckpointSettings, EvalsSettings
 from singer_jax.training.optimizer import OptimizerSettings, ScheduleSettings
 
-SCHEDULES = ("together", "one_by_one")
+EXECUTIONS = ("parallel", "sequential")
 
 
 @dataclasses.dataclass(frozen=True)
-class OneOfStudents(StudentSettings):
+class StudentVariant(StudentSettings):
     """What the students of a run may differ in."""
 
     seed: int = setting(0, SEED, "of its parameters and of its method's random numbers")
@@ -50,17 +50,17 @@ class StudentsSettings:
 
     Attributes:
       named: each by its name, which is that of a folder.
-      schedule: how a step goes through them; None: as it suits the devices.
+      execution: how a step goes through them; None: as it suits the devices.
 
     Raises:
       InputError: a name that is no file name, or two that some file systems do not tell apart.
     """
 
-    named: Mapping[str, OneOfStudents] = dataclasses.field(default_factory=dict)
-    schedule: str | None = None
+    named: Mapping[str, StudentVariant] = dataclasses.field(default_factory=dict)
+    execution: str | None = None
 
     def __post_init__(self) -> None:
-        seen = {"teacher": "the teacher", "schedule": "a key beside them"}
+        seen = {"teacher": "the teacher", "execution": "a key beside them"}
         for name in self.named:
             if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", name, re.ASCII):
                 raise InputError(
@@ -74,20 +74,20 @@ class StudentsSettings:
 
 
 class _Students:
-    """`schedule`, and of each student by its NAME the keys that differ from the run's own."""
+    """`execution`, and of each student by its NAME the keys that differ from the run's own."""
 
     def leaves(self, value: StudentsSettings, prefix: str) -> dict[str, Setting]:
         meaning = "all at once, or one after the other in less memory; None: as it suits the device"
-        known = {"schedule": Setting(value.schedule, optional(OneOf(SCHEDULES)), meaning)}
+        known = {"execution": Setting(value.execution, optional(OneOf(EXECUTIONS)), meaning)}
         for key in _shared():
             known[f"NAME.{key}"] = Setting(ABSENT, Elsewhere("once for the run"), "")
-        for key, own in leaves(OneOfStudents()).items():
+        for key, own in leaves(StudentVariant()).items():
             known[f"NAME.{key}"] = dataclasses.replace(own, default=ABSENT)
         return {prefix + key: one for key, one in known.items()}
 
     def to_dict(self, value: StudentsSettings) -> dict[str, Any]:
         students = {name: to_dict(student) for name, student in value.named.items()}
-        return {"schedule": value.schedule} | students
+        return {"execution": value.execution} | students
 
     def from_flat(
         self, value: StudentsSettings, flat: Mapping[str, Any], prefix: str
@@ -97,15 +97,17 @@ class _Students:
             key: given for key, given in of_run.items() if key.startswith(_OWN)
         }
         given = settings_lib.below(flat, prefix)
-        schedule = given.pop("schedule", value.schedule)
+        execution = given.pop("execution", value.execution)
         named = dict(value.named)
         for name in dict.fromkeys(key.partition(".")[0] for key in given):
             own = settings_lib.below(given, f"{name}.")
             # A method of its own is taken instead of a sum that the run says.
-            sums = "method.name" in own and not settings_lib.below(own, "method.terms.")
-            of_run = {k: v for k, v in common.items() if not (sums and "method.terms." in k)}
-            named[name] = from_flat(named.get(name, OneOfStudents()), of_run | own)
-        return StudentsSettings(named, schedule)
+            sums = "method.name" in own and not settings_lib.below(own, "method.method_weights.")
+            of_run = {
+                k: v for k, v in common.items() if not (sums and "method.method_weights." in k)
+            }
+            named[name] = from_flat(named.get(name, StudentVariant()), of_run | own)
+        return StudentsSettings(named, execution)
 
 
 _OWN = ("seed", "method.", "optimizer.")
@@ -136,7 +138,7 @@ class DistillSettings(Settings):
     )
     epochs: int = setting(100, COUNT, "passes over the images, where `steps` is None")
     batch_size: int = setting(512, COUNT, "of all devices together", "images")
-    accumulation: int = setting(1, COUNT, "micro-batches a step")
+    grad_accum_steps: int = setting(1, COUNT, "micro-batches a step")
     precision: str = setting(
         "bfloat16",
         OneOf(tuple(PRECISIONS)),
@@ -176,7 +178,7 @@ class DistillSettings(Settings):
 
 
 # What runs did that are older than these keys, where that is no longer the default.
-_FORMER = {"method.match.clip": 1.0}
+_FORMER = {"method.match.norm_clip_quantile": 1.0}
 
 
 def of_saved(config: Mapping[str, Any]) -> DistillSettings:

@@ -18,9 +18,9 @@ from jaxtyping import Array, UInt32
 
 from singer_jax import methods
 from singer_jax.errors import InputError
-from singer_jax.methods import Forward, Method, Needs, nullspace
+from singer_jax.methods import Method, MethodRequirements, ModelFeatures, nullspace
 from singer_jax.models import registers
-from singer_jax.models.architecture import PRECISIONS, Architecture, Numerics
+from singer_jax.models.architecture import PRECISIONS, Architecture, ComputePolicy
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import check_installed
@@ -43,27 +43,27 @@ class Teacher:
     Attributes:
       network: what it is.
       params: abstract, with shardings; test-time registers are among them.
-      numerics: how it computes.
+      policy: how it computes.
       weights: their file; None of a step that is only compiled.
       mesh: of the devices.
     """
 
     network: Network
     params: Params
-    numerics: Numerics
+    policy: ComputePolicy
     weights: Path | None
     mesh: Mesh
 
     @property
     def uncleaned(self) -> Network:
         """It without what cleans its features."""
-        plain = dataclasses.replace(self.numerics, clean=None)
+        plain = dataclasses.replace(self.policy, artifact_removal=None)
         return Network(self.network.spec, abstract_model(self.network.spec.arch, plain)[0])
 
     def load(self) -> Params:
         """Reads the parameters of `uncleaned` into their shardings; raises as `load_model`."""
         place = functools.partial(parallel.tree_shardings, self.mesh)
-        plain = dataclasses.replace(self.numerics, clean=None)
+        plain = dataclasses.replace(self.policy, artifact_removal=None)
         return load_model(self.network.spec, self.weights, plain, place)[1]
 
     def with_neurons(self, params: Params, neurons: registers.Neurons) -> Params:
@@ -85,7 +85,7 @@ class Setup:
       steps: of the whole run.
       steps_per_epoch: ceil(examples / batch size).
       state: abstract, with shardings: what a checkpoint is read into.
-      taught_by: its teacher; None for a method without one.
+      teacher_model: its teacher; None for a method without one.
       weights: the file of the student's parameters before the first step; None: random ones.
       draw_student: the jitted program of a random student, from a seed.
       init_student: the student's parameters before the first step.
@@ -99,12 +99,12 @@ class Setup:
     steps: int
     steps_per_epoch: int
     state: TrainState
-    taught_by: Teacher | None
+    teacher_model: Teacher | None
     weights: Path | None
     draw_student: Callable[[UInt32[Array, ""]], Params]
     init_student: Callable[[], Params]
     measured: Any
-    measure: Callable[[Forward], Any]
+    measure: Callable[[ModelFeatures], Any]
     make_method: Callable[[VisionTransformer | None, Any], Method]
 
     @property
@@ -147,16 +147,16 @@ class Setups:
         return next(iter(self.each.values()))
 
     @property
-    def taught_by(self) -> Teacher | None:
+    def teacher_model(self) -> Teacher | None:
         """Their teacher; None where no method reads one."""
-        return next((own.taught_by for own in self.each.values() if own.taught_by), None)
+        return next((own.teacher_model for own in self.each.values() if own.teacher_model), None)
 
     @property
     def image_size(self) -> int:
         """Side of the crops that the loader makes, in pixels; the largest model's."""
         networks = [own.distillation.student for own in self.each.values()]
-        if self.taught_by:
-            networks.append(self.taught_by.network)
+        if self.teacher_model:
+            networks.append(self.teacher_model.network)
         return max(network.image_size for network in networks)
 
     @property
@@ -167,7 +167,7 @@ class Setups:
     @property
     def teacher(self) -> Params | None:
         """The teacher's parameters, abstract, with shardings; None where no method reads one."""
-        return self.taught_by.params if self.taught_by else None
+        return self.teacher_model.params if self.teacher_model else None
 
     def load_teacher(self, neurons: registers.Neurons = ()) -> Params | None:
         """Reads the teacher's parameters into their shardings; None where no method reads one.
@@ -175,8 +175,8 @@ class Setups:
         Args:
           neurons: those of its test-time registers.
         """
-        taught_by = self.taught_by
-        return taught_by.with_neurons(taught_by.load(), neurons) if taught_by else None
+        teacher_model = self.teacher_model
+        return teacher_model.with_neurons(teacher_model.load(), neurons) if teacher_model else None
 
     def make_states(self) -> Callable[..., dict[str, TrainState]]:
         """The jitted program of the states before the first step.
@@ -190,13 +190,13 @@ class Setups:
             students: dict[str, Params],
             measured: Mapping[str, Any] | None = None,
         ) -> dict[str, TrainState]:
-            model = self.taught_by.network.merge(teacher) if self.taught_by else None
+            model = self.teacher_model.network.merge(teacher) if self.teacher_model else None
             with nullspace.decomposing_once():
                 return {
                     name: own.distillation.init(
                         students[name],
                         own.make_method(
-                            model if own.taught_by else None, (measured or {}).get(name)
+                            model if own.teacher_model else None, (measured or {}).get(name)
                         ),
                     )
                     for name, own in self.each.items()
@@ -256,10 +256,10 @@ def setup_students(
       InputError: anything in the settings that cannot work; before any long work.
     """
     mesh = mesh or parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-    if settings.batch_size % (mesh.size * settings.accumulation):
+    if settings.batch_size % (mesh.size * settings.grad_accum_steps):
         raise InputError(
             f"batch_size: {settings.batch_size} is not divisible by {mesh.size} devices x "
-            f"{settings.accumulation} micro-batches"
+            f"{settings.grad_accum_steps} micro-batches"
         )
     students = settings.each()
     teacher = None
@@ -276,8 +276,10 @@ def setup_students(
 
 def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Teacher:
     spec, weights = _resolve("teacher", settings)
-    if settings.teacher.clean == "planted" and not spec.arch.planted:
-        raise InputError(f"teacher.clean: planted, but nothing is planted in {spec.name}")
+    if settings.teacher.artifact_removal == "planted" and not spec.arch.planted:
+        raise InputError(
+            f"teacher.artifact_removal: planted, but nothing is planted in {spec.name}"
+        )
     if weights_needed and not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
@@ -285,23 +287,23 @@ def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Tea
     quantised = settings.teacher.precision
     if quantised:
         check_installed(quantised)
-    numerics = Numerics(
+    policy = ComputePolicy(
         dtype,
         dtype,
         quantised=quantised,
         backend=backend,
         stacked=stacked,
-        clean=settings.teacher.clean,
+        artifact_removal=settings.teacher.artifact_removal,
         gathered=parallel.replicated(mesh) if mesh.shape["fsdp"] > 1 else None,
     )
-    graph, params = abstract_model(spec.arch, numerics)
+    graph, params = abstract_model(spec.arch, policy)
     params = parallel.with_shardings(mesh, params)
-    return Teacher(Network(spec, graph), params, numerics, weights, mesh)
+    return Teacher(Network(spec, graph), params, policy, weights, mesh)
 
 
 def _student(
     settings: DistillSettings,
-    taught_by: Teacher | None,
+    teacher_model: Teacher | None,
     examples: int,
     num_classes: int,
     mesh: Mesh,
@@ -311,8 +313,8 @@ def _student(
         raise InputError(
             "the method needs labels, but the images have none; put them into one folder a class"
         )
-    taught_by = taught_by if needs.teacher else None
-    teacher = taught_by.network if taught_by else None
+    teacher_model = teacher_model if needs.teacher else None
+    teacher = teacher_model.network if teacher_model else None
     steps_per_epoch = math.ceil(examples / settings.batch_size)
     steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
     learning_rate = settings.optimizer.learning_rate
@@ -325,22 +327,22 @@ def _student(
         spec = dataclasses.replace(spec, arch=arch)
     _check_heads(needs, spec, teacher, num_classes)
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
-    numerics = Numerics(dtype, jnp.float32, settings.student.remat, backend)
+    policy = ComputePolicy(dtype, jnp.float32, settings.student.remat, backend)
     place = functools.partial(parallel.tree_shardings, mesh)
-    graph, abstract_student = abstract_model(spec.arch, numerics)
-    draw_student = _drawing(spec.arch, numerics, mesh)
+    graph, abstract_student = abstract_model(spec.arch, policy)
+    draw_student = _drawing(spec.arch, policy, mesh)
 
-    def measure(seen: Forward) -> Any:
+    def measure(seen: ModelFeatures) -> Any:
         return methods.measure(seen, settings.method)
 
     def make_method(model: VisionTransformer | None, measured: Any = None) -> Method:
         rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
         return methods.make(model, spec.arch, settings.method, rngs, measured)
 
-    measured = _abstract_measured(measure, taught_by) if needs.measured else {}
+    measured = _abstract_measured(measure, teacher_model) if needs.measured else {}
     abstract_method = nnx.eval_shape(
         lambda params, measured: make_method(teacher.merge(params) if teacher else None, measured),
-        taught_by.params if taught_by else None,
+        teacher_model.params if teacher_model else None,
         measured,
     )
     distillation = Distillation(
@@ -353,12 +355,12 @@ def _student(
         head=needs.logits,
         teacher_reads=abstract_method.teacher_reads,
         seed=settings.seed,
-        accumulation=settings.accumulation,
+        grad_accum_steps=settings.grad_accum_steps,
     )
 
     def init_student() -> Params:
         if weights:
-            return load_model(spec, weights, numerics, place)[1]
+            return load_model(spec, weights, policy, place)[1]
         return draw_student(np.uint32(settings.seed))
 
     state = jax.eval_shape(distillation.init, abstract_student, abstract_method)
@@ -368,7 +370,7 @@ def _student(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         state=parallel.with_shardings(mesh, state),
-        taught_by=taught_by,
+        teacher_model=teacher_model,
         weights=weights,
         draw_student=draw_student,
         init_student=init_student,
@@ -378,28 +380,28 @@ def _student(
     )
 
 
-def _abstract_measured(measure: Callable[[Forward], Any], taught_by: Teacher) -> Any:
-    network = taught_by.network
+def _abstract_measured(measure: Callable[[ModelFeatures], Any], teacher_model: Teacher) -> Any:
+    network = teacher_model.network
     image = jax.ShapeDtypeStruct((1, *network.spec.arch.img_size, 3), jnp.uint8)
 
     def of_batch(params: Params, image: jax.Array) -> Any:
         features = teach(network, range(network.spec.arch.depth), params, {"image": image})
-        return measure(Forward.of_streams(network.merge(params), features))
+        return measure(ModelFeatures.of_streams(network.merge(params), features))
 
-    return jax.eval_shape(of_batch, taught_by.params, image)
+    return jax.eval_shape(of_batch, teacher_model.params, image)
 
 
 @functools.lru_cache(maxsize=32)
 def _drawing(
-    arch: Architecture, numerics: Numerics, mesh: Mesh
+    arch: Architecture, policy: ComputePolicy, mesh: Mesh
 ) -> Callable[[UInt32[Array, ""]], Params]:
     """The program of random students: one for all that differ in their seeds alone."""
 
     def draw(seed: UInt32[Array, ""]) -> Params:
         rngs = nnx.Rngs(params=jax.random.fold_in(init_key(seed), 0))
-        return nnx.to_pure_dict(nnx.state(VisionTransformer(arch, numerics, rngs=rngs)))
+        return nnx.to_pure_dict(nnx.state(VisionTransformer(arch, policy, rngs=rngs)))
 
-    abstract = abstract_model(arch, numerics)[1]
+    abstract = abstract_model(arch, policy)[1]
     return jax.jit(draw, out_shardings=parallel.tree_shardings(mesh, abstract))
 
 
@@ -414,7 +416,7 @@ def _resolve(role: str, settings: DistillSettings) -> tuple[ModelSpec, Path | No
 
 
 def _check_heads(
-    needs: Needs, student: ModelSpec, teacher: Network | None, num_classes: int
+    needs: MethodRequirements, student: ModelSpec, teacher: Network | None, num_classes: int
 ) -> None:
     classes = student.arch.num_classes
     if needs.teacher_logits and not teacher.spec.arch.num_classes:

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from singer_jax.methods import Batch, Constant, Forward, Method
+from singer_jax.methods import Batch, FrozenVariable, Method, ModelFeatures
 from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
 
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-class Found(NamedTuple):
+class StepOutput(NamedTuple):
     """What a student learns from a batch, averaged over the micro-batches.
 
     Attributes:
@@ -69,7 +69,7 @@ class Distillation:
       blocks, head: how many of the student's blocks the loss reads, and whether its head.
       teacher_reads: blocks of the teacher whose features the method reads.
       seed: of the random numbers of the steps.
-      accumulation: micro-batches a step; losses and gradients are averaged over them.
+      grad_accum_steps: micro-batches a step; losses and gradients are averaged over them.
     """
 
     student: Network
@@ -81,7 +81,7 @@ class Distillation:
     head: bool
     teacher_reads: tuple[int, ...]
     seed: int = 0
-    accumulation: int = 1
+    grad_accum_steps: int = 1
 
     def teach(self, teacher: Params | None, batch: Any) -> Features:
         """The frozen teacher's features that the method reads; none without a teacher."""
@@ -115,8 +115,12 @@ class Distillation:
         student = self.student.merge(params["student"], constants["student"])
         with jax.named_scope("student"):
             own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
-        seen = Forward(student, dict(enumerate(own)))
-        taught = Forward.of_streams(self.teacher.merge(teacher), features) if self.teacher else None
+        seen = ModelFeatures(student, dict(enumerate(own)))
+        taught = (
+            ModelFeatures.of_streams(self.teacher.merge(teacher), features)
+            if self.teacher
+            else None
+        )
         with jax.named_scope("method"):
             terms = method.loss(taught, seen, Batch(batch["label"], key))
         metrics = {f"loss_{name}": value for name, value in terms.items()}
@@ -131,7 +135,7 @@ class Distillation:
         if self.teacher is None:
             return {}
         with jax.named_scope("method"):
-            taught = Forward.of_streams(self.teacher.merge(teacher), features)
+            taught = ModelFeatures.of_streams(self.teacher.merge(teacher), features)
             return self._method(state).observe(taught)
 
     def absorb(self, state: TrainState, means: dict[str, Any]) -> TrainState:
@@ -141,7 +145,7 @@ class Distillation:
         method = self._method(state)
         with jax.named_scope("method"):
             method.absorb(means)
-        constants = nnx.to_pure_dict(nnx.state(method, Constant))
+        constants = nnx.to_pure_dict(nnx.state(method, FrozenVariable))
         return state._replace(constants=state.constants | {"method": constants})
 
     def _method(self, state: TrainState) -> Method:
@@ -168,7 +172,7 @@ class Distillation:
         states, metrics = Students({"": self}).step({"": state}, teacher, batch, logged)
         return states[""], metrics[""]
 
-    def update(self, state: TrainState, found: Found) -> tuple[TrainState, Metrics]:
+    def update(self, state: TrainState, found: StepOutput) -> tuple[TrainState, Metrics]:
         """The state after a step, and the metrics with `grad_norm` and `learning_rate`."""
         metrics, gradients, means = found
         with jax.named_scope("optimizer"):
@@ -184,7 +188,7 @@ class Distillation:
     def init(self, student: Params, method: Method) -> TrainState:
         """The state before the first step; traceable."""
         trained, untouched = self.split_path(student)
-        _, parts, constants = nnx.split(method, nnx.Param, Constant)
+        _, parts, constants = nnx.split(method, nnx.Param, FrozenVariable)
         params = {"student": trained, "method": nnx.to_pure_dict(parts)}
         constants = {"student": untouched, "method": nnx.to_pure_dict(constants)}
         return TrainState(jnp.int32(0), params, constants, self.optimizer.init(params))
@@ -212,12 +216,12 @@ class Students:
 
     Attributes:
       each: their distillations by name, with the same teacher and number of micro-batches.
-      one_by_one: whether a student's gradients are finished before the next one is computed, so
+      sequential: whether a student's gradients are finished before the next one is computed, so
         that the activations of one of them are kept at a time.
     """
 
     each: Mapping[str, Distillation]
-    one_by_one: bool = False
+    sequential: bool = False
 
     @property
     def teacher(self) -> Network | None:
@@ -239,9 +243,9 @@ class Students:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> dict[str, Found]:
+    ) -> dict[str, StepOutput]:
         """Of each student. Its method's statistics hold the examples at hand before its loss."""
-        accumulation = next(iter(self.each.values())).accumulation
+        grad_accum_steps = next(iter(self.each.values())).grad_accum_steps
         keys = {
             name: jax.random.fold_in(jax.random.key(own.seed), states[name].step)
             for name, own in self.each.items()
@@ -249,9 +253,9 @@ class Students:
 
         def of_micro_batch(batch: Any, keys: Mapping[str, Array]) -> Any:
             seen = self.teach(teacher, batch), batch
-            found: dict[str, Found] = {}
+            found: dict[str, StepOutput] = {}
             for name, own in self.each.items():
-                if self.one_by_one and found:
+                if self.sequential and found:
                     # Nothing of this student starts before all of the last one's is there.
                     last = next(reversed(found))
                     seen, found[last] = jax.lax.optimization_barrier((seen, found[last]))
@@ -267,13 +271,13 @@ class Students:
                     keys[name],
                     jnp.asarray(logged),
                 )
-                found[name] = Found(metrics | {"loss": loss}, gradients, means)
+                found[name] = StepOutput(metrics | {"loss": loss}, gradients, means)
             return found
 
-        if accumulation == 1:
+        if grad_accum_steps == 1:
             return of_micro_batch(batch, keys)
-        parts = micro_batches(batch, accumulation)
-        split_keys = {name: jax.random.split(key, accumulation) for name, key in keys.items()}
+        parts = micro_batches(batch, grad_accum_steps)
+        split_keys = {name: jax.random.split(key, grad_accum_steps) for name, key in keys.items()}
 
         def add(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
@@ -281,7 +285,7 @@ class Students:
         shapes = jax.eval_shape(of_micro_batch, *jax.tree.map(lambda x: x[0], (parts, split_keys)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (parts, split_keys))
-        return jax.tree.map(lambda x: x / accumulation, total)
+        return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     def step(
         self,

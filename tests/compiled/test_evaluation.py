@@ -13,7 +13,7 @@ from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
 from singer_jax.models import program
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import Network
 from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
@@ -39,7 +39,7 @@ def chips() -> Mesh:
 def model(chips) -> Backbone:
     """ViT-L, two blocks deep."""
     spec = lookup("vit_large_patch16_224", {"depth": 2, "num_classes": 0})
-    graph, params = abstract_model(spec.arch, Numerics(jnp.bfloat16, backend="tpu"))
+    graph, params = abstract_model(spec.arch, ComputePolicy(jnp.bfloat16, backend="tpu"))
     return Backbone(Network(spec, graph), parallel.with_shardings(chips, params), chips)
 
 

@@ -59,7 +59,7 @@ def test_a_plan_for_a_node():
         "singer_jax.main",
         "--config=configs/plan.py",
         "--config.plan=fitnet_vitl_vitt",
-        "--config.change=teacher.overrides.depth=2 student.overrides.depth=2",
+        "--config.overrides=teacher.overrides.depth=2 student.overrides.depth=2",
         "--config.topology=h100:8",
         "--config.batch_size=64",
     )

@@ -59,7 +59,7 @@ def prepare_all(
     config.teacher.weights = str(
         write_blank_weights(folder / "t.safetensors", teacher, **overrides)
     )
-    config.method.rank, config.method.quantile = 64, 0.97
+    config.method.rank, config.method.outlier_quantile = 64, 0.97
     config.method.mimic_layers = (0,)
     config.precision, config.batch_size = "bfloat16", IMAGES
     config.students.update(students)
@@ -111,16 +111,16 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
         teacher="vit_small_patch16_dinov3",
         **{
             "teacher.overrides": {"depth": 4},
-            "method.terms.singer": 1.0,
-            "method.terms.fitnet": 0.5,
-            "method.terms.relational": 0.5,
-            "method.terms.pooled": 0.5,
-            "method.resample_grids": True,
-            "method.match.space": "standardised",
+            "method.method_weights.singer": 1.0,
+            "method.method_weights.fitnet": 0.5,
+            "method.method_weights.relational": 0.5,
+            "method.method_weights.pooled": 0.5,
+            "method.interpolate_patch_grid": True,
+            "method.match.target_space": "standardised",
             "method.match.loss": "cosine_smooth_l1",
-            "method.match.clip": 0.97,
+            "method.match.norm_clip_quantile": 0.97,
             "student.remat": True,
-            "accumulation": 2,
+            "grad_accum_steps": 2,
         },
     )
     assert run.distillation.teacher.image_size != run.distillation.student.image_size
@@ -130,8 +130,8 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
 @pytest.mark.parametrize("clean", ["registers", "shift_average"])
 def test_a_cleaned_teacher(tmp_path, chips, compiles: Compile, clean):
     """Its blocks are a loop over stacked parameters."""
-    run = prepare(tmp_path, chips, "fitnet", SMALL, **{"teacher.clean": clean})
-    assert run.taught_by.numerics.stacked
+    run = prepare(tmp_path, chips, "fitnet", SMALL, **{"teacher.artifact_removal": clean})
+    assert run.teacher_model.policy.stacked
     split = parallel.batch_sharding(chips)
     teach = jax.jit(run.distillation.teach, out_shardings=split)
     text = compiles(120, teach, run.teacher, batch_of(run)).compiled.as_text()
@@ -144,7 +144,7 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
     logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(chips))
     took = {}
     for which in (run, Setups({"a": run.each["a"]})):
-        students = dataclasses.replace(which.students, one_by_one=True)
+        students = dataclasses.replace(which.students, sequential=True)
         step = jit_step(students, chips, which.states, which.teacher)
         batch = batch_of(run.any, 512)
         program = compiles(180, step, which.states, which.teacher, batch, logged)
@@ -172,7 +172,7 @@ def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compi
 
 
 def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compile):
-    changes = {"method.nullspace.source": "calibrated"}
+    changes = {"method.nullspace.weight_matrix": "calibrated"}
     run = prepare_all(tmp_path, chips, {}, teacher=SMALL, **changes)
     everywhere = parallel.replicated(chips)
     totals = {
@@ -185,7 +185,7 @@ def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compil
 
 def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    settings = nullspace.NullSpaceSettings(source="calibrated")
+    settings = nullspace.NullSpaceSettings(weight_matrix="calibrated")
 
     def space(teacher, covariance):
         model = run.distillation.teacher.merge(teacher)

@@ -11,7 +11,7 @@ from singer_jax.data.sources import TRAIN, DigitsSource, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neurons, told
 from singer_jax.models import registers
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import Network
 from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weights import abstract_model, load_model
@@ -32,15 +32,18 @@ def files(tmp_path_factory):
     }
 
 
-def load(file, mesh, **numerics):
+def load(file, mesh, **policy):
     graph, params = load_model(
-        SPEC, file, Numerics(**numerics), lambda abstract: parallel.tree_shardings(mesh, abstract)
+        SPEC,
+        file,
+        ComputePolicy(**policy),
+        lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
     return Network(SPEC, graph), params
 
 
 @pytest.mark.parametrize(
-    ("devices", "numerics"),
+    ("devices", "policy"),
     [
         (1, {}),
         (2, {"backend": "tpu", "stacked": True}),
@@ -48,13 +51,15 @@ def load(file, mesh, **numerics):
     ],
     ids=["float32", "stacked", "bfloat16"],
 )
-def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, numerics):
+def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, policy):
     mesh = parallel.make_mesh(devices)
-    before, clean = (load(files[name], mesh, **numerics) for name in ("planted", "clean"))
+    before, clean = (load(files[name], mesh, **policy) for name in ("planted", "clean"))
     neurons = find_register_neurons(*before, mesh, IMAGES, RegisterSettings(neurons=2))
     assert neurons == list(planted.NEURONS)
 
-    graph, abstract = abstract_model(SPEC.arch, Numerics(clean="registers", **numerics))
+    graph, abstract = abstract_model(
+        SPEC.arch, ComputePolicy(artifact_removal="registers", **policy)
+    )
     marked = registers.marked(neurons, abstract[registers.NAME].shape)
     put = parallel.put(marked, parallel.replicated(mesh))
     after = Network(SPEC, graph), before[1] | {registers.NAME: put}
@@ -81,7 +86,7 @@ def test_norms_and_class_tokens_are_those_of_numpy(files):
     """Of averaging; the padding of the batch counts nowhere."""
     mesh = parallel.make_mesh(1)
     before = load(files["planted"], mesh)
-    graph, _ = abstract_model(SPEC.arch, Numerics(clean="shift_average"))
+    graph, _ = abstract_model(SPEC.arch, ComputePolicy(artifact_removal="shift_average"))
     few = evenly(DigitsSource(TRAIN), 3)
     found = describe_cleaning(before, (Network(SPEC, graph), before[1]), mesh, few, (2,))["2"]
 

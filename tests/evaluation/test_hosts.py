@@ -54,7 +54,11 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
     config.teacher.update({key: teacher[key] for key in config.teacher})
     config.data.source, config.data.workers, config.images = "digits", 0, 11
     config.mesh.data, config.mesh.fsdp, config.precision = 1, 2, "float32"
-    config.sources, config.thresholds, config.rank = ("mlp", "calibrated"), ("quantile=0.5",), 2
+    config.weight_matrices, config.thresholds, config.rank = (
+        ("mlp", "calibrated"),
+        ("quantile=0.5",),
+        2,
+    )
     nullspace.nullspace(settings_of(config), workdir / "nullspace")
 
 

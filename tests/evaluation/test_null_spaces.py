@@ -19,7 +19,7 @@ def config(tmp_path):
     config.teacher.weights = str(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.data.source, config.data.path = "folder", str(tiny.write_images(tmp_path / "i", 10))
     config.data.workers, config.mesh.data, config.precision = 0, 1, "float32"
-    config.rank, config.quantile = 2, 0.8
+    config.rank, config.outlier_quantile = 2, 0.8
     return config
 
 
@@ -54,7 +54,7 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
     [
         ("thresholds", ("absolut=1",), "('absolut=1',); give"),
         ("thresholds", ("rank=many",), "each rule=number with the rule quantile, absolute"),
-        ("sources", ("mpl",), "closest: mlp"),
+        ("weight_matrices", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
         ("quantile", 1.5, "quantile: 1.5"),

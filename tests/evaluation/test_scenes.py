@@ -25,10 +25,10 @@ def run(tmp_path_factory) -> Path:
     config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
     config.student.weights, config.student.overrides = config.teacher.weights, dict(tiny.TEACHER)
     config.data.update(DATA)
-    config.steps, config.evals.every, config.evals.images = 2, 2, 16
+    config.steps, config.evals.every_steps, config.evals.images = 2, 2, 16
     assert main.run(config, folder / "run") == 0
     row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0 <= row["eval/knn/top1"] <= 100 and row["eval/held_out/loss"] > 0
+    assert 0 <= row["eval/knn/top1"] <= 100 and row["eval/val/loss"] > 0
     return folder / "run"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from singer_jax import methods
 from singer_jax.errors import InputError
 from singer_jax.methods import WeightedSumSettings, calibration, nullspace
-from singer_jax.methods.base import Forward
+from singer_jax.methods.base import ModelFeatures
 from singer_jax.methods.nullspace import NullSpace
 from singer_jax.methods.singer import Singer, is_outlier, token_norms
 from singer_jax.models.vit import VisionTransformer
@@ -90,21 +90,21 @@ def teacher() -> VisionTransformer:
     return VisionTransformer(TEACHER, rngs=nnx.Rngs(0))
 
 
-def planted(teacher: VisionTransformer, direction: np.ndarray) -> Forward:
+def planted(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
     """Features of which every fifth patch has a long vector along one direction added."""
     features = dict(
         enumerate(teacher.features(jax.random.normal(jax.random.key(2), (6, 16, 16, 3))))
     )
     added = np.zeros((17, 1), np.float32)
     added[1::5] = 30
-    return Forward(teacher, {layer: x + added * direction for layer, x in features.items()})
+    return ModelFeatures(teacher, {layer: x + added * direction for layer, x in features.items()})
 
 
 def test_a_planted_artifact_is_found(teacher):
     """Along a direction that the next block sees as much as any, where the weights say nothing."""
     plain = nullspace.of_layer(teacher, 3, "mlp")
     seen = planted(teacher, np.asarray(plain.vectors[:, 12]))
-    own = settings(source="calibrated", rank=2)
+    own = settings(weight_matrix="calibrated", rank=2)
 
     @jax.jit
     def projection(covariance: jax.Array) -> jax.Array:
@@ -112,7 +112,7 @@ def test_a_planted_artifact_is_found(teacher):
         return Singer(teacher, STUDENT, own, nnx.Rngs(0), found).refiner["3"].projection[...]
 
     patches = seen.features[3][:, 1:]
-    outliers = is_outlier(token_norms(patches), own.quantile)
+    outliers = is_outlier(token_norms(patches), own.outlier_quantile)
     by_weights = nullspace.projector(plain, nullspace.threshold_value(plain, "rank", 2), 2)
     shares = [
         float(nullspace.energy_share(q, patches, outliers))
@@ -137,16 +137,18 @@ def test_a_smaller_epsilon_holds_less_and_lets_less_be_seen(teacher):
 
 def test_the_covariance_is_that_of_the_outliers_and_adds_up(teacher):
     seen = planted(teacher, np.ones(24) / np.sqrt(24))
-    own = settings(source="calibrated")
+    own = settings(weight_matrix="calibrated")
     patches = np.asarray(seen.features[3], np.float64)[:, 1:]
     expected = np.zeros((24, 24))
     for image in patches:
         norms = np.linalg.norm(image, axis=1)
-        for token in image[norms > np.quantile(norms, own.quantile)]:
+        for token in image[norms > np.quantile(norms, own.outlier_quantile)]:
             difference = token - image.mean(axis=0)
             expected += np.outer(difference, difference)
     halves = [
-        Singer.measure(Forward(teacher, {k: x[part] for k, x in seen.features.items()}), own)["3"]
+        Singer.measure(ModelFeatures(teacher, {k: x[part] for k, x in seen.features.items()}), own)[
+            "3"
+        ]
         for part in (slice(4), slice(4, None))
     ]
     np.testing.assert_allclose(sum(halves), expected, rtol=1e-4, atol=1e-4 * expected.max())
@@ -154,7 +156,7 @@ def test_the_covariance_is_that_of_the_outliers_and_adds_up(teacher):
 
 def test_a_sum_of_methods_hands_on_what_was_measured(teacher):
     seen = planted(teacher, np.ones(24) / np.sqrt(24))
-    alone = settings(source="calibrated")
+    alone = settings(weight_matrix="calibrated")
     own = WeightedSumSettings(((1.0, alone), (1.0, settings(name="fitnet"))))
     found = methods.measure(seen, own)
     assert methods.needs(own).measured and set(found) == {"singer"}
@@ -169,4 +171,4 @@ def test_a_sum_of_methods_hands_on_what_was_measured(teacher):
 def test_uncalibrated_is_one_line(teacher):
     assert not methods.needs(settings()).measured
     with pytest.raises(InputError, match="calibrated needs `measured`"):
-        Singer(teacher, STUDENT, settings(source="calibrated"), nnx.Rngs(0))
+        Singer(teacher, STUDENT, settings(weight_matrix="calibrated"), nnx.Rngs(0))

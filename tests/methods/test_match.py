@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from singer_jax import methods
 from singer_jax.methods import losses, match, singer
-from singer_jax.methods.base import Batch, Forward
+from singer_jax.methods.base import Batch, ModelFeatures
 from singer_jax.methods.match import SPACES, Comparison, MatchSettings
 from singer_jax.methods.norms import clip_norms, token_norms
 from singer_jax.methods.nullspace import NullSpaceSettings
@@ -28,12 +28,12 @@ STUDENT = dataclasses.replace(TEACHER, embed_dim=12, depth=2)
 BATCH = Batch(key=jax.random.key(0))
 
 
-def forward(model: VisionTransformer, images: jax.Array) -> Forward:
-    return Forward(model, dict(enumerate(model.features(images))))
+def forward(model: VisionTransformer, images: jax.Array) -> ModelFeatures:
+    return ModelFeatures(model, dict(enumerate(model.features(images))))
 
 
 @pytest.fixture(scope="module")
-def seen() -> tuple[Forward, Forward]:
+def seen() -> tuple[ModelFeatures, ModelFeatures]:
     """Teacher and student of some images; the teacher's last norm has scales and biases."""
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
     teacher = VisionTransformer(TEACHER, rngs=nnx.Rngs(0))
@@ -78,7 +78,7 @@ def loss_of(name: str, prediction: np.ndarray, target: np.ndarray) -> float:
 @pytest.mark.parametrize("space", SPACES)
 def test_each_space_and_loss_is_that_of_numpy(seen, space, loss):
     teacher, _ = seen
-    settings = MatchSettings(space=space, loss=loss)
+    settings = MatchSettings(target_space=space, loss=loss)
     compare = Comparison(settings, match_tokens(STUDENT, TEACHER, False), (1,))
     compare.absorb(compare.observe(teacher))
     predicted = 2 * jax.random.normal(jax.random.key(5), teacher.features[1].shape)
@@ -103,12 +103,12 @@ def test_singer_compares_refined_tokens_and_its_refiner_learns_through_the_space
     settings = singer.SingerSettings(
         rank=4,
         layers=(1,),
-        match=MatchSettings(space=space, loss="smooth_l1"),
-        nullspace=NullSpaceSettings(use="random"),
+        match=MatchSettings(target_space=space, loss="smooth_l1"),
+        nullspace=NullSpaceSettings(mode="random"),
     )
     method = methods.make(teacher.model, STUDENT, settings, nnx.Rngs(0))
     method.absorb(method.observe(teacher))
-    graph, parts, constants = nnx.split(method, nnx.Param, methods.Constant)
+    graph, parts, constants = nnx.split(method, nnx.Param, methods.FrozenVariable)
 
     def kd(parts):
         return nnx.merge(graph, parts, constants).loss(*seen, BATCH)["kd"]
@@ -133,7 +133,9 @@ def test_vitkd_mimics_in_the_space_and_generates_as_ever(seen):
         methods.make(
             teacher.model,
             STUDENT,
-            ViTKDSettings(mimic_layers=(0,), match=MatchSettings(space=space, loss="cosine")),
+            ViTKDSettings(
+                mimic_layers=(0,), match=MatchSettings(target_space=space, loss="cosine")
+            ),
             nnx.Rngs(0),
         )
         for space in ("residual", "final_norm")
@@ -168,7 +170,7 @@ def test_clipping_scales_down_to_the_quantile_once_and_for_all(seed, patches, qu
 
 
 def test_class_tokens_and_registers_are_not_clipped(seen):
-    settings = MatchSettings(clip=0.5)
+    settings = MatchSettings(norm_clip_quantile=0.5)
     compare = Comparison(settings, match_tokens(STUDENT, TEACHER, False), (1,))
     features = seen[0].features[1].at[:, 0].multiply(100)
     target = compare.target(seen[0], 1, features)
@@ -179,9 +181,9 @@ def test_class_tokens_and_registers_are_not_clipped(seen):
 @given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
 def test_l2_does_not_see_the_scale_of_either_side(seed, scale):
     tokens = match_tokens(STUDENT, TEACHER, False)
-    compare = Comparison(MatchSettings(space="l2"), tokens, ())
+    compare = Comparison(MatchSettings(target_space="l2"), tokens, ())
     target, predicted = (jnp.asarray(arrays(seed + side, 17)) for side in (0, 1))
-    teacher = Forward(None, {0: target})
+    teacher = ModelFeatures(None, {0: target})
     found = compare(predicted, teacher, 0)
     np.testing.assert_allclose(compare(scale * predicted, teacher, 0), found, rtol=1e-4)
     np.testing.assert_allclose(compare(predicted, teacher, 0, scale * target), found, rtol=1e-4)

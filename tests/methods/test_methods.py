@@ -18,8 +18,8 @@ from singer_jax.errors import InputError
 from singer_jax.methods import WeightedSumSettings, singer
 from singer_jax.methods.base import (
     Batch,
-    Forward,
     LayerSettings,
+    ModelFeatures,
     distilled_layers,
     match_layers,
 )
@@ -39,7 +39,7 @@ STUDENT = Architecture(
 def settings(protocol: str = "recommended", **keys: object) -> Settings:
     """Of a method; keys of its null space are given without their section."""
     config = default(protocol).method
-    config.rank, config.quantile = 4, 0.8
+    config.rank, config.outlier_quantile = 4, 0.8
     for key, value in keys.items():
         within = config.nullspace if key in config.nullspace else config
         within[key] = value
@@ -61,8 +61,8 @@ def images() -> jax.Array:
     return jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
 
 
-def forward(model: VisionTransformer, images: jax.Array) -> Forward:
-    return Forward(model, dict(enumerate(model.features(images))))
+def forward(model: VisionTransformer, images: jax.Array) -> ModelFeatures:
+    return ModelFeatures(model, dict(enumerate(model.features(images))))
 
 
 BATCH = Batch(jnp.zeros(3, jnp.int32), jax.random.key(0))
@@ -74,7 +74,7 @@ def patches_of(features: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("use", ["project", "soft"])
 def test_projected_refiners_start_at_the_identity(teacher, images, use):
-    method = singer.Singer(teacher, STUDENT, settings(use=use), nnx.Rngs(0))
+    method = singer.Singer(teacher, STUDENT, settings(mode=use), nnx.Rngs(0))
     features = teacher.features(images)[2]
     refined = singer.refine(method.refiner["2"], features, 1)
     np.testing.assert_array_equal(refined, features)
@@ -160,7 +160,7 @@ def test_equal_norms_have_neither_outlier_loss_nor_nan_gradient():
 
 def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, student, images):
     method = singer.Singer(teacher, STUDENT, settings("paper"), nnx.Rngs(0))
-    graph, parts, constants = nnx.split(method, nnx.Param, methods.Constant)
+    graph, parts, constants = nnx.split(method, nnx.Param, methods.FrozenVariable)
     student_graph, student_params = nnx.split(student)
 
     def loss(parts, student_params):
@@ -237,7 +237,9 @@ def test_settings_that_do_not_fit_the_teacher_are_named(teacher, key, value, mes
 
 
 def test_the_report_warns_where_there_is_no_null_space(teacher, student, images):
-    method = singer.Singer(teacher, STUDENT, settings(rule="absolute", threshold=0.0), nnx.Rngs(0))
+    method = singer.Singer(
+        teacher, STUDENT, settings(threshold_type="absolute", threshold=0.0), nnx.Rngs(0)
+    )
     metrics = method.diagnose(forward(teacher, images))
     lines = [line for _, line in method.report(metrics)]
     assert any("teacher layer 2: 0 of 24 singular values" in line for line in lines)
@@ -251,7 +253,7 @@ def test_the_generator_is_trained_or_saved_as_it_is(teacher, student, images, na
     of_method = settings(protocol, name=name, mimic_layers=(0,))
     method = methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
     trained = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, nnx.Param))}
-    saved = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, methods.Constant))}
+    saved = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, methods.FrozenVariable))}
     generating = {"generator", "mask_token"}
     adapting = {"adapter"} if name == "vitkd" else {"mimic", "align"}
     if protocol == "recommended":

@@ -10,7 +10,7 @@ import scipy.special
 from flax import nnx
 
 from singer_jax import main, methods
-from singer_jax.methods.base import Batch, Forward
+from singer_jax.methods.base import Batch, ModelFeatures
 from singer_jax.methods.match import LossSettings, SpaceSettings
 from singer_jax.methods.pooled import PooledSettings
 from singer_jax.methods.relational import RelationalSettings, RelationalWeights
@@ -25,10 +25,10 @@ STUDENT = dataclasses.replace(TEACHER, embed_dim=12, depth=2)
 BATCH = Batch(key=jax.random.key(0))
 
 
-def forward(arch: Architecture, seed: int) -> Forward:
+def forward(arch: Architecture, seed: int) -> ModelFeatures:
     model = VisionTransformer(arch, rngs=nnx.Rngs(seed))
     images = jax.random.normal(jax.random.key(2), (3, *arch.img_size, 3))
-    return Forward(model, dict(enumerate(model.features(images))))
+    return ModelFeatures(model, dict(enumerate(model.features(images))))
 
 
 def adapted(method: methods.Method, layer: int, tokens: jax.Array) -> np.ndarray:
@@ -52,7 +52,7 @@ def similarities(patches: np.ndarray) -> np.ndarray:
 def test_relational_is_the_divergence_of_the_patches_similarities(space):
     teacher, student = forward(TEACHER, 0), forward(STUDENT, 1)
     settings = RelationalSettings(
-        match=SpaceSettings(space=space), weights=RelationalWeights(kd=2.0)
+        match=SpaceSettings(target_space=space), loss_weights=RelationalWeights(kd=2.0)
     )
     method = methods.make(teacher.model, STUDENT, settings, nnx.Rngs(0))
     assert (method.teacher_layers, method.student_layers) == ((2,), (1,))
@@ -73,7 +73,7 @@ def test_relational_sees_neither_norms_nor_a_rotation():
         method.adapter[str(layer)].kernel[...] = rotation
         method.adapter[str(layer)].bias[...] *= 0
     larger = {layer: 7 * x for layer, x in teacher.features.items()}
-    terms = method.loss(teacher, Forward(teacher.model, larger), BATCH)
+    terms = method.loss(teacher, ModelFeatures(teacher.model, larger), BATCH)
     # Cosines of float32, divided by 0.07, in differences of logarithms up to 30.
     np.testing.assert_allclose(terms["kd"], 0, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_a_whole_run(tmp_path, name):
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), name)
     config.optimizer.learning_rate = 1e-2
     config.steps = 30
-    config.log.every = config.checkpoint.every = 15
+    config.log.every_steps = config.checkpoint.every_steps = 15
     assert main.run(config, tmp_path / "run") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert rows[-1]["train/loss_kd"] < 0.9 * rows[0]["train/loss_kd"]

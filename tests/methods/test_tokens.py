@@ -39,7 +39,7 @@ def numbered(of: Architecture) -> jnp.ndarray:
     ],
 )
 def test_prefix_tokens_are_compared_by_role(student, teacher, of_student, of_teacher, words):
-    match = match_tokens(student, teacher, resample_grids=False)
+    match = match_tokens(student, teacher, interpolate_patch_grid=False)
     np.testing.assert_array_equal(match.of_student(numbered(student))[0, :, 0], list(of_student))
     np.testing.assert_array_equal(match.of_teacher(numbered(teacher))[0, :, 0], list(of_teacher))
     assert words in match.describe()
@@ -47,7 +47,7 @@ def test_prefix_tokens_are_compared_by_role(student, teacher, of_student, of_tea
 
 def test_patches_are_resampled_bilinearly_onto_the_teachers_grid():
     student, teacher = arch(8), arch(16)
-    match = match_tokens(student, teacher, resample_grids=True)
+    match = match_tokens(student, teacher, interpolate_patch_grid=True)
     tokens = jnp.asarray([7.0, 0, 4, 8, 12])[None, :, None]  # 2 x 2 patches: a plane
     resampled = match.of_student(tokens)[0, :, 0]
     assert resampled[0] == 7
@@ -58,5 +58,7 @@ def test_patches_are_resampled_bilinearly_onto_the_teachers_grid():
 
 
 def test_other_grids_without_the_option_are_an_error():
-    with pytest.raises(InputError, match=r"2 x 2 patches.*4 x 4.*method.resample_grids=True"):
-        match_tokens(arch(8), arch(16), resample_grids=False)
+    with pytest.raises(
+        InputError, match=r"2 x 2 patches.*4 x 4.*method.interpolate_patch_grid=True"
+    ):
+        match_tokens(arch(8), arch(16), interpolate_patch_grid=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.attention import attend, attend_padded
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
@@ -28,9 +28,9 @@ FAMILIES = {
 }
 
 
-def build(family: str, **numerics: object) -> VisionTransformer:
+def build(family: str, **policy: object) -> VisionTransformer:
     spec = lookup(family, tiny.TEACHER | {"num_classes": 0, "depth": 4} | FAMILIES[family])
-    return VisionTransformer(spec.arch, Numerics(**numerics), rngs=nnx.Rngs(0))
+    return VisionTransformer(spec.arch, ComputePolicy(**policy), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,12 @@ def test_features_at_some_blocks_are_those_features(family, layers, images):
 def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
     file = tiny.write_teacher(tmp_path / "teacher.safetensors")
     spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0})
-    graph, params = load_model(spec, file, Numerics(backend="cpu"))
+    graph, params = load_model(spec, file, ComputePolicy(backend="cpu"))
     expected = nnx.merge(graph, params)
     mesh = parallel.make_mesh(2, 2)
-    numerics = Numerics(backend="tpu", stacked=True)
+    policy = ComputePolicy(backend="tpu", stacked=True)
     graph, params = load_model(
-        spec, file, numerics, lambda abstract: parallel.tree_shardings(mesh, abstract)
+        spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
     kernel = params["blocks"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (spec.arch.depth, 24, 72)
@@ -103,7 +103,7 @@ def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
 
 
 def test_what_a_model_says_of_itself_does_not_depend_on_the_backend():
-    plain = Numerics()
+    plain = ComputePolicy()
     assert repr(dataclasses.replace(plain, backend="tpu", stacked=True)) == repr(plain)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from singer_jax.methods import Forward
+from singer_jax.methods import ModelFeatures
 from singer_jax.models import registers
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.layers import Block
 from singer_jax.models.views import averaged, views
 from singer_jax.models.vit import VisionTransformer
@@ -18,11 +18,13 @@ from tests import tiny
 PLAIN, ROTARY = "vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3_qkvb"
 
 
-def build(clean: str | None = None, family: str = PLAIN, **numerics: object) -> VisionTransformer:
+def build(clean: str | None = None, family: str = PLAIN, **policy: object) -> VisionTransformer:
     """The same random weights for every cleaner; four times six patches."""
     sizes = tiny.TEACHER | {"img_size": (16, 24), "embed_dim": 32, "init_values": None}
     arch = lookup(family, sizes | {"num_classes": 0}).arch
-    model = VisionTransformer(arch, Numerics(clean=clean, **numerics), rngs=nnx.Rngs(0))
+    model = VisionTransformer(
+        arch, ComputePolicy(artifact_removal=clean, **policy), rngs=nnx.Rngs(0)
+    )
     if clean == "registers":
         shape = model.register_neurons[...].shape
         neurons = [(0, 3), (1, 5), (1, 90), (2, 1)]
@@ -73,8 +75,8 @@ def test_registers_are_a_token_more_that_nobody_sees(images):
 @pytest.mark.parametrize("clean", ["registers", "shift_average"])
 def test_every_way_to_compute_gives_the_same_features(images, clean):
     expected = jax.jit(lambda: build(clean, backend="cpu").features(images))()
-    for numerics in ({"backend": "tpu", "stacked": True}, {"backend": "gpu"}):
-        graph, params = nnx.split(build(clean, **numerics))
+    for policy in ({"backend": "tpu", "stacked": True}, {"backend": "gpu"}):
+        graph, params = nnx.split(build(clean, **policy))
         found = jax.jit(lambda p, g=graph: nnx.merge(g, p).features_at(images, (0, 2)))(params)
         for layer, feature in found.items():
             np.testing.assert_allclose(feature, expected[layer], rtol=1e-4, atol=1e-5)
@@ -92,7 +94,7 @@ def test_every_way_to_compute_gives_the_same_features(images, clean):
 def test_an_added_token_goes_with_its_feature_into_the_next_block(images):
     """So the info loss of an unchanged feature is 0, as without cleaning."""
     model = build("registers")
-    teacher = Forward.of_streams(model, model.streams_at(images, (0, 1)))
+    teacher = ModelFeatures.of_streams(model, model.streams_at(images, (0, 1)))
     assert teacher.features[0].shape == (2, 1 + 24, 32)
     np.testing.assert_array_equal(teacher.next_block(0, teacher.features[0]), teacher.features[1])
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from singer_jax.config import settings_of
-from singer_jax.models.architecture import PLACES, Architecture, Numerics
+from singer_jax.models.architecture import PLACES, Architecture, ComputePolicy
 from singer_jax.models.planted import marked_patches
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.training.setup import setup
@@ -48,8 +48,8 @@ def test_the_background_varies_least():
     assert (marked == marked[0]).all()
 
 
-def network(arch: Architecture = ARCH, **numerics: object) -> VisionTransformer:
-    model = VisionTransformer(arch, Numerics(**numerics), rngs=nnx.Rngs(0))
+def network(arch: Architecture = ARCH, **policy: object) -> VisionTransformer:
+    model = VisionTransformer(arch, ComputePolicy(**policy), rngs=nnx.Rngs(0))
     if arch.planted:
         model.planted.vector[...] = 10 * jnp.arange(24.0)
     return model
@@ -63,7 +63,7 @@ def test_the_vector_is_added_after_its_block_to_marked_patches_and_can_be_subtra
     marked = np.asarray(marked_patches(IMAGES, ARCH))
     added = np.pad(marked, ((0, 0), (1, 0)))[..., None] * 10 * np.arange(24)
     np.testing.assert_allclose(found[1] - plain[1], added, atol=1e-4)
-    cleaned = network(stacked=stacked, clean="planted").features_at(IMAGES, (0, 1, 2))
+    cleaned = network(stacked=stacked, artifact_removal="planted").features_at(IMAGES, (0, 1, 2))
     np.testing.assert_allclose(cleaned[0], plain[0], atol=1e-6)
     np.testing.assert_allclose(cleaned[1], plain[1], atol=1e-4)
     # The next block has seen it all the same.
@@ -85,7 +85,7 @@ def test_it_is_written_by_a_neuron_that_registers_move(stacked):
 
     streams = {}
     for moved in (True, False):
-        cleaned = network(stacked=stacked, clean="registers")
+        cleaned = network(stacked=stacked, artifact_removal="registers")
         cleaned.register_neurons[...] = cleaned.register_neurons[...].at[1, -1].set(int(moved))
         streams[moved] = cleaned.streams_at(IMAGES, (0, 1))
     np.testing.assert_allclose(streams[True][0], streams[False][0], atol=1e-6)

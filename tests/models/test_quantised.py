@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.models import quantised
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
@@ -85,8 +85,10 @@ def test_features_of_a_model_with_outlier_tokens(family, format):
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     images = images.at[:, :4, 4:16].mul(100)
 
-    def features(**numerics):
-        graph, params = nnx.split(VisionTransformer(arch, Numerics(**numerics), rngs=nnx.Rngs(0)))
+    def features(**policy):
+        graph, params = nnx.split(
+            VisionTransformer(arch, ComputePolicy(**policy), rngs=nnx.Rngs(0))
+        )
         return jax.jit(lambda: nnx.merge(graph, params).features_at(images, (1, 3)))()
 
     exact = features()

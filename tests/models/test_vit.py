@@ -12,7 +12,7 @@ from flax import nnx
 
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
-from singer_jax.models.architecture import Architecture, Numerics
+from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.layers import ACTIVATIONS
 from singer_jax.models.params import leaves
 from singer_jax.models.vit import VisionTransformer
@@ -23,8 +23,8 @@ TINY = Architecture(
 )
 
 
-def make(numerics: Numerics = Numerics(), **changes: object) -> VisionTransformer:
-    return VisionTransformer(dataclasses.replace(TINY, **changes), numerics, rngs=nnx.Rngs(0))
+def make(policy: ComputePolicy = ComputePolicy(), **changes: object) -> VisionTransformer:
+    return VisionTransformer(dataclasses.replace(TINY, **changes), policy, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture
@@ -46,11 +46,14 @@ def test_features_are_the_chain_of_the_blocks(images):
 
 
 def test_remat_changes_neither_values_nor_gradients(images):
-    def loss_of(numerics: Numerics):
-        graph, params = nnx.split(make(numerics))
+    def loss_of(policy: ComputePolicy):
+        graph, params = nnx.split(make(policy))
         return jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graph, p)(images) ** 2))(params)
 
-    (kept, kept_gradients), (again, gradients) = loss_of(Numerics()), loss_of(Numerics(remat=True))
+    (kept, kept_gradients), (again, gradients) = (
+        loss_of(ComputePolicy()),
+        loss_of(ComputePolicy(remat=True)),
+    )
     np.testing.assert_allclose(kept, again, rtol=1e-6)
     # Float32 rounding in another order of additions.
     jax.tree.map(
@@ -61,8 +64,8 @@ def test_remat_changes_neither_values_nor_gradients(images):
 
 
 def test_bfloat16_computes_and_stores_in_bfloat16_and_stays_close(images):
-    numerics = Numerics(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    low = make(numerics)
+    policy = ComputePolicy(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    low = make(policy)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(low))} == {jnp.dtype(jnp.bfloat16)}
     feature = low.features(images)[-1]
     assert feature.dtype == jnp.bfloat16
@@ -129,7 +132,7 @@ def test_every_model_has_the_parameters_of_timm(name):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3_qkvb"])
 def test_abstract_parameters_are_those_of_the_model(name):
     arch = zoo.lookup(name).arch
-    assert abstract_params(arch) == abstract_model(arch, Numerics())[1]
+    assert abstract_params(arch) == abstract_model(arch, ComputePolicy())[1]
 
 
 def test_lookup_takes_owner_tag_and_overrides():

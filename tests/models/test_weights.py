@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.torch_file import TorchTensor
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
@@ -119,7 +119,7 @@ def test_weights_are_cast_to_the_parameter_dtype(tmp_path):
     write_torch_file(tmp_path / "weights.pth", half)
     save_file(half, tmp_path / "weights.safetensors")
     for name in ("weights.pth", "weights.safetensors"):
-        _, params = load_model(model, tmp_path / name, Numerics(param_dtype=jnp.float32))
+        _, params = load_model(model, tmp_path / name, ComputePolicy(param_dtype=jnp.float32))
         for key, value in to_timm(params).items():
             assert value.dtype == np.float32
             np.testing.assert_array_equal(value, half[key].astype(np.float32))
@@ -353,13 +353,13 @@ def test_weights_land_in_their_sharding_and_are_read_once(
     tmp_path, monkeypatch, name, kind, stacked
 ):
     """Of a file that several hosts share, each takes what its devices hold."""
-    model, mesh, numerics = spec(), parallel.make_mesh(2, 2), Numerics(stacked=stacked)
+    model, mesh, policy = spec(), parallel.make_mesh(2, 2), ComputePolicy(stacked=stacked)
     weights, parts, whole = tensors(model), [], kind.read
     if kind is SafetensorsTensor:
         save_file(weights, tmp_path / name)
     else:
         write_torch_file(tmp_path / name, weights)
-    _, expected = load_model(model, tmp_path / name, numerics)
+    _, expected = load_model(model, tmp_path / name, policy)
 
     def read(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
         parts.append(whole(tensor, part))
@@ -369,7 +369,7 @@ def test_weights_land_in_their_sharding_and_are_read_once(
     _, params = load_model(
         model,
         tmp_path / name,
-        numerics,
+        policy,
         shardings=lambda abstract: parallel.tree_shardings(mesh, abstract),
     )
     jax.tree.map(np.testing.assert_array_equal, params, expected)

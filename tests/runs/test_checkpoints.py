@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from singer_jax.config import settings_of
 from singer_jax.errors import RunError
-from singer_jax.models.architecture import Numerics
+from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.params import leaves
 from singer_jax.models.weights import load_model
 from singer_jax.models.zoo import lookup
@@ -122,7 +122,7 @@ def test_one_without_checksums_is_refused(saved, run):
     folder, _ = saved
     file = folder / "checkpoints" / "3" / "meta" / "metadata"
     file.write_text('{"data": "abc"}')
-    assert verify.damage(epath.Path(file.parent.parent)) == "it holds no checksums"
+    assert verify.find_corruption(epath.Path(file.parent.parent)) == "it holds no checksums"
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* holds no checksum of "),
@@ -165,8 +165,8 @@ def test_a_fingerprint_is_that_of_the_values_alone(teacher_file):
     spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0})
     mesh = parallel.make_mesh(1, 2)
     found = {
-        fingerprint(load_model(spec, Path(teacher_file), numerics, place)[1], numerics.stacked)
-        for numerics in (Numerics(), Numerics(stacked=True))
+        fingerprint(load_model(spec, Path(teacher_file), policy, place)[1], policy.stacked)
+        for policy in (ComputePolicy(), ComputePolicy(stacked=True))
         for place in (None, lambda abstract: parallel.tree_shardings(mesh, abstract))
     }
     assert len(found) == 1

@@ -62,7 +62,7 @@ def test_what_a_killed_process_left_is_taken_over_with_a_line(folder, caplog):
 
 
 def test_a_number_of_a_process_that_is_used_again_is_another_process(folder):
-    mine = lock.Holder(folder).content
+    mine = lock.RunLock(folder).content
     left(folder, process=os.getpid(), machine=mine["machine"], born="1")
     with lock.holding(folder) as held:
         held.check()

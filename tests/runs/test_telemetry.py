@@ -95,9 +95,9 @@ def test_the_share_of_time_that_waits_for_images(tmp_path):
             time.sleep(0.05 if step == 3 else 0)  # after the first row was read
     follow.flush()
     first, second, third = rows(tmp_path)
-    assert "train/waiting" not in first
-    assert 0.5 < second["train/waiting"] <= 1
-    assert 0 <= third["train/waiting"] <= 1
+    assert "train/data_wait_fraction" not in first
+    assert 0.5 < second["train/data_wait_fraction"] <= 1
+    assert 0 <= third["train/data_wait_fraction"] <= 1
 
 
 def test_a_wait_that_does_not_end_is_told(tmp_path, caplog, monkeypatch):

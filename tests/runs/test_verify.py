@@ -125,7 +125,7 @@ def test_what_reads_back_whole_restores_to_the_same_bits(two, abstract, file, pl
             target.write_bytes(content[: place % (len(content) + 1)])
         else:
             target.unlink()
-        if verify.damage(epath.Path(folder)) is None:
+        if verify.find_corruption(epath.Path(folder)) is None:
             with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
                 restored = checkpoints.restore(4, abstract)
             jax.tree.map(np.testing.assert_array_equal, restored, state(4))
@@ -220,5 +220,5 @@ def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
 
     monkeypatch.setattr(verify, "_reader", lambda folder: read)
     with pytest.raises(RunError, match=f"cannot read .*: {type(error).__name__}: ") as raised:
-        verify.damage(epath.Path(two / "checkpoints" / "4"))
+        verify.find_corruption(epath.Path(two / "checkpoints" / "4"))
     assert "tensorstore_spec" not in str(raised.value)

@@ -19,7 +19,7 @@ def teacher_file(tmp_path_factory) -> str:
 
 def configuration(teacher_file: str, **changes: object):
     config = tiny.config(teacher_file)
-    config.method.nullspace.source = "calibrated"
+    config.method.nullspace.weight_matrix = "calibrated"
     config.update_from_flattened_dict(changes)
     return config
 
@@ -43,7 +43,7 @@ def measured(run: Setups) -> dict:
 def test_devices_and_micro_batches_change_nothing(teacher_file):
     expected = measured(prepare(teacher_file))[""]["singer"]
     assert set(expected) == {"1", "2"} and expected["2"].shape == (24, 24)
-    many = {"mesh.data": 2, "mesh.fsdp": 2, "accumulation": 2}
+    many = {"mesh.data": 2, "mesh.fsdp": 2, "grad_accum_steps": 2}
     for layer, found in measured(prepare(teacher_file, **many))[""]["singer"].items():
         assert found.sharding.is_fully_replicated
         # Float32 sums in another order.
@@ -55,9 +55,9 @@ def test_each_student_measures_for_itself(teacher_file):
     config = configuration(teacher_file)
     config.students.update(
         {
-            "plain": {"method": {"nullspace": {"source": "mlp"}}},
+            "plain": {"method": {"nullspace": {"weight_matrix": "mlp"}}},
             "wide": {"method": {"rank": 6}},
-            "strict": {"method": {"quantile": 0.9}},
+            "strict": {"method": {"outlier_quantile": 0.9}},
         }
     )
     run = setup_students(settings_of(config), examples=64, num_classes=10)

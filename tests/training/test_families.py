@@ -64,7 +64,7 @@ def test_every_family_learns_with_singer(tmp_path, model, mesh):
 def test_every_method_learns(tmp_path, method):
     changes: dict[str, object] = {"method.mimic_layers": (0,)}
     if "+" in method:
-        changes |= {f"method.terms.{name}": 0.5 for name in method.split("+")}
+        changes |= {f"method.method_weights.{name}": 0.5 for name in method.split("+")}
     run = run_of(tmp_path, "vit_tiny_patch16_224", method.split("+")[0], **changes)
     found = losses(run)
     assert np.all(np.isfinite(found)) and found[-1] < found[0]
@@ -79,7 +79,7 @@ def test_a_teacher_of_another_family_patch_and_input_size_teaches(tmp_path, meth
     config = tiny.config(teacher, method)
     config.teacher.model = model
     config.teacher.overrides.update(size)
-    config.method.resample_grids = True
+    config.method.interpolate_patch_grid = True
     config.method.mimic_layers = (0,)
     config.optimizer.learning_rate = 1e-2
     run = setup(settings_of(config), examples=8, num_classes=0)

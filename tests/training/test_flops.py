@@ -79,7 +79,7 @@ def test_recomputed_blocks_count_again(tmp_path):
 
 def test_micro_batches_count_together(tmp_path):
     whole = prepare(tmp_path, "vit_base_patch16_224")
-    parts = prepare(tmp_path, "vit_base_patch16_224", accumulation=4)
+    parts = prepare(tmp_path, "vit_base_patch16_224", grad_accum_steps=4)
     one, four = (
         flops.step_flops(run.students, run.states, run.teacher, 8) for run in (whole, parts)
     )

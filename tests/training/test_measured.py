@@ -15,7 +15,7 @@ from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students
 from tests import cli, tiny
 
-STANDARDISED = {"method.match.space": "standardised", "method.match.clip": 0.8}
+STANDARDISED = {"method.match.target_space": "standardised", "method.match.norm_clip_quantile": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,12 @@ def after_two_steps(run: Setups) -> dict:
 
 def test_micro_batches_devices_and_students_measure_what_one_does(teacher_file):
     """Two students, one of them of a sum of methods, four devices, two micro-batches."""
-    students = {"tokens": {}, "sum": {"method": {"terms": {"fitnet": 1.0, "relational": 1.0}}}}
+    students = {
+        "tokens": {},
+        "sum": {"method": {"method_weights": {"fitnet": 1.0, "relational": 1.0}}},
+    }
     several = prepare(
-        teacher_file, "fitnet", students, accumulation=2, **{"mesh.data": 2, "mesh.fsdp": 2}
+        teacher_file, "fitnet", students, grad_accum_steps=2, **{"mesh.data": 2, "mesh.fsdp": 2}
     )
     found = after_two_steps(several)
     of_sum = found["sum"].constants["method"]["methods"]
@@ -67,7 +70,7 @@ def test_micro_batches_devices_and_students_measure_what_one_does(teacher_file):
 
 
 def test_nothing_is_measured_where_no_statistics_are_asked_for(teacher_file):
-    run = prepare(teacher_file, "fitnet", **{"method.match.space": "l2"})
+    run = prepare(teacher_file, "fitnet", **{"method.match.target_space": "l2"})
     assert not run.any.state.constants["method"]
 
 
@@ -85,7 +88,10 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(teacher_file, tmp_path):
 
 def test_no_step_sorts(teacher_file):
     """Accelerators are slow to; the few largest norms of an image are found by `top_k`."""
-    terms = {f"method.terms.{name}": 1.0 for name in ("singer", "fitnet", "relational", "pooled")}
+    terms = {
+        f"method.method_weights.{name}": 1.0
+        for name in ("singer", "fitnet", "relational", "pooled")
+    }
     run = prepare(teacher_file, "singer", **terms)
     traced = jax.make_jaxpr(run.students.step)(run.states, run.teacher, batch_of(run))
     found = primitives(traced.jaxpr)

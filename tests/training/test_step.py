@@ -1,4 +1,4 @@
-"""The training step: sharding, accumulation, precision, and the guarantee after real steps."""
+"""The training step: sharding, grad_accum_steps, precision, and the guarantee after real steps."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def loss_and_gradients(run: Setup) -> tuple[dict, dict]:
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2)])
 @pytest.mark.parametrize("method", ["singer", "fitnet"])
 def test_eight_devices_give_the_loss_and_gradients_of_one(teacher_file, method, data, fsdp):
-    changes = {"method.name": method, "method.nullspace.start": "official"}
+    changes = {"method.name": method, "method.nullspace.init": "official"}
     metrics, gradients = loss_and_gradients(prepare(teacher_file, **changes))
     many = prepare(teacher_file, **changes, **{"mesh.data": data, "mesh.fsdp": fsdp})
     kernel = many.state.params["student"]["blocks"][0]["attn"]["qkv"]["kernel"]
@@ -59,10 +59,10 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(teacher_file, method, 
 
 
 def test_micro_batches_give_the_gradients_of_the_whole_batch(teacher_file):
-    changes = {"method.nullspace.start": "official"}
+    changes = {"method.nullspace.init": "official"}
     metrics, gradients = loss_and_gradients(prepare(teacher_file, **changes))
     split_metrics, split_gradients = loss_and_gradients(
-        prepare(teacher_file, **changes, accumulation=4)
+        prepare(teacher_file, **changes, grad_accum_steps=4)
     )
     np.testing.assert_allclose(metrics["loss"], split_metrics["loss"], rtol=1e-5)
     for (keys, one), (_, other) in zip(leaves(gradients), leaves(split_gradients), strict=True):
@@ -70,7 +70,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(teacher_file):
 
 
 def test_bfloat16_stays_close_and_keeps_the_student_in_float32(teacher_file):
-    changes = {"method.nullspace.start": "official"}
+    changes = {"method.nullspace.init": "official"}
     exact, _ = loss_and_gradients(prepare(teacher_file, **changes))
     run = prepare(teacher_file, **changes, precision="bfloat16")
     teacher = run.load_teacher()
@@ -104,8 +104,8 @@ def train(run: Setup, steps: int) -> tuple[object, object, list[dict]]:
 )
 def test_the_null_space_guarantee_holds_after_real_steps(teacher_file, use, rule, threshold):
     changes = {
-        "method.nullspace.use": use,
-        "method.nullspace.rule": rule,
+        "method.nullspace.mode": use,
+        "method.nullspace.threshold_type": rule,
         "method.nullspace.threshold": threshold,
         "optimizer.learning_rate": 0.05,
     }
@@ -134,7 +134,11 @@ def test_the_null_space_guarantee_holds_after_real_steps(teacher_file, use, rule
 
 
 def test_what_no_gradient_reaches_is_not_updated(teacher_file):
-    changes = {"method.layers": (0,), "method.append_last": False, "optimizer.weight_decay": 0.5}
+    changes = {
+        "method.layers": (0,),
+        "method.include_last_layer": False,
+        "optimizer.weight_decay": 0.5,
+    }
     run = prepare(teacher_file, **changes)
     before = run.init_student()
     state, _, _ = train(run, 2)
@@ -150,7 +154,7 @@ def test_what_no_gradient_reaches_is_not_updated(teacher_file):
 
 @pytest.mark.parametrize("method", ["singer", "fitnet", "supervised"])
 def test_every_trained_parameter_has_a_gradient(teacher_file, method):
-    run = prepare(teacher_file, **{"method.name": method, "method.nullspace.start": "official"})
+    run = prepare(teacher_file, **{"method.name": method, "method.nullspace.init": "official"})
     _, gradients = loss_and_gradients(run)
     for keys, leaf in leaves(gradients):
         if keys[-2:] == ("qkv", "bias"):
@@ -177,7 +181,7 @@ def test_the_loss_falls_and_the_state_is_donated(teacher_file):
 
 def test_clipping_bounds_the_update(teacher_file):
     changes = {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
-    changes |= {"optimizer.learning_rate": 1.0, "optimizer.clip_norm": 1e-3}
+    changes |= {"optimizer.learning_rate": 1.0, "optimizer.max_grad_norm": 1e-3}
     run = prepare(teacher_file, **changes)
     before = run.init_state(run.load_teacher()).params
     state, _, history = train(run, 1)

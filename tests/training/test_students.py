@@ -16,18 +16,18 @@ from singer_jax.models.summary import features_flops
 from singer_jax.platform import backends, parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step, jit_step
-from singer_jax.training.settings import OneOfStudents, StudentsSettings
+from singer_jax.training.settings import StudentsSettings, StudentVariant
 from singer_jax.training.setup import Setups, setup, setup_students
 from tests import tiny
 
 # Methods, architectures, patch sizes, learning rates and seeds differ.
 STUDENTS = {
-    "singer": {"method": {"name": "singer", "nullspace": {"start": "official"}}},
+    "singer": {"method": {"name": "singer", "nullspace": {"init": "official"}}},
     "fitnet": {"method": {"name": "fitnet"}, "optimizer": {"learning_rate": 3e-3}},
     "vitkd": {"method": {"name": "vitkd", "mimic_layers": (0,)}, "overrides": {"depth": 3}},
     "logits": {"method": {"name": "logit_kd"}, "overrides": {"embed_dim": 8}, "seed": 5},
     "coarse": {
-        "method": {"name": "fitnet", "resample_grids": True},
+        "method": {"name": "fitnet", "interpolate_patch_grid": True},
         "overrides": {"patch_size": 8},
     },
 }
@@ -43,12 +43,12 @@ def together(
     teacher_file: str,
     students: dict,
     shape: tuple[int, int] = (1, 1),
-    accumulation: int = 1,
+    grad_accum_steps: int = 1,
 ) -> ConfigDict:
     config = tiny.config(teacher_file)
     config.students.update(students)
     config.mesh.data, config.mesh.fsdp = shape
-    config.accumulation = accumulation
+    config.grad_accum_steps = grad_accum_steps
     return config
 
 
@@ -65,11 +65,11 @@ def batch_of(run: Setups, seed: int) -> dict:
     return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
-def train(run: Setups, one_by_one: bool = False) -> tuple[dict, list[dict]]:
+def train(run: Setups, sequential: bool = False) -> tuple[dict, list[dict]]:
     """The states after five steps, and their metrics."""
     teacher = run.load_teacher()
     states = run.init_states(teacher)
-    schedule = "one_by_one" if one_by_one else "together"
+    schedule = "sequential" if sequential else "parallel"
     batch = batch_of(run, 0)
     step = compile_step(run.students, run.any.mesh, states, teacher, batch, schedule).step
     history = []
@@ -80,9 +80,9 @@ def train(run: Setups, one_by_one: bool = False) -> tuple[dict, list[dict]]:
 
 
 @functools.cache
-def alone(teacher_file: str, shape: tuple[int, int], accumulation: int) -> dict:
+def alone(teacher_file: str, shape: tuple[int, int], grad_accum_steps: int) -> dict:
     """Of each student by its name, the state and metrics of a run of its own."""
-    config = together(teacher_file, STUDENTS, shape, accumulation)
+    config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
     own_runs = settings_of(config).each()
     return {
         name: train(Setups({"": setup(own, examples=64, num_classes=10)}))
@@ -91,13 +91,15 @@ def alone(teacher_file: str, shape: tuple[int, int], accumulation: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("shape", "one_by_one", "accumulation"),
+    ("shape", "sequential", "grad_accum_steps"),
     [((1, 1), False, 1), ((1, 1), True, 1), ((2, 2), False, 1), ((2, 2), True, 2)],
 )
-def test_each_learns_what_a_run_of_its_own_teaches(teacher_file, shape, one_by_one, accumulation):
-    config = together(teacher_file, STUDENTS, shape, accumulation)
-    states, history = train(prepare(config), one_by_one)
-    for name, (own, expected) in alone(teacher_file, shape, accumulation).items():
+def test_each_learns_what_a_run_of_its_own_teaches(
+    teacher_file, shape, sequential, grad_accum_steps
+):
+    config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
+    states, history = train(prepare(config), sequential)
+    for name, (own, expected) in alone(teacher_file, shape, grad_accum_steps).items():
         for found, wanted in zip(history, expected, strict=True):
             assert set(found[name]) == set(wanted[""])
             for term, value in wanted[""].items():
@@ -128,13 +130,13 @@ def test_what_several_read_is_computed_once(teacher_file):
         teacher = step_flops(run.students, run.states, run.teacher, 8)
         learned = [Setups({"": own}) for own in run.each.values()]
         alone = sum(step_flops(r.students, r.states, r.teacher, 8) for r in learned)
-        return (alone - teacher) // features_flops(run.taught_by.network.spec.arch, 3)
+        return (alone - teacher) // features_flops(run.teacher_model.network.spec.arch, 3)
 
     assert teachers(both) == 8  # images that no second pass has seen
 
 
 def test_features_that_nobody_reads_are_not_kept(teacher_file):
-    one = {"a": {"method": {"layers": (0,), "append_last": False}}}
+    one = {"a": {"method": {"layers": (0,), "include_last_layer": False}}}
     assert prepare(together(teacher_file, one)).students.teacher_reads == (0, 1)
 
 
@@ -174,7 +176,7 @@ def test_the_schedule_suits_the_device_and_is_said(
     teacher_file, monkeypatch, memory, prefers, words
 ):
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: memory)
-    chosen = dataclasses.replace(backends.choices("cpu"), one_by_one=prefers)
+    chosen = dataclasses.replace(backends.choices("cpu"), sequential=prefers)
     monkeypatch.setattr(backends, "choices", lambda platform="": chosen)
     run = prepare(together(teacher_file, {"a": {}, "b": {"seed": 1}}))
     teacher, batch = run.teacher, batch_of(run, 0)
@@ -189,7 +191,7 @@ def test_one_by_one_takes_less_memory(teacher_file):
     same = {name: {"method": {"name": "fitnet"}, "seed": seed} for seed, name in enumerate("abcd")}
     run = prepare(together(teacher_file, same))
     arguments = (run.students, run.any.mesh, run.states, run.teacher, batch_of(run, 0))
-    both = [compile_step(*arguments, schedule) for schedule in ("together", "one_by_one")]
+    both = [compile_step(*arguments, schedule) for schedule in ("parallel", "sequential")]
     wide, narrow = (program.step.memory_analysis().temp_size_in_bytes for program in both)
     assert narrow < 0.7 * wide  # of four equal students; the features and gradients of all stay
 
@@ -205,7 +207,7 @@ def test_one_by_one_takes_less_memory(teacher_file):
         ({"-a": {"seed": 1}}, r"students: '-a' is no file name"),
         ({"teacher": {"seed": 1}}, r"students: 'teacher' is also the name of the teacher"),
         ({"Tiny": {}, "tiny": {}}, r"students: 'tiny' is also the name of the student 'Tiny'"),
-        ({"schedule": "both"}, r"unknown students\.schedule 'both'"),
+        ({"execution": "both"}, r"unknown students\.schedule 'both'"),
         ({"a": {"model": "vit_tiny"}}, r"students\.a: unknown model 'vit_tiny'"),
         ({"a": {"method": {"rank": 99}}}, r"students\.a: method\.rank: 99 is not in 1\.\.24"),
         (
@@ -221,12 +223,12 @@ def test_bad_students_are_named(teacher_file, students, words):
 
 def test_a_student_cannot_take_the_name_of_a_key():
     with pytest.raises(InputError, match="'schedule' is also the name of a key"):
-        StudentsSettings({"schedule": OneOfStudents()})
+        StudentsSettings({"execution": StudentVariant()})
 
 
 def test_a_method_of_its_own_is_taken_instead_of_the_run_s_sum(teacher_file):
     config = together(teacher_file, {"a": {"method": {"name": "fitnet"}}, "b": {"seed": 1}})
-    config.method.terms.singer, config.method.terms.logit_kd = 1.0, 0.5
+    config.method.method_weights.singer, config.method.method_weights.logit_kd = 1.0, 0.5
     each = settings_of(config).each()
     assert each["a"].method_name == "fitnet" and each["b"].method_name == "singer + logit_kd"
 
