@@ -7,8 +7,8 @@
 `--parts`: one block, the embedding, the loss's pieces and the null space at the width of a model
 and 128 images a chip, each in the form that the CPU takes (or that a library offers) and in the
 one that the TPU takes. `--step`: the whole SiNGER step. CPU seconds of the compiler, all threads;
-temporaries, memory traffic (`singer_jax.platform.hlo`) and operations of one chip, where the body of a loop
-counts once.
+temporaries, memory traffic (`singer_jax.platform.hlo`) and operations of one chip, where the body
+of a loop counts once.
 """
 
 from __future__ import annotations

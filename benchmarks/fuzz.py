@@ -7,8 +7,8 @@ Each entry point is fuzzed in a process of its own, guided by coverage where ath
 and the entry point is not compiled code; else honest files are changed at random. An input is a
 finding if it raises anything but what a command reports in one line (`InputError`, `RunError`,
 `UnreadableImage`), takes longer than 5 CPU s, ends the process, or lets it grow by more than 512
-MiB. All limits of `singer_jax.io.limits` are a twentieth of their defaults meanwhile, so that files of
-a few kilobytes reach them.
+MiB. All limits of `singer_jax.io.limits` are a twentieth of their defaults meanwhile, so that files
+of a few kilobytes reach them.
 """
 
 from __future__ import annotations

@@ -90,12 +90,12 @@ pixels vary least), and about how many medians long the patch becomes. `none` wa
 without. Students see images without labels. All of a cell learn in one run from the same teacher
 pass.
 
-Names: `fitnet_SPACE` is `method.match.target_space`, `fitnet_clip` `method.match.norm_clip_quantile`; of `singer_WORD`
-the configuration says in what it differs. FitNet learns from the same blocks as SiNGER,
-but for `fitnet_own_blocks`. What stands in brackets cleaned the teacher. `planted`: the vector is
-subtracted; what later blocks made of it stays. `registers`: four neurons were looked for and moved;
-the one that writes the vector fires by its length, at the marked patches alone, and is easy to
-find."""
+Names: `fitnet_SPACE` is `method.match.target_space`, `fitnet_clip`
+`method.match.norm_clip_quantile`; of `singer_WORD` the configuration says in what it differs.
+FitNet learns from the same blocks as SiNGER, but for `fitnet_own_blocks`. What stands in brackets
+cleaned the teacher. `planted`: the vector is subtracted; what later blocks made of it stays.
+`registers`: four neurons were looked for and moved; the one that writes the vector fires by its
+length, at the marked patches alone, and is easy to find."""
 
 # Of the teacher of `configs/study.py:real` whose results are kept.
 OF_GIVEN = """

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from singer_jax.errors import InputError, RunError, Stopped, unknown
 from singer_jax.io.files import as_path, config_file, working_disks
 from singer_jax.platform import signals
+from singer_jax.settings.renamed import current_key
 from singer_jax.settings.settings import flatten
 
 # Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
@@ -148,9 +149,11 @@ def parse_flags(argv: list[str]) -> list[str]:
             # An override of a key that is not there.
             known = flatten(flags.FLAGS["config"].parser.parse(files[-1]))
             keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
-            raise unknown(
-                "configuration key", next(key for key in keys if key not in known), known
-            ) from None
+            key = next(key for key in keys if key not in known)
+            new = current_key(key)
+            if new != key:
+                raise InputError(f"--config.{key} is now --config.{new}") from None
+            raise unknown("configuration key", key, known) from None
     except InputError as error:
         message = str(error)
     except flags.Error as error:

@@ -236,7 +236,7 @@ def test_each_method_has_its_own_default_where_they_differ():
     settings = config_lib.settings_of(config)
     (_, singer), (_, fitnet) = settings.method.methods
     assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 1.0)
-    assert to_dict(settings)["method"]["weights"]["kd"] == 1.0
+    assert to_dict(settings)["method"]["loss_weights"]["kd"] == 1.0
 
 
 def test_a_run_older_than_a_default_is_as_it_was():

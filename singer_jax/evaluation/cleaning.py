@@ -86,8 +86,8 @@ def find_register_neurons(
     scores, with_outliers, already = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
     if not with_outliers:
         raise InputError(
-            f"teacher.artifact_removal: registers, but no patch of {len(images)} images has more than "
-            f"{settings.outlier:g} times the median norm after block {watched} of "
+            f"teacher.artifact_removal: registers, but no patch of {len(images)} images has more "
+            f"than {settings.outlier:g} times the median norm after block {watched} of "
             f"{network.spec.name}: there is nothing to move; leave it None or lower "
             "teacher.registers.outlier"
         )

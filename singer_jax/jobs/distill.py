@@ -306,8 +306,8 @@ def _evaluation(
         test_split = open_source(settings.data, TEST)
     except InputError as error:
         raise InputError(
-            f"evals.every_steps: {settings.evals.every_steps}, but there is nothing to evaluate on: {error}; "
-            "set evals.every_steps=0 or add a test split"
+            f"evals.every_steps: {settings.evals.every_steps}, but there is nothing to evaluate "
+            f"on: {error}; set evals.every_steps=0 or add a test split"
         ) from error
     test, bank = (evenly(source, settings.evals.images) for source in (test_split, train_split))
     workers, mesh = worker_count(settings.data.workers), run.any.mesh

@@ -110,7 +110,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     images = open_source(data, TRAIN)
     few = evenly(images, settings.images)
     if "calibrated" in settings.weight_matrices and len(few) < 2:
-        raise InputError("images: 1, but the source calibrated needs two; leave it out of sources")
+        raise InputError("images: 1, but calibrated needs 2; leave it out of weight_matrices")
     make_workdir(workdir)
 
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)

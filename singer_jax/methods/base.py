@@ -1,9 +1,9 @@
 """What distillation methods share: the interface, the matching of layers, the adapters.
 
-A method is an NNX module. Its `nnx.Param`s are trained, its `FrozenVariable`s are computed once, saved
-and left alone. Adding one is a file with its settings and a subclass of `Method`, and a line in
-`methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in `models/vit.py`; rank
-is that of a LoRA update.
+A method is an NNX module. Its `nnx.Param`s are trained; its `FrozenVariable`s are computed once,
+saved and left alone. Adding one is a file with its settings and a subclass of `Method`, and a
+line in `methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in
+`models/vit.py`; rank is that of a LoRA update.
 """
 
 from __future__ import annotations

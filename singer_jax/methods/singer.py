@@ -321,6 +321,6 @@ def check(
     nullspace.check_threshold(rule, threshold, teacher.embed_dim)
     if settings.nullspace.weight_matrix == "calibrated" and measured is None:
         raise InputError(
-            "method.nullspace.weight_matrix: calibrated needs `measured`, the sum over a few batches of "
-            "`Singer.measure(teacher, settings)`"
+            "method.nullspace.weight_matrix: calibrated needs `measured`, the sum over a few "
+            "batches of `Singer.measure(teacher, settings)`"
         )

@@ -82,8 +82,8 @@ def match_tokens(
     if student.grid != teacher.grid and not interpolate_patch_grid:
         raise InputError(
             f"the student has {student.grid[0]} x {student.grid[1]} patches, the teacher "
-            f"{teacher.grid[0]} x {teacher.grid[1]}: set method.interpolate_patch_grid=True to compare on "
-            "the teacher's grid, or choose data.image_size and models with equal grids"
+            f"{teacher.grid[0]} x {teacher.grid[1]}: set method.interpolate_patch_grid=True to "
+            "compare on the teacher's grid, or choose data.image_size and models with equal grids"
         )
     has_class = (0,) if student.class_token and teacher.class_token else ()
     registers = range(min(student.reg_tokens, teacher.reg_tokens))

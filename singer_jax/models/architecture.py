@@ -171,8 +171,8 @@ class ComputePolicy:
       quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
         dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
         the tokens of huge norm, keeps its precision.
-      artifact_removal: what takes outlier tokens out of the features, of `CLEANERS` (`models.registers`,
-        `models.views`, or the subtraction of what was `planted`); None: nothing.
+      artifact_removal: how outlier tokens are taken out of the features, one of `CLEANERS`
+        (`models.registers`, `models.views`, or the subtraction of what was `planted`); None: not.
       gathered: sharding of a block's parameters while it computes, of a model that is not trained
         and whose parameters are split over devices; None leaves it to the compiler, which may
         gather the larger activations.

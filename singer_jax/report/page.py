@@ -182,7 +182,7 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
     for name in column_order(list(rows)):
         group, _, rest = name.partition("/")
         student, _, metric = rest.rpartition("/")
-        if group == "eval":  # held_out/loss, of one of several students NAME/val/loss
+        if group == "eval":  # val/loss, of one of several students NAME/val/loss
             student, _, place = student.rpartition("/")
             metric = f"{place}/{metric}"
             panels.setdefault((metric, "linear"), {})[student or metric] = name

@@ -27,6 +27,7 @@ from singer_jax.errors import RunError, StudentsStopped
 from singer_jax.io.files import Mirror
 from singer_jax.platform import chips, signals
 from singer_jax.settings.ranges import COUNT, Flag
+from singer_jax.settings.renamed import current_metric
 from singer_jax.settings.settings import Settings, setting
 
 LOG = logging.getLogger("singer_jax")
@@ -133,6 +134,8 @@ def read_rows(file: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
         except ValueError:
             row = None
         whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        if whole:
+            row = {current_metric(name): value for name, value in row.items()}
         (rows if whole else damaged).append(row if whole else line)
     return rows, damaged
 
@@ -221,7 +224,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for the next batch; its share of the time is `train/data_wait_fraction`."""
+        """Measures the wait for the next batch, for `train/data_wait_fraction`."""
         start = time.perf_counter()
         try:
             with stall_watchdog():

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from singer_jax.errors import InputError, unknown
 from singer_jax.settings import ranges
 from singer_jax.settings.ranges import Allowed, Elsewhere
+from singer_jax.settings.renamed import current_key
 
 ABSENT = object()
 """The default of a key that need not be there."""
@@ -143,6 +144,8 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
         place = _place(key, known)
         if value == {} and any(other.startswith(f"{place}.") for other in known):
             continue
+        if place not in known and current_key(key) != key:
+            raise InputError(f"{key} is now {current_key(key)}")
         if place not in known:
             section = place.rpartition(".")[0]
             given = [k for k, one in known.items() if not isinstance(one.allowed, Elsewhere)]

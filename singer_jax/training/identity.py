@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from singer_jax.errors import InputError
+from singer_jax.settings.renamed import current
 from singer_jax.settings.settings import flatten, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 
@@ -54,7 +55,7 @@ def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
 
     Settings that the run does not read make no difference.
     """
-    theirs = flatten(saved)
+    theirs = current(flatten(saved))
     theirs |= flatten(to_dict(of_saved(saved)))
     ours = flatten(to_dict(settings))
     return [

@@ -18,6 +18,7 @@ from singer_jax.platform import parallel
 from singer_jax.runs.telemetry import LogSettings
 from singer_jax.settings import settings as settings_lib
 from singer_jax.settings.ranges import COUNT, SEED, Elsewhere, OneOf, optional
+from singer_jax.settings.renamed import current
 from singer_jax.settings.settings import (
     ABSENT,
     Setting,
@@ -183,4 +184,4 @@ _FORMER = {"method.match.norm_clip_quantile": 1.0}
 
 def of_saved(config: Mapping[str, Any]) -> DistillSettings:
     """The settings of a run from those it has written; what is newer than the run is as it was."""
-    return from_flat(DistillSettings(), _FORMER | flatten(config))
+    return from_flat(DistillSettings(), _FORMER | current(flatten(config)))

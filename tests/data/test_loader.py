@@ -187,7 +187,9 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
                 "singer_jax.data.loader",
                 "singer_jax.data.sources",
                 "singer_jax.errors",
+                "singer_jax.io",
                 "singer_jax.io.limits",
+                "singer_jax.platform",
                 "singer_jax.platform.signals",
             }
             assert report["backends"] == [] and report["platforms"] == "cpu"

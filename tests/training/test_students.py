@@ -207,7 +207,7 @@ def test_one_by_one_takes_less_memory(teacher_file):
         ({"-a": {"seed": 1}}, r"students: '-a' is no file name"),
         ({"teacher": {"seed": 1}}, r"students: 'teacher' is also the name of the teacher"),
         ({"Tiny": {}, "tiny": {}}, r"students: 'tiny' is also the name of the student 'Tiny'"),
-        ({"execution": "both"}, r"unknown students\.schedule 'both'"),
+        ({"execution": "both"}, r"unknown students\.execution 'both'"),
         ({"a": {"model": "vit_tiny"}}, r"students\.a: unknown model 'vit_tiny'"),
         ({"a": {"method": {"rank": 99}}}, r"students\.a: method\.rank: 99 is not in 1\.\.24"),
         (
@@ -222,7 +222,7 @@ def test_bad_students_are_named(teacher_file, students, words):
 
 
 def test_a_student_cannot_take_the_name_of_a_key():
-    with pytest.raises(InputError, match="'schedule' is also the name of a key"):
+    with pytest.raises(InputError, match="'execution' is also the name of a key"):
         StudentsSettings({"execution": StudentVariant()})
 
 

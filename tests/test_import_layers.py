@@ -1,4 +1,4 @@
-"""Who may know whom: imports point one way through the package."""
+"""The layers of the package: imports point from an upper layer to a lower one."""
 
 import ast
 import subprocess
@@ -9,18 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "singer_jax"
 
-# From the ground up. A room may import those of the lines before its own and, in a line, its own
-# alone: what stands in one line does not know each other.
-ORDER = """
+# From the bottom up. A package may import the packages of the lines above its own line, and itself;
+# packages on one line do not import each other.
+LAYERS = """
 errors
-limits
-ranges
-settings
-backends chips hlo stopping files schedules
-holding
-models data hosts parallel
-stored
-checkpoints telemetry methods
+settings io
+platform
+data models
+methods runs
 training evaluation
 report
 jobs
@@ -29,10 +25,12 @@ main
 """
 
 LEVEL = {
-    room: number for number, line in enumerate(ORDER.strip().splitlines()) for room in line.split()
+    package: number
+    for number, line in enumerate(LAYERS.strip().splitlines())
+    for package in line.split()
 }
-FRONT_DOOR = PACKAGE / "__init__.py"
-FILES = sorted(set(PACKAGE.rglob("*.py")) - {FRONT_DOOR})
+INIT = PACKAGE / "__init__.py"
+FILES = sorted(set(PACKAGE.rglob("*.py")) - {INIT})
 
 
 def module(file: Path) -> str:
@@ -41,7 +39,7 @@ def module(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere in it."""
+    """Returns the modules of the package that a file imports anywhere in it."""
     modules = {module(other) for other in FILES}
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -55,15 +53,15 @@ def imported(file: Path) -> set[str]:
     return {name for name in found if name.startswith("singer_jax.")}
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     return name.split(".")[1]
 
 
 @pytest.mark.parametrize("file", FILES, ids=module)
-def test_imports_point_down(file):
-    own = room(module(file))
+def test_imports_point_to_lower_layers(file):
+    own = package(module(file))
     for name in imported(file):
-        other = room(name)
+        other = package(name)
         assert other == own or LEVEL[other] < LEVEL[own], f"{module(file)} imports {name}"
 
 
@@ -82,6 +80,6 @@ def test_no_two_files_import_each_other():
     assert [name for name in imports if name in reaches(name)] == []
 
 
-def test_the_front_door_imports_nothing():
+def test_importing_the_package_loads_nothing_heavy():
     code = "import singer_jax, sys; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
