@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, UInt8, UInt32
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
-from singer_jax.evaluation.heads import Classification, Task
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.network import ModelSettings, Network, resolve_model

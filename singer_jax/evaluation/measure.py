@@ -12,7 +12,8 @@ from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone, Examples, extract_each
-from singer_jax.evaluation.heads import Depth, Segmentation, Task
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.heads import Task
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import (
     CropTrainer,
@@ -22,6 +23,7 @@ from singer_jax.evaluation.probe import (
     probe,
 )
 from singer_jax.evaluation.progress import Keeper
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.evaluation.store import stored_examples
 
 

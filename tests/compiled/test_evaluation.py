@@ -11,7 +11,10 @@ from jax.sharding import Mesh
 from benchmarks.topology import tpu_mesh
 from singer_jax.evaluation import backbone, knn, probe
 from singer_jax.evaluation.backbone import Backbone, Examples
-from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.heads import Task
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.models import program
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import Network

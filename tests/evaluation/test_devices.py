@@ -8,10 +8,11 @@ import pytest
 
 from singer_jax.data.sources import Record
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
-from singer_jax.evaluation.heads import Depth, Segmentation
+from singer_jax.evaluation.depth import Depth
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeSettings, count, score
 from singer_jax.evaluation.progress import Progress
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.platform import memory, parallel
 from singer_jax.platform.spread import pick, spread
 from tests import tiny

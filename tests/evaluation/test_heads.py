@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from singer_jax.errors import RunError
 from singer_jax.evaluation import heads
-from singer_jax.evaluation.heads import Classification, Depth, Segmentation
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.segmentation import Segmentation
 
 DIM = 3
 

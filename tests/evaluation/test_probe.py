@@ -7,7 +7,7 @@ import pytest
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Examples
-from singer_jax.evaluation.heads import Classification
+from singer_jax.evaluation.classification import Classification
 from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
 from singer_jax.platform import memory
 
