@@ -257,7 +257,9 @@ def probe_task(case: dict) -> heads.Task:
     if case["task"] == "segmentation":
         return Segmentation(case["num_classes"], case["ignore_label"])
     # The recorded probe trains pixels without depth as the first bin.
-    return depths.Depth(case["num_bins"], case["max_depth"], ignore_missing=False)
+    return depths.Depth(
+        case["num_bins"], case["max_depth"], ignore_missing=False, drop_saturated=True
+    )
 
 
 def probe_labels(case: dict, labels: np.ndarray) -> np.ndarray:
@@ -314,7 +316,9 @@ def test_probe(folder: Path, case: dict):
             recorded_depth = expected[f"eval_depth_{temperature.replace('.', '')}"]
             assert_equal(case, f"depth at {temperature}", depth, recorded_depth)
             everywhere = np.ones(labels.shape, bool)
-            counts = depths.depth_counts(recorded_depth, labels, everywhere, case["max_depth"])
+            counts = depths.depth_counts(
+                recorded_depth, labels, everywhere, case["max_depth"], task.drop_saturated
+            )
             found = depths.depth_metrics(counts)
             for name, value in metrics.items():
                 assert_equal(case, name, found[name], np.float32(value))

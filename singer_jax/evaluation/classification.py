@@ -66,18 +66,31 @@ class Classification:
         valid: Bool[Array, " batch"],
     ) -> Counts:
         logits = apply_head(head, features)
-        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        above = jnp.sum(~(logits <= own), axis=1)  # ties count for the label, NaN does not
         return {
             "images": jnp.sum(valid),
-            "top1": jnp.sum(valid & (above < 1)),
-            "top5": jnp.sum(valid & (above < 5)),
+            "top1": jnp.sum(jnp.where(valid, in_top_k(logits, labels, 1), 0.0)),
+            "top5": jnp.sum(jnp.where(valid, in_top_k(logits, labels, 5), 0.0)),
             "loss": -jnp.sum(jnp.where(valid, log_likelihood(logits, labels), 0.0)),
         }
 
     def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """`top1` and `top5` in percent, `loss`."""
+        """Returns `top1` and `top5` in percent, and `loss`."""
         top1, top5, loss = (
             mean_over(counts[name], counts["images"], "image") for name in ("top1", "top5", "loss")
         )
         return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
+
+
+def in_top_k(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], k: int
+) -> Float[Array, " batch"]:
+    """Returns the probability that each label is among the `k` largest logits.
+
+    It is 0 or 1 where no other logit equals that of the label. Equal logits are ranked at random,
+    so that constant logits are right in `k` of `classes` cases. Logits that are not all finite
+    predict nothing.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    above, equal = (jnp.sum(of, axis=1) for of in (logits > own, logits == own))
+    probability = jnp.clip((k - above) / jnp.maximum(equal, 1), 0.0, 1.0)
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=1), probability, 0.0)

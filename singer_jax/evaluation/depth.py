@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -39,11 +40,14 @@ class Depth:
       max_depth: in metres.
       ignore_missing: whether pixels without depth (0) are left out of the loss; the official code
         trains them as the first bin.
+      drop_saturated: whether pixels that are predicted at exactly 0 or `max_depth` are left out of
+        the metrics, as in the official code.
     """
 
     bins: int = 256
     max_depth: float = 10.0
     ignore_missing: bool = True
+    drop_saturated: bool = False
 
     score: ClassVar[str] = "minus_rmse"
 
@@ -77,7 +81,7 @@ class Depth:
     def depth(
         self, logits: Float[Array, "height width bins"], temperature: float
     ) -> Float[Array, "height width"]:
-        """Metres, from full-size logits."""
+        """Returns metres from full-size logits."""
         probabilities = jax.nn.softmax(logits.astype(jnp.float32) / temperature)
         centres = jnp.linspace(0.0, self.max_depth, self.bins)
         return jnp.matmul(probabilities, centres, precision=Precision.HIGHEST)
@@ -91,19 +95,18 @@ class Depth:
     ) -> Counts:
         def of_image(logits: Array, truth: Array, valid: Array) -> Counts:
             logits = upsample(logits, truth.shape)
-            return {
-                f"{name}_{temperature}": value
-                for temperature in TEMPERATURES
-                for name, value in depth_counts(
-                    self.depth(logits, temperature), truth, valid, self.max_depth
-                ).items()
-            }
+            found = {}
+            for temperature in TEMPERATURES:
+                predicted = self.depth(logits, temperature)
+                counts = depth_counts(predicted, truth, valid, self.max_depth, self.drop_saturated)
+                found |= {f"{name}_{temperature}": value for name, value in counts.items()}
+            return found
 
         counts = by_image(of_image, apply_head(head, features), labels, valid)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), counts)
 
     def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Those of `depth_metrics` at T = 0.03, and again with `_t0.6` at T = 0.6."""
+        """Returns `depth_metrics` at T = 0.03, and again with the suffix `_t0.6` at T = 0.6."""
         found = {}
         for temperature, suffix in zip(TEMPERATURES, ("", "_t0.6"), strict=True):
             of_temperature = {
@@ -120,25 +123,49 @@ def depth_counts(
     truth: Float[Array, "*axes"],
     valid: Bool[Array, "*axes"],
     max_depth: float,
+    drop_saturated: bool = False,
 ) -> Counts:
-    """Sums over the valid pixels with 0 < truth < max_depth and 0 < predicted < max_depth."""
-    inside = valid & (truth > 0) & (truth < max_depth) & (predicted > 0) & (predicted < max_depth)
-    truth, predicted = jnp.where(inside, truth, 1.0), jnp.where(inside, predicted, 1.0)
+    """Sums errors over the valid pixels with 0 < truth < max_depth.
+
+    A prediction that is not finite counts as the limit, 0 or `max_depth`, that is farther from the
+    truth, so that no finite prediction has a larger error.
+
+    Args:
+      predicted, truth: metres.
+      valid: which pixels may count.
+      max_depth: metres.
+      drop_saturated: whether pixels that are predicted at exactly 0 or `max_depth` are left out.
+    """
+    known = valid & (truth > 0) & (truth < max_depth)
+    finite = jnp.isfinite(predicted)
+    inside = ~finite | ((predicted > 0) & (predicted < max_depth))
+    counted = known & inside if drop_saturated else known
+    farther = jnp.where(truth > max_depth / 2, 0.0, max_depth)
+    truth = jnp.where(counted, truth, 1.0)
+    predicted = jnp.where(counted, jnp.where(finite, predicted, farther), 1.0)
     error = predicted - truth
     ratio = jnp.maximum(predicted / truth, truth / predicted)
     return {
-        "pixels": jnp.sum(inside),
+        "known": jnp.sum(known),
+        "pixels": jnp.sum(counted),
         "squared": jnp.sum(jnp.square(error)),
         "absolute": jnp.sum(jnp.abs(error)),
         "relative": jnp.sum(jnp.abs(error) / truth),
-    } | {f"delta{n}": jnp.sum(inside & (ratio < 1.25**n)) for n in (1, 2, 3)}
+    } | {f"delta{n}": jnp.sum(counted & finite & (ratio < 1.25**n)) for n in (1, 2, 3)}
 
 
 def depth_metrics(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`rmse` and `mae` in metres, `abs_rel`, and the shares `delta1`, `delta2`, `delta3`."""
+    """Returns `rmse` and `mae` in metres, `abs_rel`, and the shares `delta1`, `delta2`, `delta3`.
+
+    They are NaN where `drop_saturated` has left no pixel.
+
+    Raises:
+      RunError: no pixel has a valid depth.
+    """
+    mean_over(counts["known"], counts["known"], "pixel with a valid depth")
 
     def mean(name: str) -> float:
-        return mean_over(counts[name], counts["pixels"], "pixel with a valid depth")
+        return float(counts[name]) / float(counts["pixels"]) if counts["pixels"] else math.nan
 
     return {
         "rmse": mean("squared") ** 0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,8 +94,9 @@ def probe_task(
         keeper.keep(nearest={"knn_top1": 100 * top1})
         del bank
     result = probe(trainer, test, settings, seed, keeper)
-    metrics: dict[str, Any] = {
+    metrics = {
         **result.last,
+        "head_is_finite": bool(np.all([np.isfinite(part) for part in result.head.values()])),
         **keeper.progress.nearest,
         "learning_rate": result.learning_rate,
         "held_out": {str(rate): value for rate, value in result.held_out.items()},
@@ -102,7 +104,19 @@ def probe_task(
         "best_epoch": result.best_epoch,
         "test_images": test.images,
     }
-    return result, metrics
+    return result, _without_infinities(metrics)
+
+
+def _without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces numbers that JSON cannot hold by None."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            value = _without_infinities(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = None
+        found[name] = value
+    return found
 
 
 def _in_memory(
@@ -144,7 +158,10 @@ def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
     if kind == "segmentation":
         return Segmentation(classes)
     if kind == "depth":
-        return Depth(ignore_missing=not settings.depth_zero_as_bin)
+        return Depth(
+            ignore_missing=not settings.depth_zero_as_bin,
+            drop_saturated=settings.depth_drop_saturated,
+        )
     return backbone.classification(classes, settings.pooling)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +32,7 @@ from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.platform.spread import pick, spread
 from singer_jax.runs.schedules import cosine_schedule
+from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import (
     BETWEEN,
     COUNT,
@@ -79,6 +81,9 @@ class ProbeSettings(Settings):
     depth_zero_as_bin: bool = setting(
         False, Flag(), "pixels without depth train the first bin (official code)"
     )
+    depth_drop_saturated: bool = setting(
+        False, Flag(), "pixels predicted at 0 or 10 m are left out of the metrics (official code)"
+    )
     knn_k: int = setting(20, COUNT, "neighbours of kNN")
     knn_temperature: float = setting(0.07, POSITIVE, "of their weights")
 
@@ -89,7 +94,8 @@ class ProbeResult:
 
     Attributes:
       learning_rate: of the reported head.
-      held_out: the task's score of each rate on held-out training images, where there were several.
+      held_out: the task's score of each rate on held-out training images, where there were several;
+        minus infinity where the head is not finite.
       last, best: metrics on the test split after the last epoch, and at the best one.
       best_epoch: counted from 1.
       head: after the last epoch.
@@ -265,15 +271,35 @@ def probe(
             cut = max(1, round(settings.val_fraction * len(order)))
             heads = _train(trainer, order[cut:], rates, keeper)
             found = score(task, heads, trainer.centre(order[:cut]), trainer.mesh)
-            scores = tuple(metrics[task.score] for metrics in found)
+            finite = are_finite(heads)
+            for rate in itertools.compress(rates, ~finite):
+                LOG.warning("learning rate %g: the head is not finite, it scores worst", rate)
+            scores = tuple(
+                _score(task, metrics) if usable else -math.inf
+                for metrics, usable in zip(found, finite, strict=True)
+            )
             keeper.keep(held_out=scores, step=0, heads=None)
         held_out = dict(zip(rates, keeper.progress.held_out, strict=True))
         rates = (max(rates, key=held_out.__getitem__),)
     heads = _train(trainer, order, rates, keeper, test)
     by_epoch = keeper.progress.by_epoch
-    best = max(range(len(by_epoch)), key=lambda epoch: by_epoch[epoch][task.score])
+    best = max(range(len(by_epoch)), key=lambda epoch: _score(task, by_epoch[epoch]))
+    if not are_finite(heads).all():
+        LOG.warning("learning rate %g: the head is not finite, its metrics are the worst", *rates)
     head = {name: np.asarray(value[0]) for name, value in heads.items()}
     return ProbeResult(rates[0], held_out, by_epoch[-1], by_epoch[best], best + 1, head)
+
+
+def are_finite(heads: Mapping[str, Any]) -> Bool[np.ndarray, " heads"]:
+    """Returns which of several stacked heads have neither NaN nor infinity in them."""
+    finite = [np.isfinite(np.asarray(value)) for value in heads.values()]
+    return np.all([each.reshape(len(each), -1).all(axis=1) for each in finite], axis=0)
+
+
+def _score(task: Task, metrics: Mapping[str, float]) -> float:
+    """Returns the score by which heads are compared; minus infinity where there is none."""
+    value = metrics[task.score]
+    return value if math.isfinite(value) else -math.inf
 
 
 def _train(

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from singer_jax.evaluation.heads import (
     Counts,
@@ -70,7 +70,9 @@ class Segmentation:
         valid: Bool[Array, " batch"],
     ) -> Counts:
         def of_image(logits: Array, labels: Array, valid: Array) -> Array:
-            predicted = jnp.argmax(upsample(logits, labels.shape), axis=-1)
+            full = upsample(logits, labels.shape)
+            finite = jnp.all(jnp.isfinite(full), axis=-1)
+            predicted = jnp.where(finite, jnp.argmax(full, axis=-1), self.classes)
             known = valid & (labels != self.ignore)
             return confusion_matrix(predicted, labels, known, self.classes)
 
@@ -78,15 +80,10 @@ class Segmentation:
         return {"confusion": jnp.sum(matrices, axis=0)}
 
     def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """`miou` over the classes that occur in prediction or truth, and `accuracy`, in percent."""
+        """Returns `miou` (see `mean_iou`) and `accuracy`, in percent."""
         confusion = counts["confusion"]
-        hit, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
-        accuracy = mean_over(hit.sum(), confusion.sum(), "labelled pixel")
-        occurs = union > 0
-        return {
-            "miou": 100 * float(np.mean(hit[occurs] / union[occurs])),
-            "accuracy": 100 * accuracy,
-        }
+        accuracy = mean_over(np.diag(confusion).sum(), confusion.sum(), "labelled pixel")
+        return {"miou": 100 * mean_iou(confusion), "accuracy": 100 * accuracy}
 
 
 def confusion_matrix(
@@ -95,7 +92,26 @@ def confusion_matrix(
     known: Bool[Array, "*axes"],
     classes: int,
 ) -> Int[Array, "truth predicted"]:
-    """How often each class was predicted for each, where `known`."""
-    index = jnp.where(known, labels * classes + predicted, 0)
-    counts = jnp.zeros(classes**2, jnp.int32).at[index.ravel()].add(known.ravel())
-    return counts.reshape(classes, classes)
+    """Counts how often each class was predicted for each, where `known`.
+
+    The last column, `predicted == classes`, counts the pixels for which nothing was predicted.
+    """
+    columns = classes + 1
+    index = jnp.where(known, labels * columns + predicted, 0)
+    counts = jnp.zeros(classes * columns, jnp.int32).at[index.ravel()].add(known.ravel())
+    return counts.reshape(classes, columns)
+
+
+def mean_iou(confusion: Num[np.ndarray, "truth predicted"]) -> float:
+    """Returns the mean of intersection over union of the classes, between 0 and 1.
+
+    Classes that occur neither in the predictions nor in the truth are left out of the mean.
+
+    Args:
+      confusion: number of pixels; a row a class, and a column a class. Further columns count
+        pixels for which no class was predicted.
+    """
+    hit, classes = np.diag(confusion), len(confusion)
+    union = confusion.sum(0)[:classes] + confusion.sum(1) - hit
+    occurs = union > 0
+    return float(np.mean(hit[occurs] / union[occurs]))

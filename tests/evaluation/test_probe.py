@@ -1,6 +1,7 @@
 """The linear probe: rates trained together, chosen without the test split."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth
 from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
 from singer_jax.platform import memory
 
@@ -54,6 +56,24 @@ def test_the_rate_is_chosen_without_a_look_at_the_test_split(settings):
     # On a test split whose labels are wrong the untrained head would win; the choice stays.
     wrong = probe(trainer, Examples(test.features, (test.labels + 1) % 4), settings)
     assert wrong.held_out == result.held_out and wrong.learning_rate == 0.5
+
+
+def test_a_rate_that_diverges_is_named_and_not_chosen(settings, caplog):
+    """Also in depth, where every pixel of such a head used to be left out."""
+    settings = dataclasses.replace(settings, learning_rates=(1e30, 0.1))
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((40, 2, 2, 4)).astype(np.float32)
+    depth = Examples(features, rng.uniform(1, 9, (40, 4, 4)).astype(np.float32))
+    for task, train, shape in (
+        (TASK, clusters(50, 1), SHAPE),
+        (Depth(bins=8), depth, (4, 8)),
+        (Depth(bins=8, drop_saturated=True), depth, (4, 8)),
+    ):
+        caplog.clear()
+        result = probe(FeatureTrainer(task, train, shape, settings), train, settings)
+        assert result.learning_rate == 0.1 and result.held_out[1e30] == -math.inf
+        assert "learning rate 1e+30: the head is not finite" in caplog.text
+        assert math.isfinite(result.last[task.score])
 
 
 def test_held_out_images_are_not_trained_on_while_choosing(settings):
