@@ -96,7 +96,7 @@ def probe_task(
     result = probe(trainer, test, settings, seed, keeper)
     metrics = {
         **result.last,
-        "head_is_finite": bool(np.all([np.isfinite(part) for part in result.head.values()])),
+        "head_is_finite": all(bool(np.isfinite(part).all()) for part in result.head.values()),
         **keeper.progress.nearest,
         "learning_rate": result.learning_rate,
         "held_out": {str(rate): value for rate, value in result.held_out.items()},

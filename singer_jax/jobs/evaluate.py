@@ -24,13 +24,15 @@ from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, lo
 from singer_jax.evaluation.measure import Split, probe_task, test_examples
 from singer_jax.evaluation.probe import ProbeSettings, score
 from singer_jax.evaluation.progress import FileKeeper
+from singer_jax.evaluation.results import VERSION, provenance
 from singer_jax.io.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.io.limits import read_arrays, read_object
 from singer_jax.jobs.report import read_settings
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
+from singer_jax.runs.checkpoints import fingerprint, step_to_read
 from singer_jax.runs.telemetry import LOG
-from singer_jax.settings.ranges import SEED, TEXT, Each, OneOf
+from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings
 
@@ -44,6 +46,9 @@ class EvaluateSettings(Settings):
     run: str = setting("", TEXT, "a work directory: its student; or else")
     student: str = setting(
         "", TEXT, "one of several students of `run`; empty: all of them and the teacher"
+    )
+    step: int | None = setting(
+        None, optional(COUNT), "of the run's checkpoint; None: the newest without corruption"
     )
     weights: str = setting("", TEXT, "a hub name or file, and")
     model: str = setting(
@@ -67,6 +72,8 @@ class _Subject:
       folder: of its results.
       backbone: the model.
       run: settings of the run that made it.
+      step: of the run's checkpoint; None: not a student of a run.
+      digest: `checkpoints.fingerprint` of its parameters.
       identity: of the model and the settings, for what was measured before.
       finished: what is measured, by task.
       skipped: why the other tasks are not.
@@ -76,6 +83,8 @@ class _Subject:
     folder: epath.Path
     backbone: Backbone
     run: DistillSettings | None
+    step: int | None
+    digest: str
     identity: dict[str, str]
     finished: dict[str, dict[str, Any]]
     skipped: dict[str, str]
@@ -117,13 +126,18 @@ def _subjects(
 ) -> list[_Subject]:
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     policy = ComputePolicy(PRECISIONS[settings.precision])
-    described = as_path(settings.run) / "config.json" if settings.run else None
-    run = read_settings(as_path(settings.run)) if described and described.is_file() else None
+    folder, step = as_path(settings.run or "."), settings.step
+    if settings.run:
+        step = step_to_read(folder, step)
+    described = settings.run and (folder / "config.json").is_file()
+    run = read_settings(folder, step) if described else None
     students = run.each() if run and run.students.named else {}
     backbones: dict[str, Backbone] = {}
     if students and not settings.student:
         for name in students:
-            backbones[name] = load_backbone(mesh, run=settings.run, student=name, policy=policy)
+            backbones[name] = load_backbone(
+                mesh, run=settings.run, student=name, step=step, policy=policy
+            )
         if any(methods.needs(own.method).teacher for own in students.values()):
             data = run.data
             try:
@@ -139,6 +153,7 @@ def _subjects(
             weights=settings.weights,
             model=settings.model,
             student=settings.student,
+            step=step,
             policy=policy,
         )
     found = []
@@ -154,8 +169,11 @@ def _subjects(
                 if (known := _finished(folder / "tasks" / f"{task}.json", identity))
             }
         )
-        own = None if name == "teacher" else students.get(name, run)
-        parts = (name, folder, backbone, own, identity, finished, dict(skipped))
+        own, of_run = students.get(name, run), step
+        if name == "teacher":
+            own = of_run = None
+        digest = fingerprint(backbone.params)
+        parts = (name, folder, backbone, own, of_run, digest, identity, finished, dict(skipped))
         found.append(_Subject(*parts))
     return found
 
@@ -213,7 +231,12 @@ def _measure_all(
             metrics = _measure(
                 task, benchmark, backbone, split, settings, subject.folder, keeper, tests.pop(name)
             )
-            subject.finished[task] = {**subject.identity, "key": key, "metrics": metrics}
+            subject.finished[task] = {
+                **subject.identity,
+                "key": key,
+                "data": _data_digest(split),
+                "metrics": metrics,
+            }
             _write(kept / f"{task}.json", subject.finished[task])
             keeper.remove()
             _say(subject, task)
@@ -226,7 +249,7 @@ def _say(subject: _Subject, task: str) -> None:
 
 
 def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
-    """Writes results.json of what is finished; returns the rows of the table."""
+    """Writes the results.json of the finished tasks; returns the rows of the table."""
     results = {name: found["metrics"] for name, found in subject.finished.items()}
     run = to_dict(subject.run) if subject.run else None
     measured = f"{subject.name}, measured here" if subject.name else "measured here"
@@ -236,6 +259,12 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
         "model": model,
         "run": {k: run[k] for k in ("seed", "method", "teacher", "student")} if run else None,
         "protocol": settings.probe.protocol,
+        **provenance(
+            _measuring(settings),
+            {name: found["data"] for name, found in subject.finished.items()},
+            subject.step,
+            subject.digest,
+        ),
         "tasks": results,
         "skipped": {
             name: reason for name, reason in subject.skipped.items() if name not in results
@@ -352,14 +381,24 @@ def _measure(
     return metrics
 
 
-def _settings_digest(settings: EvaluateSettings) -> str:
-    measured = {
+def _measuring(settings: EvaluateSettings) -> dict[str, Any]:
+    """Returns the settings on which the numbers depend."""
+    return {
         "probe": to_dict(settings.probe),
         "seed": settings.seed,
         "precision": settings.precision,
         "normalisation": settings.data.normalisation,
     }
+
+
+def _settings_digest(settings: EvaluateSettings) -> str:
+    measured = _measuring(settings) | {"version": VERSION}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+
+
+def _data_digest(split: Split) -> str:
+    parts = [source.fingerprint() for source in split if source is not None]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str:
