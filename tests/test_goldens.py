@@ -21,8 +21,7 @@ from safetensors.numpy import load_file
 from singer_jax import methods
 from singer_jax.config import default
 from singer_jax.evaluation import depth as depths
-from singer_jax.evaluation import heads
-from singer_jax.evaluation import probe as probes
+from singer_jax.evaluation import heads, trainers
 from singer_jax.evaluation.classification import Classification
 from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.methods import nullspace, vitkd
@@ -283,7 +282,7 @@ def test_probe(folder: Path, case: dict):
     features_of = functools.partial(task.features, SimpleNamespace(arch=arch))
     step_fn = jax.jit(
         functools.partial(
-            probes.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
+            trainers.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
         )
     )
     losses = []

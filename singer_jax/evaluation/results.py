@@ -95,4 +95,6 @@ def read_results(file: epath.Path) -> Results | None:
     wrong = next((name for name, value in row.items() if not isinstance(value, int | float)), None)
     if wrong is not None:
         raise InputError(f"{file}: {wrong} is not a number")
+    if not all(value is None or isinstance(value, int) for value in (found.version, found.step)):
+        raise InputError(f"{file}: version and weights.step are whole numbers")
     return found

@@ -24,10 +24,12 @@ from singer_jax.settings.settings import Settings, flatten, setting, to_dict
 
 @dataclasses.dataclass(frozen=True)
 class CompareSettings(Settings):
-    """Which runs."""
+    """Settings of the job `compare`."""
 
     job: str = setting("compare", OneOf(("compare",)), "the command")
-    runs: tuple[str, ...] = setting((), Each(NAME), "work directories with an evaluation/")
+    runs: tuple[str, ...] = setting(
+        (), Each(NAME), "work directories of runs, each with an evaluation/"
+    )
 
 
 def compare(settings: CompareSettings, workdir: epath.Path) -> None:

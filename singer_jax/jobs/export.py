@@ -42,7 +42,7 @@ class ExportSettings(Settings):
         "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
     )
     step: int | None = setting(
-        None, optional(COUNT), "of the run's checkpoint; None: the newest without corruption"
+        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
     )
     stablehlo: bool = setting(True, Flag(), "also write features.stablehlo")
 

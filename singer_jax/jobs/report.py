@@ -28,17 +28,17 @@ from singer_jax.training.settings import DistillSettings, of_saved
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings(Settings):
-    """Which run, and what is shown."""
+    """Settings of the job `report`."""
 
     job: str = setting("report", OneOf(("report",)), "the command")
-    run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
+    run: str = setting("", TEXT, "work directory of the run; empty: --workdir itself")
     baselines: tuple[str, ...] = setting(
-        (), Each(NAME), "other runs, whose students are shown beside"
+        (), Each(NAME), "work directories of other runs, whose students are shown as well"
     )
     step: int | None = setting(
-        None, optional(COUNT), "of the run's checkpoint; None: the newest without corruption"
+        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
     )
-    images: int = setting(6, COUNT, "how many are shown")
+    images: int = setting(6, COUNT, "number of images that are shown")
 
 
 def report(settings: ReportSettings, workdir: epath.Path) -> None:
@@ -76,6 +76,7 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
 
 
 def _read_config(run: epath.Path) -> DistillSettings:
+    """Reads the settings of a run; raises `InputError` where there are none."""
     file = run / "config.json"
     if not file.is_file():
         raise InputError(f"run: {run} is not the work directory of a run: no config.json")
