@@ -98,26 +98,25 @@ def probe_models(
         ]
     found = {}
     for names in groups:
-        of_group = [models[name] for name in names]
-        results = _probe_group(of_group, kind, split, settings, seed, workers)
-        found |= dict(zip(names, results, strict=True))
+        of_group = {name: models[name] for name in names}
+        found |= _probe_group(of_group, kind, split, settings, seed, workers)
     return found
 
 
 def _probe_group(
-    models: Sequence[ProbedModel],
+    models: Mapping[str, ProbedModel],
     kind: str,
     split: Split,
     settings: ProbeSettings,
     seed: int,
     workers: int,
-) -> list[tuple[ProbeResult, dict[str, Any]]]:
+) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
     """As `probe_models`, of models of one image size."""
-    first = models[0].backbone
+    first = next(iter(models.values())).backbone
     augment, centre = transforms_of(kind, first.image_size)
     crops = CropBatches(split.train, augment, settings, first.mesh, seed, workers)
     probed = []
-    for model in models:
+    for name, model in models.items():
         backbone = model.backbone
         task = task_of(backbone, kind, split.test.num_classes, settings)
         extract = functools.partial(backbone.extract, task=task, transform=centre, workers=workers)
@@ -140,17 +139,15 @@ def _probe_group(
                 mesh=backbone.mesh,
             )
             model.keeper.keep(nearest={"knn_top1": 100 * top1})
-        probed.append(Probed(trainer, model.test, model.keeper))
+        probed.append(Probed(trainer, model.test, model.keeper, name))
     with contextlib.closing(crops):
-        results = probe_each(probed, settings, seed)
-    return [
-        (result, _metrics(result, model)) for result, model in zip(results, models, strict=True)
-    ]
+        results = dict(zip(models, probe_each(probed, settings, seed), strict=True))
+    return {name: (result, _metrics(result, models[name])) for name, result in results.items()}
 
 
 def _metrics(result: ProbeResult, model: ProbedModel) -> dict[str, Any]:
     """Returns the metrics of a probe as `results.json` holds them."""
-    return _without_infinities(
+    return without_infinities(
         {
             **result.last,
             "head_is_finite": all(bool(np.isfinite(part).all()) for part in result.head.values()),
@@ -164,12 +161,12 @@ def _metrics(result: ProbeResult, model: ProbedModel) -> dict[str, Any]:
     )
 
 
-def _without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces numbers that JSON cannot hold by None."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            value = _without_infinities(value)
+            value = without_infinities(value)
         elif isinstance(value, float) and not math.isfinite(value):
             value = None
         found[name] = value

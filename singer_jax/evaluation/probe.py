@@ -134,11 +134,17 @@ class Probed:
       trainer: trains its heads.
       test: its features of the test split.
       keeper: keeps its progress, from which it continues.
+      name: its name, for warnings; empty where there is only one.
     """
 
     trainer: Trainer
     test: Examples
     keeper: Keeper = dataclasses.field(default_factory=Keeper)
+    name: str = ""
+
+    def head(self, rate: float) -> str:
+        """Names the head of a learning rate."""
+        return f"{self.name + ': ' if self.name else ''}the head at learning rate {rate:g}"
 
 
 def probe(
@@ -203,7 +209,7 @@ def _held_out_scores(
     found = score(trainer.task, heads, trainer.centre(held_out), trainer.mesh)
     finite = are_finite(heads)
     for rate in itertools.compress(rates, ~finite):
-        LOG.warning("learning rate %g: the head is not finite, it scores worst", rate)
+        LOG.warning("%s is not finite, so that it scores worst", one.head(rate))
     return tuple(
         _score(trainer.task, metrics) if usable else -math.inf
         for metrics, usable in zip(found, finite, strict=True)
@@ -215,7 +221,7 @@ def _result(one: Probed, rates: Sequence[float], rate: float) -> ProbeResult:
     by_epoch = progress.by_epoch
     best = max(range(len(by_epoch)), key=lambda epoch: _score(task, by_epoch[epoch]))
     if not are_finite(progress.heads).all():
-        LOG.warning("learning rate %g: the head is not finite, its metrics are the worst", rate)
+        LOG.warning("%s is not finite, so that its metrics are the worst", one.head(rate))
     head = {name: np.asarray(value[0]) for name, value in progress.heads.items()}
     held_out = dict(zip(rates, progress.held_out, strict=True)) if progress.held_out else {}
     return ProbeResult(rate, held_out, by_epoch[-1], by_epoch[best], best + 1, head)

@@ -21,7 +21,13 @@ from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, load_teacher
-from singer_jax.evaluation.measure import ProbedModel, Split, probe_models, test_examples
+from singer_jax.evaluation.measure import (
+    ProbedModel,
+    Split,
+    probe_models,
+    test_examples,
+    without_infinities,
+)
 from singer_jax.evaluation.probe import ProbeResult, ProbeSettings
 from singer_jax.evaluation.progress import FileKeeper
 from singer_jax.evaluation.results import VERSION, provenance
@@ -392,7 +398,8 @@ def _transfer(
         )
     task = backbone.classification(classes, settings.probe.pooling)
     heads = {part: value[None] for part, value in head.items()}
-    return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
+    metrics = score(task, heads, test, backbone.mesh)[0]
+    return without_infinities(metrics) | {"test_images": test.images}
 
 
 def _probe(

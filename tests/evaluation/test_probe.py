@@ -73,7 +73,7 @@ def test_a_rate_that_diverges_is_named_and_not_chosen(settings, caplog):
         caplog.clear()
         result = probe(FeatureTrainer(task, train, shape, settings), train, settings)
         assert result.learning_rate == 0.1 and result.held_out[1e30] == -math.inf
-        assert "learning rate 1e+30: the head is not finite" in caplog.text
+        assert "the head at learning rate 1e+30 is not finite" in caplog.text
         assert math.isfinite(result.last[task.score])
 
 
