@@ -209,6 +209,7 @@ def _files_of_a_run(folder: Path) -> Entry:
     """config.json, metrics.jsonl and results.json of a run that is reported or compared."""
     from etils import epath
 
+    from singer_jax.evaluation.results import provenance
     from singer_jax.jobs.report import read_settings, results_of
     from singer_jax.report.collect import read_metrics
     from singer_jax.settings.settings import to_dict
@@ -217,6 +218,7 @@ def _files_of_a_run(folder: Path) -> Entry:
     run, settings = epath.Path(folder), DistillSettings()
     (folder / "evaluation").mkdir()
     results = {"table1": {"IN-val": 1.5}, "tasks": {"digits": {"top1": 90.0}}, "protocol": "fast"}
+    results |= provenance({"probe": {"epochs": 1}}, {"digits": "0a"}, 2, "0b")
     rows = b'{"step": 1, "time": 2.5, "train/loss": 0.5}\n{"step": 2, "eval/knn/top1": 3}\n'
 
     def enter(data: bytes) -> None:

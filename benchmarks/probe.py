@@ -28,7 +28,7 @@ from singer_jax.data.loader import eval_batches, worker_count
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.evaluation.measure import Split, probe_task
+from singer_jax.evaluation.measure import ProbedModel, Split, probe_models, test_examples
 from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.platform import parallel
 
@@ -60,7 +60,10 @@ def main(arguments: argparse.Namespace) -> None:
             settings = ProbeSettings(protocol=protocol, learning_rates=rates, epochs=epochs)
             store = root / "features"
             shutil.rmtree(store, ignore_errors=True)  # extraction is part of the measurement
-            probe_task(backbone, "classification", split, settings, 0, workers, store)
+            kind = "classification"
+            test = test_examples({"": backbone}, kind, split.test, settings, workers)[""]
+            models = {"": ProbedModel(backbone, test, store)}
+            probe_models(models, kind, split, settings, 0, workers)
 
         def extract() -> None:
             task, transform = backbone.classification(8, None), EvalTransform(backbone.image_size)

@@ -41,10 +41,14 @@ _PAPER: dict[str, dict[str, Any]] = {
         "data.normalisation": "imagenet",
         "data.decode": "exact",
     },
-    "evaluate": {"data.normalisation": "imagenet", "probe.depth_zero_as_bin": True},
+    "evaluate": {
+        "data.normalisation": "imagenet",
+        "probe.depth_zero_as_bin": True,
+        "probe.depth_drop_saturated": True,
+    },
     "nullspace": {"precision": "float32", "data.normalisation": "imagenet"},
 }
-_PAPER["quickstart"] = {"probe.depth_zero_as_bin": True} | {
+_PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_saturated": True} | {
     f"{run}.{key}": value
     for run in ("teacher", "distilled")
     for key, value in _PAPER["distill"].items()

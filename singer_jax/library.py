@@ -55,6 +55,7 @@ def load_model(
     *,
     model: str = "",
     student: str = "",
+    step: int | None = None,
     precision: str = "float32",
 ) -> VisionTransformer:
     """A pretrained or distilled model.
@@ -66,7 +67,8 @@ def load_model(
       name: a work directory, whose student it is; a file of weights, or a folder with
         model.safetensors; or a hub name such as `timm/vit_tiny_patch16_224.augreg_in21k`.
       model: its timm name, where neither the hub name nor a config.json beside the weights says it.
-      student: of a work directory with several, which of them.
+      student: the name of one of several students of a work directory.
+      step: the step of the work directory's checkpoint; None: the newest without corruption.
       precision: of activations, `float32` or `bfloat16`.
 
     Raises:
@@ -80,6 +82,7 @@ def load_model(
         weights="" if of_run else given,
         model=model,
         student=student,
+        step=step,
         policy=_numerics(precision),
     )
     loaded = backbone.network.merge(backbone.params)

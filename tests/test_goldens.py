@@ -20,8 +20,10 @@ from safetensors.numpy import load_file
 
 from singer_jax import methods
 from singer_jax.config import default
-from singer_jax.evaluation import heads
-from singer_jax.evaluation import probe as probes
+from singer_jax.evaluation import depth as depths
+from singer_jax.evaluation import heads, trainers
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.methods import nullspace, vitkd
 from singer_jax.methods.section import MethodSection
 from singer_jax.methods.singer import SingerSettings
@@ -250,11 +252,13 @@ def test_schedule(folder: Path, case: dict):
 
 def probe_task(case: dict) -> heads.Task:
     if case["task"] == "classification":
-        return heads.Classification(case["num_classes"], case["token"])
+        return Classification(case["num_classes"], case["token"])
     if case["task"] == "segmentation":
-        return heads.Segmentation(case["num_classes"], case["ignore_label"])
+        return Segmentation(case["num_classes"], case["ignore_label"])
     # The recorded probe trains pixels without depth as the first bin.
-    return heads.Depth(case["num_bins"], case["max_depth"], ignore_missing=False)
+    return depths.Depth(
+        case["num_bins"], case["max_depth"], ignore_missing=False, drop_saturated=True
+    )
 
 
 def probe_labels(case: dict, labels: np.ndarray) -> np.ndarray:
@@ -278,7 +282,7 @@ def test_probe(folder: Path, case: dict):
     features_of = functools.partial(task.features, SimpleNamespace(arch=arch))
     step_fn = jax.jit(
         functools.partial(
-            probes.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
+            trainers.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
         )
     )
     losses = []
@@ -311,8 +315,10 @@ def test_probe(folder: Path, case: dict):
             recorded_depth = expected[f"eval_depth_{temperature.replace('.', '')}"]
             assert_equal(case, f"depth at {temperature}", depth, recorded_depth)
             everywhere = np.ones(labels.shape, bool)
-            counts = heads.depth_counts(recorded_depth, labels, everywhere, case["max_depth"])
-            found = heads.depth_metrics(counts)
+            counts = depths.depth_counts(
+                recorded_depth, labels, everywhere, case["max_depth"], task.drop_saturated
+            )
+            found = depths.depth_metrics(counts)
             for name, value in metrics.items():
                 assert_equal(case, name, found[name], np.float32(value))
         return

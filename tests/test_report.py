@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
+import singer_jax
 from singer_jax import main
-from singer_jax.config import check_data, compare, evaluation, report
+from singer_jax.config import check_data, compare, evaluation, export, report
+from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.results import VERSION
+from singer_jax.models.weights import to_timm
+from singer_jax.platform import parallel
 from singer_jax.report.collect import LayerNorms, ModelMaps, Report
 from singer_jax.report.page import write_comparison, write_page
+from singer_jax.runs.checkpoints import fingerprint
 from tests import tiny
+from tests.damage import largest
 from tests.data import official
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -275,3 +283,106 @@ def test_a_run_of_other_devices_can_be_shown(runs, tmp_path):
     content["mesh"] = {"data": 64, "fsdp": 4}
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
     assert main.run(report(), tmp_path / "run") == 0
+
+
+def evaluated(source: Path, run: Path, **changes: object) -> Path:
+    """A copy of a run whose results.json has other values, by dotted key; None removes a key."""
+    shutil.copytree(source, run, ignore=shutil.ignore_patterns("checkpoints", "report"))
+    file = run / "evaluation" / "results.json"
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = content
+        for section in sections:
+            place = place[section]
+        place.pop(last) if value is None else place.update({last: value})
+    file.write_text(json.dumps(content))
+    return run
+
+
+def compared(folder: Path, *run: Path) -> dict[str, dict]:
+    config = compare()
+    config.runs = tuple(map(str, run))
+    assert main.run(config, folder) == 0
+    return json.loads((folder / "compare.json").read_text())["rows"]
+
+
+def test_results_say_how_they_were_made(runs):
+    found = json.loads((runs / "a" / "evaluation" / "results.json").read_text())
+    settings = evaluation().to_dict()
+    expected = settings["probe"] | {"protocol": "fast", "epochs": 1, "learning_rates": [0.5]}
+    assert found["settings"]["probe"] == expected
+    assert found["settings"]["precision"] == "float32" and found["settings"]["seed"] == 0
+    assert found["version"] == VERSION and set(found["data"]) == {"digits"}
+    model = load_backbone(parallel.make_mesh(1), run=str(runs / "a"))
+    assert found["weights"] == {"step": 4, "digest": fingerprint(model.params)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("settings.probe.epochs", 40, 1),
+        ("settings.probe.learning_rates", [0.01], (0.5,)),
+        ("settings.precision", "bfloat16", "float32"),
+        ("version", VERSION + 1, VERSION),
+        ("weights.step", 2, 4),
+        ("data.digits", "another", None),
+    ],
+)
+def test_evaluations_that_differ_are_not_averaged(runs, tmp_path, key, value, other):
+    changed = evaluated(runs / "b", tmp_path / "b", **{key: value})
+    rows = compared(tmp_path / "out", runs / "a", changed)
+    assert len(rows) == 2
+    last = key.removeprefix("settings.").removeprefix("weights.")
+    stated = tuple(value) if isinstance(value, list) else value
+    assert any(f"evaluation.{last}={stated}" in name for name in rows)
+    assert other is None or any(f"evaluation.{last}={other}" in name for name in rows)
+    for row in rows.values():  # of one run each
+        assert row["digits top1"]["std"] is None and row["digits top1"]["runs"] == 1
+
+
+def test_results_of_unknown_settings_are_averaged_with_none(runs, tmp_path, capsys):
+    unknown = dict.fromkeys(("version", "settings", "data", "weights"))
+    old = [evaluated(runs / name, tmp_path / name, **unknown) for name in "ab"]
+    rows = compared(tmp_path / "out", *old, runs / "a", runs / "b")
+    assert sorted(row["digits top1"]["runs"] for row in rows.values()) == [1, 1, 2]
+    assert sum("evaluation=unknown settings: " in name for name in rows) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("+-") == 2  # a task and a metric of the two that are known
+
+
+def test_readers_take_the_newest_checkpoint_without_corruption(runs, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "a", run)
+    largest(run / "checkpoints" / "4" / "state").write_bytes(b"")
+    loaded, expected = (
+        to_timm(nnx.to_pure_dict(nnx.state(singer_jax.load_model(where, step=step))))
+        for where, step in ((run, None), (runs / "a", 2))
+    )
+    for key, value in expected.items():
+        np.testing.assert_array_equal(loaded[key], value)
+    assert "checkpoint 4 is damaged" in caplog.text and "2 is read instead" in caplog.text
+
+    leave = export()
+    leave.run, leave.stablehlo = str(run), False
+    assert main.run(leave, tmp_path / "out") == 0
+    assert '"steps": 2' in (tmp_path / "out" / "student" / "config.json").read_text()
+
+    config = report()
+    config.images = 2
+    assert main.run(config, run) == 0
+    text = (run / "report" / "index.html").read_text()
+    assert ", step 2</h1>" in text
+    assert "measured on the student of step 4, not on the one shown" in text
+
+    measure = evaluation()
+    measure.run, measure.data.source, measure.data.workers = str(run), "digits", 0
+    measure.mesh.data, measure.probe.protocol, measure.probe.epochs = 1, "fast", 1
+    assert main.run(measure, run / "evaluation") == 0
+    found = json.loads((run / "evaluation" / "results.json").read_text())
+    assert found["weights"]["step"] == 2
+    # A step that is asked for is read or named.
+    measure.step = 4
+    assert main.run(measure, tmp_path / "four") == 1
+    measure.step = 3
+    assert main.run(measure, tmp_path / "three") == 2

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, UInt8, UInt32
 from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
-from singer_jax.evaluation.heads import Classification, Task
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.network import ModelSettings, Network, resolve_model
@@ -291,22 +292,25 @@ def load_backbone(
     step: int | None = None,
     policy: ComputePolicy = ComputePolicy(),
 ) -> Backbone:
-    """The model to measure.
+    """Loads the model to measure.
 
     Args:
-      mesh: where it lives.
-      run: a work directory: the student of its latest checkpoint; or else
+      mesh: the devices that hold it.
+      run: a work directory, whose student is loaded; or else
       weights: a hub name or file, and
       model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
-      student: of a run with several, which of them.
-      step: of the checkpoint of a run; None: the latest.
+      student: the name of one of several students of the run.
+      step: the step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
       policy: dtypes of the model.
 
     Raises:
       InputError: nothing given, nothing there, or weights of another architecture.
+      RunError: no checkpoint of the run is without corruption.
     """
     if run:
         return _of_run(mesh, as_path(run), student, step, policy)
+    if step is not None:
+        raise InputError("step: only a run has checkpoints; give --config.run=DIR with it")
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -353,12 +357,7 @@ def _of_run(
     if not (run / "checkpoints").is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
-        finished = checkpoints.manager.all_steps()
-        if not finished:
-            raise InputError(f"run: {run} has no finished checkpoint yet")
-        if step is not None and step not in finished:
-            raise InputError(f"step: {run} holds checkpoints {sorted(finished)}, not {step}")
-        step = max(finished) if step is None else step
+        step = checkpoints.step_to_read(step)
         meta = checkpoints.meta(step)
         students = meta.get("students") or {"": meta["student"]}
         if student not in students:

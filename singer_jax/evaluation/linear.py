@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from singer_jax.evaluation import segmentation
+
 _PENALTY = 1e-3  # of standardised features, over their number of rows
 
 
@@ -62,8 +64,8 @@ def mean_iou(
 
     The probe predicts what share of a patch's pixels is of each class, and the largest counts for
     all of them. It is fitted with the same weight on every class, however rare, as the mean over
-    classes has it. Patches that are left out neither train nor count; nor do classes without a
-    pixel.
+    classes has it. Patches that are left out neither train nor count. Absent classes are treated
+    as in `segmentation.mean_iou`.
     """
     shares = np.stack([(train_masks == label).mean(-1) for label in range(classes)], axis=-1)
     shares = shares[~train_left_out]
@@ -73,9 +75,7 @@ def mean_iou(
     truth = test_masks[~test_left_out]
     confusion = np.zeros((classes, classes))
     np.add.at(confusion, (truth, predicted[:, None]), 1)
-    union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
-    seen = confusion.sum(1) > 0
-    return float(100 * np.mean(np.diag(confusion)[seen] / union[seen]))
+    return 100 * segmentation.mean_iou(confusion)
 
 
 def depth_rmse(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +16,14 @@ from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone, Examples, extract_each
-from singer_jax.evaluation.heads import Depth, Segmentation, Task
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.heads import Task
 from singer_jax.evaluation.knn import knn_top1
-from singer_jax.evaluation.probe import (
-    CropTrainer,
-    FeatureTrainer,
-    ProbeResult,
-    ProbeSettings,
-    probe,
-)
+from singer_jax.evaluation.probe import Probed, ProbeResult, ProbeSettings, probe_each
 from singer_jax.evaluation.progress import Keeper
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.evaluation.store import stored_examples
+from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrainer
 
 
 class Split(NamedTuple):
@@ -32,6 +33,23 @@ class Split(NamedTuple):
     test: Source
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbedModel:
+    """One of the models that are probed together.
+
+    Attributes:
+      backbone: the model to measure.
+      test: features of the test split, as of `test_examples`.
+      store: folder of stored features, for the fast protocol; None keeps them in memory.
+      keeper: keeps the progress.
+    """
+
+    backbone: Backbone
+    test: Examples
+    store: Path | None = None
+    keeper: Keeper = dataclasses.field(default_factory=Keeper)
+
+
 def probe_task(
     backbone: Backbone,
     kind: str,
@@ -39,68 +57,120 @@ def probe_task(
     settings: ProbeSettings,
     seed: int = 0,
     workers: int = 0,
-    store: Path | None = None,
-    keeper: Keeper | None = None,
-    test: Examples | None = None,
 ) -> tuple[ProbeResult, dict[str, Any]]:
-    """Trains and tests a probe; kNN too where the task is a classification.
+    """Returns `probe_models` of one model, which keeps everything in memory."""
+    test = test_examples({"": backbone}, kind, split.test, settings, workers)[""]
+    models = {"": ProbedModel(backbone, test)}
+    return probe_models(models, kind, split, settings, seed, workers)[""]
+
+
+def probe_models(
+    models: Mapping[str, ProbedModel],
+    kind: str,
+    split: Split,
+    settings: ProbeSettings,
+    seed: int = 0,
+    workers: int = 0,
+) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
+    """Trains and tests a probe of each model; kNN too where the task is a classification.
+
+    Under the published protocol the training images are decoded and cropped once for all models of
+    one image size, whose results are those of each alone.
 
     Args:
-      backbone: the model to measure.
+      models: the models by name, on one mesh.
       kind: `classification`, `segmentation` or `depth`.
-      split: its data.
-      settings: of the probe, with a number of epochs.
-      seed: of head, order and crops.
-      workers: of the loader.
-      store: folder of stored features, for the fast protocol; None keeps them in memory.
-      keeper: of the progress; default: nothing is kept.
-      test: features of the test split, as `test_examples`; default: extracted here.
+      split: the data.
+      settings: those of the probe, with a number of epochs.
+      seed: the seed of heads, order and crops.
+      workers: number of decoding processes.
 
     Returns:
-      the probe's result, and its metrics as `results.json` holds them.
+      the probe's result of each model, and its metrics as `results.json` holds them.
     """
-    task = task_of(backbone, kind, split.test.num_classes, settings)
-    augment, centre = transforms_of(kind, backbone.image_size)
-
-    def extract(source: Source) -> Examples:
-        return backbone.extract(source, task, centre, workers)
-
-    test = test or extract(split.test)
-    head_shape = task.head_shape(backbone.arch)
-    train: Examples | None = None
     if settings.protocol == "fast":
-        views = [centre] + [augment] * settings.views
-        of_views = (backbone, split.train, task, views, workers, seed)
-        train = stored_examples(store, *of_views) if store else _in_memory(*of_views)
-        trainer = FeatureTrainer(task, train, head_shape, settings, seed, backbone.mesh)
+        groups = [[name] for name in models]
     else:
-        trainer = CropTrainer(
-            task, backbone, split.train, augment, extract, settings, seed, workers
-        )
-    keeper = keeper or Keeper()
-    if kind == "classification" and not keeper.progress.nearest:
-        bank = train or extract(split.train)
-        top1 = knn_top1(
-            bank,
-            test,
-            classes=split.test.num_classes,
-            k=settings.knn_k,
-            temperature=settings.knn_temperature,
-            mesh=backbone.mesh,
-        )
-        keeper.keep(nearest={"knn_top1": 100 * top1})
-        del bank
-    result = probe(trainer, test, settings, seed, keeper)
-    metrics: dict[str, Any] = {
-        **result.last,
-        **keeper.progress.nearest,
-        "learning_rate": result.learning_rate,
-        "held_out": {str(rate): value for rate, value in result.held_out.items()},
-        "best": result.best,
-        "best_epoch": result.best_epoch,
-        "test_images": test.images,
-    }
-    return result, metrics
+        sizes = sorted({model.backbone.image_size for model in models.values()})
+        groups = [
+            [name for name, model in models.items() if model.backbone.image_size == size]
+            for size in sizes
+        ]
+    found = {}
+    for names in groups:
+        of_group = {name: models[name] for name in names}
+        found |= _probe_group(of_group, kind, split, settings, seed, workers)
+    return found
+
+
+def _probe_group(
+    models: Mapping[str, ProbedModel],
+    kind: str,
+    split: Split,
+    settings: ProbeSettings,
+    seed: int,
+    workers: int,
+) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
+    """As `probe_models`, of models of one image size."""
+    first = next(iter(models.values())).backbone
+    augment, centre = transforms_of(kind, first.image_size)
+    crops = CropBatches(split.train, augment, settings, first.mesh, seed, workers)
+    probed = []
+    for name, model in models.items():
+        backbone = model.backbone
+        task = task_of(backbone, kind, split.test.num_classes, settings)
+        extract = functools.partial(backbone.extract, task=task, transform=centre, workers=workers)
+        bank: Examples | None = None
+        if settings.protocol == "fast":
+            views = [centre] + [augment] * settings.views
+            of_views = (backbone, split.train, task, views, workers, seed)
+            bank = stored_examples(model.store, *of_views) if model.store else _in_memory(*of_views)
+            shape = task.head_shape(backbone.arch)
+            trainer = FeatureTrainer(task, bank, shape, settings, seed, backbone.mesh)
+        else:
+            trainer = CropTrainer(task, backbone, crops, extract, settings, seed)
+        if kind == "classification" and not model.keeper.progress.nearest:
+            top1 = knn_top1(
+                bank or extract(split.train),
+                model.test,
+                classes=split.test.num_classes,
+                k=settings.knn_k,
+                temperature=settings.knn_temperature,
+                mesh=backbone.mesh,
+            )
+            model.keeper.keep(nearest={"knn_top1": 100 * top1})
+        probed.append(Probed(trainer, model.test, model.keeper, name))
+    with contextlib.closing(crops):
+        results = dict(zip(models, probe_each(probed, settings, seed), strict=True))
+    return {name: (result, _metrics(result, models[name])) for name, result in results.items()}
+
+
+def _metrics(result: ProbeResult, model: ProbedModel) -> dict[str, Any]:
+    """Returns the metrics of a probe as `results.json` holds them."""
+    return without_infinities(
+        {
+            **result.last,
+            "head_is_finite": all(bool(np.isfinite(part).all()) for part in result.head.values()),
+            **model.keeper.progress.nearest,
+            "learning_rate": result.learning_rate,
+            "held_out": {str(rate): value for rate, value in result.held_out.items()},
+            "best": result.best,
+            "best_epoch": result.best_epoch,
+            "test_images": model.test.images,
+        }
+    )
+
+
+def without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces numbers that JSON cannot hold by None."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            value = without_infinities(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = None
+        found[name] = value
+    return found
 
 
 def _in_memory(
@@ -142,7 +212,10 @@ def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
     if kind == "segmentation":
         return Segmentation(classes)
     if kind == "depth":
-        return Depth(ignore_missing=not settings.depth_zero_as_bin)
+        return Depth(
+            ignore_missing=not settings.depth_zero_as_bin,
+            drop_saturated=settings.depth_drop_saturated,
+        )
     return backbone.classification(classes, settings.pooling)
 
 

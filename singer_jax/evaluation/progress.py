@@ -1,4 +1,4 @@
-"""How far a probe is, kept in a file, so that it can be stopped and go on to the same numbers."""
+"""Progress of a probe, kept in a file, so that a stopped probe ends with the same numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from singer_jax.errors import Stopped
 from singer_jax.io.files import download, replacing
 from singer_jax.io.limits import read_arrays
 from singer_jax.platform import parallel
@@ -20,13 +19,13 @@ from singer_jax.runs.telemetry import LOG
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a probe is.
+    """Progress of a probe.
 
     Attributes:
       nearest: the metrics of kNN, once they are known.
       held_out: the score of each rate on held-out images; empty while they are being compared.
-      step: steps done with the images of the present phase: comparing rates, or the last training.
-      heads: after these steps; None before the first.
+      step: number of steps done in the current phase: comparing rates, or the last training.
+      heads: the heads after these steps; None before the first.
       by_epoch: metrics on the test split after each epoch of the last training.
     """
 
@@ -41,31 +40,25 @@ class Keeper:
     """Keeps nothing and is never asked to stop.
 
     Attributes:
-      progress: from which to go on.
+      progress: the progress from which the probe continues.
     """
 
     def __init__(self, progress: Progress = Progress()) -> None:
         self.progress = progress
 
     def keep(self, **changes: Any) -> None:
-        """Notes what has changed."""
+        """Keeps the fields that have changed."""
         if changes.get("heads") is not None:
             arrays = {name: np.asarray(value) for name, value in changes["heads"].items()}
             changes["heads"] = arrays
         self.progress = dataclasses.replace(self.progress, **changes)
 
     def stopping(self) -> bool:
-        """Whether to stop now; the same answer in every process."""
+        """Returns whether to stop now; the answer is the same in every process."""
         return False
 
-    def stop_if_asked(self, **changes: Any) -> None:
-        """Keeps the changes and raises `Stopped`, where a stop was requested."""
-        if self.stopping():
-            self.keep(**changes)
-            raise Stopped(self.describe())
-
     def describe(self) -> str:
-        """What is kept, for the message of a stop."""
+        """Describes what is kept, for the message of a stop."""
         return "stopped"
 
 
@@ -74,8 +67,8 @@ class FileKeeper(Keeper):
 
     Args:
       file: a `.npz`; one of another key, or one that cannot be read, is not continued.
-      key: of the model, the settings and the data.
-      asked: whether a stop was requested; the same answer in every process.
+      key: a digest of the model, the settings and the data.
+      asked: returns whether a stop was requested; the answer is the same in every process.
     """
 
     def __init__(self, file: epath.Path, key: str, asked: Callable[[], bool]) -> None:
@@ -101,7 +94,7 @@ class FileKeeper(Keeper):
         return f"stopped {self._where()}, saved in {self.file}"
 
     def remove(self) -> None:
-        """Forgets the progress of what is finished."""
+        """Removes the progress of a finished probe."""
         if jax.process_index() == 0:
             self.file.unlink(missing_ok=True)
 

@@ -94,11 +94,11 @@ PUBLISHED: dict[Any, tuple[float, ...]] = {
 
 
 def row(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The columns from the metrics by task; None where a task of a column was not measured."""
+    """Returns the columns from the metrics by task; None where a task of a column has no metric."""
     found: dict[str, float | None] = {}
     for column, names in COLUMNS.items():
         measured = [tasks[name][TASKS[name].metric] for name in names if name in tasks]
-        complete = len(measured) == len(names)
+        complete = len(measured) == len(names) and None not in measured
         found[column] = sum(measured) / len(names) if complete else None
     return found
 

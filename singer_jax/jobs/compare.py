@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from typing import Any
@@ -11,31 +12,36 @@ import numpy as np
 from etils import epath
 
 from singer_jax.errors import InputError
+from singer_jax.evaluation.results import Results, read_results
 from singer_jax.io.files import as_path, write_text, writing
-from singer_jax.io.limits import read_object
-from singer_jax.jobs.report import MEASURED, read_settings, results_of_student
+from singer_jax.jobs.report import read_settings, results_file
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
+from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import NAME, Each, OneOf
 from singer_jax.settings.settings import Settings, flatten, setting, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareSettings(Settings):
-    """Which runs."""
+    """Settings of the job `compare`."""
 
     job: str = setting("compare", OneOf(("compare",)), "the command")
-    runs: tuple[str, ...] = setting((), Each(NAME), "work directories with an evaluation/")
+    runs: tuple[str, ...] = setting(
+        (), Each(NAME), "work directories of runs, each with an evaluation/"
+    )
 
 
 def compare(settings: CompareSettings, workdir: epath.Path) -> None:
-    """Several runs in one table: methods by tasks, mean and standard deviation over seeds.
+    """Writes a table of several runs: methods by tasks, mean and standard deviation over seeds.
 
-    Writes compare.json and compare/index.html below the work directory, and prints the table.
+    Runs share a row if they differ in nothing but the seed: neither in their settings nor in those,
+    the step, the data and the code of their evaluations. The names of the rows say what differs.
+    Written are compare.json and compare/index.html below the work directory; the table is printed.
 
     Args:
       settings: which runs.
-      workdir: of what is written.
+      workdir: the folder of what is written.
 
     Raises:
       InputError: fewer than two students, not a run, or one that is not evaluated.
@@ -43,18 +49,20 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
     described: list[dict[str, Any]] = []
     for folder in map(as_path, settings.runs):
         for student, own in read_settings(folder).each().items():
-            rows, _ = results_of_student(folder, student, own)
-            if MEASURED not in rows:
+            file = results_file(folder, student)
+            results = read_results(file)
+            if results is None:
                 raise InputError(
                     f"runs: {folder} is not evaluated; run the job evaluate with "
                     f"--workdir={folder}/evaluation"
                 )
-            flat = flatten(to_dict(own)) | {"probe": _protocol(folder / "evaluation" / student)}
+            flat = flatten(to_dict(own)) | _evaluation(results, file)
             described.append(
                 {
                     "kind": {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_METHOD)},
+                    "data": results.data,
                     "seed": own.seed,
-                    "row": rows[MEASURED],
+                    "row": results.row,
                     "curve": read_metrics(folder, student),
                 }
             )
@@ -63,6 +71,9 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
             "runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\", or one of several "
             "students"
         )
+    for task in sorted(_on_different_data([entry["data"] for entry in described])):
+        for entry in described:
+            entry["kind"][f"evaluation.data.{task}"] = entry["data"].get(task, "none")[:8]
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry, name in zip(described, _names([e["kind"] for e in described]), strict=True):
         if entry["seed"] in (other["seed"] for other in groups.get(name, [])):
@@ -94,20 +105,47 @@ _NOT_THE_METHOD = (
 
 
 def _names(kinds: list[dict[str, Any]]) -> list[str]:
-    """A name for each run: method, models, and the keys in which not all runs agree."""
+    """Returns a name for each run: method, models, and the keys in which not all runs agree."""
     shown = ("method.name", "teacher.model", "student.model")
     keys = sorted(set().union(*kinds) - set(shown))
-    differing = [key for key in keys if len({repr(kind.get(key)) for kind in kinds}) > 1]
+    differing = [
+        key
+        for key in keys
+        if len({repr(kind.get(key)) for kind in kinds if _states(kind, key)}) > 1
+    ]
     names = []
     for kind in kinds:
         method, teacher, student = (kind[key] for key in shown)
-        own = ", ".join(f"{key}={kind.get(key)}" for key in differing)
+        own = ", ".join(f"{key}={kind.get(key)}" for key in differing if _states(kind, key))
         names.append(f"{method} {teacher} -> {student}" + (f" ({own})" if own else ""))
     return names
 
 
-def _protocol(evaluation: epath.Path) -> str:
-    return str(read_object(evaluation / "results.json").get("protocol"))
+_KNOWN = "known settings"
+
+
+def _states(kind: dict[str, Any], key: str) -> bool:
+    """Returns False for a key of an evaluation that does not say its settings."""
+    return kind["evaluation"] == _KNOWN or not key.startswith("evaluation.")
+
+
+def _evaluation(results: Results, file: epath.Path) -> dict[str, Any]:
+    """Returns what has to be equal of evaluations that are averaged, by key.
+
+    Results that do not say how they were made are equal to none, since nobody knows.
+    """
+    if results.version is None:
+        LOG.warning("%s does not say its settings; run the job evaluate again", file)
+        return {"evaluation": f"unknown settings: {file.parent}"}
+    found = {"version": results.version, "step": results.step} | results.settings
+    return {"evaluation": _KNOWN} | {f"evaluation.{k}": v for k, v in found.items()}
+
+
+def _on_different_data(data: list[dict[str, str]]) -> set[str]:
+    """Returns the tasks whose data are not the same wherever they were measured."""
+    pairs = {pair for of_one in data for pair in of_one.items()}
+    tasks = collections.Counter(task for task, _ in pairs)
+    return {task for task, digests in tasks.items() if digests > 1}
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -21,38 +21,54 @@ from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, load_teacher
-from singer_jax.evaluation.measure import Split, probe_task, test_examples
-from singer_jax.evaluation.probe import ProbeSettings, score
+from singer_jax.evaluation.measure import (
+    ProbedModel,
+    Split,
+    probe_models,
+    test_examples,
+    without_infinities,
+)
+from singer_jax.evaluation.probe import ProbeResult, ProbeSettings
 from singer_jax.evaluation.progress import FileKeeper
+from singer_jax.evaluation.results import VERSION, provenance
+from singer_jax.evaluation.scoring import score
 from singer_jax.io.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.io.limits import read_arrays, read_object
 from singer_jax.jobs.report import read_settings
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
+from singer_jax.runs.checkpoints import fingerprint, step_to_read
 from singer_jax.runs.telemetry import LOG
-from singer_jax.settings.ranges import SEED, TEXT, Each, OneOf
+from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings(Settings):
-    """What is measured, on which data, how."""
+    """Settings of the job `evaluate`."""
 
     job: str = setting("evaluate", OneOf(("evaluate",)), "the command")
-    seed: int = setting(0, SEED, "of heads, order and crops")
-    run: str = setting("", TEXT, "a work directory: its student; or else")
+    seed: int = setting(0, SEED, "seed of heads, order and crops")
+    run: str = setting(
+        "", TEXT, "work directory of a run, whose student is measured; or else `weights`"
+    )
     student: str = setting(
-        "", TEXT, "one of several students of `run`; empty: all of them and the teacher"
+        "", TEXT, "name of one of several students of `run`; empty: all of them and the teacher"
     )
-    weights: str = setting("", TEXT, "a hub name or file, and")
+    step: int | None = setting(
+        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
+    )
+    weights: str = setting("", TEXT, "hub name or file of the weights to measure")
     model: str = setting(
-        "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
+        "", TEXT, "timm name of `weights`, where neither the hub name nor a config.json says it"
     )
-    precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "of activations")
+    precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "dtype of the activations")
     data: DataSettings = section(DataSettings(source="table1"))
     tasks: tuple[str, ...] = setting(
-        (), Each(OneOf(tuple(table1.TASKS))), "of table1; none: all whose data are there"
+        (),
+        Each(OneOf(tuple(table1.TASKS))),
+        "tasks of table1 to measure; empty: all whose data are installed",
     )
     mesh: parallel.MeshSettings = section(parallel.MeshSettings())
     probe: ProbeSettings = section(ProbeSettings())
@@ -63,19 +79,23 @@ class _Subject:
     """A model to measure.
 
     Attributes:
-      name: of a student of several, or `teacher`; else empty.
-      folder: of its results.
+      name: the name of one of several students, or `teacher`; else empty.
+      folder: the folder of its results.
       backbone: the model.
       run: settings of the run that made it.
-      identity: of the model and the settings, for what was measured before.
-      finished: what is measured, by task.
-      skipped: why the other tasks are not.
+      step: step of the run's checkpoint; None: not a student of a run.
+      digest: `checkpoints.fingerprint` of its parameters.
+      identity: digests of the model and of the settings, which say what need not be measured again.
+      finished: the results of the finished tasks, by name.
+      skipped: the reasons why other tasks are not measured, by name.
     """
 
     name: str
     folder: epath.Path
     backbone: Backbone
     run: DistillSettings | None
+    step: int | None
+    digest: str
     identity: dict[str, str]
     finished: dict[str, dict[str, Any]]
     skipped: dict[str, str]
@@ -117,13 +137,18 @@ def _subjects(
 ) -> list[_Subject]:
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     policy = ComputePolicy(PRECISIONS[settings.precision])
-    described = as_path(settings.run) / "config.json" if settings.run else None
-    run = read_settings(as_path(settings.run)) if described and described.is_file() else None
+    folder, step = as_path(settings.run or "."), settings.step
+    if settings.run:
+        step = step_to_read(folder, step)
+    described = settings.run and (folder / "config.json").is_file()
+    run = read_settings(folder, step) if described else None
     students = run.each() if run and run.students.named else {}
     backbones: dict[str, Backbone] = {}
     if students and not settings.student:
         for name in students:
-            backbones[name] = load_backbone(mesh, run=settings.run, student=name, policy=policy)
+            backbones[name] = load_backbone(
+                mesh, run=settings.run, student=name, step=step, policy=policy
+            )
         if any(methods.needs(own.method).teacher for own in students.values()):
             data = run.data
             try:
@@ -139,6 +164,7 @@ def _subjects(
             weights=settings.weights,
             model=settings.model,
             student=settings.student,
+            step=step,
             policy=policy,
         )
     found = []
@@ -154,8 +180,11 @@ def _subjects(
                 if (known := _finished(folder / "tasks" / f"{task}.json", identity))
             }
         )
-        own = None if name == "teacher" else students.get(name, run)
-        parts = (name, folder, backbone, own, identity, finished, dict(skipped))
+        own, of_run = students.get(name, run), step
+        if name == "teacher":
+            own = of_run = None
+        digest = fingerprint(backbone.params)
+        parts = (name, folder, backbone, own, of_run, digest, identity, finished, dict(skipped))
         found.append(_Subject(*parts))
     return found
 
@@ -166,7 +195,7 @@ def _measure_all(
     benchmarks: dict[str, table1.Benchmark],
     splits: dict[str, Split],
 ) -> None:
-    """Adds to `finished` what is not in it, and to `skipped` what cannot be measured."""
+    """Adds the missing results to `finished`, and to `skipped` the tasks without them."""
     questions = itertools.count(1)
 
     def asked() -> bool:
@@ -206,18 +235,52 @@ def _measure_all(
             settings.probe,
             worker_count(settings.data.workers),
         )
-        for name, (subject, backbone, key) in due.items():
-            of_all = hashlib.sha256(json.dumps([subject.identity, key]).encode()).hexdigest()
-            kept = subject.folder / "tasks"
-            keeper = FileKeeper(kept / f"{task}.progress.npz", of_all, asked)
-            metrics = _measure(
-                task, benchmark, backbone, split, settings, subject.folder, keeper, tests.pop(name)
-            )
-            subject.finished[task] = {**subject.identity, "key": key, "metrics": metrics}
-            _write(kept / f"{task}.json", subject.finished[task])
-            keeper.remove()
-            _say(subject, task)
-            _summarise(settings, subject)
+        if benchmark.kind == "transfer":
+            for name, (subject, backbone, key) in due.items():
+                metrics = _transfer(
+                    task, backbone, split, settings, subject.folder, tests.pop(name)
+                )
+                _finish(settings, subject, task, split, key, metrics)
+            continue
+        # The published protocol trains all on the same decoded images; the fast one frees the
+        # features of each when it is measured.
+        shared = settings.probe.protocol == "paper"
+        for names in [list(due)] if shared else [[name] for name in due]:
+            models = {}
+            for name in names:
+                subject, backbone, key = due[name]
+                of_all = hashlib.sha256(json.dumps([subject.identity, key]).encode()).hexdigest()
+                progress = subject.folder / "tasks" / f"{task}.progress.npz"
+                keeper = FileKeeper(progress, of_all, asked)
+                store = cached(subject.folder / "features" / task)
+                models[name] = ProbedModel(backbone, tests.pop(name), store, keeper)
+            for name, (result, metrics) in _probe(benchmark, models, split, settings).items():
+                subject, _, key = due[name]
+                if jax.process_index() == 0:
+                    with replacing(subject.folder / "tasks" / f"{task}.npz") as file:
+                        np.savez(file, **result.head)
+                _finish(settings, subject, task, split, key, metrics)
+                models[name].keeper.remove()
+
+
+def _finish(
+    settings: EvaluateSettings,
+    subject: _Subject,
+    task: str,
+    split: Split,
+    key: str,
+    metrics: dict[str, Any],
+) -> None:
+    """Writes the metrics of a task, and the results with it."""
+    subject.finished[task] = {
+        **subject.identity,
+        "key": key,
+        "data": _data_digest(split),
+        "metrics": metrics,
+    }
+    _write(subject.folder / "tasks" / f"{task}.json", subject.finished[task])
+    _say(subject, task)
+    _summarise(settings, subject)
 
 
 def _say(subject: _Subject, task: str) -> None:
@@ -226,7 +289,7 @@ def _say(subject: _Subject, task: str) -> None:
 
 
 def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
-    """Writes results.json of what is finished; returns the rows of the table."""
+    """Writes the results.json of the finished tasks; returns the rows of the table."""
     results = {name: found["metrics"] for name, found in subject.finished.items()}
     run = to_dict(subject.run) if subject.run else None
     measured = f"{subject.name}, measured here" if subject.name else "measured here"
@@ -236,6 +299,12 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
         "model": model,
         "run": {k: run[k] for k in ("seed", "method", "teacher", "student")} if run else None,
         "protocol": settings.probe.protocol,
+        **provenance(
+            _measuring(settings),
+            {name: found["data"] for name, found in subject.finished.items()},
+            subject.step,
+            subject.digest,
+        ),
         "tasks": results,
         "skipped": {
             name: reason for name, reason in subject.skipped.items() if name not in results
@@ -253,7 +322,7 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
 def _find_data(
     settings: EvaluateSettings,
 ) -> tuple[dict[str, table1.Benchmark], dict[str, Split], dict[str, str]]:
-    """The tasks, the data of those that have some, and why the others are skipped."""
+    """Returns the tasks, the data of those that have some, and why the others are skipped."""
     data = settings.data
     named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
     chosen = tuple(settings.tasks) or tuple(table1.TASKS)
@@ -303,67 +372,71 @@ def _split(data: DataSettings, kind: str) -> Split:
 def _with_statistics(
     backbone: Backbone, benchmark: table1.Benchmark, normalisation: str
 ) -> Backbone:
-    """The backbone with the image statistics of the official code, where they are asked for."""
+    """Returns the backbone, with the image statistics of the official code where they are set."""
     if normalisation == "model":
         return backbone
     spec = dataclasses.replace(backbone.network.spec, mean=benchmark.mean, std=benchmark.std)
     return dataclasses.replace(backbone, network=dataclasses.replace(backbone.network, spec=spec))
 
 
-def _measure(
+def _transfer(
     name: str,
-    benchmark: table1.Benchmark,
     backbone: Backbone,
     split: Split,
     settings: EvaluateSettings,
     workdir: epath.Path,
-    keeper: FileKeeper,
     test: Examples,
 ) -> dict[str, Any]:
-    workers, first = worker_count(settings.data.workers), jax.process_index() == 0
-    if benchmark.kind == "transfer":
-        file = workdir / "tasks" / "imagenet.npz"
-        head = parallel.of_first_process(read_arrays(download(file)) if first else None)
-        classes = head["bias"].shape[0]
-        if split.test.num_classes > classes:
-            raise InputError(
-                f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
-            )
-        task = backbone.classification(classes, settings.probe.pooling)
-        heads = {part: value[None] for part, value in head.items()}
-        return score(task, heads, test, backbone.mesh)[0] | {"test_images": test.images}
+    """Scores the head that was trained on ImageNet on another test split."""
+    file = workdir / "tasks" / "imagenet.npz"
+    first = jax.process_index() == 0
+    head = parallel.of_first_process(read_arrays(download(file)) if first else None)
+    classes = head["bias"].shape[0]
+    if split.test.num_classes > classes:
+        raise InputError(
+            f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
+        )
+    task = backbone.classification(classes, settings.probe.pooling)
+    heads = {part: value[None] for part, value in head.items()}
+    metrics = score(task, heads, test, backbone.mesh)[0]
+    return without_infinities(metrics) | {"test_images": test.images}
+
+
+def _probe(
+    benchmark: table1.Benchmark,
+    models: dict[str, ProbedModel],
+    split: Split,
+    settings: EvaluateSettings,
+) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
     probe = settings.probe
     if probe.epochs is None:
         probe = dataclasses.replace(probe, epochs=benchmark.epochs)
-    result, metrics = probe_task(
-        backbone,
-        benchmark.kind,
-        split,
-        probe,
-        settings.seed,
-        workers,
-        cached(workdir / "features" / name),
-        keeper,
-        test,
-    )
-    if first:
-        with replacing(workdir / "tasks" / f"{name}.npz") as file:
-            np.savez(file, **result.head)
-    return metrics
+    workers = worker_count(settings.data.workers)
+    return probe_models(models, benchmark.kind, split, probe, settings.seed, workers)
 
 
-def _settings_digest(settings: EvaluateSettings) -> str:
-    measured = {
+def _measuring(settings: EvaluateSettings) -> dict[str, Any]:
+    """Returns the settings on which the numbers depend."""
+    return {
         "probe": to_dict(settings.probe),
         "seed": settings.seed,
         "precision": settings.precision,
         "normalisation": settings.data.normalisation,
     }
+
+
+def _settings_digest(settings: EvaluateSettings) -> str:
+    measured = _measuring(settings) | {"version": VERSION}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
+def _data_digest(split: Split) -> str:
+    parts = [source.fingerprint() for source in split if source is not None]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str:
-    """Of the task and its data; of a transfer also of the head that it takes."""
+    """Returns a digest of the task and its data; of a transfer also of the head that it takes."""
     parts = [repr(benchmark), *(source.fingerprint() for source in split if source is not None)]
     if benchmark.kind == "transfer":
         parts.append(imagenet)
@@ -371,7 +444,10 @@ def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str
 
 
 def _finished(file: epath.Path, identity: dict[str, str]) -> dict[str, Any] | None:
-    """A task that was measured with this model and these settings; its head is there too."""
+    """Returns the content of a task that was measured with this model and these settings.
+
+    None: it was not, or its head is missing.
+    """
     try:
         content = read_object(file)
     except (FileNotFoundError, InputError):

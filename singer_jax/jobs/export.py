@@ -20,7 +20,7 @@ from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.platform import parallel
-from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, TEXT, Flag, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
@@ -41,7 +41,9 @@ class ExportSettings(Settings):
     model: str = setting(
         "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
     )
-    step: int | None = setting(None, optional(COUNT), "of the checkpoint; None: the latest")
+    step: int | None = setting(
+        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
+    )
     stablehlo: bool = setting(True, Flag(), "also write features.stablehlo")
 
 
@@ -60,13 +62,15 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     if settings.weights:
         dtype = _stored_dtype(find_weights(settings.weights))
         policy = ComputePolicy(param_dtype=dtype)
+    run = None if settings.weights else as_path(settings.run or str(workdir))
+    step = step_to_read(run, settings.step) if run else settings.step
     backbone = load_backbone(
         parallel.make_mesh(),  # whole on each device, so that process 0 has it all
-        run="" if settings.weights else settings.run or str(workdir),
+        run=str(run or ""),
         weights=settings.weights,
         model=settings.model,
         student=settings.student,
-        step=settings.step,
+        step=step,
         policy=policy,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
@@ -76,8 +80,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
             "set --config.stablehlo=False"
         )
     made_from = None
-    if not settings.weights:  # all processes open a checkpoint together
-        made_from = _origin(as_path(settings.run or str(workdir)), settings)
+    if run:  # all processes open a checkpoint together
+        made_from = _origin(run, settings.student, step)
     if jax.process_index() > 0:
         return
     name = settings.student
@@ -90,12 +94,11 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     LOG.info("%s exported to %s", backbone.network.spec.name, folder)
 
 
-def _origin(run: epath.Path, settings: ExportSettings) -> dict[str, Any]:
+def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
-        step = settings.step or checkpoints.latest_step()
         meta = checkpoints.meta(step)
-    its_settings = of_saved(meta["config"]).each()[settings.student]
-    return origin(meta.get("weights", {}), settings.student, its_settings.method_name, step)
+    its_settings = of_saved(meta["config"]).each()[student]
+    return origin(meta.get("weights", {}), student, its_settings.method_name, step)
 
 
 def _stored_dtype(path: Path) -> Any:

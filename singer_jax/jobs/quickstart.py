@@ -26,6 +26,7 @@ from singer_jax.platform import parallel
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_norm_maps, save_patch_maps
+from singer_jax.runs.checkpoints import step_to_read
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import OneOf
 from singer_jax.settings.settings import Settings, section, setting
@@ -98,8 +99,10 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     page = workdir / "report" / "index.html"
     columns = {name: _columns(row) for name, row in results.items()}
-    report = collect(workdir / "distilled", distilled, {}, _SHOWN, columns)
-    write_page(page, report)
+    run = workdir / "distilled"
+    trained = {f"student, {name}": backbones[f"student, {name}"] for name in distilled.each()}
+    report = collect(run, distilled, step_to_read(run), trained, _SHOWN)
+    write_page(page, dataclasses.replace(report, results=columns))
     maps = {
         model.name: np.linalg.norm(model.tokens[:_IN_A_PICTURE], axis=-1).reshape(-1, *model.grid)
         for model in report.models

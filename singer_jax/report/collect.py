@@ -21,7 +21,7 @@ from singer_jax.data.loader import eval_batches
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, evenly
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import Backbone
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_tokens
 from singer_jax.io import limits
 from singer_jax.methods.singer import Singer, refine
@@ -96,12 +96,18 @@ class Report:
 
 
 def restore(
-    run: epath.Path, settings: DistillSettings
+    run: epath.Path, settings: DistillSettings, step: int | None = None
 ) -> tuple[Setups, dict[str, TrainState], Params | None, int]:
-    """A run as it is at its latest checkpoint: setups, states, the teacher's parameters, the step.
+    """Restores a run: its setups, states, the teacher's parameters, and the checkpoint's step.
+
+    Args:
+      run: the work directory.
+      settings: those of the run.
+      step: the step of the checkpoint; None: as `Checkpoints.step_to_read`.
 
     Raises:
       InputError: no finished checkpoint.
+      RunError: no checkpoint without corruption.
     """
     source = open_source(settings.data, TRAIN)
     # On the devices that are here, not those of the training.
@@ -112,9 +118,7 @@ def restore(
     )
     prepared = setup_students(settings, len(source), source.num_classes)
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise InputError(f"run: {run} has no finished checkpoint yet")
+        step = checkpoints.step_to_read(step)
         states = restore_states(checkpoints, step, prepared)
         teacher = (checkpoints.meta(step).get("weights") or {}).get("teacher", {})
     neurons = teacher.get("clean", {}).get("neurons", ())
@@ -162,23 +166,23 @@ def _numbers(line: str) -> dict[str, float]:
 def collect(
     run: epath.Path,
     settings: DistillSettings,
-    baselines: dict[str, tuple[epath.Path, str]],
+    step: int,
+    students: Mapping[str, Backbone],
     shown: int,
-    results: dict[str, dict[str, float | None]],
-    note: str = "",
 ) -> Report:
     """Runs the models on a few images.
 
     Args:
       run: the work directory.
-      settings: of the run.
-      baselines: students of other runs that are shown beside: run and the student's name in it, by
-        the name that is shown.
-      shown: how many images.
-      results: rows of the results table.
-      note: below it.
+      settings: those of the run.
+      step: the step of its checkpoint.
+      students: the students by the names that are shown, those of other runs included.
+      shown: the number of images.
+
+    Returns:
+      the report, without a table of results.
     """
-    prepared, states, teacher_params, step = restore(run, settings)
+    prepared, states, teacher_params, step = restore(run, settings, step)
     mesh, network = prepared.any.mesh, prepared.students.teacher
     if network is None:
         raise InputError(f"run: {run} has no teacher to compare with ({settings.method_name})")
@@ -228,11 +232,7 @@ def collect(
             cosine = cosine_to_teacher(tokens, target, None)
             told = f"teacher, refined for {name}" if name else "teacher, refined"
             models.append(ModelMaps(told, tokens, arch.grid, cosine))
-    students = {
-        f"student, {name or own.method_name}": (run, name) for name, own in settings.each().items()
-    }
-    for name, (folder, student) in (students | baselines).items():
-        backbone = load_backbone(mesh, run=str(folder), student=student)
+    for name, backbone in students.items():
         tokens = patch_tokens(backbone, few)
         cosine = None
         if backbone.arch.grid == arch.grid:
@@ -260,8 +260,7 @@ def collect(
         _pixels(few, prepared.image_size),
         models,
         norms,
-        results,
-        note,
+        results={},
     )
 
 

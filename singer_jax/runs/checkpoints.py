@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-from singer_jax.errors import RunError
+from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import as_path, check_takes_checkpoints, failures
 from singer_jax.models.params import Params, join, split
 from singer_jax.platform import parallel
@@ -134,7 +134,8 @@ class Checkpoints:
                 reason = verify.find_corruption(self.manager.directory / str(step))
                 if reason is None:
                     return step
-                found[step] = reason
+                if step in verify.finished(self.manager.directory):  # else just removed by the run
+                    found[step] = reason
             if found:
                 reasons = "; ".join(f"{step}: {reason}" for step, reason in found.items())
                 raise RunError(
@@ -144,6 +145,30 @@ class Checkpoints:
             return None
 
         return parallel.of_first_process(look() if jax.process_index() == 0 else None)
+
+    def step_to_read(self, step: int | None = None) -> int:
+        """Returns the step of the checkpoint that a reader takes; for all processes together.
+
+        It is `step` where that is given, and else that of the newest checkpoint without corruption,
+        as for training. A warning names the newer ones that are passed over.
+
+        Raises:
+          InputError: no checkpoint is finished, or none of the given step.
+          RunError: there are checkpoints, but none without corruption.
+        """
+        run, finished = self.manager.directory.parent, sorted(self.manager.all_steps())
+        if not finished:
+            raise InputError(f"run: {run} has no finished checkpoint yet")
+        if step is not None:
+            if step not in finished:
+                raise InputError(f"step: {run} holds checkpoints {finished}, not {step}")
+            return step
+        found = self.newest_whole()
+        if found is None:
+            raise InputError(f"run: {run} has no finished checkpoint any more")
+        for other, reason in self.watch.damaged.items():
+            LOG.warning("checkpoint %d is damaged (%s); %d is read instead", other, reason, found)
+        return found
 
     def set_aside(self) -> None:
         """Moves the checkpoints that were found damaged out of the way; by all processes."""
@@ -284,3 +309,16 @@ class Checkpoints:
         self.watch.close()
         with self._writing():
             self.manager.close()
+
+
+def step_to_read(run: epath.Path, step: int | None = None) -> int:
+    """Returns `Checkpoints.step_to_read` of a work directory.
+
+    Raises:
+      InputError: it holds no checkpoints, or as `Checkpoints.step_to_read`.
+      RunError: as `Checkpoints.step_to_read`.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise InputError(f"run: {run} holds no checkpoints")
+    with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
+        return checkpoints.step_to_read(step)

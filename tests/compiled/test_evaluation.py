@@ -9,9 +9,13 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks.topology import tpu_mesh
-from singer_jax.evaluation import backbone, knn, probe
+from singer_jax.evaluation import backbone, knn, scoring, trainers
 from singer_jax.evaluation.backbone import Backbone, Examples
-from singer_jax.evaluation.heads import Classification, Depth, Segmentation, Task
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.heads import Task
+from singer_jax.evaluation.probe import ProbeSettings
+from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.models import program
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import Network
@@ -78,13 +82,14 @@ def test_feature_extraction_and_scores(chips, model, compiles: Compile, kind):
     batch = batch_of(chips, kind)
     features = abstract(features, parallel.batch_sharding(chips))
     heads = heads_of(chips, task, model.arch, 3)
-    compiles(120, probe.count, task, chips, heads, features, batch["label"], batch["valid"])
+    compiles(120, scoring.count, task, chips, heads, features, batch["label"], batch["valid"])
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_published_probe_s_step(chips, model, compiles: Compile, kind):
-    settings = probe.ProbeSettings(epochs=2, batch_size=IMAGES)
-    trainer = probe.CropTrainer(TASKS[kind], model, np.zeros(64), None, None, settings)
+    settings = ProbeSettings(epochs=2, batch_size=IMAGES)
+    crops = trainers.CropBatches(np.zeros(64), None, settings, chips)
+    trainer = trainers.CropTrainer(TASKS[kind], model, crops, None, settings)
     step = trainer.crop_step(64, (0.1, 0.5))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(chips))
     heads = heads_of(chips, TASKS[kind], model.arch, 2)
@@ -92,10 +97,12 @@ def test_the_published_probe_s_step(chips, model, compiles: Compile, kind):
 
 
 def test_an_epoch_of_the_fast_probe(chips, model, compiles: Compile):
-    settings = probe.ProbeSettings(epochs=2, batch_size=IMAGES)
+    settings = ProbeSettings(epochs=2, batch_size=IMAGES)
     train = Examples(np.zeros((64, 1024), np.float32), np.zeros(64, np.int32))
     task = TASKS["classification"]
-    trainer = probe.FeatureTrainer(task, train, task.head_shape(model.arch), settings, mesh=chips)
+    trainer = trainers.FeatureTrainer(
+        task, train, task.head_shape(model.arch), settings, mesh=chips
+    )
     split, whole = parallel.batch_sharding(chips), parallel.replicated(chips)
     compiles(
         120,

@@ -14,7 +14,7 @@ from singer_jax.data.sources import TEST, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation import backbone as backbone_lib
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.evaluation.heads import Classification
+from singer_jax.evaluation.classification import Classification
 from singer_jax.models import zoo
 from singer_jax.models.weights import to_hub_config
 from singer_jax.platform import parallel

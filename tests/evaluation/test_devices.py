@@ -8,10 +8,13 @@ import pytest
 
 from singer_jax.data.sources import Record
 from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
-from singer_jax.evaluation.heads import Depth, Segmentation
+from singer_jax.evaluation.depth import Depth
 from singer_jax.evaluation.knn import knn_top1
-from singer_jax.evaluation.probe import CropTrainer, FeatureTrainer, ProbeSettings, count, score
+from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.evaluation.progress import Progress
+from singer_jax.evaluation.scoring import count, score
+from singer_jax.evaluation.segmentation import Segmentation
+from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrainer
 from singer_jax.platform import memory, parallel
 from singer_jax.platform.spread import pick, spread
 from tests import tiny
@@ -65,7 +68,8 @@ def crop_trainer(backbone: Backbone, task: object) -> CropTrainer:
     def centre_of(split: object) -> Examples:
         return backbone.extract(split, task, source)
 
-    return CropTrainer(task, backbone, source, source, centre_of, settings)
+    crops = CropBatches(source, source, settings, backbone.mesh)
+    return CropTrainer(task, backbone, crops, centre_of, settings)
 
 
 def collectives(program: str) -> dict[str, int]:
@@ -124,7 +128,7 @@ def test_crops_train_the_heads_of_one_device(backbone_on, task, mesh):
     chosen, found = np.arange(IMAGES), {}
     for shape in ((1, 1), mesh):
         trainer = crop_trainer(backbone_on(*shape), task)
-        (heads,) = trainer.train(chosen, RATES)
+        *_, (_, heads) = trainer.train(chosen, RATES)
         found[shape] = heads, score(task, heads, trainer.centre(chosen), trainer.mesh)
     (one, metrics), (many, same) = found.values()
     for name, value in one.items():
@@ -145,7 +149,9 @@ def test_stored_features_train_the_heads_of_one_device(mesh, bytes_, monkeypatch
         FeatureTrainer(task, train, (5, 3), settings, mesh=parallel.make_mesh(*shape))
         for shape in ((1, 1), mesh)
     )
-    for a, b in zip(one.train(np.arange(21), RATES), many.train(np.arange(21), RATES), strict=True):
+    epochs = (trainer.train(np.arange(21), RATES) for trainer in (one, many))
+    for (step, a), (same, b) in zip(*epochs, strict=True):
+        assert step == same
         for name, value in a.items():
             np.testing.assert_allclose(b[name], value, rtol=1e-5, atol=1e-6)
 

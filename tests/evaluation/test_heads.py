@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from singer_jax.errors import RunError
-from singer_jax.evaluation import heads
-from singer_jax.evaluation.heads import Classification, Depth, Segmentation
+from singer_jax.evaluation import heads, linear
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth, depth_counts, depth_metrics
+from singer_jax.evaluation.segmentation import Segmentation, mean_iou
 
 DIM = 3
 
@@ -81,10 +83,7 @@ def test_depth_metrics_are_those_of_numpy(seed, temperature):
     truth[0, 0, 0] = 5
     logits = np.stack([bilinear(f @ head["kernel"] + head["bias"], (6, 6)) for f in features])
     depth = scipy.special.softmax(logits / temperature, axis=-1) @ np.linspace(0, 10, 16)
-    # A map that saturates at a limit counts or not by rounding: such maps are not compared.
     inside = (truth > 0) & (truth < 10)
-    if not inside.any() or np.any(depth < 1e-4) or np.any(depth > 10 - 1e-4):
-        return
     counts = jax.device_get(task.count(head, features, truth, np.ones(2, bool)))
     suffix = "" if temperature == 0.03 else "_t0.6"
     found = task.metrics(counts)
@@ -97,7 +96,7 @@ def test_depth_metrics_are_those_of_numpy(seed, temperature):
     for name, value in expected.items():
         np.testing.assert_allclose(found[name + suffix], value, rtol=1e-3, err_msg=name)
     for n in (1, 2, 3):
-        share = np.mean(np.maximum(p / t, t / p) < 1.25**n)
+        share = np.mean(np.maximum(p / t, t / np.maximum(p, 1e-9)) < 1.25**n)
         assert found[f"delta{n}{suffix}"] == pytest.approx(share, abs=0.03)
 
 
@@ -151,8 +150,82 @@ def test_top_k_are_those_of_scikit_learn(classes, images, seed):
     assert found["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-7)  # float32 beside 1
 
 
-def test_a_head_that_is_not_a_number_is_never_right():
-    task, labels, valid = Classification(8), np.array([0, 1, 2]), np.ones(3, bool)
-    head = {"kernel": np.full((DIM, 8), np.nan, np.float32), "bias": np.zeros(8, np.float32)}
-    counts = jax.device_get(task.count(head, np.ones((3, DIM), np.float32), labels, valid))
-    assert task.metrics(counts)["top1"] == task.metrics(counts)["top5"] == 0
+def metrics_of(task: object, head: dict, features: np.ndarray, labels: np.ndarray) -> dict:
+    """The metrics of one head on one batch without padding."""
+    counts = task.count(head, features, labels, np.ones(len(features), bool))
+    return task.metrics(jax.device_get(counts))
+
+
+def of_task(task: object) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Features, labels, and the numbers of inputs and of outputs of a head."""
+    rng = np.random.default_rng(0)
+    if isinstance(task, Classification):
+        return np.ones((40, DIM), np.float32), np.arange(40) % task.classes, DIM, task.classes
+    if isinstance(task, Segmentation):
+        features = np.ones((2, 2, 2, DIM), np.float32)
+        return features, rng.integers(0, task.classes, (2, 4, 4)), DIM, task.classes
+    features = np.ones((2, 2, 2, 2 * DIM), np.float32)
+    return features, rng.uniform(0.1, 9.9, (2, 4, 4)).astype(np.float32), 2 * DIM, task.bins
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "task", [Classification(8), Segmentation(4), Depth(bins=8), Depth(bins=8, drop_saturated=True)]
+)
+def test_a_head_that_is_not_finite_scores_worse_than_any_other(task, bad):
+    features, labels, inputs, outputs = of_task(task)
+    head = {"kernel": np.zeros((inputs, outputs), np.float32), "bias": np.zeros(outputs)}
+    worst = metrics_of(task, head | {"bias": np.full(outputs, bad, np.float32)}, features, labels)
+    for chosen in range(outputs):  # a constant prediction of each class or bin
+        bias = 30 * np.eye(outputs, dtype=np.float32)[chosen]
+        other = metrics_of(task, head | {"bias": bias}, features, labels)
+        assert worst[task.score] < other[task.score] or np.isnan(other[task.score])
+    zeros = ("top1", "top5", "miou", "accuracy", "delta1", "delta3")
+    assert not any(worst.get(name, 0) for name in zeros)
+
+
+def test_every_pixel_with_a_depth_counts_wherever_it_is_predicted():
+    truth = np.array([[2.0, 5.0, 0.0, 10.0]], np.float32)
+    everywhere = np.ones(truth.shape, bool)
+    for prediction in (0.0, 5.2, 10.0):
+        predicted = np.full(truth.shape, prediction, np.float32)
+        counts = depth_counts(predicted, truth, everywhere, 10.0)
+        expected = np.sqrt(np.mean((prediction - np.array([2.0, 5.0])) ** 2))
+        assert depth_metrics(jax.device_get(counts))["rmse"] == pytest.approx(expected)
+        # As the official code: a pixel at a limit has no part in the metrics.
+        official = jax.device_get(depth_counts(predicted, truth, everywhere, 10.0, True))
+        expected = expected if prediction == 5.2 else np.nan
+        assert depth_metrics(official)["rmse"] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("classes", [2, 8])
+def test_equal_logits_are_right_as_often_as_chance(classes):
+    task = Classification(classes)
+    features, labels, inputs, _ = of_task(task)
+    zero = {"kernel": np.zeros((inputs, classes)), "bias": np.zeros(classes)}
+    found = metrics_of(task, zero, features, labels)
+    assert found["top1"] == pytest.approx(100 / classes)
+    assert found["top5"] == pytest.approx(100 * min(1, 5 / classes))
+    if classes == 8:  # 0 to 2 are ahead of 3 to 6, which are ahead of 7
+        bias = np.array([2, 2, 2, 1, 1, 1, 1, 0], np.float32)
+        chances = [
+            metrics_of(task, zero | {"bias": bias}, features[:1], np.array([label]))
+            for label in (0, 3, 7)
+        ]
+        assert [found["top1"] for found in chances] == pytest.approx([100 / 3, 0, 0])
+        assert [found["top5"] for found in chances] == pytest.approx([100, 50, 0])
+
+
+def test_both_mious_leave_out_the_same_classes():
+    """Of a trained probe and of the closed form: a class that is only predicted counts as 0."""
+    confusion = np.array([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert mean_iou(confusion) == pytest.approx((3 / 4 + 2 / 3) / 2)
+    confusion[0, 2] = 1
+    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 3 + 0) / 3)
+    # One-hot features make the closed form predict the class of the patch.
+    masks = np.arange(3)[None, :, None]
+    features = np.eye(3)[None]
+    kept = np.zeros((1, 3), bool)
+    tested = np.array([[0, 1, 0]])[..., None]  # class 2 is predicted once and never true
+    found = linear.mean_iou(features, masks, features, tested, 4, kept, kept)
+    assert found == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)

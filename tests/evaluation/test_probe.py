@@ -1,14 +1,17 @@
 """The linear probe: rates trained together, chosen without the test split."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Examples
-from singer_jax.evaluation.heads import Classification
-from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.probe import ProbeSettings, probe
+from singer_jax.evaluation.trainers import FeatureTrainer
 from singer_jax.platform import memory
 
 
@@ -33,9 +36,9 @@ def test_rates_trained_together_are_those_trained_alone(settings):
     train, chosen = clusters(70, 1), np.arange(70)
     rates = (0.01, 0.5, 3.0)
     trainer = FeatureTrainer(TASK, train, SHAPE, settings, seed=3)
-    *_, together = trainer.train(chosen, rates)
+    *_, (_, together) = trainer.train(chosen, rates)
     for index, rate in enumerate(rates):
-        *_, alone = trainer.train(chosen, (rate,))
+        *_, (_, alone) = trainer.train(chosen, (rate,))
         for name in ("kernel", "bias"):
             # One batched product sums in another order than one product alone.
             np.testing.assert_allclose(
@@ -54,6 +57,24 @@ def test_the_rate_is_chosen_without_a_look_at_the_test_split(settings):
     # On a test split whose labels are wrong the untrained head would win; the choice stays.
     wrong = probe(trainer, Examples(test.features, (test.labels + 1) % 4), settings)
     assert wrong.held_out == result.held_out and wrong.learning_rate == 0.5
+
+
+def test_a_rate_that_diverges_is_named_and_not_chosen(settings, caplog):
+    """Also in depth, where every pixel of such a head used to be left out."""
+    settings = dataclasses.replace(settings, learning_rates=(1e30, 0.1))
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((40, 2, 2, 4)).astype(np.float32)
+    depth = Examples(features, rng.uniform(1, 9, (40, 4, 4)).astype(np.float32))
+    for task, train, shape in (
+        (TASK, clusters(50, 1), SHAPE),
+        (Depth(bins=8), depth, (4, 8)),
+        (Depth(bins=8, drop_saturated=True), depth, (4, 8)),
+    ):
+        caplog.clear()
+        result = probe(FeatureTrainer(task, train, shape, settings), train, settings)
+        assert result.learning_rate == 0.1 and result.held_out[1e30] == -math.inf
+        assert "the head at learning rate 1e+30 is not finite" in caplog.text
+        assert math.isfinite(result.last[task.score])
 
 
 def test_held_out_images_are_not_trained_on_while_choosing(settings):
@@ -107,13 +128,19 @@ def test_views_are_trained_in_turn_and_the_centre_crop_chooses(monkeypatch):
     trainer = FeatureTrainer(TASK, views, SHAPE, settings)
     assert trainer.images == 20
     np.testing.assert_array_equal(trainer.centre(np.arange(20)).features, one.features)
-    whole = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+
+    def epochs() -> list[np.ndarray]:
+        """The kernel after each epoch of two steps."""
+        trained = trainer.train(np.arange(20), (0.5,))
+        return [np.asarray(heads["kernel"]) for step, heads in trained if step % 2 == 0]
+
+    whole = epochs()
     # The same, streamed from the file in batches instead of as one program an epoch.
     monkeypatch.setattr(memory, "device_memory", lambda mesh: 1)
-    streamed = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+    streamed = epochs()
     for a, b in zip(whole, streamed, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     # Without the centre crop's features nothing changes: epochs see views 1 and 2 only.
     views.features[:20] = 0
-    again = [np.asarray(h["kernel"]) for h in trainer.train(np.arange(20), (0.5,))]
+    again = epochs()
     np.testing.assert_array_equal(streamed[-1], again[-1])

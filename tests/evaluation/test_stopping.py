@@ -11,9 +11,10 @@ import pytest
 
 from singer_jax.errors import Stopped
 from singer_jax.evaluation.backbone import Examples
-from singer_jax.evaluation.heads import Classification
-from singer_jax.evaluation.probe import FeatureTrainer, ProbeSettings, probe
+from singer_jax.evaluation.classification import Classification
+from singer_jax.evaluation.probe import ProbeSettings, probe
 from singer_jax.evaluation.progress import FileKeeper, Keeper
+from singer_jax.evaluation.trainers import FeatureTrainer
 from singer_jax.platform import memory
 from tests import cli, tiny
 

@@ -1,0 +1,117 @@
+"""The probe of segmentation: one class a pixel, from the patch tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from singer_jax.evaluation.heads import (
+    Counts,
+    Head,
+    Losses,
+    apply_head,
+    by_image,
+    log_likelihood,
+    mean_over,
+    patch_grid,
+    upsample,
+)
+from singer_jax.models.architecture import Architecture
+from singer_jax.models.vit import VisionTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """One class a pixel, from patch tokens.
+
+    Attributes:
+      classes: number of labels 0, 1, ...
+      ignore: label of pixels that count nowhere.
+    """
+
+    classes: int
+    ignore: int = -1
+
+    score: ClassVar[str] = "miou"
+
+    def head_shape(self, arch: Architecture) -> tuple[int, int]:
+        return arch.embed_dim, self.classes
+
+    def features(
+        self, model: VisionTransformer, tokens: Float[Array, "batch tokens dim"]
+    ) -> Float[Array, "batch rows columns dim"]:
+        return patch_grid(model.arch, tokens)
+
+    def losses(
+        self,
+        head: Head,
+        features: Float[Array, "batch rows columns dim"],
+        labels: Int[Array, "batch height width"],
+        valid: Bool[Array, " batch"],
+    ) -> Losses:
+        def of_image(logits: Array, labels: Array, valid: Array) -> tuple[Array, Array]:
+            known = valid & (labels != self.ignore)
+            likelihood = log_likelihood(upsample(logits, labels.shape), jnp.where(known, labels, 0))
+            return jnp.sum(jnp.where(known, likelihood, 0.0)), jnp.sum(known)
+
+        likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
+        return -jnp.sum(likelihood), jnp.sum(known)
+
+    def count(
+        self,
+        head: Head,
+        features: Float[Array, "batch rows columns dim"],
+        labels: Int[Array, "batch height width"],
+        valid: Bool[Array, " batch"],
+    ) -> Counts:
+        def of_image(logits: Array, labels: Array, valid: Array) -> Array:
+            full = upsample(logits, labels.shape)
+            finite = jnp.all(jnp.isfinite(full), axis=-1)
+            predicted = jnp.where(finite, jnp.argmax(full, axis=-1), self.classes)
+            known = valid & (labels != self.ignore)
+            return confusion_matrix(predicted, labels, known, self.classes)
+
+        matrices = by_image(of_image, apply_head(head, features), labels, valid)
+        return {"confusion": jnp.sum(matrices, axis=0)}
+
+    def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns `miou` (see `mean_iou`) and `accuracy`, in percent."""
+        confusion = counts["confusion"]
+        accuracy = mean_over(np.diag(confusion).sum(), confusion.sum(), "labelled pixel")
+        return {"miou": 100 * mean_iou(confusion), "accuracy": 100 * accuracy}
+
+
+def confusion_matrix(
+    predicted: Int[Array, "*axes"],
+    labels: Int[Array, "*axes"],
+    known: Bool[Array, "*axes"],
+    classes: int,
+) -> Int[Array, "truth predicted"]:
+    """Counts how often each class was predicted for each, where `known`.
+
+    The last column, `predicted == classes`, counts the pixels for which nothing was predicted.
+    """
+    columns = classes + 1
+    index = jnp.where(known, labels * columns + predicted, 0)
+    counts = jnp.zeros(classes * columns, jnp.int32).at[index.ravel()].add(known.ravel())
+    return counts.reshape(classes, columns)
+
+
+def mean_iou(confusion: Num[np.ndarray, "truth predicted"]) -> float:
+    """Returns the mean of intersection over union of the classes, between 0 and 1.
+
+    Classes that occur neither in the predictions nor in the truth are left out of the mean.
+
+    Args:
+      confusion: number of pixels; a row a class, and a column a class. Further columns count
+        pixels for which no class was predicted.
+    """
+    hit, classes = np.diag(confusion), len(confusion)
+    union = confusion.sum(0)[:classes] + confusion.sum(1) - hit
+    occurs = union > 0
+    return float(np.mean(hit[occurs] / union[occurs]))

@@ -1,0 +1,107 @@
+"""Several models on the same decoded crops: the results of each alone, for the decoding of one."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from singer_jax.data.registry import make_source
+from singer_jax.data.sources import TEST, TRAIN, Subset
+from singer_jax.errors import Stopped
+from singer_jax.evaluation import measure, trainers
+from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.measure import ProbedModel, Split, probe_models
+from singer_jax.evaluation.probe import ProbeSettings
+from singer_jax.evaluation.progress import FileKeeper, Keeper
+from singer_jax.platform import parallel
+from tests import tiny
+
+SETTINGS = ProbeSettings(epochs=2, batch_size=16, learning_rates=(0.1, 0.5))
+# Of 40 images, 4 of which are held out while the rates are compared.
+BATCHES = 2 * 3 + 2 * 3
+KIND = "classification"
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory) -> dict[str, Backbone]:
+    weights = tiny.write_described(tmp_path_factory.mktemp("weights"))
+    one = load_backbone(parallel.make_mesh(1), weights=str(weights))
+    larger = jax.tree.map(lambda leaf: 1.1 * leaf, one.params)
+    return {"one": one, "two": dataclasses.replace(one, params=larger)}
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Split(
+        Subset(make_source("digits", "", TRAIN), np.arange(40)),
+        Subset(make_source("digits", "", TEST), np.arange(20)),
+    )
+
+
+def probed(
+    backbones: dict[str, Backbone], split: Split, keepers: dict[str, Keeper] | None = None
+) -> dict[str, tuple]:
+    tests = measure.test_examples(backbones, KIND, split.test, SETTINGS)
+    keepers = keepers or {name: Keeper() for name in backbones}
+    models = {
+        name: ProbedModel(backbone, tests[name], keeper=keepers[name])
+        for name, backbone in backbones.items()
+    }
+    return probe_models(models, KIND, split, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def alone(backbones, split) -> dict[str, tuple]:
+    """Each model in a probe of its own."""
+    return {name: probed({name: one}, split)[name] for name, one in backbones.items()}
+
+
+def assert_same(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    for name, (result, metrics) in expected.items():
+        np.testing.assert_equal(found[name][0].head, result.head)
+        assert found[name][1] == metrics
+
+
+def test_each_batch_is_decoded_once_for_all_models(backbones, split, alone, monkeypatch):
+    decoded = []
+    opened = trainers.train_batches
+
+    class Counted:
+        def __init__(self, batches: Iterator) -> None:
+            self.batches = batches
+
+        def __next__(self) -> dict:
+            decoded.append(1)
+            return next(self.batches)
+
+        def close(self) -> None:
+            self.batches.close()
+
+    monkeypatch.setattr(trainers, "train_batches", lambda *a, **k: Counted(opened(*a, **k)))
+    found = probed(backbones, split)
+    assert len(decoded) == BATCHES
+    assert_same(found, alone)
+    heads = [result.head["kernel"] for result, _ in found.values()]
+    assert not np.array_equal(*heads)
+
+
+def test_stopped_together_and_at_different_steps_they_end_with_the_same_bits(
+    backbones, split, alone, tmp_path
+):
+    def keepers(folder: Path, asked: Callable[[], bool]) -> dict[str, FileKeeper]:
+        return {name: FileKeeper(folder / f"{name}.npz", "key", asked) for name in backbones}
+
+    for question in (2, 9):  # while the rates are compared, and after
+        folder = tmp_path / str(question)
+        folder.mkdir()
+        answers = itertools.chain([False] * (question - 1), [True])
+        with pytest.raises(Stopped):
+            probed(backbones, split, keepers(folder, lambda answers=answers: next(answers)))
+        steps = [keeper.progress.step for keeper in keepers(folder, bool).values()]
+        assert steps == [question if question < 6 else question - 6] * 2
+        (folder / "two.npz").unlink()  # as if it had never been kept
+        assert_same(probed(backbones, split, keepers(folder, bool)), alone)
