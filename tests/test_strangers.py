@@ -123,12 +123,11 @@ def test_a_pipe_among_the_images_does_not_hang(tmp_path):
         open_image(tmp_path / "photo.jpg")
 
 
-def test_links_in_a_circle_are_named(tmp_path, monkeypatch):
+def test_links_in_a_circle_add_nothing(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     for name in "ab":
         (tmp_path / name).symlink_to(tmp_path)
-    monkeypatch.setenv(limits.FACTOR, "0.001")
-    with pytest.raises(InputError, match="101 folders that are links"):
-        FolderSource(str(tmp_path), TRAIN)
+    assert len(FolderSource(str(tmp_path), TRAIN)) == 1
 
 
 def test_the_name_of_an_image_moves_no_cursor(tmp_path):
