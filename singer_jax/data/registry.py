@@ -95,6 +95,9 @@ class TrainingDataSettings(SizedDataSettings):
         "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
     )
     fail_on_unreadable: bool = setting(False, Flag(), "an unreadable image stops the run")
+    max_unreadable: float = setting(
+        0.01, SHARE, "share of unreadable images above which a run stops; never for fewer than 20"
+    )
 
 
 def open_source(data: DataSettings, split: str) -> Source:
@@ -115,9 +118,13 @@ def summary(source: Source) -> str:
         told += f" in {source.num_classes:,} classes"
     elif isinstance(source, FolderSource):
         told += " without labels"
-    if left_out := getattr(source, "left_out", ""):
-        told += f" ({left_out})"
-    root = getattr(source, "root", None)
+    return told + where(source)
+
+
+def where(source: Source) -> str:
+    """Says which files a source leaves out, and its folder, as the end of a line."""
+    left_out, root = getattr(source, "left_out", ""), getattr(source, "root", None)
+    told = f" ({left_out})" if left_out else ""
     return f"{told}, {shown(str(root))}" if root else told
 
 

@@ -30,6 +30,10 @@ _OF_TFDS = "tensorflow_datasets.core."
 _LARGEST_DESCRIPTION = 2**24  # bytes of TFDS's JSON files
 
 
+class NoTestSplit(InputError):
+    """A folder of images has none that are set aside for tests."""
+
+
 class Record(NamedTuple):
     """An image as stored (encoded bytes, a path, or uint8 pixels) and its label.
 
@@ -210,7 +214,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:
     if split == TRAIN:
         return train, train, found[TEST]
     if not found[TEST]:
-        raise InputError(f"data.path: {root} has no test split ({', '.join(SPLIT_FOLDERS[TEST])})")
+        raise NoTestSplit(f"data.path: {root} has no test split ({', '.join(SPLIT_FOLDERS[TEST])})")
     return root / found[TEST][0], train, found[TEST]
 
 

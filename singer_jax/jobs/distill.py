@@ -263,8 +263,8 @@ def device_batches(
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
     data, mesh = settings.data, run.any.mesh
-    total = parallel.total_of_processes(mesh)
-    unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
+    gather = parallel.gather_of_processes(mesh)
+    unreadable = UnreadableCount(source, LOG.warning, data.max_unreadable, gather)
     batches = train_batches(
         source,
         TrainTransform(
