@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from singer_jax.data.images import UnreadableImage, decode, open_image, to_rgb
 from singer_jax.data.loader import map_batches
-from singer_jax.data.sources import Source
+from singer_jax.data.sources import Source, Subset
 from singer_jax.errors import InputError, shown
 
+_LOG = logging.getLogger("singer_jax")
 _LONGEST = 120  # bytes of a reason
 
 
@@ -65,6 +67,18 @@ def unreadable_images(source: Source, workers: int = 0) -> Iterator[list[tuple[i
             first += len(reasons)
 
 
-def readable(source: Source) -> list[int]:
-    """The indices of the images that can be read; for few images, as each is decoded here."""
-    return [index for index in range(len(source)) if not why_unreadable(source, index)]
+def readable(source: Source) -> Subset:
+    """The images of a source that can be read; each is decoded here, so it is for few of them.
+
+    The others are named in the log.
+
+    Raises:
+      InputError: none can be read.
+    """
+    reasons = [why_unreadable(source, index) for index in range(len(source))]
+    for index, reason in enumerate(reasons):
+        if reason:
+            _LOG.warning("unreadable image, left out: %s", source.describe(index))
+    if all(reasons):
+        raise InputError(f"none of {len(source)} images can be read, such as {source.describe(0)}")
+    return Subset(source, np.flatnonzero([not reason for reason in reasons]))
