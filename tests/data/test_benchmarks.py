@@ -1,6 +1,7 @@
 """The data sets of Table 1, read from small files in their real formats."""
 
 import io
+import os
 import pickle
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
+from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, find_folder, open_benchmark
 from singer_jax.data.dense import ColorJitter, DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, TrainTransform, open_image
 from singer_jax.data.loader import eval_batches, train_batches
@@ -55,6 +56,20 @@ def test_official_layouts_give_images_and_labels(root, name, train, test, classe
             assert open_image(source[index].image).size == (30, 24)
         assert source.describe(0).endswith((".JPEG", ".jpeg", ".jpg"))
         assert source.fingerprint() == open_benchmark(name, root, split).fingerprint()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_sets_own_folder_under_any_name_is_as_good_as_the_folder_around_it(root, tmp_path, name):
+    own = next(f for f in BENCHMARKS[name].folders if os.path.isdir(os.path.join(root, f)))
+    expected = open_benchmark(name, root, TEST)
+    paths = [os.path.join(root, own)]
+    if BENCHMARKS[name].marks:  # ImageNet-R's folder looks like a part of ImageNet
+        paths.append(str(shutil.copytree(paths[0], tmp_path / "mine")))
+    for path in paths:
+        found = open_benchmark(name, path, TEST)
+        assert found.fingerprint() == expected.fingerprint() and len(found) == len(expected)
+        others = [other for other in BENCHMARKS if other != name]
+        assert not any(find_folder(other, path) for other in others)
 
 
 def test_flowers_are_those_of_their_lists(root):
