@@ -47,7 +47,7 @@ class Listing:
         total = sum(self.others.values())
         if not total:
             return ""
-        kinds = [f"{shown(kind)} {count:,}" for kind, count in self.others.most_common()]
+        kinds = [f"{kind} {count:,}" for kind, count in self.others.most_common()]
         told = f"{total:,} other files left out: {few(kinds)}"
         if formats.WITH_EXTRA & self.others.keys():
             told += f"; pip install 'singer-jax[{formats.EXTRA}]' reads .heic and .jxl"
@@ -55,10 +55,11 @@ class Listing:
 
 
 def few(names: Iterable[str]) -> str:
-    """At most five names, and how many more there are."""
+    """At most five names, fit for a terminal, and how many more there are."""
     names = list(names)
     more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+    told = ", ".join(map(shown, names[:_MOST_NAMES]))
+    return f"{told} and {more:,} more" if more > 0 else told
 
 
 def is_hidden_folder(name: str) -> bool:
