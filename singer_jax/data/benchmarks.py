@@ -362,7 +362,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def _of_tfds(folder: Path) -> bool:
-    """Whether TFDS prepared it: its folders of `imagenet2012` and others have the same names."""
+    """Returns whether TFDS prepared a folder, whose name may be that of an official archive's."""
     return any(any(folder.glob(f"{depth}dataset_info.json")) for depth in ("*/", "*/*/"))
 
 

@@ -65,17 +65,17 @@ def _decoding() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        told = str(error) or type(error).__name__
-        if "MAX_TEXT" in told:
-            told = (
+        problem = str(error) or type(error).__name__
+        if "MAX_TEXT" in problem:
+            problem = (
                 f"a PNG's text or colour profile is too large; {limits.FACTOR}=2 doubles the limit"
             )
-        raise UnreadableImage(told) from error
+        raise UnreadableImage(problem) from error
 
 
 def _check_pixels(width: int, height: int) -> None:
-    if told := limits.excess(width * height, _MOST_PIXELS, f"pixels ({width} x {height})"):
-        raise UnreadableImage(told)
+    if problem := limits.excess(width * height, _MOST_PIXELS, f"pixels ({width} x {height})"):
+        raise UnreadableImage(problem)
 
 
 def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
@@ -92,8 +92,8 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
         return Image.fromarray(stored)
     with _decoding():
         size = len(stored) if isinstance(stored, bytes) else limits.file_size(stored)
-        if told := limits.excess(size, _LARGEST_FILE, "bytes"):
-            raise ValueError(told)
+        if problem := limits.excess(size, _LARGEST_FILE, "bytes"):
+            raise ValueError(problem)
         encoded = io.BytesIO(stored) if isinstance(stored, bytes) else stored
         PngImagePlugin.MAX_TEXT_CHUNK = limits.most(_LARGEST_PNG_CHUNK)
         PngImagePlugin.MAX_TEXT_MEMORY = limits.most(_LARGEST_PNG_TEXT)
@@ -129,8 +129,8 @@ def _check_scans(image: Image.Image, size: int) -> None:
     image.fp.seek(0)
     scans = image.fp.read().count(b"\xff\xda")
     image.fp.seek(start)
-    if told := limits.excess(pixels * scans, _MOST_SCANNED, f"pixels in its {scans} scans"):
-        raise UnreadableImage(told)
+    if problem := limits.excess(pixels * scans, _MOST_SCANNED, f"pixels in its {scans} scans"):
+        raise UnreadableImage(problem)
 
 
 def decode(image: Image.Image) -> Image.Image:

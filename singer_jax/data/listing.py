@@ -48,18 +48,18 @@ class Listing:
         if not total:
             return ""
         kinds = [f"{kind} {count:,}" for kind, count in self.others.most_common()]
-        told = f"{total:,} other files left out: {few(kinds)}"
+        text = f"{total:,} other files left out: {few(kinds)}"
         if formats.WITH_EXTRA & self.others.keys():
-            told += f"; pip install 'singer-jax[{formats.EXTRA}]' reads .heic and .jxl"
-        return told
+            text += f"; pip install 'singer-jax[{formats.EXTRA}]' reads .heic and .jxl"
+        return text
 
 
 def few(names: Iterable[str]) -> str:
     """At most five names, fit for a terminal, and how many more there are."""
     names = list(names)
     more = len(names) - _MOST_NAMES
-    told = ", ".join(map(shown, names[:_MOST_NAMES]))
-    return f"{told} and {more:,} more" if more > 0 else told
+    text = ", ".join(map(shown, names[:_MOST_NAMES]))
+    return f"{text} and {more:,} more" if more > 0 else text
 
 
 def is_hidden_folder(name: str) -> bool:

@@ -113,19 +113,19 @@ def announced(source: Source, split: str) -> Source:
 
 def summary(source: Source) -> str:
     """Says how many images a source has, of how many classes, what was left out, and where."""
-    told = f"{len(source):,} images"
+    text = f"{len(source):,} images"
     if source.num_classes:
-        told += f" in {source.num_classes:,} classes"
+        text += f" in {source.num_classes:,} classes"
     elif isinstance(source, FolderSource):
-        told += " without labels"
-    return told + where(source)
+        text += " without labels"
+    return text + where(source)
 
 
 def where(source: Source) -> str:
     """Says which files a source leaves out, and its folder, as the end of a line."""
     left_out, root = getattr(source, "left_out", ""), getattr(source, "root", None)
-    told = f" ({left_out})" if left_out else ""
-    return f"{told}, {shown(str(root))}" if root else told
+    text = f" ({left_out})" if left_out else ""
+    return f"{text}, {shown(str(root))}" if root else text
 
 
 def make_source(

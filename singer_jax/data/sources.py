@@ -177,10 +177,10 @@ def _check_labels(
         _LOG.warning("%s: no labels, since its only folder %s is no class", root, foreign[0])
         return False
     if foreign:
-        told = (
+        text = (
             f"{few(foreign)} is no class" if len(foreign) == 1 else f"{few(foreign)} are no classes"
         )
-        raise InputError(f"data.path: {root}: {told} of the training split")
+        raise InputError(f"data.path: {root}: {text} of the training split")
     empty = [name for name in classes if name not in holding]
     if empty:
         _LOG.warning(

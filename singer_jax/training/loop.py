@@ -36,8 +36,8 @@ class EvalsSettings(Settings):
     images: int = setting(
         1000,
         COUNT,
-        "of the test split; kNN compares with as many of the training split, and with 10 a class "
-        "up to 20,000 where that is more",
+        "number of test images; kNN compares with as many training images, or with 10 a class (up "
+        "to 20,000) where that is more",
     )
 
 

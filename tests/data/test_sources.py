@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from singer_jax.data import formats
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.images import open_image, to_rgb
 from singer_jax.data.registry import make_source, summary
@@ -122,13 +125,14 @@ class SingerTestShapes(tfds.core.GeneratorBasedBuilder):
 
 
 def test_tfds_is_read_without_tensorflow(tmp_path: Path):
-    import sys
-
     builder = SingerTestShapes(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
     train = make_source("singer_test_shapes", str(tmp_path), TRAIN)
     test = make_source("singer_test_shapes", str(tmp_path), TEST)
     assert (len(train), len(test), train.num_classes) == (5, 2, 3)
+    own = str(tmp_path / "singer_test_shapes")
+    for folder in (own, f"{own}/1.0.0"):  # as good as the data directory
+        assert len(make_source("singer_test_shapes", folder, TEST)) == 2
     record = pickle.loads(pickle.dumps(train))[0]
     image = Image.open(io.BytesIO(record.image))
     assert image.size[0] - 12 == np.asarray(image)[0, 0, 0] // 40
@@ -244,6 +248,33 @@ def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp
         f"{len(source)} images without labels (7 other files left out: hidden 3, .mov 2, "
         f".heic5 1, no suffix 1), {tmp_path}"
     )
+
+
+@pytest.fixture
+def no_cached_formats():
+    """Formats are looked for anew, before and after."""
+    caches = (formats._available, formats.readers, formats.suffixes)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_formats_of_the_extra_are_listed_where_it_is_installed(
+    tmp_path, monkeypatch, no_cached_formats, installed
+):
+    plugin = types.SimpleNamespace(register_heif_opener=lambda: None) if installed else None
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", plugin)
+    write_images(tmp_path, 1)
+    for name in ("a.HEIC", "b.jxl"):
+        (tmp_path / name).write_bytes(b"")
+    source = FolderSource(str(tmp_path), TRAIN)
+    assert len(source) == (3 if installed else 1)
+    assert ("singer-jax[photos]" in source.left_out) == (not installed)
+    assert ("HEIF" in formats.readers()) == installed
 
 
 def test_each_real_folder_is_listed_once_through_any_links(tmp_path):
