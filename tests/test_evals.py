@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from singer_jax import main
+from singer_jax.config import report, settings_of
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.registry import make_source
-from singer_jax.data.sources import TEST, TRAIN
+from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Subset
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.jobs import distill
 from singer_jax.training.held_out import HeldOut
+from singer_jax.training.setup import setup_students
 from tests import tiny
 
 
@@ -46,6 +48,13 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     for split in ("train", "val"):
         assert sum(str(images / split / "cat" / "003.jpg") in line for line in named) == 1
 
+    page = report()
+    page.run, page.images = str(tmp_path / "run"), 16
+    with caplog.at_level(logging.WARNING):
+        assert main.run(page, tmp_path / "page") == 0
+    assert (tmp_path / "page" / "report" / "index.html").is_file()
+    assert f"left out: {images / 'val' / 'cat' / '003.jpg'}" in caplog.text
+
     model = load_backbone(mesh, run=str(tmp_path / "run"))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
@@ -55,6 +64,41 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     assert len(np.unique(kept.features, axis=0)) == 8  # cat and dog hold the same eight pictures
     with pytest.raises(RunError, match=r"train/cat/003\.jpg"):
         model.extract(train, task, transform)
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "images"), [(1, 4, 10), (4, 8, 15)])
+def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size, images):
+    """Also of a last batch that is not full, and of one with fewer images than devices."""
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), "fitnet")
+    config.mesh.data = devices
+    run = setup_students(settings_of(config), 64, 10)
+    teacher = run.load_teacher()
+    states = run.init_states(teacher)
+    held_out = HeldOut(run, DigitsSource(TEST), batch_size)
+
+    def loss(*chosen: int) -> float:
+        held_out.test = Subset(DigitsSource(TEST), np.array(chosen))
+        return held_out(states, teacher)[""]["loss"]
+
+    alone = [loss(number) for number in range(images)]
+    assert np.std(alone) > 1e-3 * np.mean(alone)
+    assert loss(*range(images)) == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_knn_compares_with_several_images_of_each_class():
+    assert distill.bank_size(1000, 10) == 1000
+    assert distill.bank_size(1000, 1000) == 10_000
+    assert distill.bank_size(1000, 21_841) == 20_000
+    assert distill.bank_size(50_000, 1000) == 50_000
+
+
+def test_a_run_that_ends_within_its_warm_up_is_a_warning(tmp_path, caplog):
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    for epochs, warned in ((1, False), (5, True)):
+        config.steps, config.schedule.warmup_epochs = 8, epochs
+        settings = settings_of(config)
+        distill._warn_of_long_warmup(settings, setup_students(settings, 64, 10))
+        assert ("5 epochs are 40 steps, the run has 8" in caplog.text) == warned
 
 
 def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):

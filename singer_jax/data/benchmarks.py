@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.resources
+import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from singer_jax.data.dense import ADE20K_CLASSES
+from singer_jax.data.formats import is_image
 from singer_jax.data.images import UnreadableImage
+from singer_jax.data.listing import class_folders, few
 from singer_jax.data.matlab import open_frames, read_numbers
 from singer_jax.data.sources import (
-    IMAGE_SUFFIXES,
     TEST,
     TRAIN,
     FolderSource,
@@ -33,6 +36,7 @@ from singer_jax.data.sources import (
 from singer_jax.errors import InputError, shown, unknown
 from singer_jax.io import limits
 
+_LOG = logging.getLogger("singer_jax")
 _LONGEST_NAME = 1024  # characters; names are stored at the length of the longest
 
 
@@ -183,10 +187,10 @@ def _imagenet(root: Path, split: str) -> Source:
 
 
 def _imagenet_v2(root: Path, split: str) -> Source:
-    names = sorted((path.name for path in root.iterdir() if path.name.isdigit()), key=int)
-    inner = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    if not names and len(inner) == 1:  # the archive's own folder inside
-        return _imagenet_v2(inner[0], split)
+    folders = class_folders(root)
+    names = sorted(filter(str.isdigit, folders), key=int)
+    if not names and len(folders) == 1:  # the archive's own folder inside
+        return _imagenet_v2(root / folders[0], split)
     if not names:
         raise InputError(f"{root} is not completely unpacked: missing the folders 0 to 999")
     files = [(f"{name}/{file}", int(name)) for name in names for file in _images(root / name)]
@@ -201,12 +205,15 @@ def _imagenet_r(root: Path, split: str) -> Source:
 def _wnid_folders(root: Path) -> Source:
     """Class folders named by WordNet id; a label is its place among ImageNet's 1,000."""
     index = {wnid: number for number, wnid in enumerate(imagenet_wnids())}
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = class_folders(root)
     foreign = [name for name in names if name not in index]
     if foreign or not names:
         found = f"folder {foreign[0]} is" if foreign else "no folder there is"
         raise InputError(f"{root}: {found} named by a WordNet id of ImageNet-1k's classes")
-    files = [(f"{name}/{file}", index[name]) for name in names for file in _images(root / name)]
+    images = {name: _images(root / name) for name in names}
+    if empty := [name for name, found in images.items() if not found]:
+        _LOG.warning("%s: %d class folders hold no image: %s", root, len(empty), few(empty))
+    files = [(f"{name}/{file}", index[name]) for name in names for file in images[name]]
     return ListedSource(root, *_columns(files), num_classes=len(index))
 
 
@@ -217,7 +224,7 @@ def imagenet_wnids() -> list[str]:
 
 
 def _images(folder: Path) -> list[str]:
-    return sorted(file for file in os.listdir(folder) if file.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(filter(is_image, os.listdir(folder)))
 
 
 def _columns(rows: Sequence[tuple[str, Any]]) -> tuple[list[str], list[Any]]:
@@ -302,40 +309,92 @@ class Benchmark:
       read: from such a folder and a split to a source.
       tfds: its TFDS name; empty where there is none.
       test_only: whether it has no training split.
+      marks: files or folders, one of which is in its own folder and in no other set's.
     """
 
     folders: tuple[str, ...]
     read: Callable[[Path, str], Source]
     tfds: str = ""
     test_only: bool = False
+    marks: tuple[str, ...] = ()
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "imagenet2012": Benchmark(
-        ("imagenet", "imagenet2012", "ILSVRC2012"), _imagenet, "imagenet2012"
+        ("imagenet", "imagenet2012", "ILSVRC2012"),
+        _imagenet,
+        "imagenet2012",
+        marks=("train/n01440764", "val/n01440764"),
     ),
     "imagenet_v2": Benchmark(
         ("imagenetv2-matched-frequency-format-val", "imagenet_v2", "imagenetv2"),
         _imagenet_v2,
         "imagenet_v2",
         test_only=True,
+        marks=("999",),
     ),
     "imagenet_r": Benchmark(
         ("imagenet-r", "imagenet_r"), _imagenet_r, "imagenet_r", test_only=True
     ),
-    "ade20k": Benchmark(("ADEChallengeData2016", "ade20k"), _ade20k, "scene_parse150"),
-    "nyud": Benchmark(("nyu_depth_v2", "nyud"), NyuSource),
-    "inat19": Benchmark(("inaturalist2019", "inat19", "iNaturalist2019"), _inat19),
-    "aircraft": Benchmark(("fgvc-aircraft-2013b", "aircraft"), _aircraft),
-    "pet": Benchmark(("oxford-iiit-pet", "pet"), _pet, "oxford_iiit_pet"),
-    "food": Benchmark(("food-101", "food"), _food, "food101"),
-    "flowers": Benchmark(("flowers-102", "flowers"), _flowers, "oxford_flowers102"),
+    "ade20k": Benchmark(
+        ("ADEChallengeData2016", "ade20k"),
+        _ade20k,
+        "scene_parse150",
+        marks=("annotations/training", "annotations/validation"),
+    ),
+    "nyud": Benchmark(("nyu_depth_v2", "nyud"), NyuSource, marks=("nyu_depth_v2_labeled.mat",)),
+    "inat19": Benchmark(
+        ("inaturalist2019", "inat19", "iNaturalist2019"),
+        _inat19,
+        marks=("train2019.json", "val2019.json"),
+    ),
+    "aircraft": Benchmark(
+        ("fgvc-aircraft-2013b", "aircraft"), _aircraft, marks=("variants.txt", "data/variants.txt")
+    ),
+    "pet": Benchmark(
+        ("oxford-iiit-pet", "pet"), _pet, "oxford_iiit_pet", marks=("annotations/trainval.txt",)
+    ),
+    "food": Benchmark(("food-101", "food"), _food, "food101", marks=("meta/classes.txt",)),
+    "flowers": Benchmark(
+        ("flowers-102", "flowers"), _flowers, "oxford_flowers102", marks=("setid.mat",)
+    ),
 }
 
 
 def _of_tfds(folder: Path) -> bool:
-    """Whether TFDS prepared it: its folders of `imagenet2012` and others have the same names."""
+    """Returns whether TFDS prepared a folder, whose name may be that of an official archive's."""
     return any(any(folder.glob(f"{depth}dataset_info.json")) for depth in ("*/", "*/*/"))
+
+
+def find_folder(name: str, path: str) -> Path | None:
+    """Finds the official layout of a data set.
+
+    Args:
+      name: a key of `BENCHMARKS`.
+      path: folder that holds the data set's own folder, or this folder itself.
+
+    Returns:
+      its own folder; None where it is not there.
+    """
+    benchmark, root = BENCHMARKS[name], Path(path).expanduser()
+    own = root.resolve().name in benchmark.folders or any(
+        (root / mark).exists() for mark in benchmark.marks
+    )
+    candidates = [root / folder for folder in benchmark.folders] + [root] * own
+    for folder in candidates if path else ():
+        if folder.is_dir() and not _of_tfds(folder):
+            return folder
+    return None
+
+
+def tfds_directory(name: str, path: str) -> str:
+    """Returns TFDS's data directory, where `path` is this or a data set's own folder in it."""
+    folder = Path(path).expanduser()
+    if path and ((folder / "dataset_info.json").is_file() or _of_tfds(folder)):
+        for parent in (folder, *folder.parents)[:3]:
+            if parent.name == re.split("[:/]", name)[0]:
+                return str(parent.parent)
+    return path
 
 
 def open_benchmark(name: str, root: str, split: str) -> Source:
@@ -343,7 +402,8 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
 
     Args:
       name: a key of `BENCHMARKS`.
-      root: folder that holds the data sets' own folders, or TFDS's; empty: TFDS's default.
+      root: folder that holds the data sets' own folders, or TFDS's, or the set's own folder; empty:
+        TFDS's default.
       split: `train` or `test`.
 
     Raises:
@@ -358,22 +418,21 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
     benchmark = BENCHMARKS[name]
     if benchmark.test_only and split == TRAIN:
         raise InputError(f"{name} has no training split")
+    if folder := find_folder(name, root):
+        try:
+            source = benchmark.read(folder, split)
+        except InputError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder} holds a damaged list or file: {error}") from error
+        if not len(source):
+            raise InputError(f"{folder} holds no image of the {split} split")
+        return source
     candidates = [Path(root).expanduser() / folder for folder in benchmark.folders] if root else []
-    for folder in candidates:
-        if folder.is_dir() and not _of_tfds(folder):  # not TFDS's own
-            try:
-                source = benchmark.read(folder, split)
-            except InputError:
-                raise
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InputError(f"{folder} holds a damaged list or file: {error}") from error
-            if not len(source):
-                raise InputError(f"{folder} holds no image of the {split} split")
-            return source
     looked = f"no folder {' or '.join(map(str, candidates))}" if candidates else "no data.path"
     if benchmark.tfds:
         try:
-            return TfdsSource(benchmark.tfds, root, split)
+            return TfdsSource(benchmark.tfds, tfds_directory(benchmark.tfds, root), split)
         except InputError as error:
             raise NotInstalled(f"{name}: {looked}, and {error}") from error
     raise NotInstalled(f"{name}: {looked} (docs/data.md)")

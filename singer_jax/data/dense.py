@@ -15,6 +15,8 @@ from singer_jax.errors import InputError
 ADE20K_CLASSES = 150
 ADE20K_MEAN = (0.48897059, 0.46548275, 0.4294)
 ADE20K_STD = (0.22861765, 0.22948039, 0.24054667)
+# The official loader's; the last value differs from ImageNet's.
+NYUD_MEAN = (0.485, 0.425, 0.385)
 _ADE20K_SCALE, _ADE20K_RATIO = (0.7, 1.0), (3 / 4, 4 / 3)
 _NYUD_CROP = 0.8
 # NYUd's sensor ends at 10 m; a larger value than this is in another unit.

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
+from singer_jax.data import formats
 from singer_jax.errors import InputError
 from singer_jax.io import limits
 
-# Pillow's other readers are of formats that no photo has; that of EPS starts Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 # A process takes up to 16 bytes a pixel of an image, decoded or resized.
 _MOST_PIXELS = 2**27
 _LARGEST_FILE = 2**30
@@ -26,7 +25,25 @@ _LARGEST_FILE = 2**30
 _MOST_SCANNED = 2**31
 _LEAST_SCAN = 10  # bytes
 
+# Bytes of a PNG's decompressed text or colour profile, each and all together. Pillow's own limit of
+# one MiB is below what editors and generators of images write.
+_LARGEST_PNG_CHUNK, _LARGEST_PNG_TEXT = 2**25, 2**27
+
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which can be raised
+
+_ORIENTATION = 0x0112  # EXIF tag
+# How Pillow undoes each orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Formats whose readers leave the turning to the caller; those of TIFF, HEIF and JPEG XL do it.
+_TURNED_HERE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 
 # Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
 _REDUCING_GAP = 2.0
@@ -48,12 +65,17 @@ def _decoding() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from error
+        problem = str(error) or type(error).__name__
+        if "MAX_TEXT" in problem:
+            problem = (
+                f"a PNG's text or colour profile is too large; {limits.FACTOR}=2 doubles the limit"
+            )
+        raise UnreadableImage(problem) from error
 
 
 def _check_pixels(width: int, height: int) -> None:
-    if told := limits.excess(width * height, _MOST_PIXELS, f"pixels ({width} x {height})"):
-        raise UnreadableImage(told)
+    if problem := limits.excess(width * height, _MOST_PIXELS, f"pixels ({width} x {height})"):
+        raise UnreadableImage(problem)
 
 
 def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
@@ -70,18 +92,32 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
         return Image.fromarray(stored)
     with _decoding():
         size = len(stored) if isinstance(stored, bytes) else limits.file_size(stored)
-        if told := limits.excess(size, _LARGEST_FILE, "bytes"):
-            raise ValueError(told)
+        if problem := limits.excess(size, _LARGEST_FILE, "bytes"):
+            raise ValueError(problem)
         encoded = io.BytesIO(stored) if isinstance(stored, bytes) else stored
-        image = Image.open(encoded, formats=_FORMATS)
+        PngImagePlugin.MAX_TEXT_CHUNK = limits.most(_LARGEST_PNG_CHUNK)
+        PngImagePlugin.MAX_TEXT_MEMORY = limits.most(_LARGEST_PNG_TEXT)
+        image = Image.open(encoded, formats=formats.readers())
         _check_pixels(*image.size)
         if image.format in ("JPEG", "MPO"):
             _check_scans(image, size)
-        if exif and image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        # A JPEG in a JPEG XL file is decoded as it was.
+        if exif and (image.format in _TURNED_HERE or getattr(image, "jpeg", False)):
+            turn = _TURNS.get(_orientation(image))
+            image = image if turn is None else image.transpose(turn)
         if 0 in image.size:
             raise ValueError("an image without pixels")
         return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Returns the EXIF orientation alone, as other tags may be damaged; 1 where there is none."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # EXIF may follow the pixels; raises where these are damaged
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's reader of EXIF raises anything
+        return 1
 
 
 def _check_scans(image: Image.Image, size: int) -> None:
@@ -93,8 +129,8 @@ def _check_scans(image: Image.Image, size: int) -> None:
     image.fp.seek(0)
     scans = image.fp.read().count(b"\xff\xda")
     image.fp.seek(start)
-    if told := limits.excess(pixels * scans, _MOST_SCANNED, f"pixels in its {scans} scans"):
-        raise UnreadableImage(told)
+    if problem := limits.excess(pixels * scans, _MOST_SCANNED, f"pixels in its {scans} scans"):
+        raise UnreadableImage(problem)
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -264,17 +300,21 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         shorter = int(self.size * 256 / 224)
+        size = resized(image.size, shorter)
+        _check_pixels(*size)
         _draft(image, min(image.size), shorter)
         image = to_rgb(image)
-        width, height = image.size
-        scale = shorter / min(width, height)
-        size = tuple(
-            shorter if side == min(width, height) else int(side * scale) for side in (width, height)
-        )
-        _check_pixels(*size)
         image = image.resize(size, Image.Resampling.BILINEAR)
         left, top = (round((side - self.size) / 2) for side in image.size)
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Width and height after the shorter side becomes `shorter` (torchvision `Resize`)."""
+    width, height = size
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
 
 
 def _draft(image: Image.Image, used: int, wanted: int) -> tuple[float, float]:

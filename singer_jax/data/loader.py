@@ -36,8 +36,8 @@ _START = 30  # seconds until a worker's process exists at the latest
 class LoadExample:
     """Reads, decodes and transforms one record; runs in a loader's worker.
 
-    An unreadable image is replaced by the next readable one in the order of the source, with the
-    crop that it would have had.
+    An unreadable image is replaced by another of the source, drawn from the example's own random
+    numbers: the replacement depends on (seed, epoch, index) alone.
 
     Attributes:
       source: of the records.
@@ -51,18 +51,11 @@ class LoadExample:
     strict: bool = False
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        index = candidate = int(index)
         unreadable = -1
-        for offset in range(min(_MOST_REPLACEMENTS, len(self.source))):
-            candidate = (int(index) + offset) % len(self.source)
+        for _ in range(_MOST_REPLACEMENTS):
             try:
-                record = self.source[candidate]
-                image = open_image(record.image, self.source.exif)
-                if getattr(self.transform, "takes_label", False):
-                    # A label for each pixel, which is cropped with the image.
-                    pixels, label = self.transform(image, record.label, rng)
-                else:
-                    number = record.label if isinstance(record.label, int) else -1
-                    pixels, label = self.transform(image, rng), np.int32(number)
+                pixels, label = self._load(candidate, rng)
             except InputError as error:
                 raise InputError(f"{self.source.describe(candidate)}: {error}") from error
             except UnreadableImage as error:
@@ -70,17 +63,23 @@ class LoadExample:
                     raise RunError(
                         f"cannot read {self.source.describe(candidate)}: {error}"
                     ) from error
-                unreadable = int(index)
+                unreadable = index
+                candidate = int(rng.integers(len(self.source)))
                 continue
-            return {
-                "image": pixels,
-                "label": label,
-                "unreadable": np.int32(unreadable),
-            }
+            return {"image": pixels, "label": label, "unreadable": np.int32(unreadable)}
         raise RunError(
-            f"{_MOST_REPLACEMENTS} images in a row cannot be read, from "
-            f"{self.source.describe(int(index))} on"
+            f"{_MOST_REPLACEMENTS} images in a row cannot be read: {self.source.describe(index)} "
+            "and those drawn in its place; list them with the job check_data"
         )
+
+    def _load(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+        record = self.source[index]
+        image = open_image(record.image, self.source.exif)
+        if getattr(self.transform, "takes_label", False):
+            # A label for each pixel, which is cropped with the image.
+            return self.transform(image, record.label, rng)
+        number = record.label if isinstance(record.label, int) else -1
+        return self.transform(image, rng), np.int32(number)
 
 
 def worker_count(workers: int | None) -> int:
@@ -88,7 +87,7 @@ def worker_count(workers: int | None) -> int:
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores - 1)
+    return cores - 1
 
 
 def train_batches(
@@ -189,6 +188,13 @@ def _rows_of_batches(
     return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows))
 
 
+def map_batches(
+    source: Source, function: Callable[[int], np.ndarray], batch_size: int, workers: int = 0
+) -> grain.DatasetIterator[np.ndarray]:
+    """What a function gives for each index of a source, in order; the last batch may be smaller."""
+    return _iterate(grain.MapDataset.range(len(source)).map(function).batch(batch_size), workers)
+
+
 def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[ImageBatch]:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     if workers == 0:
@@ -225,53 +231,56 @@ def _enter_worker(worker: int, workers: int) -> None:
 
 
 class UnreadableCount:
-    """Counts replaced images, names each once, and stops a run that has too many.
+    """Names each unreadable image once, and stops a run that has too many.
 
     Args:
-      source: for their names.
-      log: called with a line for each.
-      total: of several processes: from this one's number of replaced images to the number of all,
-        which is read two batches later; else None.
-      processes: how many there are.
+      source: of the images.
+      log: called with a line for each image that this process could not read.
+      most: largest share of the images read that may be unreadable.
+      gather: of several processes: from the indices of this one's images to those of all, which are
+        read two batches later; else None.
     """
 
-    _LAG = 2  # batches, so that reading the number of all never waits for a device
+    _LAG = 2  # batches, so that reading what others found never waits for a device
+    _FEWEST = 20  # images; fewer say little of a share
 
     def __init__(
         self,
         source: Source,
         log: Callable[[str], None],
-        total: Callable[[int], Any] | None = None,
-        processes: int = 1,
+        most: float = 0.01,
+        gather: Callable[[np.ndarray], Any] | None = None,
     ) -> None:
-        self.source, self.log, self.total, self.processes = source, log, total, processes
-        self.images = self._read = 0
-        self._pending: list[Any] = []
+        self.source, self.log, self.most, self.gather = source, log, most, gather
+        self.images = 0
         self.named: set[int] = set()
+        self.found: set[int] = set()
+        self._pending: list[Any] = []
 
     @property
-    def unreadable(self) -> Any:
-        """Of all batches so far; of several processes perhaps an array that is still computed."""
-        return sum(self._pending, start=self._read)
+    def unreadable(self) -> int:
+        """Number of different images that could not be read so far, in any process."""
+        return len(self.found)
 
     def add(self, batch: ImageBatch) -> None:
         """Counts a batch.
 
         Raises:
-          RunError: more than 1 % of at least 1,000 images.
+          RunError: more than the share `most` of the images read, and at least 20.
         """
         indices = batch["unreadable"]
-        replaced = indices[indices >= 0].tolist()
-        for index in sorted(set(replaced) - self.named):
+        for index in sorted(set(indices[indices >= 0].tolist()) - self.named):
             self.named.add(index)
             self.log(f"unreadable image, replaced: {self.source.describe(index)}")
-        self.images += len(indices) * self.processes
-        self._pending.append(self.total(len(replaced)) if self.total else len(replaced))
-        while len(self._pending) > (self._LAG if self.total else 0):
-            self._read += int(self._pending.pop(0))
-        if self.images >= 1000 and self._read > 0.01 * self.images:
-            last = f", the last one {self.source.describe(max(self.named))}" if self.named else ""
+        self._pending.append(self.gather(indices) if self.gather else indices)
+        while len(self._pending) > (self._LAG if self.gather else 0):
+            of_all = np.asarray(self._pending.pop(0))
+            self.images += len(of_all)
+            self.found.update(of_all[of_all >= 0].tolist())
+        read = min(self.images, len(self.source))  # each image once an epoch
+        if len(self.found) >= self._FEWEST and len(self.found) > self.most * read:
+            allowed = f"data.max_unreadable={self.most:g}"
             raise RunError(
-                f"{self._read} of {self.images} images cannot be read (more than 1 %){last}; "
-                "check the data"
+                f"{len(self.found)} of {read} images cannot be read, more than {allowed}, such as "
+                f"{self.source.describe(min(self.found))}; list them with the job check_data"
             )

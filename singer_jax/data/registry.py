@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
-from singer_jax.data.benchmarks import BENCHMARKS, open_benchmark
+from singer_jax.data.benchmarks import (
+    BENCHMARKS,
+    find_folder,
+    open_benchmark,
+    tfds_directory,
+)
 from singer_jax.data.scenes import LABELS, SceneSettings, ScenesSource
 from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, shown
 from singer_jax.io.files import check_local
 from singer_jax.settings.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
 from singer_jax.settings.settings import Settings, section, setting
+
+_LOG = logging.getLogger("singer_jax")
 
 # Named in messages; any other TFDS name is read too.
 SOURCES = (
@@ -41,7 +49,9 @@ class DataSettings(Settings):
         NAME,
         "`digits`, `scenes`, `folder` (or its path), a data set of docs/data.md or a TFDS name",
     )
-    path: str = setting("", TEXT, "the folder; of TFDS its data directory")
+    path: str = setting(
+        "", TEXT, "the data set's own folder, or the folder that holds it (of TFDS: data directory)"
+    )
     workers: int | None = setting(
         None,
         optional(Range(0, 1024, whole=True)),
@@ -85,11 +95,37 @@ class TrainingDataSettings(SizedDataSettings):
         "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
     )
     fail_on_unreadable: bool = setting(False, Flag(), "an unreadable image stops the run")
+    max_unreadable: float = setting(
+        0.01, SHARE, "share of unreadable images above which a run stops; never for fewer than 20"
+    )
 
 
 def open_source(data: DataSettings, split: str) -> Source:
-    """The source that a user asks for; raises as `make_source`."""
-    return make_source(data.source, data.path, split, data.scenes)
+    """The source that a user asks for, which is logged; raises as `make_source`."""
+    return announced(make_source(data.source, data.path, split, data.scenes), split)
+
+
+def announced(source: Source, split: str) -> Source:
+    """Logs what a source consists of, and returns it."""
+    _LOG.info("data %s: %s", split, summary(source))
+    return source
+
+
+def summary(source: Source) -> str:
+    """Says how many images a source has, of how many classes, what was left out, and where."""
+    text = f"{len(source):,} images"
+    if source.num_classes:
+        text += f" in {source.num_classes:,} classes"
+    elif isinstance(source, FolderSource):
+        text += " without labels"
+    return text + where(source)
+
+
+def where(source: Source) -> str:
+    """Says which files a source leaves out, and its folder, as the end of a line."""
+    left_out, root = getattr(source, "left_out", ""), getattr(source, "root", None)
+    text = f" ({left_out})" if left_out else ""
+    return f"{text}, {shown(str(root))}" if root else text
 
 
 def make_source(
@@ -100,8 +136,8 @@ def make_source(
     Args:
       name: `digits`; a key of `scenes.LABELS`; `folder`, or itself the path of a folder; a data set
         of `benchmarks`; else a TFDS name.
-      path: the folder; for TFDS the data directory, or a folder with the set's own layout
-        (`train/` and `val/` with class folders), or one that holds the official archives' folders.
+      path: the set's own folder, in its official layout or with `train/` and `val/` of class
+        folders; or the folder that holds it; or TFDS's data directory.
       split: `train` or `test`.
       scenes: how many generated pictures, how large.
 
@@ -120,8 +156,15 @@ def make_source(
         if not path:
             raise InputError("data.path: empty; give the folder of images")
         return FolderSource(path, split)
-    if path and (Path(path) / "train").is_dir():
+    if path and (Path(path).expanduser() / "train").is_dir() and _is_folders(name, path):
         return FolderSource(path, split, exif=False)
     if name in BENCHMARKS:
         return open_benchmark(name, path, split)
-    return TfdsSource(name, path, split, SOURCES)
+    return TfdsSource(name, tfds_directory(name, path), split, SOURCES)
+
+
+def _is_folders(name: str, path: str) -> bool:
+    """Returns whether a folder with `train/` is read as class folders, whatever the set's name."""
+    if name not in BENCHMARKS or name == "imagenet2012":
+        return True
+    return not (BENCHMARKS[name].test_only or find_folder(name, path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -13,16 +14,24 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from singer_jax.data.images import UnreadableImage
+from singer_jax.data.listing import class_folders, few, list_images
 from singer_jax.errors import InputError, shown, unknown
 from singer_jax.io import limits
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRAIN, TEST = "train", "test"
-_TEST_FOLDERS = ("val", "validation", "test")
+# In the order in which they are looked for, in any case.
+SPLIT_FOLDERS = {
+    TRAIN: ("train", "training"),
+    TEST: ("val", "validation", "valid", "test", "testing"),
+}
+_LOG = logging.getLogger("singer_jax")
 _MOST_CLASSES = 2**20
-_MOST_LINKS = 10**5  # folders that are links: a link to itself is a folder again and again
 _OF_TFDS = "tensorflow_datasets.core."
 _LARGEST_DESCRIPTION = 2**24  # bytes of TFDS's JSON files
+
+
+class NoTestSplit(InputError):
+    """A folder of images has none that are set aside for tests."""
 
 
 class Record(NamedTuple):
@@ -89,44 +98,39 @@ class DigitsSource:
 class FolderSource:
     """Every image below a folder, in the order of their paths.
 
-    The folders directly below are the classes, if each image lies in one; otherwise there are no
-    labels. `train/` and `val/` (or `validation/`, `test/`) below the folder are its splits; without
-    them all images are in the train split.
+    The folders directly below are the classes, if each image lies in one and there are several;
+    otherwise there are no labels. `train/` and `val/` (or another name of `SPLIT_FOLDERS`) below
+    the folder are its splits; without a folder for training all other images are in that split.
+    Both splits number the classes by one list: the folders of the training split. Hidden folders
+    and those of a system are no classes.
+
+    Attributes:
+      left_out: the files that are no images, in words; empty where there are none.
 
     Raises:
-      InputError: no such folder, no image in it, or no test split.
+      InputError: no such folder, no image in it, no test split, or a test class that the training
+        split lacks.
     """
 
     def __init__(self, path: str, split: str, exif: bool = True) -> None:
         self.exif = exif
-        self.root = _split_folder(Path(path).expanduser(), split)
-        found, links = [], 0
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            links += os.path.islink(folder)
-            limits.check(self.root, links, _MOST_LINKS, "folders that are links")
-            relative = os.path.relpath(folder, self.root)
-            for file in files:
-                if file.lower().endswith(IMAGE_SUFFIXES):
-                    found.append(os.path.normpath(os.path.join(relative, file)))
+        top = Path(path).expanduser()
+        self.root, train, tests = _split_folder(top, split)
+        listing = list_images(self.root, tests if self.root == top else ())
+        self.left_out, found = listing.left_out, listing.images
         if not found:
-            raise InputError(f"data.path: no image ({', '.join(IMAGE_SUFFIXES)}) below {self.root}")
-        found.sort()
+            more = f"; {self.left_out}" if self.left_out else ""
+            raise InputError(f"data.path: no image (.jpg, .png, ...) below {self.root}{more}")
         # One block of bytes, so that a million paths are cheap to hand to each worker.
         self.paths = np.array([os.fsencode(file) for file in found])
-        classes = [file.split(os.sep)[0] if os.sep in file else None for file in found]
-        names = sorted(set(classes) - {None})
-        labelled = None not in classes and len(names) > 1
-        train = Path(path).expanduser() / "train"
-        if labelled and self.root != train and train.is_dir():
-            # Both splits number the classes of the training split.
-            trained = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-            foreign = [name for name in names if name not in trained]
-            if foreign:
-                raise InputError(f"data.path: {self.root / foreign[0]} is no class of {train}")
-            names = trained
-        self.num_classes = len(names) if labelled else 0
-        index = {name: number for number, name in enumerate(names)}
-        self.labels = np.array([index[name] if labelled else -1 for name in classes], np.int32)
+        folders = [file.split(os.sep)[0] if os.sep in file else None for file in found]
+        classes = [name for name in class_folders(train) if train != top or name not in tests]
+        labelled = _check_labels(self.root, classes, folders, split)
+        if listing.unreadable:
+            _LOG.warning("%s: cannot read the folders %s", self.root, few(listing.unreadable))
+        self.num_classes = len(classes) if labelled else 0
+        index = {name: number for number, name in enumerate(classes)}
+        self.labels = np.array([index[name] if labelled else -1 for name in folders], np.int32)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -144,6 +148,47 @@ class FolderSource:
         return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
 
 
+def _check_labels(
+    root: Path, classes: Sequence[str], folders: Sequence[str | None], split: str
+) -> bool:
+    """Decides whether the images of a split have labels, and warns where that may be a surprise.
+
+    Args:
+      root: folder of the split.
+      classes: the class folders of the training split.
+      folders: of each image the folder directly below `root`; None: there is none.
+      split: `train` or `test`.
+
+    Raises:
+      InputError: a test class that the training split lacks.
+    """
+    holding = set(folders) - {None}
+    several = len(holding if split == TRAIN else classes) > 1
+    if not several or None in folders:
+        flat = folders.count(None)
+        reason = f"{flat} of {len(folders)} images lie in no class folder"
+        if not flat:
+            reason = f"one of its {len(classes)} class folders holds all images"
+        if len(classes) > 1:
+            _LOG.warning("%s: no labels, since %s", root, reason)
+        return False
+    foreign = sorted(holding - set(classes))
+    if foreign and len(holding) == 1:
+        _LOG.warning("%s: no labels, since its only folder %s is no class", root, foreign[0])
+        return False
+    if foreign:
+        text = (
+            f"{few(foreign)} is no class" if len(foreign) == 1 else f"{few(foreign)} are no classes"
+        )
+        raise InputError(f"data.path: {root}: {text} of the training split")
+    empty = [name for name in classes if name not in holding]
+    if empty:
+        _LOG.warning(
+            "%s: %d of %d classes have no image: %s", root, len(empty), len(classes), few(empty)
+        )
+    return True
+
+
 def check_classes(where: object, number: Any) -> None:
     """Raises `InputError` where a data set has more classes than a head should have."""
     if not isinstance(number, int):
@@ -151,15 +196,26 @@ def check_classes(where: object, number: Any) -> None:
     limits.check(where, number, _MOST_CLASSES, "classes")
 
 
-def _split_folder(root: Path, split: str) -> Path:
+def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:
+    """Finds the folders of a split.
+
+    Returns:
+      the folder of the split, that of the training split, and the names of the folders of test
+      splits.
+    """
     if not root.is_dir():
         raise InputError(f"data.path: no folder at {root}")
+    present = class_folders(root)
+    found = {
+        kind: [name for wanted in names for name in present if name.lower() == wanted]
+        for kind, names in SPLIT_FOLDERS.items()
+    }
+    train = root / found[TRAIN][0] if found[TRAIN] else root
     if split == TRAIN:
-        return root / "train" if (root / "train").is_dir() else root
-    for name in _TEST_FOLDERS:
-        if (root / name).is_dir():
-            return root / name
-    raise InputError(f"data.path: {root} has no test split ({', '.join(_TEST_FOLDERS)})")
+        return train, train, found[TEST]
+    if not found[TEST]:
+        raise NoTestSplit(f"data.path: {root} has no test split ({', '.join(SPLIT_FOLDERS[TEST])})")
+    return root / found[TEST][0], train, found[TEST]
 
 
 class TfdsSource:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from singer_jax.data.checking import readable
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
@@ -34,6 +35,8 @@ def collect_patches(
 ) -> dict[int, np.ndarray]:
     """Patch tokens [images, patches, dim] in float32 after each of some blocks, in every process.
 
+    Images that cannot be read are left out, since a replacement would count twice.
+
     Args:
       network, params: the model, its parameters on `mesh`.
       mesh: of the devices.
@@ -41,7 +44,7 @@ def collect_patches(
       layers: indices of blocks.
       workers: of the loader.
     """
-    prefix = network.spec.arch.num_prefix_tokens
+    prefix, images = network.spec.arch.num_prefix_tokens, readable(images)
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[int, jax.Array]:

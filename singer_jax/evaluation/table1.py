@@ -35,7 +35,7 @@ TASKS: dict[str, Benchmark] = {
     "imagenet_v2": Benchmark("imagenet_v2", "transfer"),
     "imagenet_r": Benchmark("imagenet_r", "transfer"),
     "ade20k": Benchmark("ade20k", "segmentation", "miou", 200, dense.ADE20K_MEAN, dense.ADE20K_STD),
-    "nyud": Benchmark("nyud", "depth", "rmse", 200),
+    "nyud": Benchmark("nyud", "depth", "rmse", 200, dense.NYUD_MEAN),
     "inat19": Benchmark("inat19"),
     "aircraft": Benchmark("aircraft"),
     "pet": Benchmark("pet"),

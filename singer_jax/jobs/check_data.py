@@ -1,20 +1,25 @@
-"""The job `check_data`: what is installed, what is in it, and what it looks like."""
+"""The job `check_data`: what is installed, what is in it, what is unreadable, how it looks."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from etils import epath
+from tqdm import tqdm
 
-from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
+from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled
+from singer_jax.data.checking import unreadable_images
 from singer_jax.data.contact_sheet import contact_sheet
-from singer_jax.data.registry import DataSettings, open_source
+from singer_jax.data.images import UnreadableImage
+from singer_jax.data.loader import worker_count
+from singer_jax.data.registry import DataSettings, make_source, where
 from singer_jax.data.scenes import LABELS
-from singer_jax.data.sources import TEST, TRAIN, Source
-from singer_jax.errors import InputError
-from singer_jax.io.files import make_workdir, replacing
-from singer_jax.settings.ranges import COUNT, OneOf
+from singer_jax.data.sources import TEST, TRAIN, NoTestSplit, Source
+from singer_jax.errors import InputError, RunError
+from singer_jax.io.files import make_workdir, replacing, write_text
+from singer_jax.settings.ranges import COUNT, Flag, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
 # Examples of each split that the papers of the data sets and SPEC's table state.
@@ -32,6 +37,9 @@ EXPECTED = {
 }
 
 
+_FEW = 1000  # images, which are decoded sooner than a process starts
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckDataSettings(Settings):
     """Which data."""
@@ -39,58 +47,103 @@ class CheckDataSettings(Settings):
     job: str = setting("check_data", OneOf(("check_data",)), "the command")
     data: DataSettings = section(DataSettings(source="table1"))
     images: int = setting(16, COUNT, "of each split on its contact sheet")
+    decode: bool = setting(
+        True, Flag(), "decode every image and list those that cannot be read; False: only count"
+    )
 
 
 def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
-    """Prints a line a split and writes a contact sheet, SOURCE_SPLIT.png, of each.
+    """Prints a line for each split and for each image that cannot be read.
+
+    Writes a contact sheet, SOURCE_SPLIT.png, of each split, and SOURCE_SPLIT_unreadable.txt of a
+    split with images that cannot be read.
 
     Args:
       settings: which data.
-      workdir: for the sheets.
+      workdir: for these files.
 
     Raises:
       InputError: nothing there, or a data set that is there in part.
+      RunError: some images cannot be read.
     """
     data = settings.data
     names = {"table1": BENCHMARKS, "scenes": LABELS}.get(data.source, (data.source,))
     make_workdir(workdir)
-    found, wrong = 0, []
+    found = unreadable = 0
+    wrong = []
     for name in names:
         benchmark = BENCHMARKS.get(name)
         for split in (TRAIN, TEST):
             if benchmark and benchmark.test_only and split == TRAIN:
                 continue
             try:
-                source = (
-                    open_benchmark(name, data.path, split)
-                    if benchmark
-                    else open_source(dataclasses.replace(data, source=name), split)
-                )
+                source = make_source(name, data.path, split, data.scenes)
             except NotInstalled as error:
                 print(f"{name}: not installed: {error}")
                 break
+            except NoTestSplit as error:
+                print(f"{name}: {error}")
+                continue
             except InputError as error:
                 wrong.append(f"{name} {split}: {error}")
                 continue
             found += 1
-            label = Path(name).name
-            sheet = workdir / f"{label}_{split}.png"
-            with replacing(sheet) as file:
-                contact_sheet(source, settings.images).save(file)
-            print(_line(label, split, source, sheet))
+            print(_line(name, split, source))
+            file = workdir / f"{Path(name).name or 'folder'}_{split}"
+            if settings.decode:
+                workers = worker_count(data.workers) if len(source) > _FEW else 0
+                bad = _list_unreadable(source, workers, file)
+                unreadable += bad
+                if bad == len(source):
+                    continue
+            sheet = file.parent / f"{file.name}.png"
+            with replacing(sheet) as local:
+                contact_sheet(source, settings.images).save(local)
+            print(f"contact sheet: {sheet}")
     if wrong:
         raise InputError("; ".join(wrong))
     if not found:
         raise InputError("data.path: no data set found (docs/data.md)")
+    if unreadable:
+        raise RunError(f"{unreadable:,} images cannot be read; they are listed in {workdir}")
 
 
-def _line(name: str, split: str, source: Source, sheet: epath.Path) -> str:
+def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:
+    """Prints and writes which images cannot be read, and why; returns their number."""
+    lines = []
+    with tqdm(total=len(source), unit="image", dynamic_ncols=True, mininterval=_often()) as bar:
+        for batch in unreadable_images(source, workers):
+            for index, reason in batch:
+                if reason:
+                    lines.append(f"{source.describe(index)}: {reason}")
+                    bar.write(f"unreadable: {lines[-1]}")
+            bar.update(len(batch))
+    listed = file.parent / f"{file.name}_unreadable.txt"
+    if lines:
+        write_text(listed, "\n".join(lines) + "\n")
+    elif listed.exists():
+        listed.unlink()
+    return len(lines)
+
+
+def _often() -> float:
+    return 0.5 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+
+
+def _line(name: str, split: str, source: Source) -> str:
     expected = EXPECTED.get(name, {}).get(split)
     line = f"{name} {split}: {len(source):,} images"
     if expected is not None and expected != len(source):
         line += f" (the official split has {expected:,})"
-    if isinstance(source[0].label, int):
-        line += f", {source.num_classes} classes" if source.num_classes else ", no labels"
-    else:
+    if _is_dense(source):
         line += ", a label for each pixel"
-    return f"{line}; {sheet}"
+    else:
+        line += f", {source.num_classes:,} classes" if source.num_classes else ", no labels"
+    return f"{line}{where(source)}"
+
+
+def _is_dense(source: Source) -> bool:
+    try:
+        return not isinstance(source[0].label, int)
+    except UnreadableImage:  # it will be listed
+        return False

@@ -76,6 +76,7 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     source = open_source(settings.data, TRAIN)
     run = setup_students(settings, len(source), source.num_classes)
     steps = run.any.steps
+    _warn_of_long_warmup(settings, run)
     make_workdir(workdir)
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(holding(workdir, jax.process_index() == 0))
@@ -104,6 +105,20 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     if stopped:
         message = f"{workdir}: {in_words(stopped)}; the other students are done"
         raise StudentsStopped(message, stopped)
+
+
+def _warn_of_long_warmup(settings: DistillSettings, run: Setups) -> None:
+    epochs, steps = settings.schedule.warmup_epochs, run.any.steps
+    warmup = epochs * run.any.steps_per_epoch
+    if settings.schedule.name == "cosine" and steps < warmup:
+        LOG.warning(
+            "schedule.warmup_epochs: %d epochs are %d steps, the run has %d: the learning rate "
+            "ends at %.0f %% of optimizer.learning_rate",
+            epochs,
+            warmup,
+            steps,
+            100 * steps / warmup,
+        )
 
 
 def _described(settings: DistillSettings, run: Setups, source: Source) -> dict[str, Any]:
@@ -263,8 +278,8 @@ def device_batches(
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
     data, mesh = settings.data, run.any.mesh
-    total = parallel.total_of_processes(mesh)
-    unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
+    gather = parallel.gather_of_processes(mesh)
+    unreadable = UnreadableCount(source, LOG.warning, data.max_unreadable, gather)
     batches = train_batches(
         source,
         TrainTransform(
@@ -286,6 +301,15 @@ def device_batches(
             yield put, unreadable.unreadable
 
 
+_PER_CLASS = 10  # images of the training split that kNN compares with
+_LARGEST_BANK = 20_000  # which is extracted at each evaluation, unless more are asked for
+
+
+def bank_size(images: int, classes: int) -> int:
+    """Returns how many training images kNN compares with: several a class, at least `images`."""
+    return max(images, min(_PER_CLASS * classes, _LARGEST_BANK))
+
+
 def _evaluation(
     settings: DistillSettings, run: Setups, train_split: Source, stopped: Mapping[str, str]
 ) -> Callable[[Mapping[str, TrainState], Params | None], dict[str, float]]:
@@ -300,7 +324,7 @@ def _evaluation(
       splits could not be read so far.
 
     Raises:
-      InputError: no test split, or one with fewer images than devices.
+      InputError: no test split.
     """
     try:
         test_split = open_source(settings.data, TEST)
@@ -309,7 +333,14 @@ def _evaluation(
             f"evals.every_steps: {settings.evals.every_steps}, but there is nothing to evaluate "
             f"on: {error}; set evals.every_steps=0 or add a test split"
         ) from error
-    test, bank = (evenly(source, settings.evals.images) for source in (test_split, train_split))
+    test = evenly(test_split, settings.evals.images)
+    bank = evenly(train_split, bank_size(settings.evals.images, train_split.num_classes))
+    if test.num_classes and len(bank) < min(2 * bank.num_classes, len(train_split)):
+        LOG.warning(
+            "evals.images: kNN compares with %d images of %d classes; give at least two a class",
+            len(bank),
+            bank.num_classes,
+        )
     workers, mesh = worker_count(settings.data.workers), run.any.mesh
     unreadable: set[str] = set()
 

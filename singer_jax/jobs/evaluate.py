@@ -16,7 +16,7 @@ from etils import epath
 from singer_jax import methods
 from singer_jax.data.benchmarks import NotInstalled, open_benchmark
 from singer_jax.data.loader import worker_count
-from singer_jax.data.registry import DataSettings, open_source
+from singer_jax.data.registry import DataSettings, announced, open_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
@@ -341,9 +341,11 @@ def _find_data(
         if name not in chosen:
             continue
         try:
-            test = open_benchmark(benchmark.data, data.path, TEST)
-            transfer = benchmark.kind == "transfer"
-            train = None if transfer else open_benchmark(benchmark.data, data.path, TRAIN)
+            test = announced(open_benchmark(benchmark.data, data.path, TEST), f"{name} test")
+            train = None
+            if benchmark.kind != "transfer":
+                found = open_benchmark(benchmark.data, data.path, TRAIN)
+                train = announced(found, f"{name} train")
             splits[name] = Split(train, test)
         except NotInstalled as error:
             if name in settings.tasks or data.source != "table1":

@@ -148,7 +148,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         layer: {source: values.tolist() for source, values in of_layer.items()}
         for layer, of_layer in curves.items()
     }
-    content = {"images": len(few), "rows": rows, "singular_values": spectra}
+    content = {"images": len(patches[layers[0]]), "rows": rows, "singular_values": spectra}
     write_text(workdir / "nullspace.json", json.dumps(content, indent=1) + "\n")
     save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -200,20 +199,16 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def total_of_processes(mesh: Mesh) -> Callable[[int], jax.Array] | None:
-    """Sums a number of each process on the devices, without waiting; None for one process."""
+def gather_of_processes(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
+    """Puts together a part of each process on the devices, without waiting; None for one process.
+
+    The parts are those of a batch, so that their rows are divided among the devices.
+    """
     if jax.process_count() == 1:
         return None
     sharding = batch_sharding(mesh)
-    add = jax.jit(jnp.sum, out_shardings=replicated(mesh))
-
-    def total(number: int) -> jax.Array:
-        # On the first of this process's devices, zero on its others.
-        numbers = np.zeros(len(mesh.local_devices), np.int32)
-        numbers[0] = number
-        return add(jax.make_array_from_process_local_data(sharding, numbers))
-
-    return total
+    copy = jax.jit(lambda parts: parts, out_shardings=replicated(mesh))
+    return lambda part: copy(jax.make_array_from_process_local_data(sharding, part))
 
 
 @functools.cache

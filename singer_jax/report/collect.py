@@ -16,6 +16,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from singer_jax.data.checking import readable
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.registry import open_source
@@ -188,7 +189,7 @@ def collect(
         raise InputError(f"run: {run} has no teacher to compare with ({settings.method_name})")
     train = open_source(settings.data, TRAIN)
     source = _test_or_train(settings, train)
-    few, fitted = evenly(source, shown), evenly(train, _FITTED)
+    few, fitted = readable(evenly(source, shown)), readable(evenly(train, _FITTED))
 
     arch = network.spec.arch
     singers = trained_singers(prepared, states)

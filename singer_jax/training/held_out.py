@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,8 +11,7 @@ import numpy as np
 
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
-from singer_jax.data.sources import Source
-from singer_jax.errors import InputError
+from singer_jax.data.sources import Source, Subset
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.training.setup import Setups
@@ -22,8 +21,8 @@ from singer_jax.training.step import Metrics, TrainState
 class HeldOut:
     """Losses of students on a test split, the same images and random numbers every time.
 
-    In the place of an image that cannot be read the next readable one is taken, so that the batches
-    stay whole and the losses comparable.
+    In the place of an image that cannot be read another one is taken, so that the batches stay
+    whole and the losses comparable.
 
     Args:
       run: of the students.
@@ -31,9 +30,6 @@ class HeldOut:
       batch_size: at most; a step's, so that no more memory is needed than a step takes.
       workers: of the loader.
       replaced: called with the indices of the images that could not be read.
-
-    Raises:
-      InputError: fewer images than devices.
     """
 
     def __init__(
@@ -46,9 +42,7 @@ class HeldOut:
     ) -> None:
         devices, students = run.any.mesh.size, run.students
         self.run, self.test, self.workers, self.replaced = run, test, workers, replaced
-        self.batch_size = min(batch_size, len(test) // devices * devices)
-        if not self.batch_size:
-            raise InputError(f"evals: the test split has fewer images than {devices} devices")
+        self.batch_size = max(min(batch_size, len(test)) // devices, 1) * devices
 
         @jax.jit
         def losses(
@@ -68,21 +62,36 @@ class HeldOut:
     ) -> dict[str, dict[str, float]]:
         """Of each student `loss` and `loss_<term>`, averaged over the images."""
         found: list[dict[str, dict[str, float]]] = []
-        sharding = parallel.batch_sharding(self.run.any.mesh)
-        batches = eval_batches(
-            self.test,
-            EvalTransform(self.run.image_size),
-            batch_size=self.batch_size,
-            workers=self.workers,
-            rows=parallel.local_rows(sharding, self.batch_size),
+        weights = []
+        for number, batch in enumerate(self._batches()):
+            key = jax.random.key(number)  # the same masks at every evaluation
+            found.append(jax.device_get(self.losses(states, teacher, batch, key)))
+            weights.append(len(batch["image"]))
+        return jax.tree.map(lambda *values: float(np.average(values, weights=weights)), *found)
+
+    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+        """All images: whole batches, a smaller one, and what is left of fewer than the devices."""
+        mesh, images = self.run.any.mesh, len(self.test)
+        whole = images // self.batch_size * self.batch_size
+        rest = images % mesh.size
+        split, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        parts = (
+            (0, whole, self.batch_size, split),
+            (whole, images - rest, images - rest - whole, split),
+            (images - rest, images, rest, everywhere),
         )
-        with contextlib.closing(batches):
-            # Whole batches only, so that their mean is that of their images.
-            for number in range(len(self.test) // self.batch_size):
-                batch = next(batches)
-                self.replaced(batch["unreadable"][batch["unreadable"] >= 0])
-                given = {key: batch[key] for key in ("image", "label")}
-                examples = parallel.put_rows(given, sharding, self.batch_size)
-                key = jax.random.key(number)  # the same masks at every evaluation
-                found.append(jax.device_get(self.losses(states, teacher, examples, key)))
-        return jax.tree.map(lambda *values: float(np.mean(values)), *found)
+        for start, stop, batch_size, sharding in parts:
+            if start == stop:
+                continue
+            batches = eval_batches(
+                Subset(self.test, np.arange(start, stop)),
+                EvalTransform(self.run.image_size),
+                batch_size=batch_size,
+                workers=self.workers,
+                rows=parallel.local_rows(sharding, batch_size),
+            )
+            with contextlib.closing(batches):
+                for batch in batches:
+                    self.replaced(start + batch["unreadable"][batch["unreadable"] >= 0])
+                    given = {key: batch[key] for key in ("image", "label")}
+                    yield parallel.put_rows(given, sharding, batch_size)

@@ -33,7 +33,12 @@ class EvalsSettings(Settings):
     """Evaluation while training: kNN and the held-out losses, on the test split."""
 
     every_steps: int = setting(0, FROM_ZERO, "between two evaluations; 0: never", "steps")
-    images: int = setting(1000, COUNT, "of the test split, and of the training split for kNN")
+    images: int = setting(
+        1000,
+        COUNT,
+        "number of test images; kNN compares with as many training images, or with 10 a class (up "
+        "to 20,000) where that is more",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

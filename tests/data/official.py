@@ -136,3 +136,20 @@ def write_all(root: Path) -> Path:
     for write in (inat19, aircraft, pet, food, flowers):
         write(root)
     return root
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Mean and standard deviation by which the official code normalises each task's images.
+STATISTICS = dict.fromkeys(
+    ("imagenet", "imagenet_v2", "imagenet_r", "inat19", "aircraft", "pet", "food", "flowers"),
+    IMAGENET,
+) | {
+    "ade20k": ((0.48897059, 0.46548275, 0.4294), (0.22861765, 0.22948039, 0.24054667)),
+    "nyud": ((0.485, 0.425, 0.385), (0.229, 0.224, 0.225)),
+}
+
+
+def normalised(task: str, pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 0 to 255 as the official code's models see them."""
+    mean, std = map(np.float64, STATISTICS[task])
+    return (pixels / 255 - mean) / std

@@ -1,6 +1,7 @@
 """The data sets of Table 1, read from small files in their real formats."""
 
 import io
+import os
 import pickle
 import shutil
 
@@ -9,12 +10,18 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, open_benchmark
+from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled, find_folder, open_benchmark
 from singer_jax.data.dense import ColorJitter, DepthTransform, SegmentationTransform
-from singer_jax.data.images import TrainTransform, open_image
+from singer_jax.data.images import EvalTransform, TrainTransform, open_image
 from singer_jax.data.loader import eval_batches, train_batches
 from singer_jax.data.sources import TEST, TRAIN, TfdsSource
 from singer_jax.errors import InputError
+from singer_jax.evaluation import table1
+from singer_jax.evaluation.backbone import Backbone
+from singer_jax.jobs.evaluate import _with_statistics as with_statistics
+from singer_jax.models.network import Network
+from singer_jax.models.zoo import lookup
+from tests import tiny
 from tests.data import official
 
 
@@ -49,6 +56,20 @@ def test_official_layouts_give_images_and_labels(root, name, train, test, classe
             assert open_image(source[index].image).size == (30, 24)
         assert source.describe(0).endswith((".JPEG", ".jpeg", ".jpg"))
         assert source.fingerprint() == open_benchmark(name, root, split).fingerprint()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_sets_own_folder_under_any_name_is_as_good_as_the_folder_around_it(root, tmp_path, name):
+    own = next(f for f in BENCHMARKS[name].folders if os.path.isdir(os.path.join(root, f)))
+    expected = open_benchmark(name, root, TEST)
+    paths = [os.path.join(root, own)]
+    if BENCHMARKS[name].marks:  # ImageNet-R's folder looks like a part of ImageNet
+        paths.append(str(shutil.copytree(paths[0], tmp_path / "mine")))
+    for path in paths:
+        found = open_benchmark(name, path, TEST)
+        assert found.fingerprint() == expected.fingerprint() and len(found) == len(expected)
+        others = [other for other in BENCHMARKS if other != name]
+        assert not any(find_folder(other, path) for other in others)
 
 
 def test_flowers_are_those_of_their_lists(root):
@@ -167,6 +188,27 @@ def test_masks_and_depths_of_another_kind_are_named(tmp_path):
     batches = eval_batches(source, DepthTransform(8, train=False), batch_size=2)
     with pytest.raises(InputError, match=r"frame 2: depths run .* millimetres"):
         next(batches)
+
+
+@pytest.mark.parametrize("task", table1.TASKS)
+def test_the_paper_protocol_normalises_pixels_as_the_official_code(root, task):
+    """From the archive's file to what the model sees."""
+    benchmark = table1.TASKS[task]
+    transform = {
+        "segmentation": SegmentationTransform(16, train=False),
+        "depth": DepthTransform(16, train=False),
+    }.get(benchmark.kind, EvalTransform(16))
+    source = open_benchmark(benchmark.data, root, TEST)
+    batches = eval_batches(source, transform, batch_size=2)
+    pixels = next(batches)["image"]
+    batches.close()
+    own = Backbone(Network(lookup("vit_tiny_patch16_224", tiny.TEACHER), None), {}, None)
+    seen = {
+        protocol: np.asarray(with_statistics(own, benchmark, protocol).network.spec.prepare(pixels))
+        for protocol in ("imagenet", "model")
+    }
+    np.testing.assert_allclose(seen["imagenet"], official.normalised(task, pixels), atol=1e-5)
+    assert np.abs(seen["model"] - seen["imagenet"]).max() > 0.1
 
 
 class SingerTestScenes(tfds.core.GeneratorBasedBuilder):

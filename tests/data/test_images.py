@@ -1,13 +1,22 @@
 """Every kind of image becomes RGB; crops are torchvision's."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from singer_jax.data.images import EvalTransform as CentreCrop
-from singer_jax.data.images import TrainTransform, UnreadableImage, open_image, random_crop, to_rgb
+from singer_jax.data.images import (
+    TrainTransform,
+    UnreadableImage,
+    open_image,
+    random_crop,
+    resized,
+    to_rgb,
+)
+from singer_jax.io import limits
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -61,6 +70,65 @@ def test_exif_orientation_is_applied_only_where_asked():
     stored = encoded(image, "PNG", exif=exif)
     np.testing.assert_array_equal(pixels(stored), RGB)
     np.testing.assert_array_equal(pixels(stored, exif=True), np.rot90(RGB, -1))
+
+
+def with_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """A JPEG with the orientation 6 and further tags: number, kind, count, four bytes."""
+    entries = [(0x112, 3, 1, struct.pack("<H", 6)), *tags]
+    table = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + bytes(4)
+    stored = encoded(Image.fromarray(RGB), "JPEG", quality=95)
+    return stored[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + stored[2:]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (0x100, 8, 1, struct.pack("<h", -5)),
+        (0x100, 9, 1, struct.pack("<i", -5)),
+        (0x100, 2, 4, b"400\0"),
+        (0x115, 8, 1, struct.pack("<h", -1)),
+        (0x8769, 7, 4, b"abcd"),
+    ],
+)
+def test_a_broken_tag_beside_the_orientation_costs_nothing(tag):
+    np.testing.assert_array_equal(pixels(with_exif(tag), exif=True), pixels(with_exif(), exif=True))
+    assert pixels(with_exif(tag), exif=True).shape == (30, 20, 3)
+
+
+def test_every_orientation_is_undone():
+    image = Image.fromarray(RGB)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = encoded(image, "PNG", exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+        np.testing.assert_array_equal(pixels(stored, exif=True), expected)
+
+
+def test_text_and_profiles_of_a_png_count_under_our_limit(monkeypatch):
+    """Generators of images write workflows of megabytes into their text."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 2**21, zip=True)
+    image = Image.fromarray(RGB)
+    for stored in (
+        encoded(image, "PNG", pnginfo=text),
+        encoded(image, "PNG", icc_profile=bytes(2**21)),
+    ):
+        monkeypatch.delenv(limits.FACTOR, raising=False)
+        np.testing.assert_array_equal(pixels(stored), RGB)
+        monkeypatch.setenv(limits.FACTOR, "0.01")
+        with pytest.raises(UnreadableImage, match="SINGER_JAX_LIMITS"):
+            pixels(stored)
+
+
+def test_the_size_after_resizing_is_torchvisions():
+    for width in range(1, 700, 3):
+        for height in (*range(1, 40), 224, 255, 256, 257, 500):
+            short, long = sorted((width, height))
+            found = resized((width, height), 256)
+            assert sorted(found) == [256, int(256 * long / short)]
+            assert found == resized((height, width), 256)[::-1]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Where images come from, in the formats that are really in use."""
 
 import io
+import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from singer_jax.data.registry import make_source
+from singer_jax.data import formats
+from singer_jax.data.benchmarks import open_benchmark
+from singer_jax.data.images import open_image, to_rgb
+from singer_jax.data.registry import make_source, summary
 from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, evenly
 from singer_jax.errors import InputError
 from tests.tiny import write_images
@@ -78,7 +84,7 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path):
         ("folder", "", TRAIN, "data.path: empty"),
         ("folder", "{tmp}/none", TRAIN, "no folder at .*none"),
         ("folder", "{tmp}", TRAIN, "no image .* below"),
-        ("folder", "{tmp}", TEST, r"no test split \(val, validation, test\)"),
+        ("folder", "{tmp}", TEST, r"no test split \(val, validation, "),
         ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* tfds build imagenet2012"),
     ],
 )
@@ -119,13 +125,14 @@ class SingerTestShapes(tfds.core.GeneratorBasedBuilder):
 
 
 def test_tfds_is_read_without_tensorflow(tmp_path: Path):
-    import sys
-
     builder = SingerTestShapes(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
     train = make_source("singer_test_shapes", str(tmp_path), TRAIN)
     test = make_source("singer_test_shapes", str(tmp_path), TEST)
     assert (len(train), len(test), train.num_classes) == (5, 2, 3)
+    own = str(tmp_path / "singer_test_shapes")
+    for folder in (own, f"{own}/1.0.0"):  # as good as the data directory
+        assert len(make_source("singer_test_shapes", folder, TEST)) == 2
     record = pickle.loads(pickle.dumps(train))[0]
     image = Image.open(io.BytesIO(record.image))
     assert image.size[0] - 12 == np.asarray(image)[0, 0, 0] // 40
@@ -143,6 +150,159 @@ def test_the_test_split_numbers_the_classes_of_the_training_split(tmp_path):
     write_images(tmp_path / "val" / "d", 1)
     with pytest.raises(InputError, match="d is no class of"):
         make_source("folder", str(tmp_path), TEST)
+
+
+def labels_by_file(folder: Path, split: str) -> dict[str, int]:
+    source = FolderSource(str(folder), split)
+    return {
+        str(source[i].image.relative_to(source.root)): source[i].label for i in range(len(source))
+    }
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "train/.ipynb_checkpoints",
+        "val/.ipynb_checkpoints",
+        "train/__MACOSX",
+        "train/@eaDir",
+        "val/$RECYCLE.BIN",
+        "train/aa",
+    ],
+)
+@pytest.mark.parametrize("holds", ["nothing", "an image"])
+def test_both_splits_number_their_classes_alike_whatever_lies_beside(tmp_path, made, holds):
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        write_images(tmp_path / folder, 2)
+    (tmp_path / made).mkdir()
+    if holds == "an image":
+        write_images(tmp_path / made, 1)
+    train, test = (labels_by_file(tmp_path, split) for split in (TRAIN, TEST))
+    assert test.items() <= train.items() and train["a/000.jpg"] != train["b/000.jpg"]
+    if not made.endswith("/aa"):
+        assert train == test and set(train.values()) == {0, 1}
+
+
+def test_what_people_call_their_splits_is_found(tmp_path):
+    for number, (train, test) in enumerate((("Train", "Val"), ("training", "validation"))):
+        root = tmp_path / str(number)
+        for folder in (f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"):
+            write_images(root / folder, 1)
+        assert labels_by_file(root, TRAIN) == labels_by_file(root, TEST)
+
+
+def test_a_test_split_beside_the_classes_is_not_trained_on(tmp_path):
+    for folder in ("a", "b", "val/b"):
+        write_images(tmp_path / folder, 2)
+    assert set(labels_by_file(tmp_path, TRAIN)) == {
+        f"{name}/00{n}.jpg" for name in "ab" for n in (0, 1)
+    }
+    assert labels_by_file(tmp_path, TEST) == {"b/000.jpg": 1, "b/001.jpg": 1}
+
+
+def test_what_leaves_images_without_labels_is_a_warning(tmp_path, caplog):
+    for folder in ("train/a", "train/b", "train/empty", "val"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "train" / "b", 2)
+    write_images(tmp_path / "val", 2)
+    assert FolderSource(str(tmp_path), TRAIN).num_classes == 3
+    assert "1 of 3 classes have no image: empty" in caplog.text
+    assert FolderSource(str(tmp_path), TEST).num_classes == 0
+    assert "2 of 2 images lie in no class folder" in caplog.text
+    write_images(tmp_path / "train", 1)
+    assert FolderSource(str(tmp_path), TRAIN).num_classes == 0
+    assert "1 of 5 images lie in no class folder" in caplog.text
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
+    for name in "abc":
+        write_images(tmp_path / name, 1)
+    scandir = os.scandir
+
+    def refusing(folder: str) -> object:
+        if str(folder).endswith("/b"):
+            raise PermissionError("not yours")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert labels_by_file(tmp_path, TRAIN) == {"a/000.jpg": 0, "c/000.jpg": 2}
+    assert "cannot read the folders b" in caplog.text
+    assert "1 of 3 classes have no image: b" in caplog.text
+
+
+def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    kinds = {"JPEG": "jpg JPEG jpe jfif", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+    kinds |= {"TIFF": "tif TIFF", "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}
+    for kind, suffixes in kinds.items():
+        for suffix in suffixes.split():
+            image.save(tmp_path / f"{suffix}.{suffix}", kind)
+    for name in ("._jpg.jpg", ".DS_Store", "Thumbs.db", "a.mov", "b.MOV", "c.heic5", "none"):
+        (tmp_path / name).write_bytes(b"")
+    source = FolderSource(str(tmp_path), TRAIN)
+    assert len(source) == sum(len(suffixes.split()) for suffixes in kinds.values())
+    for index in range(len(source)):
+        assert to_rgb(open_image(source[index].image)).size == (7, 9)
+    assert summary(source) == (
+        f"{len(source)} images without labels (7 other files left out: hidden 3, .mov 2, "
+        f".heic5 1, no suffix 1), {tmp_path}"
+    )
+
+
+@pytest.fixture
+def no_cached_formats():
+    """Formats are looked for anew, before and after."""
+    caches = (formats._available, formats.readers, formats.suffixes)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_formats_of_the_extra_are_listed_where_it_is_installed(
+    tmp_path, monkeypatch, no_cached_formats, installed
+):
+    plugin = types.SimpleNamespace(register_heif_opener=lambda: None) if installed else None
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", plugin)
+    write_images(tmp_path, 1)
+    for name in ("a.HEIC", "b.jxl"):
+        (tmp_path / name).write_bytes(b"")
+    source = FolderSource(str(tmp_path), TRAIN)
+    assert len(source) == (3 if installed else 1)
+    assert ("singer-jax[photos]" in source.left_out) == (not installed)
+    assert ("HEIF" in formats.readers()) == installed
+
+
+def test_each_real_folder_is_listed_once_through_any_links(tmp_path):
+    write_images(tmp_path / "set" / "a", 2)
+    write_images(tmp_path / "elsewhere" / "deep", 1)
+    links = {"set/a/again": "..", "set/up": "../..", "set/b": "../elsewhere", "set/b2": "b"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    assert set(labels_by_file(tmp_path / "set", TRAIN)) == {
+        "a/000.jpg",
+        "a/001.jpg",
+        "b/deep/000.jpg",
+    }
+
+
+def test_the_path_is_the_sets_own_folder_or_the_one_that_holds_it(tmp_path):
+    for split in ("train", "val"):
+        for wnid in ("n01440764", "n01443537"):
+            write_images(tmp_path / "imagenet" / split / wnid, 1)
+    found = [
+        [str(source[i].image) for i in range(len(source))]
+        for path in (tmp_path, tmp_path / "imagenet")
+        for source in (
+            make_source("imagenet2012", str(path), TEST),
+            open_benchmark("imagenet2012", str(path), TEST),
+        )
+    ]
+    assert all(files == found[0] for files in found)
 
 
 def test_evenly_chosen_records_cover_all_classes(tmp_path):
