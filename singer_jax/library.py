@@ -13,8 +13,9 @@ from singer_jax.io.files import as_path
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
+from singer_jax.models.export_timm import export_timm
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.settings import ranges
 from singer_jax.training.settings import DistillSettings

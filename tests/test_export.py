@@ -12,7 +12,7 @@ from singer_jax import main
 from singer_jax.config import export
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.models import zoo
-from singer_jax.models.weights import to_hub_config
+from singer_jax.models.export_timm import to_hub_config
 from tests import tiny
 
 LOAD_WITHOUT_US = """

@@ -28,9 +28,10 @@ from singer_jax.evaluation.cleaning import told as cleaning_told
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.io.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models import registers
+from singer_jax.models.export_timm import export_timm, to_hub_config
 from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
-from singer_jax.models.weights import export_timm, to_hub_config, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding

@@ -15,10 +15,11 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io.files import as_path, replacing, writing
 from singer_jax.models.architecture import ComputePolicy
+from singer_jax.models.export_timm import export_timm
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import origin
 from singer_jax.models.weight_files import find_weights, open_weights
-from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.telemetry import LOG

@@ -1,4 +1,4 @@
-"""timm weights into a model and back out.
+"""Reads timm weights into a model.
 
 A timm key and an NNX path differ by one rule: timm's `weight` is `kernel` (linear: transposed,
 convolution: HWIO) or `scale` (LayerNorm). Of each tensor a process reads the parts that its
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -21,31 +19,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from singer_jax.errors import InputError, RunError
+from singer_jax.errors import InputError
 from singer_jax.io import limits
-from singer_jax.io.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     StoredTensor,
     open_weights,
     read_hub_config,
 )
-from singer_jax.models.zoo import MODELS, ModelSpec, lookup
+from singer_jax.models.zoo import ModelSpec, lookup
 from singer_jax.platform.backends import Choices
 
 # Fields of `Architecture` that timm's class Eva calls otherwise.
-_EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
-
-_UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
+EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
 
 # Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
@@ -114,15 +104,23 @@ def to_timm(params: Params) -> dict[str, np.ndarray]:
 def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
     """`spec` with what the weights say of themselves.
 
-    The number of classes is that of the file's head; mean and std come from a `config.json` beside
-    the file (timm's hub layout), where there is one.
+    The number of classes is that of the file's head; the input's statistics, interpolation and crop
+    come from a `config.json` beside the file (timm's hub layout), where there is one.
     """
     head = open_weights(path).get("head.weight")
     # A head of another shape than [classes, dim] is named by `check_weights`.
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
     stated = read_hub_config(path.parent).get("pretrained_cfg", {})
-    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, arch=arch, mean=mean, std=std)
+    return dataclasses.replace(_with_input(spec, stated), arch=arch)
+
+
+def _with_input(spec: ModelSpec, stated: Mapping[str, Any]) -> ModelSpec:
+    """Returns `spec` with the input that timm's `pretrained_cfg` states, as far as it does."""
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    found = {key: stated[key] for key in keys if stated.get(key) is not None}
+    return dataclasses.replace(
+        spec, **{key: tuple(x) if isinstance(x, list) else x for key, x in found.items()}
+    )
 
 
 def load_model(
@@ -266,43 +264,9 @@ def resample_pos_embed(
     return np.concatenate([prefix, patches], axis=1)
 
 
-def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
-    """timm's `config.json` for a model: the timm model it derives from and what differs.
-
-    Raises:
-      InputError: a difference that timm's model could not be told.
-    """
-    base = MODELS[spec.timm_name].arch
-    for name in _UNKNOWN_TO_TIMM:
-        if getattr(spec.arch, name) != getattr(base, name):
-            raise InputError(
-                f"overrides: {name} of {spec.name} cannot be changed, timm's model has no such "
-                "argument and could not load it"
-            )
-    changed: dict[str, Any] = {
-        _EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
-        for name in (field.name for field in dataclasses.fields(Architecture))
-        if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
-    }
-    if "global_pool" in changed and not spec.arch.eva:
-        changed["fc_norm"] = False  # the norm stays before the pooling
-    return {
-        "architecture": spec.timm_name,
-        "num_classes": spec.arch.num_classes,
-        "num_features": spec.arch.embed_dim,
-        "model_args": changed,
-        "pretrained_cfg": {
-            "input_size": [3, *spec.arch.img_size],
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "num_classes": spec.arch.num_classes,
-        },
-    }
-
-
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
-    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
+    ours = {theirs: name for name, theirs in EVA_ARGUMENTS.items()}
     arguments = {
         ours.get(name, name): value
         for name, value in config.get("model_args", {}).items()
@@ -331,58 +295,9 @@ def stated_model(
 
 
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
-    """The inverse of `to_hub_config`; also reads the `config.json` of timm's own models.
+    """Returns the model of a `config.json` of `export_timm.to_hub_config`, or of timm's own.
 
     Raises:
       InputError: as `stated_model`.
     """
-    spec = stated_model(config)
-    stated = config.get("pretrained_cfg", {})
-    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, mean=mean, std=std)
-
-
-def export_timm(
-    folder: epath.Path,
-    spec: ModelSpec,
-    tensors: dict[str, np.ndarray],
-    made_from: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's hub layout.
-
-    Args:
-      folder: is made if it is not there.
-      spec: of the model; its mean and std go into `pretrained_cfg`.
-      tensors: of the model, as `to_timm` gives them.
-      made_from: what both files say of the model's origin, as JSON under `singer_jax`; the second
-        also the `sha256` of the first.
-
-    Raises:
-      RunError: it cannot be written.
-    """
-    metadata, config = {"format": "pt"}, to_hub_config(spec)
-    if made_from:
-        metadata["singer_jax"] = json.dumps(made_from)
-    with replacing(folder / WEIGHTS_FILE) as file:
-        try:
-            save_file(tensors, file, metadata=metadata)
-        except SafetensorError as error:  # of the disk, without its number
-            raise RunError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
-        _order_metadata(file)
-        file.chmod(0o644)  # safetensors keeps it to its owner
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    if made_from:
-        config["singer_jax"] = {**made_from, "sha256": sha256}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-
-
-def _order_metadata(file: Path) -> None:
-    """The library writes metadata in any order; the same export is to be the same bytes."""
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        stream.seek(8)
-        stream.write(text.ljust(size))
+    return _with_input(stated_model(config), config.get("pretrained_cfg", {}))

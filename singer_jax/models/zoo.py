@@ -27,6 +27,8 @@ class ModelSpec:
       timm_name: the timm model it is a variant of; `name` itself where timm knows it.
       arch: its architecture.
       mean, std: per channel, of images scaled to 0..1.
+      interpolation, crop_pct: how timm resizes an image before its centre crop, and the crop's side
+        over the resized one's; only told to others.
     """
 
     name: str
@@ -34,6 +36,8 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
 
     def prepare(
         self, images: Num[Array, "batch height width 3"]

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
 from singer_jax.models.architecture import ComputePolicy
+from singer_jax.models.export_timm import export_timm, to_hub_config
 from singer_jax.models.torch_file import TorchTensor
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
@@ -30,14 +31,7 @@ from singer_jax.models.weight_files import (
     open_weights,
     read_hub_config,
 )
-from singer_jax.models.weights import (
-    export_timm,
-    from_hub_config,
-    load_model,
-    spec_of_weights,
-    to_hub_config,
-    to_timm,
-)
+from singer_jax.models.weights import from_hub_config, load_model, spec_of_weights, to_timm
 from singer_jax.platform import parallel
 from tests.models.torch_writer import write_torch_file
 
@@ -254,7 +248,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def save_file(*given: object, **named: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("singer_jax.models.weights.save_file", save_file)
+    monkeypatch.setattr("singer_jax.models.write_safetensors.save_file", save_file)
     with pytest.raises(RunError, match=r"cannot write .*/model.safetensors: .* No space left"):
         export_timm(tmp_path, spec(), tensors(spec()))
     assert not list(tmp_path.iterdir())
