@@ -44,7 +44,7 @@ def test_export_of_imported_weights_returns_the_same_bytes(tmp_path, model, dtyp
     spec = zoo.lookup(model, sizes)
     (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
     config = export()
-    config.weights, config.stablehlo = str(given), False
+    config.weights, config.formats = str(given), ("timm",)
     assert main.run(config, tmp_path / "out") == 0
     exported = load_file(tmp_path / "out" / "student" / "model.safetensors")
     assert set(exported) == set(tensors)
@@ -84,7 +84,7 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
 
 def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
     config = export()
-    config.run, config.step, config.stablehlo = str(run), 2, False
+    config.run, config.step, config.formats = str(run), 2, ("timm",)
     assert main.run(config, tmp_path / "two") == 0
     config.step = None
     assert main.run(config, tmp_path / "last") == 0

@@ -36,8 +36,9 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str = "bilinear"
-    crop_pct: float = 0.875
+    # Not shown: what is measured of a model does not depend on them.
+    interpolation: str = dataclasses.field(default="bilinear", repr=False)
+    crop_pct: float = dataclasses.field(default=0.875, repr=False)
 
     def prepare(
         self, images: Num[Array, "batch height width 3"]
