@@ -62,6 +62,7 @@ _VIT = {
     "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
     "pooler": "pooler.dense",
 }
+_DEIT = _VIT | {"dist_token": "embeddings.distillation_token"}
 _DINOV2 = {
     **_VIT_EMBEDDINGS,
     **_VIT_ATTENTION,
@@ -184,14 +185,16 @@ def _vit_settings(arch: Architecture) -> dict[str, Any]:
 def _dinov3_settings(arch: Architecture) -> dict[str, Any]:
     hidden = int(arch.embed_dim * arch.mlp_ratio)
     gated = arch.mlp_layer == "swiglu"
+    if gated and arch.swiglu_align_to:
+        hidden += -hidden % arch.swiglu_align_to
     return {
-        "intermediate_size": hidden + (-hidden % 8 if gated else 0),
+        "intermediate_size": hidden,
         "use_gated_mlp": gated,
         "num_register_tokens": arch.reg_tokens,
         "query_bias": arch.qkv_bias,
         "value_bias": arch.qkv_bias,
         "key_bias": False,
-        "rope_theta": 100.0,
+        "rope_theta": arch.rope_temperature,
         **({"hidden_act": "silu"} if gated else {}),
     }
 
@@ -212,6 +215,14 @@ _DINOV2_FIELDS = _VIT_FIELDS | {
 
 _FAMILIES = (
     _Family("vit", "ViTModel", _VIT, _VIT_FIELDS, {}, _vit_settings),
+    _Family(
+        "deit",
+        "DeiTModel",
+        _DEIT,
+        {**_ACTIVATION, "num_classes": Range(0, whole=True), "qkv_bias": Flag()},
+        {"distilled": True},
+        _vit_settings,
+    ),
     _Family("dinov2", "Dinov2Model", _DINOV2, _DINOV2_FIELDS, {}, _dinov2_settings),
     _Family(
         "dinov2_with_registers",
@@ -235,8 +246,16 @@ _FAMILIES = (
             "mlp_layer": OneOf(("mlp", "swiglu")),
             "qkv_bias": Flag(),
             "reg_tokens": Range(0, whole=True),
+            "rope_temperature": NOT_NEGATIVE,
+            "swiglu_align_to": Range(0, whole=True),
         },
-        {"eva": True, "num_classes": 0},
+        {
+            "eva": True,
+            "k_bias": False,
+            "num_classes": 0,
+            "pos_embed": False,
+            "rope_type": "dinov3",
+        },
         _dinov3_settings,
     ),
     _Family(
@@ -324,6 +343,7 @@ def _family(spec: ModelSpec) -> _Family:
 
 def _config(family: _Family, arch: Architecture) -> dict[str, Any]:
     head = f"{family.model_class.removesuffix('Model')}ForImageClassification"
+    head += "WithTeacher" if arch.distilled else ""
     height, width = arch.img_size
     labels = {"num_labels": arch.num_classes} if arch.num_classes else {}
     return {
@@ -346,7 +366,7 @@ def _renamed(family: _Family, arch: Architecture, tensors: Tensors) -> Tensors:
     modules = dict(family.modules)
     if arch.mlp_layer == "swiglu_packed":
         modules |= _DINOV2_SWIGLU
-    head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
+    head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("head")}
     found = {
         _renamed_key(modules, key): tensor
         for key, tensor in _reshaped(family, arch, _split_attention(tensors))
@@ -355,6 +375,9 @@ def _renamed(family: _Family, arch: Architecture, tensors: Tensors) -> Tensors:
         return found
     prefix = family.model_type
     found = {f"{prefix}.{key}": tensor for key, tensor in found.items()}
+    if arch.distilled:
+        names = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
+        return found | {_renamed_key(names, key): tensor for key, tensor in head.items()}
     weight = head["head.weight"]
     if prefix != "vit":  # its head reads the mean of the patches too
         weight = np.concatenate([weight, np.zeros_like(weight)], axis=1)

@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from singer_jax.errors import InputError
 from singer_jax.io.files import write_text
-from singer_jax.models.architecture import Architecture
+from singer_jax.models.timm_arguments import changed_arguments
 from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE
-from singer_jax.models.weights import EVA_ARGUMENTS
 from singer_jax.models.write_safetensors import write_safetensors
 from singer_jax.models.zoo import MODELS, ModelSpec
-
-# Differences that timm's models have no argument for.
-_UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
 
 
 def trained_here(spec: ModelSpec) -> ModelSpec:
@@ -40,38 +35,26 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
     Raises:
       InputError: a difference that timm's model has no argument for.
     """
-    base = MODELS[spec.timm_name].arch
-    for name in _UNKNOWN_TO_TIMM:
-        if getattr(spec.arch, name) != getattr(base, name):
-            raise InputError(
-                f"overrides: {name} of {spec.name} cannot be changed, timm's model has no such "
-                "argument and could not load it"
-            )
-    changed: dict[str, Any] = {
-        EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
-        for name in (field.name for field in dataclasses.fields(Architecture))
-        if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
-    }
-    if "global_pool" in changed and not spec.arch.eva:
-        changed["fc_norm"] = False  # the norm stays before the pooling
+    arch = spec.arch
+    changed = changed_arguments(arch, MODELS[spec.timm_name].arch)
     return {
         "architecture": spec.timm_name,
-        "num_classes": spec.arch.num_classes,
-        "num_features": spec.arch.embed_dim,
-        "global_pool": spec.arch.global_pool,
+        "num_classes": arch.num_classes,
+        "num_features": arch.embed_dim,
+        "global_pool": arch.global_pool,
         "model_args": changed,
         "pretrained_cfg": {
-            "input_size": [3, *spec.arch.img_size],
+            "input_size": [3, *arch.img_size],
             # timm takes img_size from input_size where the model has learned positions.
-            "fixed_input_size": not spec.arch.eva,
+            "fixed_input_size": arch.pos_embed or arch.rel_pos_bias,
             "interpolation": spec.interpolation,
             "crop_pct": spec.crop_pct,
             "crop_mode": "center",
             "mean": list(spec.mean),
             "std": list(spec.std),
-            "num_classes": spec.arch.num_classes,
+            "num_classes": arch.num_classes,
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "classifier": ["head", "head_dist"] if arch.distilled else "head",
         },
     }
 

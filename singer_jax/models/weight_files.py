@@ -33,7 +33,7 @@ HUB_CONFIG: Mapping[str, Allowed] = {
     "pretrained_cfg.input_size": Each(SIDE, length=3),
     "pretrained_cfg.mean": Each(Range(), length=3),
     "pretrained_cfg.std": Each(POSITIVE, length=3),
-    "pretrained_cfg.interpolation": Text("[a-z]+", "the name of an interpolation"),
+    "pretrained_cfg.interpolation": Text("\\S+", "the name of an interpolation"),
     "pretrained_cfg.crop_pct": POSITIVE,
 }
 

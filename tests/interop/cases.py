@@ -28,6 +28,8 @@ CASES = {
     "vit": ("vit_tiny_patch16_224", {"num_classes": 0}),
     "vit with a head": ("vit_tiny_patch16_224", {"num_classes": 5}),
     "vit, mean of patches": ("vit_tiny_patch16_224", {"num_classes": 0, "global_pool": "avg"}),
+    "deit, distilled": ("deit_tiny_distilled_patch16_224", {"num_classes": 0}),
+    "deit, distilled, with a head": ("deit_tiny_distilled_patch16_224", {"num_classes": 5}),
     "deit3": ("deit3_small_patch16_224", {"num_classes": 0}),
     "deit3 with a head": ("deit3_small_patch16_224", {"num_classes": 5}),
     "dinov2": ("vit_small_patch14_dinov2", {}),

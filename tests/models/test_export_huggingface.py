@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from singer_jax.errors import InputError
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
+from singer_jax.models.export_timm import trained_here
 from singer_jax.models.zoo import lookup
 from tests.interop.cases import CASES, RECORDED, SIZES, exported, spec_of, tensors_of
 
@@ -38,6 +39,7 @@ def test_every_bit_of_the_weights_is_in_the_export(tmp_path):
     [
         ("vit_small_patch16_dinov3", {"num_classes": 3}, "num_classes"),
         ("vit_tiny_patch16_224", {"pre_norm": True, "init_values": 1e-5}, "pre_norm"),
+        ("beit_base_patch16_224", {"num_classes": 0}, "pos_embed"),
         ("vit_tiny_patch16_224", {"planted": "random"}, "planted"),
         ("vit_tiny_patch16_224", {"reg_tokens": 2}, "reg_tokens"),
         ("vit_tiny_patch16_224", {"num_classes": 3, "global_pool": "avg"}, "global_pool"),
@@ -52,7 +54,7 @@ def test_a_model_that_transformers_lacks_is_one_line(model, changes, field):
 
 
 def test_the_image_processor_does_what_the_model_states(tmp_path):
-    spec = spec_of("deit3")
+    spec = trained_here(spec_of("deit3"))
     export_huggingface(epath.Path(tmp_path), spec, tensors_of(spec))
     stated = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert stated["size"] == {"shortest_edge": 36}  # 32 pixels over 0.875

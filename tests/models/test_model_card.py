@@ -40,7 +40,7 @@ def test_a_card_names_bases_method_and_data_and_leaves_the_licence():
         assert part in card
     for part in ('"local-dir:PATH", pretrained=True', "model.onnx", "features.stablehlo"):
         assert part in card
-    assert "32 x 32 pixels" in card and "0.5, 0.5, 0.5" in card and "bilinear" in card
+    assert "32 x 32 pixels" in card and "0.5, 0.5, 0.5" in card and "bicubic, crop_pct 0.9" in card
 
 
 @pytest.mark.parametrize("found", [ON_THE_HUB, LOCAL])
