@@ -62,7 +62,8 @@ def _safetensors(folder: Path) -> Entry:
 
 
 def _config_json(folder: Path) -> Entry:
-    from singer_jax.models.weights import from_hub_config, to_hub_config
+    from singer_jax.models.export_timm import to_hub_config
+    from singer_jax.models.weights import from_hub_config
     from singer_jax.models.zoo import lookup
 
     names = ("vit_tiny_patch16_224", "vit_base_patch16_dinov3", "vit_base_patch16_siglip_224")

@@ -29,12 +29,7 @@ def main(folder: Path) -> None:
     timm = import_timm()
     weights = folder / "model.safetensors"
     stated = json.loads((folder / "config.json").read_text())
-    theirs = timm.create_model(
-        stated["architecture"],
-        checkpoint_path=str(weights),
-        num_classes=stated["num_classes"],
-        **stated["model_args"],
-    ).eval()
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     spec = from_hub_config(stated)
     ours = nnx.merge(*load_model(spec, weights))
     images = np.random.default_rng(0).standard_normal((2, *spec.arch.img_size, 3))

@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Sets up .venv with the development tools, then runs the linter and all tests; arguments go to
-# pytest. PYTHON names another interpreter.
+# pytest. PYTHON names another interpreter. With --interop first: only tests/interop, which open our
+# exports with torch, timm, transformers and onnxruntime, and a .venv that has them.
 source "$(dirname "$0")/common.sh"
+if [ "${1:-}" = --interop ]; then
+  prepare '.[dev,interop]'
+  exec .venv/bin/python -m pytest --interop tests/interop "${@:2}"
+fi
 prepare '.[dev]'
 prepare_gpu_compiler
 .venv/bin/ruff format --check --quiet .

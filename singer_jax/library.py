@@ -13,8 +13,10 @@ from singer_jax.io.files import as_path
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
+from singer_jax.models.export_timm import export_timm
+from singer_jax.models.model_card import write_card
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.settings import ranges
 from singer_jax.training.settings import DistillSettings
@@ -91,7 +93,7 @@ def load_model(
 
 
 def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's layout.
+    """Writes `model.safetensors`, `config.json` and a `README.md`, which timm and the hub open.
 
     Args:
       model: of `create_model` or `load_model`, trained further or not.
@@ -104,6 +106,7 @@ def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None
         raise InputError("the model does not say which timm model it is; make it by create_model")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     export_timm(as_path(folder), model.spec, to_timm(params))
+    write_card(as_path(folder), model.spec, {})
 
 
 def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -40,6 +41,20 @@ def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
         jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", quickly)
     yield
+
+
+INTEROP = Path(__file__).parent / "interop"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--interop` collects tests/interop too, which needs the extra `interop`."""
+    parser.addoption("--interop", action="store_true", help="collect tests/interop")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves tests/interop out of an ordinary run; None leaves the choice to pytest."""
+    left_out = collection_path == INTEROP and not config.getoption("--interop")
+    return True if left_out else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ from singer_jax import main
 from singer_jax.config import export
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.models import zoo
-from singer_jax.models.weights import to_hub_config
+from singer_jax.models.export_timm import to_hub_config
 from tests import tiny
 
 LOAD_WITHOUT_US = """
@@ -44,7 +44,7 @@ def test_export_of_imported_weights_returns_the_same_bytes(tmp_path, model, dtyp
     spec = zoo.lookup(model, sizes)
     (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
     config = export()
-    config.weights, config.stablehlo = str(given), False
+    config.weights, config.formats = str(given), ("timm",)
     assert main.run(config, tmp_path / "out") == 0
     exported = load_file(tmp_path / "out" / "student" / "model.safetensors")
     assert set(exported) == set(tensors)
@@ -84,7 +84,7 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
 
 def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
     config = export()
-    config.run, config.step, config.stablehlo = str(run), 2, False
+    config.run, config.step, config.formats = str(run), 2, ("timm",)
     assert main.run(config, tmp_path / "two") == 0
     config.step = None
     assert main.run(config, tmp_path / "last") == 0
@@ -97,6 +97,44 @@ def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
     config.step = 3
     assert main.run(config, tmp_path / "three") == 2
     assert "holds checkpoints [2, 4], not 3" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_says_how_images_are_prepared_and_where_it_comes_from(run):
+    student = run / "student"
+    stated = json.loads((student / "config.json").read_text())["pretrained_cfg"]
+    size = stated["input_size"][1]
+    assert stated["interpolation"] == "bilinear"
+    # As data.images.EvalTransform resizes the shorter side.
+    assert int(size / stated["crop_pct"]) == int(size * 256 / 224) == 18
+    card = (student / "README.md").read_text()
+    assert "`singer`" in card and "`digits`, 32 in batches of 8" in card
+    assert str(student.parent.parent) not in card
+
+
+def test_formats_are_written_side_by_side_and_the_card_names_them(run, tmp_path):
+    config = export()
+    config.run, config.formats = str(run), ("timm", "huggingface")
+    assert main.run(config, tmp_path / "out") == 0
+    student = tmp_path / "out" / "student"
+    files = {str(path.relative_to(student)) for path in student.rglob("*.*") if path.is_file()}
+    theirs = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    assert files == {"config.json", "model.safetensors", "README.md"} | {
+        f"huggingface/{name}" for name in theirs
+    }
+    assert "features.stablehlo" not in (student / "README.md").read_text()
+    assert "AutoModel" in (student / "huggingface" / "README.md").read_text()
+    config.formats = ("stablehlo",)
+    assert main.run(config, tmp_path / "out") == 0
+    card = (student / "README.md").read_text()
+    assert "features.stablehlo" in card and "local-dir:" in card  # what was there before still is
+
+
+def test_onnx_without_its_extra_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = export()
+    config.weights, config.formats = "not/there", ("onnx",)
+    assert main.run(config, tmp_path) == 2
+    assert "pip install 'singer-jax[onnx]'" in capsys.readouterr().err
 
 
 def test_a_student_that_timm_could_not_be_told_is_refused(tmp_path, capsys):

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from singer_jax.config import default
+from singer_jax.models.export_timm import to_hub_config
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import to_hub_config, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.models.zoo import lookup
 
 TEACHER = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}

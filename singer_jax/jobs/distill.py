@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -28,9 +29,11 @@ from singer_jax.evaluation.cleaning import told as cleaning_told
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.io.files import check_takes_checkpoints, make_workdir, write_text, writing
 from singer_jax.models import registers
+from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
+from singer_jax.models.model_card import write_card
 from singer_jax.models.params import Params, join
 from singer_jax.models.provenance import Provenance, origin, provenance, told
-from singer_jax.models.weights import export_timm, to_hub_config, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
@@ -421,6 +424,24 @@ def _write_config(
         write_text(workdir / "weights.json", json.dumps(weights, indent=2) + "\n")
 
 
+def made_by(
+    settings: DistillSettings, weights: Mapping[str, Provenance], name: str, step: int
+) -> dict[str, Any]:
+    """Returns what an export says of its origin.
+
+    Args:
+      settings: of the run, as they are for this student.
+      weights: of the run.
+      name: of the student; empty where it is the only one.
+      step: of the checkpoint.
+    """
+    data = settings.data
+    # Of a folder the name alone: its place is nobody else's business.
+    source = PurePath(data.path if data.source == "folder" else data.source).name
+    images = {"source": source, "batch_size": settings.batch_size}
+    return origin(weights, name, settings.method_name, step, images)
+
+
 def _export_students(
     workdir: epath.Path,
     run: Setups,
@@ -433,9 +454,10 @@ def _export_students(
         parts = gather((states[name].params["student"], states[name].constants["student"]))
         if jax.process_index() > 0:
             continue
-        made_from = origin(weights, name, own.method_name, int(states[name].step))
+        made_from = made_by(own, weights, name, int(states[name].step))
         folder = workdir / "students" / name if name else workdir / "student"
         trained, untouched = map(to_timm, parts)
-        spec = run.each[name].distillation.student.spec
+        spec = trained_here(run.each[name].distillation.student.spec)
         export_timm(folder, spec, trained | untouched, made_from)
+        write_card(folder, spec, made_from)
     parallel.of_first_process(None)  # no process ends before everything is written

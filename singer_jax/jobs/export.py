@@ -1,4 +1,4 @@
-"""The job `export`: a student out of a run, or a model from timm weights, for others to use."""
+"""The job `export`: a student of a run, or a model from other weights, for other libraries."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ import jax.numpy as jnp
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.io.files import as_path, replacing, writing
+from singer_jax.jobs.distill import made_by
 from singer_jax.models.architecture import ComputePolicy
+from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
+from singer_jax.models.export_onnx import check_onnx, export_onnx
+from singer_jax.models.export_timm import export_timm, trained_here
+from singer_jax.models.model_card import HUGGINGFACE_FOLDER, PROGRAM_FILE, write_card
+from singer_jax.models.params import Params
 from singer_jax.models.program import features_program
-from singer_jax.models.provenance import origin
+from singer_jax.models.provenance import provenance
 from singer_jax.models.weight_files import find_weights, open_weights
-from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.telemetry import LOG
-from singer_jax.settings.ranges import COUNT, TEXT, Flag, OneOf, optional
+from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.settings import of_saved
 
-PROGRAM_FILE = "features.stablehlo"
-_LARGEST_PROGRAM = 2_000_000_000  # bytes; the format's limit is 2 GiB
+FORMATS = ("timm", "huggingface", "onnx", "stablehlo")
+_LARGEST_PROGRAM = 2_000_000_000  # bytes of a StableHLO or ONNX file; both formats' limit is 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +50,30 @@ class ExportSettings(Settings):
     step: int | None = setting(
         None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
     )
-    stablehlo: bool = setting(True, Flag(), "also write features.stablehlo")
+    formats: tuple[str, ...] = setting(
+        ("timm", "stablehlo"),
+        Each(OneOf(FORMATS), least=1),
+        "libraries to write files for; `huggingface` is transformers, `onnx` needs its extra",
+    )
 
 
 def export(settings: ExportSettings, workdir: epath.Path) -> None:
-    """Writes `student/` with `model.safetensors`, `config.json` and `features.stablehlo`.
+    """Writes the chosen formats and a model card into `student/`, of several `students/NAME/`.
+
+    `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
+    `model.onnx` and `stablehlo` `features.stablehlo`. Weights are read back and compared bit for
+    bit, and the ONNX program is compared with the model, before a file takes its name.
 
     Args:
       settings: what is exported.
-      workdir: where `student/`, of several `students/NAME/`, is made; without `run` and `weights`
-        also the run to export.
+      workdir: where the folder is made; without `run` and `weights` also the run to export.
 
     Raises:
-      InputError: nothing to export, or a folder that cannot be written.
+      InputError: nothing to export, a folder that cannot be written, or a format that cannot hold
+        the model.
     """
+    if "onnx" in settings.formats:
+        check_onnx()
     policy = ComputePolicy()
     if settings.weights:
         dtype = _stored_dtype(find_weights(settings.weights))
@@ -73,32 +89,64 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         step=step,
         policy=policy,
     )
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
-    if settings.stablehlo and size > _LARGEST_PROGRAM:
-        raise InputError(
-            f"{size / 2**30:.1f} GiB of parameters do not fit into one StableHLO file (2 GiB); "
-            "set --config.stablehlo=False"
-        )
-    made_from = None
+    _check_size(settings.formats, backbone.params)
+    network = backbone.network
     if run:  # all processes open a checkpoint together
         made_from = _origin(run, settings.student, step)
+        network = dataclasses.replace(network, spec=trained_here(network.spec))
+    else:
+        file = find_weights(settings.weights)
+        made_from = {"weights": provenance(network.spec, settings.weights, file)}
+    if "huggingface" in settings.formats:
+        check_huggingface(network.spec)
     if jax.process_index() > 0:
         return
     name = settings.student
     folder = workdir / "students" / name if name else workdir / "student"
     with writing(folder):
-        export_timm(folder, backbone.network.spec, to_timm(backbone.params), made_from)
-        if settings.stablehlo:
-            with replacing(folder / PROGRAM_FILE) as file:
-                file.write_bytes(features_program(backbone.network, backbone.params))
-    LOG.info("%s exported to %s", backbone.network.spec.name, folder)
+        _write(folder, settings.formats, dataclasses.replace(backbone, network=network), made_from)
+    LOG.info("%s exported to %s: %s", network.spec.name, folder, ", ".join(settings.formats))
+
+
+def _write(
+    folder: epath.Path, formats: tuple[str, ...], backbone: Backbone, made_from: dict[str, Any]
+) -> None:
+    network, params = backbone.network, backbone.params
+    spec, tensors = network.spec, to_timm(params)
+    if "timm" in formats:
+        export_timm(folder, spec, tensors, None if "weights" in made_from else made_from)
+    if "huggingface" in formats:
+        theirs = folder / HUGGINGFACE_FOLDER
+        export_huggingface(theirs, spec, tensors)
+        write_card(theirs, spec, made_from, "huggingface")
+    if "stablehlo" in formats:
+        with replacing(folder / PROGRAM_FILE) as file:
+            file.write_bytes(features_program(network, params))
+    if "onnx" in formats:
+        difference = export_onnx(folder, network, params)
+        LOG.info("onnxruntime's difference from the model: %.1e of the largest value", difference)
+    if set(formats) - {"huggingface"}:
+        write_card(folder, spec, made_from)
+
+
+def _check_size(formats: tuple[str, ...], params: Params) -> None:
+    sizes = {
+        "stablehlo": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "onnx": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
+    }
+    for name, size in sizes.items():
+        if name in formats and size > _LARGEST_PROGRAM:
+            raise InputError(
+                f"formats: {size / 2**30:.1f} GiB of parameters do not fit into one {name} file "
+                f"(2 GiB); leave {name} out"
+            )
 
 
 def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         meta = checkpoints.meta(step)
     its_settings = of_saved(meta["config"]).each()[student]
-    return origin(meta.get("weights", {}), student, its_settings.method_name, step)
+    return made_by(its_settings, meta.get("weights", {}), student, step)
 
 
 def _stored_dtype(path: Path) -> Any:

@@ -31,8 +31,9 @@ from singer_jax.methods import nullspace
 from singer_jax.methods.base import teacher_layers
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import CLEANERS, PLACES, Architecture
+from singer_jax.models.export_timm import export_timm
 from singer_jax.models.network import ModelSettings
-from singer_jax.models.weights import export_timm, to_timm
+from singer_jax.models.weights import to_timm
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers

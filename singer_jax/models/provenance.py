@@ -73,7 +73,7 @@ def _revision(file: Path) -> str | None:
 
 def _resampled(spec: ModelSpec, tensors: Mapping[str, Any]) -> str | None:
     stored = tensors.get("pos_embed")
-    if spec.arch.eva or stored is None:
+    if not spec.arch.pos_embed or stored is None:
         return None
     prefix = spec.arch.num_embedded_prefix_tokens
     if stored.shape[1] == prefix + spec.arch.num_patches:
@@ -84,19 +84,25 @@ def _resampled(spec: ModelSpec, tensors: Mapping[str, Any]) -> str | None:
 
 
 def origin(
-    weights: Mapping[str, Provenance], student: str, method: str, steps: int
+    weights: Mapping[str, Provenance],
+    student: str,
+    method: str,
+    steps: int,
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What an export says of the student in it: the weights of a run, its method and steps.
+    """Returns what an export says of the student in it, as JSON.
 
     Args:
       weights: of the run's teacher and students, by name.
       student: its name; empty where it is the only one.
       method: by which it was distilled.
       steps: done.
+      data: its images: `source` and `batch_size`.
     """
     return {
         "method": method,
         "steps": steps,
+        "data": dict(data),
         "teacher": weights.get("teacher"),
         "student": weights.get(student or "student"),
     }

@@ -33,6 +33,8 @@ HUB_CONFIG: Mapping[str, Allowed] = {
     "pretrained_cfg.input_size": Each(SIDE, length=3),
     "pretrained_cfg.mean": Each(Range(), length=3),
     "pretrained_cfg.std": Each(POSITIVE, length=3),
+    "pretrained_cfg.interpolation": Text("\\S+", "the name of an interpolation"),
+    "pretrained_cfg.crop_pct": POSITIVE,
 }
 
 _LARGEST_CONFIG = _LARGEST_HEADER = 2**24  # bytes; timm's have 1 KiB and 0.1 MiB

@@ -1,4 +1,4 @@
-"""timm weights into a model and back out.
+"""Reads timm weights into a model.
 
 A timm key and an NNX path differ by one rule: timm's `weight` is `kernel` (linear: transposed,
 convolution: HWIO) or `scale` (LayerNorm). Of each tensor a process reads the parts that its
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,31 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from singer_jax.errors import InputError, RunError
+from singer_jax.errors import InputError
 from singer_jax.io import limits
-from singer_jax.io.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, ComputePolicy
+from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
+from singer_jax.models.positions import resample_relative_positions
+from singer_jax.models.timm_arguments import current_names, stated_fields
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     StoredTensor,
     open_weights,
     read_hub_config,
 )
-from singer_jax.models.zoo import MODELS, ModelSpec, lookup
+from singer_jax.models.zoo import ModelSpec, lookup
 from singer_jax.platform.backends import Choices
-
-# Fields of `Architecture` that timm's class Eva calls otherwise.
-_EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
-
-_UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
 
 # Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
@@ -84,10 +73,22 @@ class _OneKey(NamedTuple):
 def abstract_params(arch: Architecture) -> Params:
     """The parameters alone, as those of `abstract_model` in float32 and not stacked.
 
-    One block is traced: the others are like it.
+    One block of each kind is traced: the others are like it.
     """
-    params = abstract_model(dataclasses.replace(arch, depth=1, planted_after=0), ComputePolicy())[1]
-    return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
+    kinds = [(number,) for number in arch.num_kv_heads or ()] or [None] * arch.depth
+    of_kind = {
+        kind: abstract_model(
+            dataclasses.replace(arch, depth=1, planted_after=0, num_kv_heads=kind), ComputePolicy()
+        )[1]
+        for kind in dict.fromkeys(kinds)
+    }
+    params = dict(of_kind[kinds[0]])
+    params["blocks"] = {i: of_kind[kind]["blocks"][0] for i, kind in enumerate(kinds)}
+    if "rope" in params:  # which holds the frequencies of all blocks
+        freqs = params["rope"]["freqs"]
+        shape = (2, arch.depth, *freqs.shape[2:])
+        params["rope"] = {"freqs": jax.ShapeDtypeStruct(shape, freqs.dtype)}
+    return params
 
 
 def timm_key(keys: Keys) -> str:
@@ -114,15 +115,23 @@ def to_timm(params: Params) -> dict[str, np.ndarray]:
 def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
     """`spec` with what the weights say of themselves.
 
-    The number of classes is that of the file's head; mean and std come from a `config.json` beside
-    the file (timm's hub layout), where there is one.
+    The number of classes is that of the file's head; the input's statistics, interpolation and crop
+    come from a `config.json` beside the file (timm's hub layout), where there is one.
     """
     head = open_weights(path).get("head.weight")
     # A head of another shape than [classes, dim] is named by `check_weights`.
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
     stated = read_hub_config(path.parent).get("pretrained_cfg", {})
-    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, arch=arch, mean=mean, std=std)
+    return dataclasses.replace(_with_input(spec, stated), arch=arch)
+
+
+def _with_input(spec: ModelSpec, stated: Mapping[str, Any]) -> ModelSpec:
+    """Returns `spec` with the input that timm's `pretrained_cfg` states, as far as it does."""
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    found = {key: stated[key] for key in keys if stated.get(key) is not None}
+    return dataclasses.replace(
+        spec, **{key: tuple(x) if isinstance(x, list) else x for key, x in found.items()}
+    )
 
 
 def load_model(
@@ -154,9 +163,8 @@ def load_model(
         tensor = tensors[timm_key(keys)]
         axes = timm_axes(keys, jax.ShapeDtypeStruct(shape, tensor.dtype))
         stored = tuple(part[axis] for axis in axes)
-        if keys == ("pos_embed",) and tuple(tensor.shape) != shape:
-            prefix = spec.arch.num_embedded_prefix_tokens
-            array = resample_pos_embed(tensor.read(), spec.arch.grid, prefix)[stored]
+        if tuple(tensor.shape) != shape and keys[-1] in _RESAMPLED:
+            array = _resampled(keys[-1], tensor.read(), spec)[stored]
         else:
             array = tensor.read(stored)
         return array.transpose(np.argsort(axes))
@@ -198,12 +206,8 @@ def check_weights(spec: ModelSpec, path: Path) -> None:
 
 
 def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file under the keys of timm's model, as timm itself renames old ones."""
-    tensors = open_weights(path)
-    if spec.arch.eva:
-        return tensors
-    # DeiT-III was published with gamma_1 and gamma_2.
-    return {re.sub(r"gamma_(\d)$", r"ls\1.gamma", key): t for key, t in tensors.items()}
+    """The tensors of a file under the keys of timm's model."""
+    return current_names(open_weights(path), spec.arch)
 
 
 def _check_keys(
@@ -220,7 +224,7 @@ def _check_keys(
         for key, shape in expected.items()
         if key in tensors
         and tuple(tensors[key].shape) != shape
-        and not (key == "pos_embed" and _can_resample(tensors[key].shape, spec.arch))
+        and not _can_resample(key, tensors[key].shape, spec.arch)
     ]
     found = {"missing": missing, "surplus": surplus, "mis-shaped": mis_shaped}
     if any(found.values()):
@@ -233,81 +237,76 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _can_resample(shape: tuple[int, ...], arch: Architecture) -> bool:
-    """Whether a stored position embedding is that of a square grid and of the right width."""
-    if len(shape) != 3 or (shape[0], shape[2]) != (1, arch.embed_dim):
+# Parameters of a square grid of patches that are resampled for another grid.
+_RESAMPLED = ("pos_embed", "relative_position_bias_table")
+
+
+def _can_resample(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
+    """Whether a stored tensor is of `_RESAMPLED`, for a square grid and of the right width."""
+    if key == "pos_embed" and len(shape) == 3 and (shape[0], shape[2]) == (1, arch.embed_dim):
+        places = shape[1] - arch.num_embedded_prefix_tokens
+    elif key.endswith("relative_position_bias_table") and shape[1:] == (arch.num_heads,):
+        places = shape[0] - NUM_CLASS_DISTANCES
+    else:
         return False
-    patches = shape[1] - arch.num_embedded_prefix_tokens
-    return patches > 0 and math.isqrt(patches) ** 2 == patches
+    return places > 0 and math.isqrt(places) ** 2 == places
+
+
+def _resampled(name: str, stored: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """A tensor of `_RESAMPLED` for the model's grid."""
+    arch = spec.arch
+    if name == "pos_embed":
+        prefix = arch.num_embedded_prefix_tokens
+        return resample_pos_embed(stored, arch.grid, prefix, spec.resampling)
+    return resample_relative_positions(stored, arch.grid, NUM_CLASS_DISTANCES)
 
 
 def resample_pos_embed(
-    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int
+    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int, method: str = "bicubic"
 ) -> np.ndarray:
     """Position embeddings of a square grid for another grid (timm `resample_abs_pos_embed`).
-
-    Keys bicubic (a = -0.5), antialiased, weights renormalised at the edges, prefix kept.
 
     Args:
       pos_embed: [1, prefix + side * side, dim].
       grid: rows and columns to resample to.
-      num_prefix_tokens: leading positions that are no patches.
+      num_prefix_tokens: leading positions that are no patches; they are kept.
+      method: `bicubic` (Keys, a = -0.5, antialiased, weights renormalised at the edges),
+        `bilinear` (not antialiased; FlexiViT, RADIO) or `bilinear_corners` (from the first patch
+        to the last).
 
     Returns:
       [1, prefix + rows * columns, dim] in the dtype of `pos_embed`.
     """
     prefix, patches = np.split(pos_embed, [num_prefix_tokens], axis=1)
     side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
-    image = jnp.asarray(patches, jnp.float32).reshape(1, side, side, dim)
-    image = jax.image.resize(
-        image, (1, *grid, dim), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
-    )
+    if method == "bicubic":
+        image = jnp.asarray(patches, jnp.float32).reshape(1, side, side, dim)
+        image = jax.image.resize(
+            image, (1, *grid, dim), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
+        )
+    else:
+        image = patches.astype(np.float32).reshape(side, side, dim)
+        for axis, size in enumerate(grid):
+            weights = _linear_weights(side, size, corners=method == "bilinear_corners")
+            image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
     patches = np.asarray(image, pos_embed.dtype).reshape(1, -1, dim)
     return np.concatenate([prefix, patches], axis=1)
 
 
-def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
-    """timm's `config.json` for a model: the timm model it derives from and what differs.
-
-    Raises:
-      InputError: a difference that timm's model could not be told.
-    """
-    base = MODELS[spec.timm_name].arch
-    for name in _UNKNOWN_TO_TIMM:
-        if getattr(spec.arch, name) != getattr(base, name):
-            raise InputError(
-                f"overrides: {name} of {spec.name} cannot be changed, timm's model has no such "
-                "argument and could not load it"
-            )
-    changed: dict[str, Any] = {
-        _EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
-        for name in (field.name for field in dataclasses.fields(Architecture))
-        if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
-    }
-    if "global_pool" in changed and not spec.arch.eva:
-        changed["fc_norm"] = False  # the norm stays before the pooling
-    return {
-        "architecture": spec.timm_name,
-        "num_classes": spec.arch.num_classes,
-        "num_features": spec.arch.embed_dim,
-        "model_args": changed,
-        "pretrained_cfg": {
-            "input_size": [3, *spec.arch.img_size],
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "num_classes": spec.arch.num_classes,
-        },
-    }
+def _linear_weights(stored: int, wanted: int, corners: bool) -> np.ndarray:
+    """The matrix [wanted, stored] of linear interpolation between patch centres."""
+    if corners:
+        places = np.linspace(0, stored - 1, wanted)
+    else:
+        places = (np.arange(wanted) + 0.5) * stored / wanted - 0.5
+    rows = [np.interp(places, np.arange(stored), row) for row in np.eye(stored)]
+    return np.stack(rows, axis=1).astype(np.float32)
 
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
-    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
-    arguments = {
-        ours.get(name, name): value
-        for name, value in config.get("model_args", {}).items()
-        if name != "fc_norm"
-    }
+    base = lookup(config["architecture"]).arch
+    arguments = stated_fields(config.get("model_args", {}), base)
     arguments["num_classes"] = config.get("num_classes", 0)
     stated = config.get("pretrained_cfg", {})
     if "input_size" in stated:
@@ -331,58 +330,9 @@ def stated_model(
 
 
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
-    """The inverse of `to_hub_config`; also reads the `config.json` of timm's own models.
+    """Returns the model of a `config.json` of `export_timm.to_hub_config`, or of timm's own.
 
     Raises:
       InputError: as `stated_model`.
     """
-    spec = stated_model(config)
-    stated = config.get("pretrained_cfg", {})
-    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, mean=mean, std=std)
-
-
-def export_timm(
-    folder: epath.Path,
-    spec: ModelSpec,
-    tensors: dict[str, np.ndarray],
-    made_from: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's hub layout.
-
-    Args:
-      folder: is made if it is not there.
-      spec: of the model; its mean and std go into `pretrained_cfg`.
-      tensors: of the model, as `to_timm` gives them.
-      made_from: what both files say of the model's origin, as JSON under `singer_jax`; the second
-        also the `sha256` of the first.
-
-    Raises:
-      RunError: it cannot be written.
-    """
-    metadata, config = {"format": "pt"}, to_hub_config(spec)
-    if made_from:
-        metadata["singer_jax"] = json.dumps(made_from)
-    with replacing(folder / WEIGHTS_FILE) as file:
-        try:
-            save_file(tensors, file, metadata=metadata)
-        except SafetensorError as error:  # of the disk, without its number
-            raise RunError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
-        _order_metadata(file)
-        file.chmod(0o644)  # safetensors keeps it to its owner
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    if made_from:
-        config["singer_jax"] = {**made_from, "sha256": sha256}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-
-
-def _order_metadata(file: Path) -> None:
-    """The library writes metadata in any order; the same export is to be the same bytes."""
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        stream.seek(8)
-        stream.write(text.ljust(size))
+    return _with_input(stated_model(config), config.get("pretrained_cfg", {}))

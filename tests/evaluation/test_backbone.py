@@ -16,7 +16,7 @@ from singer_jax.evaluation import backbone as backbone_lib
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.classification import Classification
 from singer_jax.models import zoo
-from singer_jax.models.weights import to_hub_config
+from singer_jax.models.export_timm import to_hub_config
 from singer_jax.platform import parallel
 from tests import tiny
 

@@ -44,7 +44,7 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
         config.tasks = ("imagenet", "imagenet_v2", "ade20k") if name == "fast" else ("nyud",)
         evaluate.evaluate(settings_of(config), workdir / name)
     config = config_lib.export()
-    config.run, config.stablehlo = str(inputs / "run"), False
+    config.run, config.formats = str(inputs / "run"), ("timm",)
     export.export(settings_of(config), workdir / "export")
     config = config_lib.report()
     config.run, config.images = str(inputs / "run"), 3

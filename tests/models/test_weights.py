@@ -1,6 +1,7 @@
 """Weights in and out, in the file formats that are really in use."""
 
 import collections
+import dataclasses
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
 from singer_jax.models.architecture import ComputePolicy
+from singer_jax.models.export_timm import export_timm, to_hub_config
 from singer_jax.models.torch_file import TorchTensor
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
@@ -30,14 +32,7 @@ from singer_jax.models.weight_files import (
     open_weights,
     read_hub_config,
 )
-from singer_jax.models.weights import (
-    export_timm,
-    from_hub_config,
-    load_model,
-    spec_of_weights,
-    to_hub_config,
-    to_timm,
-)
+from singer_jax.models.weights import from_hub_config, load_model, spec_of_weights, to_timm
 from singer_jax.platform import parallel
 from tests.models.torch_writer import write_torch_file
 
@@ -254,10 +249,30 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def save_file(*given: object, **named: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("singer_jax.models.weights.save_file", save_file)
+    monkeypatch.setattr("singer_jax.models.write_safetensors.save_file", save_file)
     with pytest.raises(RunError, match=r"cannot write .*/model.safetensors: .* No space left"):
         export_timm(tmp_path, spec(), tensors(spec()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_returns_other_bits_is_noticed(tmp_path, monkeypatch):
+    def save_changed(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1}, file, metadata=metadata)
+
+    monkeypatch.setattr("singer_jax.models.write_safetensors.save_file", save_changed)
+    with pytest.raises(RunError, match=r"1 tensors read back differ .* norm.bias"):
+        export_timm(tmp_path, spec(), tensors(spec()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_input_that_a_config_json_states_is_exported_again(tmp_path):
+    model = dataclasses.replace(
+        spec(), interpolation="bicubic", crop_pct=0.95, mean=(0.1, 0.2, 0.3)
+    )
+    export_timm(tmp_path, model, tensors(model))
+    stated = json.loads((tmp_path / "config.json").read_text())
+    assert json.loads(json.dumps(to_hub_config(from_hub_config(stated)))) == stated
+    assert spec_of_weights(spec(), tmp_path / "model.safetensors") == model
 
 
 def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
