@@ -109,5 +109,5 @@ def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
     Arguments and errors are those of `singer_jax.jobs.distill.distill`. Precision and other numeric
     settings of JAX are as before when it returns.
     """
-    parallel.start(settings.precision)
+    parallel.start()
     job.distill(settings, as_path(workdir))

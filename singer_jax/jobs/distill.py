@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ from singer_jax.runs.telemetry import (
     LOG,
     MetricsWriter,
     Recorder,
+    StepMetrics,
     in_words,
     metric_name,
     stall_watchdog,
@@ -52,7 +54,7 @@ from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups, restore_states, saved_tree, setup_students
-from singer_jax.training.step import Metrics, TrainState
+from singer_jax.training.step import TrainState
 
 
 def distill(settings: DistillSettings, workdir: epath.Path) -> None:
@@ -70,6 +72,11 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
       RunError: a loss that is no number, too many unreadable images, no whole checkpoint. Of
         several students the others are trained and exported before it is raised.
     """
+    with parallel.computing(settings.precision):
+        _distill(settings, workdir)
+
+
+def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
     if settings.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     check_takes_checkpoints(workdir)
@@ -145,9 +152,12 @@ def _train(
         )
         with stall_watchdog():
             first = next(batches)
+        LOG.info("%s: compiling the step (may take a minute)", workdir)
+        began = time.perf_counter()
         program = compile_step(
             run.students, mesh, states, teacher, first[0], settings.students.execution
         )
+        LOG.info("%s: compiled in %.0f s", workdir, time.perf_counter() - began)
         if program.told:
             LOG.info("%s: %s", workdir, program.told)
 
@@ -369,13 +379,11 @@ def _evaluation(
     return evaluate
 
 
-def _report_start(
-    run: Setups, states: Mapping[str, TrainState], metrics: Mapping[str, Metrics]
-) -> None:
+def _report_start(run: Setups, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     for name, own in run.each.items():
         params, constants = states[name].params["method"], states[name].constants["method"]
         method = nnx.merge(own.distillation.method, params, constants)
-        for level, line in method.report(jax.device_get(metrics[name])):
+        for level, line in method.report(metrics[name]):
             LOG.log(level, f"{name}: {line}" if name else line)
 
 

@@ -35,6 +35,19 @@ from singer_jax.models.views import averaged
 from singer_jax.models.zoo import ModelSpec
 
 
+def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Computes the products of a float32 model in full, whatever the process's default is."""
+
+    @functools.wraps(method)
+    def computed(self: VisionTransformer, *given: Any, **named: Any) -> Any:
+        if jnp.dtype(self.policy.dtype) != jnp.float32:
+            return method(self, *given, **named)
+        with jax.default_matmul_precision("highest"):
+            return method(self, *given, **named)
+
+    return computed
+
+
 class VisionTransformer(nnx.Module):
     """A vision transformer whose every block can be read and called alone.
 
@@ -86,6 +99,7 @@ class VisionTransformer(nnx.Module):
         if arch.planted:  # the last, so that nothing else is drawn otherwise
             self.planted = planted.Planted(arch, policy.param_dtype, rngs)
 
+    @_exact
     def embed(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"]:
@@ -141,6 +155,7 @@ class VisionTransformer(nnx.Module):
             return self._apply(self.block(index), x)
         return self._advance(index, jnp.concatenate([register.astype(x.dtype), x], axis=1))[:, 1:]
 
+    @_exact
     def hidden(
         self,
         index: int | Int[Array, ""],
@@ -184,6 +199,7 @@ class VisionTransformer(nnx.Module):
         )
         return self._apply(self.block(index), x, move)
 
+    @_exact
     def _apply(
         self, block: Block, x: Float[Array, "batch tokens dim"], move: Move | None = None
     ) -> Float[Array, "batch tokens dim"]:
@@ -319,6 +335,7 @@ class VisionTransformer(nnx.Module):
         of_layers = zip(layers, found, strict=True)
         return {layer: self._cleaned(x, layer, added) for layer, x in of_layers}
 
+    @_exact
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         """What the head reads, from the last feature: see `Architecture.global_pool`."""
         x = self.norm(x)
@@ -328,6 +345,7 @@ class VisionTransformer(nnx.Module):
             return x[:, self.arch.num_prefix_tokens :].mean(axis=1)
         return x[:, 0]
 
+    @_exact
     def head_output(
         self, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:

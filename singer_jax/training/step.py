@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.methods import Batch, FrozenVariable, Method, ModelFeatures
 from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
+from singer_jax.runs.telemetry import StepMetrics
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
 """Raw residual streams by block, as `VisionTransformer.streams_at` gives them."""
@@ -293,7 +294,7 @@ class Students:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> tuple[dict[str, TrainState], dict[str, Metrics]]:
+    ) -> tuple[dict[str, TrainState], StepMetrics]:
         """One update of every student's state.
 
         Of several students, one whose loss or gradient is not finite keeps its state, then and in
@@ -310,18 +311,17 @@ class Students:
           the states after the step, and metrics of the parameters before it.
         """
         found = self.gradients(states, teacher, batch, logged)
-        after, metrics = {}, {}
-        done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
+        after, each = {}, {}
         for name, own in self.each.items():
-            before = states[name]
-            after[name], metrics[name] = own.update(before, found[name])
-            if len(self.each) > 1:
-                finite = [jnp.isfinite(metrics[name][key]) for key in ("loss", "grad_norm")]
-                goes_on = functools.reduce(jnp.logical_and, finite, before.step == done)
+            after[name], each[name] = own.update(states[name], found[name])
+        metrics = StepMetrics.pack(each)
+        if len(self.each) > 1:
+            done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
+            for index, name in enumerate(self.each):
+                before = states[name]
+                keep = metrics.finite[index] & (before.step == done)
                 after[name] = jax.tree.map(
-                    lambda new, old, goes_on=goes_on: jnp.where(goes_on, new, old),
-                    after[name],
-                    before,
+                    lambda new, old, keep=keep: jnp.where(keep, new, old), after[name], before
                 )
         return after, metrics
 
