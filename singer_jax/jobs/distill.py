@@ -272,7 +272,8 @@ def device_batches(
     settings: DistillSettings, run: Setups, source: Source, start: int
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
-    data, mesh = settings.data, run.any.mesh
+    data, mesh, size = settings.data, run.any.mesh, settings.batch_size
+    sharding = parallel.batch_sharding(mesh)
     total = parallel.total_of_processes(mesh)
     unreadable = UnreadableCount(source, LOG.warning, total, jax.process_count())
     batches = train_batches(
@@ -280,20 +281,19 @@ def device_batches(
         TrainTransform(
             run.image_size, data.crop_area, data.crop_ratio, data.flip, data.decode == "fast"
         ),
-        batch_size=settings.batch_size,
+        batch_size=size,
         seed=settings.seed,
         start=start,
         workers=worker_count(data.workers),
         strict=data.fail_on_unreadable,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        # Row i of the batch is image i of the step, on any number of processes.
+        rows=parallel.local_rows(sharding, size),
     )
     with contextlib.closing(batches):
         for batch in batches:
             unreadable.add(batch)
             examples = {key: batch[key] for key in ("image", "label")}
-            put = parallel.put_batch(examples, parallel.batch_sharding(mesh))
-            yield put, unreadable.unreadable
+            yield parallel.put_rows(examples, sharding, size), unreadable.unreadable
 
 
 def _evaluation(

@@ -104,7 +104,7 @@ class Distillation:
           params, constants: of a state.
           teacher: its parameters.
           features: as `teach` gives them.
-          batch: as for `step`.
+          batch: as for `step`; of a micro-batch with `row`, where each image is in the step's.
           key: of the method's random numbers.
           logged: whether the method's diagnostics are among the metrics (else they are 0); None
             leaves them out.
@@ -122,8 +122,10 @@ class Distillation:
             if self.teacher
             else None
         )
+        rows = batch.get("row")
+        given = Batch(batch["label"], key, rows, 1 if rows is None else self.grad_accum_steps)
         with jax.named_scope("method"):
-            terms = method.loss(taught, seen, Batch(batch["label"], key))
+            terms = method.loss(taught, seen, given)
         metrics = {f"loss_{name}": value for name, value in terms.items()}
         if logged is not None:
             metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
@@ -252,7 +254,7 @@ class Students:
             for name, own in self.each.items()
         }
 
-        def of_micro_batch(batch: Any, keys: Mapping[str, Array]) -> Any:
+        def of_micro_batch(batch: Any) -> Any:
             seen = self.teach(teacher, batch), batch
             found: dict[str, StepOutput] = {}
             for name, own in self.each.items():
@@ -276,16 +278,16 @@ class Students:
             return found
 
         if grad_accum_steps == 1:
-            return of_micro_batch(batch, keys)
-        parts = micro_batches(batch, grad_accum_steps)
-        split_keys = {name: jax.random.split(key, grad_accum_steps) for name, key in keys.items()}
+            return of_micro_batch(batch)
+        rows = jnp.arange(len(batch["label"]), dtype=jnp.int32)
+        parts = micro_batches(batch | {"row": rows}, grad_accum_steps)
 
-        def add(total: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_micro_batch(part)), None
 
-        shapes = jax.eval_shape(of_micro_batch, *jax.tree.map(lambda x: x[0], (parts, split_keys)))
+        shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (parts, split_keys))
+        total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     def step(
