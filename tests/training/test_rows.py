@@ -112,5 +112,5 @@ def test_processes_read_the_rows_of_one_batch_in_its_order():
     for process in processes:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-        printed.append(json.loads(out))
+        printed.append(json.loads(out.splitlines()[-1]))
     assert printed[0] == printed[1] == printed[2]
