@@ -104,7 +104,9 @@ def jax_step(
     from singer_jax.training.flops import step_flops
     from singer_jax.training.program import compile_step, peak_memory
 
-    parallel.start(arguments.precision)
+    parallel.start()
+    if arguments.precision == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
     runs = prepared(arguments, str(shared / "teacher.safetensors"), quantised)
     run = runs.any
     teacher = runs.load_teacher()
@@ -416,7 +418,9 @@ def breakdown(arguments: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     from singer_jax.training.program import compile_step
     from singer_jax.training.step import PARTS
 
-    parallel.start(arguments.precision)
+    parallel.start()
+    if arguments.precision == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
     with tempfile.TemporaryDirectory() as folder:
         from benchmarks.make_inputs import write_weights
 

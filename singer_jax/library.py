@@ -112,8 +112,8 @@ def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None
 def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
     """Trains a student, as the command does; `load_model(workdir)` is it then.
 
-    Arguments and errors are those of `singer_jax.jobs.distill.distill`. A script that calls it with
-    `data.workers` other than 0 needs `if __name__ == "__main__":`.
+    Arguments and errors are those of `singer_jax.jobs.distill.distill`. Precision and other numeric
+    settings of JAX are as before when it returns.
     """
-    parallel.start(settings.precision)
+    parallel.start()
     job.distill(settings, as_path(workdir))

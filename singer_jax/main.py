@@ -59,8 +59,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
 
         settings = settings_of(config)
         hosts.join(**joining)
-        with hosts.together(), working_disks(folder):
-            parallel.start(getattr(settings, "precision", None))
+        computing = parallel.computing(getattr(settings, "precision", None))
+        with hosts.together(), working_disks(folder), computing:
+            parallel.start()
             job = importlib.import_module(f"singer_jax.jobs.{settings.job}")
             getattr(job, settings.job)(settings, folder)
     except (InputError, RunError, Stopped) as error:

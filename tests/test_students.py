@@ -182,7 +182,7 @@ def test_when_all_go_wrong_the_run_ends_at_once(config_file, tmp_path, capsys):
     config = configuration(config_file)
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30
     assert main.run(config, tmp_path) == 1
-    assert "no student goes on: fitnet: " in capsys.readouterr().err
+    assert "all students are stopped: fitnet: " in capsys.readouterr().err
     assert not (tmp_path / "students").exists()
 
 

@@ -6,17 +6,20 @@ of step s are found from s alone, on any number of workers, processes and device
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from singer_jax.data.images import UnreadableImage, open_image
 from singer_jax.data.sources import Source
@@ -30,6 +33,7 @@ and was replaced, or -1."""
 
 _MOST_REPLACEMENTS = 100
 _START = 30  # seconds until a worker's process exists at the latest
+_MOST_EXAMPLES = 2**53  # of a run; grain divides their number as a float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,8 @@ def train_batches(
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
     """Indices of the training split's records, epoch after epoch."""
-    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    epochs = max(1, _MOST_EXAMPLES // max(1, len(source)))
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
 
 
 def batch_records(source: Source, seed: int, batch_size: int, step: int) -> list[int]:
@@ -201,13 +206,30 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[I
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    if not flags.FLAGS.is_parsed():  # grain reads flags of its own; a library has none
+        flags.FLAGS.mark_as_parsed()
     batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
     batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
-    with signals.shielded():
+    with signals.shielded(), _main_module_hidden():
         before = set(multiprocessing.active_children())
         batches.start_prefetch()  # in threads, which a process that leaves must not break off
         _wait_for_started(workers, before)
     return batches
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keeps workers that start inside from importing the program's main module again.
+
+    Python's `spawn` would run a script that has no `if __name__ == "__main__":` once more in each
+    worker. Workers need nothing of it: what they get of a main module is pickled by value.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _wait_for_started(workers: int, before: set[multiprocessing.process.BaseProcess]) -> None:

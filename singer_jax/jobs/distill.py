@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -41,6 +42,7 @@ from singer_jax.runs.telemetry import (
     LOG,
     MetricsWriter,
     Recorder,
+    StepMetrics,
     in_words,
     metric_name,
     stall_watchdog,
@@ -55,7 +57,7 @@ from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups, restore_states, saved_tree, setup_students
-from singer_jax.training.step import Metrics, TrainState
+from singer_jax.training.step import TrainState
 
 
 def distill(settings: DistillSettings, workdir: epath.Path) -> None:
@@ -73,6 +75,11 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
       RunError: a loss that is no number, too many unreadable images, no whole checkpoint. Of
         several students the others are trained and exported before it is raised.
     """
+    with parallel.computing(settings.precision):
+        _distill(settings, workdir)
+
+
+def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
     if settings.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("log.wandb: wandb is not installed; pip install wandb, or leave it off")
     check_takes_checkpoints(workdir)
@@ -163,9 +170,12 @@ def _train(
         )
         with stall_watchdog():
             first = next(batches)
+        LOG.info("%s: compiling the step (may take a minute)", workdir)
+        began = time.perf_counter()
         program = compile_step(
             run.students, mesh, states, teacher, first[0], settings.students.execution
         )
+        LOG.info("%s: compiled in %.0f s", workdir, time.perf_counter() - began)
         if program.told:
             LOG.info("%s: %s", workdir, program.told)
 
@@ -280,7 +290,8 @@ def device_batches(
     settings: DistillSettings, run: Setups, source: Source, start: int
 ) -> Iterator[tuple[Any, Any]]:
     """Batches on the devices, each with the number of unreadable images up to it."""
-    data, mesh = settings.data, run.any.mesh
+    data, mesh, size = settings.data, run.any.mesh, settings.batch_size
+    sharding = parallel.batch_sharding(mesh)
     gather = parallel.gather_of_processes(mesh)
     unreadable = UnreadableCount(source, LOG.warning, data.max_unreadable, gather)
     batches = train_batches(
@@ -288,20 +299,19 @@ def device_batches(
         TrainTransform(
             run.image_size, data.crop_area, data.crop_ratio, data.flip, data.decode == "fast"
         ),
-        batch_size=settings.batch_size,
+        batch_size=size,
         seed=settings.seed,
         start=start,
         workers=worker_count(data.workers),
         strict=data.fail_on_unreadable,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        # Row i of the batch is image i of the step, on any number of processes.
+        rows=parallel.local_rows(sharding, size),
     )
     with contextlib.closing(batches):
         for batch in batches:
             unreadable.add(batch)
             examples = {key: batch[key] for key in ("image", "label")}
-            put = parallel.put_batch(examples, parallel.batch_sharding(mesh))
-            yield put, unreadable.unreadable
+            yield parallel.put_rows(examples, sharding, size), unreadable.unreadable
 
 
 _PER_CLASS = 10  # images of the training split that kNN compares with
@@ -403,13 +413,11 @@ def _evaluation(
     return evaluate
 
 
-def _report_start(
-    run: Setups, states: Mapping[str, TrainState], metrics: Mapping[str, Metrics]
-) -> None:
+def _report_start(run: Setups, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     for name, own in run.each.items():
         params, constants = states[name].params["method"], states[name].constants["method"]
         method = nnx.merge(own.distillation.method, params, constants)
-        for level, line in method.report(jax.device_get(metrics[name])):
+        for level, line in method.report(metrics[name]):
             LOG.log(level, f"{name}: {line}" if name else line)
 
 

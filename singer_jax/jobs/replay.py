@@ -56,6 +56,11 @@ def replay(settings: ReplaySettings, workdir: epath.Path) -> None:
     if jax.process_count() > 1:
         raise InputError("replay: one process replays a step; start it alone")
     captured = read(folder, settings.student)
+    with parallel.computing(captured.settings.precision):
+        _replay(folder, captured)
+
+
+def _replay(folder: epath.Path, captured: Captured) -> None:
     run_settings, name, step = captured.settings, captured.student, captured.step
     LOG.info("%s: %s", folder, captured.found)
     source = open_source(run_settings.data, TRAIN)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import scipy.optimize
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from singer_jax.errors import InputError
 from singer_jax.methods.tokens import TokenMatch
@@ -81,15 +81,26 @@ class ModelFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a method may need of a batch beside the features.
+    """What a method may need of a batch, or of a micro-batch, beside the features.
+
+    Random numbers are drawn for all images of the step at once, and `own` selects those of this
+    micro-batch: so they depend neither on the number of micro-batches nor on that of processes.
 
     Attributes:
       labels: class of each image, where the data has labels.
-      key: for this step's random numbers.
+      key: for this step's random numbers, the same for all of its micro-batches.
+      rows: index of each image in the step's batch; None: it is the whole batch, in order.
+      parts: number of the step's micro-batches, all of one size.
     """
 
     labels: Int[Array, " batch"] | None = None
     key: jax.Array | None = None
+    rows: Int[Array, " batch"] | None = None
+    parts: int = 1
+
+    def own(self, of_step: Shaped[Array, "images ..."]) -> Shaped[Array, "batch ..."]:
+        """Selects this micro-batch's rows of an array with a row for each image of the step."""
+        return of_step if self.rows is None else of_step[self.rows]
 
 
 class MethodRequirements(NamedTuple):

@@ -32,7 +32,7 @@ def left_singular(
         turned = jnp.matmul(vectors, matrix, precision=Precision.HIGHEST)
         return _orthogonal(jnp.matmul(_rotations(turned), vectors, precision=Precision.HIGHEST))
 
-    vectors = jax.lax.fori_loop(0, 2, refine, jnp.eye(len(matrix)))
+    vectors = jax.lax.fori_loop(0, 2, refine, jnp.eye(len(matrix), dtype=jnp.float32))
     rows = jnp.matmul(vectors, matrix, precision=Precision.HIGHEST)
     values, order = jax.lax.top_k(jnp.linalg.norm(rows, axis=1), dim)
     return vectors[order, :dim].T, values
@@ -45,7 +45,9 @@ def _rotations(matrix: Float[Array, "dim out"]) -> Float[Array, "dim dim"]:
     at once, and between two rounds all rows but the first move on by one seat.
     """
     dim, out = matrix.shape
-    seated = jnp.concatenate([matrix, jnp.eye(dim)], axis=1).reshape(2, dim // 2, out + dim)
+    seated = jnp.concatenate([matrix, jnp.eye(dim, dtype=matrix.dtype)], axis=1).reshape(
+        2, dim // 2, out + dim
+    )
 
     def meet(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         (upper, lower), worst = carry

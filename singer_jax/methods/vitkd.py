@@ -158,14 +158,17 @@ class ViTKD(_Masked):
             for predicted, layer in zip(mimicked, mimic_layers, strict=True)
         )
         target = self.tokens.of_teacher(teacher.features[last])
-        masked = masking_noise(batch.key, (*aligned.shape[:2], 1)) <= self.mask_ratio
+        images, tokens = aligned.shape[:2]
+        of_step = masking_noise(batch.key, (batch.parts * images, tokens, 1)) <= self.mask_ratio
+        masked = batch.own(of_step)
         tokens = jnp.where(masked, self.mask_token[...], aligned)
         prefix, patches = jnp.split(tokens, [self.tokens.num_prefix_tokens], axis=1)
         generator = self.generator[str(self.student_layers[-1])]
         generated = jnp.concatenate([prefix, generator(patches, teacher.model.arch.grid)], axis=1)
         squared = jnp.square(generated - target.astype(jnp.float32))
-        elements = jnp.maximum(jnp.sum(masked), 1) * generated.shape[-1]
-        generation = jnp.sum(jnp.where(masked, squared, 0.0)) / elements
+        # The mean over all masked tokens of the step, of which this is a micro-batch's share.
+        elements = jnp.maximum(jnp.sum(of_step), 1) * generated.shape[-1]
+        generation = batch.parts * jnp.sum(jnp.where(masked, squared, 0.0)) / elements
         return {
             "mimic": self.weights.mimic * mimic,
             "generation": self.weights.generation * generation,
@@ -217,7 +220,8 @@ class ViTKDOfficial(_Masked):
             )
         )
         aligned = self.align(of_student[-1])
-        masked = self._masked(masking_noise(batch.key, aligned.shape[:2]))[..., None]
+        noise = masking_noise(batch.key, (batch.parts * images, aligned.shape[1]))
+        masked = self._masked(batch.own(noise))[..., None]
         generated = self.generator(
             jnp.where(masked, self.mask_token[...], aligned), teacher.model.arch.grid
         )

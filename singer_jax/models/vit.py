@@ -35,6 +35,19 @@ from singer_jax.models.views import averaged
 from singer_jax.models.zoo import ModelSpec
 
 
+def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Computes the products of a float32 model in full, whatever the process's default is."""
+
+    @functools.wraps(method)
+    def computed(self: VisionTransformer, *given: Any, **named: Any) -> Any:
+        if jnp.dtype(self.policy.dtype) != jnp.float32:
+            return method(self, *given, **named)
+        with jax.default_matmul_precision("highest"):
+            return method(self, *given, **named)
+
+    return computed
+
+
 class VisionTransformer(nnx.Module):
     """A vision transformer whose every block can be read and called alone.
 
@@ -95,6 +108,7 @@ class VisionTransformer(nnx.Module):
         if arch.planted:  # the last, so that nothing else is drawn otherwise
             self.planted = planted.Planted(arch, policy.param_dtype, rngs)
 
+    @_exact
     def embed(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"]:
@@ -152,6 +166,7 @@ class VisionTransformer(nnx.Module):
             return self._apply(index, x)
         return self._advance(index, jnp.concatenate([register.astype(x.dtype), x], axis=1))[:, 1:]
 
+    @_exact
     def hidden(
         self,
         index: int | Int[Array, ""],
@@ -195,6 +210,7 @@ class VisionTransformer(nnx.Module):
         )
         return self._apply(index, x, move)
 
+    @_exact
     def _apply(
         self,
         index: int | Int[Array, ""],
@@ -338,6 +354,7 @@ class VisionTransformer(nnx.Module):
         of_layers = zip(layers, found, strict=True)
         return {layer: self._cleaned(x, layer, added) for layer, x in of_layers}
 
+    @_exact
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         """What the head reads, from the last feature: see `Architecture.global_pool`."""
         arch, x = self.arch, self.norm(x)
@@ -346,6 +363,7 @@ class VisionTransformer(nnx.Module):
         x = x if arch.pool_include_prefix else x[:, arch.num_prefix_tokens :]
         return self.attn_pool(x) if arch.global_pool == "map" else self.fc_norm(x.mean(axis=1))
 
+    @_exact
     def head_output(
         self, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:

@@ -6,12 +6,13 @@ parallelism) by the rules below and replicated over `data`. One device is a 1 x 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,39 @@ class MeshSettings(Settings):
     fsdp: int = setting(1, COUNT, "devices over which parameters are split too")
 
 
-def start(precision: str | None = None) -> None:
-    """Sets the precision of products, and keeps compiled programs between runs.
+def start() -> None:
+    """Keeps compiled programs between runs.
 
-    Args:
-      precision: of the job; None: it has no such key and computes in float32. Unless it is
-        `bfloat16`, float32 means it: no TF32, no bfloat16 passes.
+    Raises:
+      InputError: JAX_PLATFORMS names a backend that cannot be started here.
     """
-    if precision != "bfloat16":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if jax.config.jax_platforms:
+        try:
+            jax.devices()
+        except RuntimeError as error:
+            raise InputError(
+                f"JAX_PLATFORMS: {jax.config.jax_platforms!r} cannot be started on this machine; "
+                "unset it, or install what it needs"
+            ) from error
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "singer_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def computing(precision: str | None = None) -> Iterator[None]:
+    """Sets the precision of what this thread traces inside, and leaves nothing behind.
+
+    Numbers have 32 bits at most, also where JAX_ENABLE_X64 is set.
+
+    Args:
+      precision: `bfloat16` leaves float32 products to the backend's default. Otherwise they are
+        computed in full: no TF32, no bfloat16 passes. None: as `float32`.
+    """
+    products = None if precision == "bfloat16" else "highest"
+    with jax.default_matmul_precision(products), jax.enable_x64(False):
+        yield
 
 
 def make_mesh(

@@ -1,4 +1,4 @@
-"""What a run says of itself: progress bar, metrics.jsonl, TensorBoard, Weights & Biases.
+"""What a run says of itself: progress, metrics.jsonl, TensorBoard, Weights & Biases.
 
 Only the first process writes. Metrics stay on the device until the steps after them have been
 dispatched, so that reading them never makes it wait.
@@ -9,22 +9,28 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime
+import functools
 import json
 import logging
 import math
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jaxtyping import Array, Bool, Float
 
 from singer_jax.errors import RunError, StudentsStopped
-from singer_jax.io.files import Mirror
+from singer_jax.io.files import Mirror, write_text, writing
 from singer_jax.platform import chips, signals
 from singer_jax.settings.ranges import COUNT, Flag
 from singer_jax.settings.renamed import current_metric
@@ -47,6 +53,57 @@ class LogSettings(Settings):
 def metric_name(group: str, student: str, name: str) -> str:
     """`group/name`, of one of several students `group/student/name`."""
     return "/".join(filter(None, (group, student, name)))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["numbers", "finite"], meta_fields=["names"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepMetrics(Mapping[str, Mapping[str, Any]]):
+    """Metrics of one step by student and name, packed into two arrays.
+
+    Each array that a program returns costs time on the host; that of a hundred scalars can be
+    longer than the step of a small model.
+
+    Attributes:
+      numbers: all metrics, one student after the other.
+      finite: for each student, true if its loss and its gradient are finite.
+      names: each student's name with the names of its metrics.
+    """
+
+    numbers: Float[Array, " metrics"]
+    finite: Bool[Array, " students"]
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @classmethod
+    def pack(cls, metrics: Mapping[str, Mapping[str, Any]]) -> StepMetrics:
+        """Packs scalars; each student has `loss` and `grad_norm` among them."""
+        names = tuple((student, tuple(sorted(own))) for student, own in metrics.items())
+        values = [metrics[student][name] for student, own in names for name in own]
+        finite = [
+            jnp.isfinite(own["loss"]) & jnp.isfinite(own["grad_norm"]) for own in metrics.values()
+        ]
+        return cls(
+            jnp.stack([jnp.asarray(value, jnp.float32) for value in values]),
+            jnp.stack(finite),
+            names,
+        )
+
+    def __getitem__(self, student: str) -> dict[str, Any]:
+        traced = isinstance(self.numbers, jax.core.Tracer)
+        values = self.numbers if traced else np.asarray(self.numbers)
+        start = 0
+        for name, own in self.names:
+            if name == student:
+                return {key: values[start + index] for index, key in enumerate(own)}
+            start += len(own)
+        raise KeyError(student)
+
+    def __iter__(self) -> Iterator[str]:
+        return (student for student, _ in self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
@@ -85,7 +142,8 @@ class MetricsWriter:
         if wandb is not None:
             import wandb as package
 
-            self.wandb = package.init(dir=str(self.mirror.local), config=wandb, resume="allow")
+            own = {"id": _wandb_id(folder), "resume": "allow"}
+            self.wandb = package.init(dir=str(self.mirror.local), config=wandb, **own)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; the file holds it when this returns, behind a URL within a minute."""
@@ -120,6 +178,15 @@ class MetricsWriter:
             self.mirror.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def _wandb_id(folder: epath.Path) -> str:
+    """Returns the run's id at Weights & Biases, where a run that continues stays one run."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        with writing(folder):
+            write_text(file, uuid.uuid4().hex[:8] + "\n")
+    return file.read_text().strip()
 
 
 def read_rows(file: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -170,8 +237,64 @@ def stall_watchdog() -> Iterator[None]:
         told.cancel()
 
 
+class _Lines:
+    """Progress as a line of the log now and then, where nobody watches a bar.
+
+    Its methods are those of `tqdm` that `Recorder` calls.
+
+    Args:
+      start, steps: where the run stands, and its end.
+    """
+
+    EVERY = 30  # seconds
+
+    def __init__(self, start: int, steps: int) -> None:
+        self.start, self.step, self.steps, self.text = start, start, steps, ""
+        self.began = self.said = time.perf_counter()
+
+    def update(self) -> None:
+        """Counts a step."""
+        self.step += 1
+        now = time.perf_counter()
+        if now - self.said < self.EVERY or self.step == self.steps:
+            return
+        self.said = now
+        left = (now - self.began) / (self.step - self.start) * (self.steps - self.step)
+        words = f"step {self.step} of {self.steps}, {datetime.timedelta(seconds=round(left))} left"
+        LOG.info(", ".join(filter(None, (words, self.text))))
+
+    def set_postfix_str(self, text: str) -> None:
+        """Sets what the lines say beside the step."""
+        self.text = text
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _progress(start: int, steps: int, active: bool) -> Any:
+    """A bar in a terminal or a notebook, else lines in the log; silent where not active."""
+    from tqdm.auto import tqdm
+
+    notebook = "ipykernel" in sys.modules
+    if active and not sys.stderr.isatty() and not notebook:
+        return _Lines(start, steps)
+    bar = tqdm(
+        total=steps,
+        initial=start,
+        unit="step",
+        disable=not active,
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
+    if not bar.disable:
+        signals.bar_is_shown.set()
+    return bar
+
+
 class Recorder:
     """Follows a training loop: writes its metrics late, shows progress, stops it at a NaN.
+
+    Between rows it reads nothing of a step but whether its numbers are finite.
 
     Args:
       writer: for the rows.
@@ -200,27 +323,17 @@ class Recorder:
         stopped: dict[str, str] | None = None,
         capture: Callable[[int, str, str], str] | None = None,
     ) -> None:
-        from tqdm.auto import tqdm
-
         self.writer, self.every, self.batch_size = writer, every, batch_size
         peak = peak_flops(devices)
         self.flops_share = flops / peak if peak else None
         self.start, self.steps = start, steps
-        self.pending: collections.deque[tuple[int, dict[str, Any], dict[str, Any]]]
+        self.pending: collections.deque[tuple[int, StepMetrics, Mapping[str, Any]]]
         self.pending = collections.deque()
         self.stopped = {} if stopped is None else stopped
         self.capture = capture
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not writer.active,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
-        )
-        if not self.bar.disable:
-            signals.bar_is_shown.set()
+        self.bar = _progress(start, steps, writer.active)
         self.row_step, self.row_time, self.waited = start + 1, time.perf_counter(), 0.0
+        self.aside = self.saved_in = 0.0  # seconds since the last row
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -232,6 +345,25 @@ class Recorder:
         finally:
             self.waited += time.perf_counter() - start
 
+    def evaluate(self, step: int, measure: Callable[[], Mapping[str, float]]) -> None:
+        """Writes a row of what `measure` gives and of its time, which is not that of training."""
+        start = time.perf_counter()
+        metrics = measure()
+        seconds = time.perf_counter() - start
+        self.aside += seconds
+        self.writer.write(step, {**metrics, "train/evaluation_seconds": seconds})
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save: its time is not that of training, and stands in the next row."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.aside += seconds
+            self.saved_in += seconds
+
     def logs(self, step: int) -> bool:
         """Whether a step (counted from 1) gets a row: the first, every n-th, the last."""
         return step in (self.start + 1, self.steps) or step % self.every == 0
@@ -239,20 +371,21 @@ class Recorder:
     def add(
         self,
         step: int,
-        metrics: Mapping[str, Mapping[str, jax.Array]],
+        metrics: StepMetrics,
         common: Mapping[str, jax.Array | float] = MappingProxyType({}),
     ) -> None:
         """Takes the metrics of a dispatched step (counted from 1), reads those of an earlier one.
 
         Args:
           step: its number.
-          metrics: of each student by name; the name of a single one is empty.
+          metrics: of the students; the name of a single one is empty.
           common: of all.
 
         Raises:
           RunError: the loss or the gradient of the only student is not finite, or all are stopped.
         """
-        for value in jax.tree.leaves((metrics, common)):
+        read = (metrics, common) if self.logs(step) else metrics.finite
+        for value in jax.tree.leaves(read):
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
         self.pending.append((step, metrics, common))
@@ -267,24 +400,30 @@ class Recorder:
 
     def _read(self) -> None:
         step, students, common = self.pending.popleft()
-        metrics = {f"train/{name}": float(value) for name, value in common.items()}
-        losses = {}
-        for student, arrays in students.items():
-            own = {name: float(value) for name, value in arrays.items()}
-            if student not in self.stopped and not self._stops(step, student, own):
-                losses[student] = own["loss"]
-                metrics |= {metric_name("train", student, k): value for k, value in own.items()}
-        if not losses:
-            message = f"no student goes on: {in_words(self.stopped)}"
+        for student, finite in zip(students, np.asarray(students.finite), strict=True):
+            if not finite and student not in self.stopped:
+                self._stop(step, student, students[student])
+        training = [student for student in students if student not in self.stopped]
+        if not training:
+            message = f"all students are stopped: {in_words(self.stopped)}"
             raise StudentsStopped(message, self.stopped)
         self.bar.update()
         if not self.logs(step):
             return
+        metrics = {f"train/{name}": float(value) for name, value in common.items()}
+        losses = {}
+        for student in training:
+            own = {name: float(value) for name, value in students[student].items()}
+            losses[student] = own["loss"]
+            metrics |= {metric_name("train", student, name): own[name] for name in own}
         if step > self.row_step:
             now = time.perf_counter()
-            steps_per_second = (step - self.row_step) / (now - self.row_time)
-            waiting = min(1.0, self.waited / (now - self.row_time))
-            self.row_step, self.row_time, self.waited = step, now, 0.0
+            seconds = now - self.row_time - self.aside
+            steps_per_second = (step - self.row_step) / seconds
+            waiting = min(1.0, self.waited / seconds)
+            if self.saved_in:
+                metrics["train/save_seconds"] = self.saved_in
+            self._begin_row(step, now)
             metrics["train/images_per_second"] = steps_per_second * self.batch_size
             metrics["train/data_wait_fraction"] = waiting
             if self.flops_share:
@@ -297,13 +436,15 @@ class Recorder:
             self.writer.write(step, metrics)
         else:
             # The first step of this start: its time is mostly that of the start itself.
-            self.row_time, self.waited = time.perf_counter(), 0.0
+            self._begin_row(step, time.perf_counter())
             self.writer.write(step, metrics)
 
-    def _stops(self, step: int, student: str, metrics: Mapping[str, float]) -> bool:
-        """Whether a student goes wrong in a step, in which the step then kept its state."""
-        if all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-            return False
+    def _begin_row(self, step: int, now: float) -> None:
+        self.row_step, self.row_time, self.waited = step, now, 0.0
+        self.aside = self.saved_in = 0.0
+
+    def _stop(self, step: int, student: str, metrics: Mapping[str, float]) -> None:
+        """Names the first number that is not finite; several students kept their states then."""
         first = next(
             name
             for name in (*filter(lambda name: name.startswith("loss_"), metrics), *metrics)
@@ -315,7 +456,6 @@ class Recorder:
             raise RunError(f"{found}; the last good checkpoint is kept{again}")
         self.stopped[student] = f"{found}, stopped after step {step - 1}"
         LOG.error("student %s: %s%s", student, self.stopped[student], again)
-        return True
 
     def close(self) -> None:
         """Ends the progress bar."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 from singer_jax.errors import Stopped
 from singer_jax.models.params import Params
 from singer_jax.platform import hosts, signals
-from singer_jax.runs.telemetry import Recorder
+from singer_jax.runs.telemetry import Recorder, StepMetrics
 from singer_jax.settings.ranges import COUNT, FROM_ZERO
 from singer_jax.settings.settings import Settings, setting
-from singer_jax.training.step import Metrics, TrainState
+from singer_jax.training.step import TrainState
 
 States = Mapping[str, TrainState]
 
@@ -61,11 +62,11 @@ class LoopHooks:
     saved: Callable[[], None]
     evaluate: Callable[[States, Params | None], dict[str, float]] | None
     evaluate_every: int
-    first: Callable[[States, dict[str, Metrics]], None]
+    first: Callable[[States, StepMetrics], None]
 
 
 def train(
-    step_fn: Callable[..., tuple[States, dict[str, Metrics]]],
+    step_fn: Callable[..., tuple[States, StepMetrics]],
     states: States,
     teacher: Params | None,
     batches: Iterator[Any],
@@ -100,10 +101,11 @@ def train(
             stop = hosts.stop_after(step) and not last
             if between.evaluate and (last or step % between.evaluate_every == 0):
                 recorder.flush()
-                recorder.writer.write(step, between.evaluate(states, teacher))
+                recorder.evaluate(step, functools.partial(between.evaluate, states, teacher))
             if last or stop or step % between.save_every == 0:
                 recorder.flush()  # raises, so that no state is saved after a loss that is no number
-                between.save(states, step)
+                with recorder.saving():
+                    between.save(states, step)
             if stop:
                 raise Stopped(
                     f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}"

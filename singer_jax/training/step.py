@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.methods import Batch, FrozenVariable, Method, ModelFeatures
 from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
+from singer_jax.runs.telemetry import StepMetrics
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
 """Raw residual streams by block, as `VisionTransformer.streams_at` gives them."""
@@ -103,7 +104,7 @@ class Distillation:
           params, constants: of a state.
           teacher: its parameters.
           features: as `teach` gives them.
-          batch: as for `step`.
+          batch: as for `step`; of a micro-batch with `row`, where each image is in the step's.
           key: of the method's random numbers.
           logged: whether the method's diagnostics are among the metrics (else they are 0); None
             leaves them out.
@@ -121,8 +122,10 @@ class Distillation:
             if self.teacher
             else None
         )
+        rows = batch.get("row")
+        given = Batch(batch["label"], key, rows, 1 if rows is None else self.grad_accum_steps)
         with jax.named_scope("method"):
-            terms = method.loss(taught, seen, Batch(batch["label"], key))
+            terms = method.loss(taught, seen, given)
         metrics = {f"loss_{name}": value for name, value in terms.items()}
         if logged is not None:
             metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
@@ -251,7 +254,7 @@ class Students:
             for name, own in self.each.items()
         }
 
-        def of_micro_batch(batch: Any, keys: Mapping[str, Array]) -> Any:
+        def of_micro_batch(batch: Any) -> Any:
             seen = self.teach(teacher, batch), batch
             found: dict[str, StepOutput] = {}
             for name, own in self.each.items():
@@ -275,16 +278,16 @@ class Students:
             return found
 
         if grad_accum_steps == 1:
-            return of_micro_batch(batch, keys)
-        parts = micro_batches(batch, grad_accum_steps)
-        split_keys = {name: jax.random.split(key, grad_accum_steps) for name, key in keys.items()}
+            return of_micro_batch(batch)
+        rows = jnp.arange(len(batch["label"]), dtype=jnp.int32)
+        parts = micro_batches(batch | {"row": rows}, grad_accum_steps)
 
-        def add(total: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_micro_batch(*xs)), None
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_micro_batch(part)), None
 
-        shapes = jax.eval_shape(of_micro_batch, *jax.tree.map(lambda x: x[0], (parts, split_keys)))
+        shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (parts, split_keys))
+        total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     def step(
@@ -293,7 +296,7 @@ class Students:
         teacher: Params | None,
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
-    ) -> tuple[dict[str, TrainState], dict[str, Metrics]]:
+    ) -> tuple[dict[str, TrainState], StepMetrics]:
         """One update of every student's state.
 
         Of several students, one whose loss or gradient is not finite keeps its state, then and in
@@ -310,18 +313,17 @@ class Students:
           the states after the step, and metrics of the parameters before it.
         """
         found = self.gradients(states, teacher, batch, logged)
-        after, metrics = {}, {}
-        done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
+        after, each = {}, {}
         for name, own in self.each.items():
-            before = states[name]
-            after[name], metrics[name] = own.update(before, found[name])
-            if len(self.each) > 1:
-                finite = [jnp.isfinite(metrics[name][key]) for key in ("loss", "grad_norm")]
-                goes_on = functools.reduce(jnp.logical_and, finite, before.step == done)
+            after[name], each[name] = own.update(states[name], found[name])
+        metrics = StepMetrics.pack(each)
+        if len(self.each) > 1:
+            done = functools.reduce(jnp.maximum, [state.step for state in states.values()])
+            for index, name in enumerate(self.each):
+                before = states[name]
+                keep = metrics.finite[index] & (before.step == done)
                 after[name] = jax.tree.map(
-                    lambda new, old, goes_on=goes_on: jnp.where(goes_on, new, old),
-                    after[name],
-                    before,
+                    lambda new, old, keep=keep: jnp.where(keep, new, old), after[name], before
                 )
         return after, metrics
 

@@ -239,6 +239,49 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
     assert printed[0] == printed[1]
 
 
+LOADING = """
+from singer_jax.data.images import TrainTransform
+from singer_jax.data.loader import train_batches
+from singer_jax.data.registry import TrainingDataSettings, open_source
+
+source = open_source(TrainingDataSettings(source="digits"), "train")
+with open("started", "a") as file:
+    file.write(__name__ + " ")
+batches = train_batches(source, TrainTransform(8), batch_size=2, seed=0, workers=2)
+print([len(next(batches)["label"]) for _ in range(3)])
+batches.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "module", "command", "stdin"])
+def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
+    """The program parses no absl flags and has no guard around what it does."""
+    (tmp_path / "program.py").write_text(LOADING)
+    arguments = {
+        "script": [str(tmp_path / "program.py")],
+        "module": ["-m", "program"],
+        "command": ["-c", LOADING],
+        "stdin": ["-"],
+    }[how]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=LOADING,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.stdout == "[2, 2, 2]\n", done.stderr
+    assert (tmp_path / "started").read_text() == "__main__ "
+
+
+def test_batches_of_one_image_are_those_of_larger_ones():
+    whole = first(train_batches(DIGITS, CROP, batch_size=4, seed=0), 2)
+    single = first(train_batches(DIGITS, CROP, batch_size=1, seed=0), 8)
+    images = np.concatenate([batch["image"] for batch in single])
+    np.testing.assert_array_equal(images, np.concatenate([batch["image"] for batch in whole]))
+
+
 def test_workers_leave_with_a_killed_parent_and_leave_nothing_behind(tmp_path):
     write_images(tmp_path / "images", 10)
     before = set(os.listdir("/dev/shm"))
