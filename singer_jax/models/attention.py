@@ -20,6 +20,7 @@ def attend(
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
     fused: bool = False,
+    bias: Float[Array, "heads queries tokens"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
 
@@ -28,12 +29,16 @@ def attend(
 
     Args:
       query, key, value: heads beside each other, as a projection gives them.
-      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32.
+      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32, nor with
+        a bias.
+      bias: added to the logits.
     """
-    if fused and query.dtype != jnp.float32:
+    if fused and query.dtype != jnp.float32 and bias is None:
         return _attend_by_cudnn(query, key, value)
     query = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum(
         "bhqk,bkhd->bqhd",

@@ -6,12 +6,13 @@ the residual stream), heads.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
@@ -19,12 +20,10 @@ from jaxtyping import Array, Float
 from singer_jax.models import quantised
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.attention import attend, has_fused_attention
+from singer_jax.models.positions import Rotation, relative_positions, rotate
 
-Rotation = Float[Array, "2 patches head_dim"]
-"""Sine and cosine of the angle by which each patch turns each pair of channels."""
-
-_ROPE_BASE = 100.0
-_SWIGLU_MULTIPLE = 8
+# Relative positions that involve the class token, behind those of patches (timm `Beit`).
+NUM_CLASS_DISTANCES = 3
 
 
 class _FlatLinear(nnx.Linear):
@@ -57,10 +56,15 @@ def linear(
     )
 
 
-def layer_norm(arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the residual stream."""
-    return nnx.LayerNorm(
-        arch.embed_dim,
+NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
+
+
+def layer_norm(
+    arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs, width: int | None = None
+) -> nnx.LayerNorm | nnx.RMSNorm:
+    """The model's norm over the residual stream, or over `width` channels."""
+    return NORMS[arch.norm_layer](
+        width or arch.embed_dim,
         epsilon=arch.norm_eps,
         dtype=policy.dtype,
         param_dtype=policy.param_dtype,
@@ -68,6 +72,16 @@ def layer_norm(arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> nnx
         use_fast_variance=False,
         rngs=rngs,
     )
+
+
+def identity(x: Array) -> Array:
+    """Takes the place of a norm that a model does not have."""
+    return x
+
+
+def _input_product(arch: Architecture, policy: ComputePolicy) -> quantised.Product:
+    """The product of a block's input and a kernel, quantised only where a norm bounds the input."""
+    return jax.lax.dot_general if arch.post_norm else policy.product
 
 
 class PatchEmbed(nnx.Module):
@@ -83,12 +97,13 @@ class PatchEmbed(nnx.Module):
             param_dtype=policy.param_dtype,
             rngs=rngs,
         )
+        self.norm = layer_norm(arch, policy, rngs) if arch.embed_norm else identity
 
     def __call__(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch patches dim"]:
         x = patch_products(images, self.proj.kernel[...].astype(images.dtype))
-        return x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype)
+        return self.norm(x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype))
 
 
 def patch_products(
@@ -106,29 +121,6 @@ def patch_products(
     return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels) @ kernel.reshape(-1, dim)
 
 
-def rotation(grid: tuple[int, int], head_dim: int) -> Rotation:
-    """DINOv3's rotary position embedding in float32 (timm `RotaryEmbeddingDinoV3`).
-
-    Patch centres have coordinates in [-1, 1]; the first quarter of the channels turns with the row,
-    the second with the column, and the other half repeats both.
-    """
-    rows, columns = ((2 * np.arange(side) + 1) / side - 1 for side in grid)
-    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
-    periods = _ROPE_BASE ** (4 * np.arange(head_dim // 4) / head_dim)
-    angles = np.tile((2 * math.pi * centres / periods).reshape(len(centres), -1), 2)
-    return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)]), jnp.float32)
-
-
-def _rotate(x: Float[Array, "batch tokens heads head_dim"], by: Rotation) -> Array:
-    """Turns the patches by their angles; prefix tokens stay."""
-    prefix, patches = jnp.split(x, [x.shape[1] - by.shape[1]], axis=1)
-    first, second = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
-    sine, cosine = by[:, :, None]
-    turned = jnp.concatenate([first, second], -1) * cosine
-    turned += jnp.concatenate([-second, first], -1) * sine
-    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=1)
-
-
 def _split_heads(
     x: Float[Array, "batch tokens dim"], parts: int, num_heads: int
 ) -> list[Float[Array, "batch tokens heads head_dim"]]:
@@ -136,44 +128,99 @@ def _split_heads(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with one projection for query, key and value.
+    """Multi-head self-attention, equal to the timm modules that `Architecture` describes.
 
-    timm `Attention`; with `arch.eva` `EvaAttention`: rotary positions, and biases (if any) of query
-    and value only.
+    timm `Attention`, `EvaAttention`, `AttentionRope` and the `Attention` of `beit`.
+
+    Args:
+      arch: sizes and variants.
+      policy: how it computes.
+      rngs: for the parameters.
+      num_kv_heads: heads of key and value, each of which serves as many heads of the query.
     """
 
-    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs, num_kv_heads: int
+    ) -> None:
         dim = arch.embed_dim
-        self.num_heads = arch.num_heads
-        bias = arch.qkv_bias and not arch.eva
-        self.qkv = linear(dim, 3 * dim, policy, rngs, bias, policy.product)
-        self.separate_bias = arch.qkv_bias and arch.eva
+        self.num_heads, self.num_kv_heads = arch.num_heads, num_kv_heads
+        product = _input_product(arch, policy)
+        if arch.qkv_fused:
+            bias = arch.qkv_bias and arch.k_bias
+            self.qkv = linear(dim, 3 * dim, policy, rngs, bias, product)
+        else:
+            width = dim // arch.num_heads * num_kv_heads
+            bias = arch.qkv_bias
+            self.q_proj = linear(dim, dim, policy, rngs, bias, product)
+            self.k_proj = linear(dim, width, policy, rngs, bias and arch.k_bias, product)
+            self.v_proj = linear(dim, width, policy, rngs, bias, product)
+        self.separate_bias = arch.qkv_bias and not arch.k_bias and arch.qkv_fused
         if self.separate_bias:
             self.q_bias = nnx.Param(jnp.zeros(dim, policy.param_dtype))
             self.v_bias = nnx.Param(jnp.zeros(dim, policy.param_dtype))
-        self.proj = linear(dim, dim, policy, rngs)
-        self.apart = policy.choices.project_apart
+        head_norm = functools.partial(layer_norm, arch, policy, rngs, dim // arch.num_heads)
+        self.q_norm = head_norm() if arch.qk_norm else identity
+        self.k_norm = head_norm() if arch.qk_norm else identity
+        self.norm = layer_norm(arch, policy, rngs) if arch.scale_attn_norm else identity
+        self.proj = linear(dim, dim, policy, rngs, arch.proj_bias)
+        if arch.rel_pos_bias:
+            distances = math.prod(2 * side - 1 for side in arch.grid) + NUM_CLASS_DISTANCES
+            table = jnp.zeros((distances, arch.num_heads), policy.param_dtype)
+            self.relative_position_bias_table = nnx.Param(table)
+            self.grid = arch.grid
+        self.apart = policy.choices.project_apart and arch.qkv_fused
+        self.project_heads = policy.choices.project_apart and not arch.scale_attn_norm
+        self.half_turns = arch.rope_type == "dinov3"
         self.fused = policy.choices.fused_attention and has_fused_attention()
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
     ) -> Float[Array, "batch tokens dim"]:
         query, key, value = self._heads(x)
+        query, key = self.q_norm(query), self.k_norm(key)
         if by is not None:
-            query, key = _rotate(query, by), _rotate(key, by)
-        mixed = attend(query, key, value, self.fused)
-        if not self.apart:
-            return self.proj(mixed.reshape(x.shape))
+            query, key = (rotate(part, by, self.half_turns) for part in (query, key))
+        if self.num_kv_heads != self.num_heads:
+            served = self.num_heads // self.num_kv_heads
+            key, value = (jnp.repeat(part, served, axis=2) for part in (key, value))
+        mixed = attend(query, key, value, self.fused, self._bias(x.shape[1]))
+        if not self.project_heads:
+            return self.proj(self.norm(mixed.reshape(x.shape)))
         kernel = self.proj.kernel[...].astype(x.dtype)
         # Over heads and channels: batch, tokens, dim.
         kernel = kernel.reshape(*mixed.shape[2:], -1)
         x = self.proj.dot_general(mixed, kernel, (((2, 3), (0, 1)), ((), ())))
-        return x + self.proj.bias[...].astype(x.dtype)
+        return x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype)
+
+    def input_maps(self) -> tuple[Float[Array, "dim out"], ...]:
+        """The linear maps that read the tokens: query, key and value."""
+        if hasattr(self, "qkv"):
+            return tuple(jnp.split(self.qkv.kernel[...], 3, axis=1))
+        return tuple(each.kernel[...] for each in (self.q_proj, self.k_proj, self.v_proj))
+
+    def value_map(self) -> Float[Array, "dim dim"]:
+        """The linear map from a token to what attention mixes, as `proj` reads it."""
+        value = self.input_maps()[2]
+        heads = value.reshape(value.shape[0], self.num_kv_heads, -1)
+        return jnp.repeat(heads, self.num_heads // self.num_kv_heads, 1).reshape(len(value), -1)
+
+    def _bias(self, tokens: int) -> Float[Array, "heads tokens tokens"] | None:
+        """The bias of every pair of tokens; tokens added before the class token have none."""
+        if not hasattr(self, "relative_position_bias_table"):
+            return None
+        index = relative_positions(self.grid)
+        bias = self.relative_position_bias_table[...][index].transpose(2, 0, 1)
+        added = tokens - len(index)
+        return jnp.pad(bias, ((0, 0), (added, 0), (added, 0)))
 
     def _heads(
         self, x: Float[Array, "batch tokens dim"]
     ) -> list[Float[Array, "batch tokens heads head_dim"]]:
         """Query, key and value."""
+        if not hasattr(self, "qkv"):
+            (query,) = _split_heads(self.q_proj(x), 1, self.num_heads)
+            others = (self.k_proj(x), self.v_proj(x))
+            return [query, *(_split_heads(part, 1, self.num_kv_heads)[0] for part in others)]
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         if self.separate_bias:
             q_bias, v_bias = self.q_bias[...], self.v_bias[...]
@@ -207,7 +254,18 @@ def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": _gelu, "quick_gelu": _quick_gelu}
+@jax.checkpoint
+def _gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """The tanh approximation of GELU (SigLIP 2), in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "quick_gelu": _quick_gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": jax.nn.silu,
+}
 
 
 Move = Callable[[Float[Array, "batch tokens hidden"]], Float[Array, "batch tokens hidden"]]
@@ -221,18 +279,33 @@ class _Mlp(nnx.Module):
         hidden = self.hidden(x)
         return self.fc2(hidden if move is None else move(hidden))
 
+    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
+        """What `fc2` reads."""
+        return self.norm(self._hidden(x))
+
+    def output_map(self, norm: bool = False) -> Float[Array, "hidden dim"]:
+        """The linear map of the hidden layer into the residual stream.
+
+        Args:
+          norm: include the scale of the norm of the hidden layer, where there is one.
+        """
+        kernel = self.fc2.kernel[...]
+        scaled = norm and self.norm is not identity
+        return self.norm.scale[...][:, None] * kernel if scaled else kernel
+
 
 class Mlp(_Mlp):
     """Two linear maps around an activation (timm `Mlp`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
-        hidden = int(arch.embed_dim * arch.mlp_ratio)
+        dim, hidden = arch.embed_dim, arch.hidden_dim
         self.activation = ACTIVATIONS[arch.act_layer]
-        self.fc1 = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
-        self.fc2 = linear(hidden, arch.embed_dim, policy, rngs)
+        product = _input_product(arch, policy)
+        self.fc1 = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
+        self.norm = _hidden_norm(arch, policy, rngs, hidden)
+        self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 
-    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
-        """What `fc2` reads."""
+    def _hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         return self.activation(self.fc1(x))
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
@@ -241,20 +314,24 @@ class Mlp(_Mlp):
 
 
 class SwiGLUPacked(_Mlp):
-    """silu(first half) x second half of one projection (timm `SwiGLUPacked`)."""
+    """silu(first half) x second half of one projection (timm `SwiGLUPacked`).
+
+    `mlp_ratio` gives the width of both halves together; in timm's class Eva of each.
+    """
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
-        hidden = int(arch.embed_dim * arch.mlp_ratio)
-        self.fc1 = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
-        self.fc2 = linear(hidden // 2, arch.embed_dim, policy, rngs)
+        dim, hidden = arch.embed_dim, arch.hidden_dim if arch.eva else arch.hidden_dim // 2
+        product = _input_product(arch, policy)
+        self.fc1 = linear(dim, 2 * hidden, policy, rngs, arch.proj_bias, product)
+        self.norm = _hidden_norm(arch, policy, rngs, hidden)
+        self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 
-    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
-        """What `fc2` reads."""
+    def _hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         gate, value = jnp.split(self.fc1(x), 2, axis=-1)
         return jax.nn.silu(gate) * value
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
-        """Of gate and value."""
+        """The linear maps of gate and value."""
         return tuple(jnp.split(self.fc1.kernel[...], 2, axis=-1))
 
 
@@ -262,19 +339,27 @@ class SwiGLU(_Mlp):
     """silu(gate) x value of two projections (timm `SwiGLU`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
-        hidden = int(arch.embed_dim * arch.mlp_ratio)
-        hidden += -hidden % _SWIGLU_MULTIPLE
-        self.fc1_g = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
-        self.fc1_x = linear(arch.embed_dim, hidden, policy, rngs, product=policy.product)
-        self.fc2 = linear(hidden, arch.embed_dim, policy, rngs)
+        dim, hidden = arch.embed_dim, arch.hidden_dim
+        if arch.swiglu_align_to:
+            hidden += -hidden % arch.swiglu_align_to
+        product = _input_product(arch, policy)
+        self.fc1_g = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
+        self.fc1_x = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
+        self.norm = _hidden_norm(arch, policy, rngs, hidden)
+        self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 
-    def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
-        """What `fc2` reads."""
+    def _hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
         return jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
-        """Of gate and value."""
+        """The linear maps of gate and value."""
         return self.fc1_g.kernel[...], self.fc1_x.kernel[...]
+
+
+def _hidden_norm(
+    arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs, hidden: int
+) -> Callable[[Array], Array]:
+    return layer_norm(arch, policy, rngs, hidden) if arch.scale_mlp_norm else identity
 
 
 MLPS: dict[str, type[nnx.Module]] = {
@@ -292,28 +377,50 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block (timm `Block`; with `arch.eva` `EvaBlock`)."""
+    """A transformer block (timm `Block`, `ResPostBlock`, `EvaBlock`, `EvaBlockPostNorm`).
 
-    def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
+    Args:
+      arch: sizes and variants.
+      policy: how it computes.
+      rngs: for the parameters.
+      index: which of the blocks it is.
+    """
+
+    def __init__(
+        self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs, index: int = 0
+    ) -> None:
+        num_kv_heads = arch.num_kv_heads[index] if arch.num_kv_heads else arch.num_heads
         self.norm1 = layer_norm(arch, policy, rngs)
-        self.attn = Attention(arch, policy, rngs)
+        self.attn = Attention(arch, policy, rngs, num_kv_heads)
         self.norm2 = layer_norm(arch, policy, rngs)
         self.mlp = MLPS[arch.mlp_layer](arch, policy, rngs)
-        if arch.init_values is not None and arch.eva:
+        self.post_norm = arch.post_norm
+        scaled = arch.init_values is not None and not arch.post_norm
+        if scaled and (arch.eva or arch.rel_pos_bias):
             self.gamma_1 = LayerScale(arch, policy).gamma
-            self.gamma_2 = LayerScale(arch, policy).gamma
-        elif arch.init_values is not None:
+            if not arch.attn_only_layer_scale:
+                self.gamma_2 = LayerScale(arch, policy).gamma
+        elif scaled:
             self.ls1 = LayerScale(arch, policy)
             self.ls2 = LayerScale(arch, policy)
         self.keep_residual = policy.choices.keep_residual
 
     def scales(self) -> tuple[Float[Array, " dim"] | None, Float[Array, " dim"] | None]:
-        """LayerScale factors after attention and after the MLP; None where there is none."""
-        if hasattr(self, "gamma_1"):
-            return self.gamma_1[...], self.gamma_2[...]
+        """Factors of what attention and the MLP add; None where there is none.
+
+        They are those of LayerScale, or of the norms where these follow.
+        """
+        if self.post_norm:
+            return self.norm1.scale[...], self.norm2.scale[...]
         if hasattr(self, "ls1"):
             return self.ls1.gamma[...], self.ls2.gamma[...]
-        return None, None
+        first, second = getattr(self, "gamma_1", None), getattr(self, "gamma_2", None)
+        return tuple(None if gamma is None else gamma[...] for gamma in (first, second))
+
+    def input_scales(self) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
+        """Factors of what attention and the MLP read: the norms' scales, or ones."""
+        scales = self.norm1.scale[...], self.norm2.scale[...]
+        return tuple(map(jnp.ones_like, scales)) if self.post_norm else scales
 
     def __call__(
         self,
@@ -322,15 +429,20 @@ class Block(nnx.Module):
         move: Move | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         x = self._attended(x, by)
+        if self.post_norm:
+            return self._kept(x + self.norm2(self.mlp(x, move)))
         return self._kept(x + _scaled(self.mlp(self.norm2(x), move), self.scales()[1]))
 
     def hidden(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
     ) -> Float[Array, "batch tokens hidden"]:
         """The hidden layer of its MLP."""
-        return self.mlp.hidden(self.norm2(self._attended(x, by)))
+        x = self._attended(x, by)
+        return self.mlp.hidden(x if self.post_norm else self.norm2(x))
 
     def _attended(self, x: Float[Array, "batch tokens dim"], by: Rotation | None) -> Array:
+        if self.post_norm:
+            return self._kept(x + self.norm1(self.attn(x, by)))
         return self._kept(x + _scaled(self.attn(self.norm1(x), by), self.scales()[0]))
 
     def _kept(self, x: Float[Array, "batch tokens dim"]) -> Array:
@@ -347,14 +459,16 @@ class AttentionPool(nnx.Module):
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim = arch.embed_dim
-        self.num_heads = arch.num_heads
+        self.num_heads = arch.attn_pool_num_heads or arch.num_heads
         start = initializers.truncated_normal(dim**-0.5)
         self.latent = nnx.Param(start(rngs.params(), (1, 1, dim), policy.param_dtype))
         self.q = linear(dim, dim, policy, rngs)
         self.kv = linear(dim, 2 * dim, policy, rngs)
         self.proj = linear(dim, dim, policy, rngs)
         self.norm = layer_norm(arch, policy, rngs)
-        self.mlp = Mlp(arch, policy, rngs)
+        plain = {"mlp_ratio": arch.attn_pool_mlp_ratio or arch.mlp_ratio, "mlp_layer": "mlp"}
+        plain |= {"scale_mlp_norm": False, "proj_bias": True}
+        self.mlp = Mlp(dataclasses.replace(arch, **plain), policy, rngs)
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))

@@ -1,4 +1,4 @@
-"""Vision transformers in Flax NNX, equal to timm's `VisionTransformer` and, for DINOv3, `Eva`.
+"""Vision transformers in Flax NNX, equal to timm's `VisionTransformer`, `Eva` and `Beit`.
 
 Module attributes carry timm's names, so that a timm state-dict key and an NNX path differ only by
 a general rule (`models/weights.py`). Axis names used throughout: batch, height, width, tokens
@@ -26,11 +26,11 @@ from singer_jax.models.layers import (
     Block,
     Move,
     PatchEmbed,
-    Rotation,
+    identity,
     layer_norm,
     linear,
-    rotation,
 )
+from singer_jax.models.positions import MixedFrequencies, Rotation, fixed_rotation
 from singer_jax.models.views import averaged
 from singer_jax.models.zoo import ModelSpec
 
@@ -67,22 +67,31 @@ class VisionTransformer(nnx.Module):
         self.patch_embed = PatchEmbed(arch, policy, rngs)
         if arch.class_token:
             self.cls_token = param(1e-6, 1)
+        if arch.distilled:
+            self.dist_token = param(1e-6, 1)
         if arch.reg_tokens:
             self.reg_token = param(1e-6, arch.reg_tokens)
-        if not arch.eva:
+        if arch.pos_embed:
             self.pos_embed = param(0.02, arch.num_patches + arch.num_embedded_prefix_tokens)
+        if arch.rope_type == "mixed":
+            self.rope = MixedFrequencies(arch, policy.param_dtype, rngs)
         if arch.pre_norm:
             self.norm_pre = layer_norm(arch, policy, rngs)
-        blocks = [Block(arch, policy, rngs) for _ in range(arch.depth)]
+        if policy.stacked and not arch.blocks_alike:
+            raise ValueError("blocks of different shapes cannot be stacked")
+        blocks = [Block(arch, policy, rngs, index) for index in range(arch.depth)]
         self.blocks = _stack(blocks) if policy.stacked else nnx.List(blocks)
         if policy.artifact_removal == "registers":
             shape = arch.depth, blocks[0].mlp.fc2.in_features + bool(arch.planted)
             self.register_neurons = registers.RegisterNeurons(jnp.zeros(shape, jnp.uint8))
-        self.norm = layer_norm(arch, policy, rngs)
+        final = layer_norm(arch, policy, rngs) if arch.final_norm else identity
+        self.norm, self.fc_norm = (identity, final) if arch.fc_norm else (final, identity)
         if arch.global_pool == "map":
             self.attn_pool = AttentionPool(arch, policy, rngs)
         if arch.num_classes:
             self.head = linear(dim, arch.num_classes, policy, rngs)
+        if arch.num_classes and arch.distilled:
+            self.head_dist = linear(dim, arch.num_classes, policy, rngs)
         if arch.planted:  # the last, so that nothing else is drawn otherwise
             self.planted = planted.Planted(arch, policy.param_dtype, rngs)
 
@@ -95,13 +104,15 @@ class VisionTransformer(nnx.Module):
         prefix = []
         if arch.class_token:
             prefix.append(self.cls_token)
+        if arch.distilled:
+            prefix.append(self.dist_token)
         if arch.reg_tokens:
             prefix.append(self.reg_token)
         tokens = [
             jnp.broadcast_to(token[...].astype(x.dtype), (x.shape[0], *token.shape[1:]))
             for token in prefix
         ]
-        if arch.eva:
+        if not arch.pos_embed:
             x = jnp.concatenate([*tokens, x], axis=1)
         elif arch.no_embed_class:
             x = jnp.concatenate([*tokens, x + self.pos_embed[...].astype(x.dtype)], axis=1)
@@ -138,7 +149,7 @@ class VisionTransformer(nnx.Module):
             in a model that is not cleaned.
         """
         if register is None:
-            return self._apply(self.block(index), x)
+            return self._apply(index, x)
         return self._advance(index, jnp.concatenate([register.astype(x.dtype), x], axis=1))[:, 1:]
 
     def hidden(
@@ -157,7 +168,7 @@ class VisionTransformer(nnx.Module):
           x: without an added token.
           images: as for `features`.
         """
-        hidden = self.block(index).hidden(x.astype(self.policy.dtype), self._rotation())
+        hidden = self.block(index).hidden(x.astype(self.policy.dtype), self._rotation(index))
         if not self.arch.planted:
             return hidden
         length = jnp.linalg.norm(self.planted.vector[...])
@@ -175,27 +186,35 @@ class VisionTransformer(nnx.Module):
             x = self._advance(index, x)
             return x + jnp.where(index == self.arch.planted_after, added, 0).astype(x.dtype)
         if not self.num_added_tokens:
-            return self._apply(self.block(index), x)
+            return self._apply(index, x)
         neurons = self.register_neurons[...][index]
         move = functools.partial(
             registers.move,
             neurons=neurons[:-1] if self.arch.planted else neurons,
             first_patch=self._first_patch,
         )
-        return self._apply(self.block(index), x, move)
+        return self._apply(index, x, move)
 
     def _apply(
-        self, block: Block, x: Float[Array, "batch tokens dim"], move: Move | None = None
+        self,
+        index: int | Int[Array, ""],
+        x: Float[Array, "batch tokens dim"],
+        move: Move | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        x, by = x.astype(self.policy.dtype), self._rotation()
+        block = self.block(index)
+        x, by = x.astype(self.policy.dtype), self._rotation(index)
         if move is not None:
             return block(x, by, move)  # of a model that is not trained
         apply = nnx.remat(Block.__call__) if self.policy.remat else Block.__call__
         return apply(block, x, by)
 
-    def _rotation(self) -> Rotation | None:
-        arch = self.arch
-        return rotation(arch.grid, arch.embed_dim // arch.num_heads) if arch.eva else None
+    def _rotation(self, index: int | Int[Array, ""]) -> Rotation | None:
+        """The rotation of the patches in block `index`; None without rotary positions."""
+        if self.arch.rope_type is None:
+            return None
+        if self.arch.rope_type == "mixed":
+            return self.rope.rotation(self.arch, index)
+        return jnp.asarray(fixed_rotation(self.arch))
 
     @property
     def num_added_tokens(self) -> int:
@@ -321,17 +340,22 @@ class VisionTransformer(nnx.Module):
 
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         """What the head reads, from the last feature: see `Architecture.global_pool`."""
-        x = self.norm(x)
-        if self.arch.global_pool == "map":
-            return self.attn_pool(x)
-        if self.arch.global_pool == "avg":
-            return x[:, self.arch.num_prefix_tokens :].mean(axis=1)
-        return x[:, 0]
+        arch, x = self.arch, self.norm(x)
+        if arch.global_pool == "token":
+            return self.fc_norm(x[:, : 1 + arch.distilled].mean(axis=1))
+        x = x if arch.pool_include_prefix else x[:, arch.num_prefix_tokens :]
+        return self.attn_pool(x) if arch.global_pool == "map" else self.fc_norm(x.mean(axis=1))
 
     def head_output(
         self, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
-        """Class logits from the last feature, or its pooled embedding where there is no head."""
+        """Class logits from the last feature, or its pooled embedding where there is no head.
+
+        With a distillation token they are the mean of both heads' logits.
+        """
+        if self.arch.num_classes and self.arch.distilled:
+            tokens = self.fc_norm(self.norm(x))
+            return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
         pooled = self.pooled(x)
         return self.head(pooled) if self.arch.num_classes else pooled
 

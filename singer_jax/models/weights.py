@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,10 @@ from singer_jax.errors import InputError, RunError
 from singer_jax.io import limits
 from singer_jax.io.files import replacing, write_text
 from singer_jax.models.architecture import Architecture, ComputePolicy
+from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
+from singer_jax.models.positions import resample_relative_positions
+from singer_jax.models.timm_arguments import changed_arguments, current_names, stated_fields
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
     CONFIG_FILE,
@@ -41,11 +43,6 @@ from singer_jax.models.weight_files import (
 )
 from singer_jax.models.zoo import MODELS, ModelSpec, lookup
 from singer_jax.platform.backends import Choices
-
-# Fields of `Architecture` that timm's class Eva calls otherwise.
-_EVA_ARGUMENTS = {"reg_tokens": "num_reg_tokens"}
-
-_UNKNOWN_TO_TIMM = ("norm_eps", "eva", "mlp_layer")
 
 # Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
@@ -84,9 +81,13 @@ class _OneKey(NamedTuple):
 def abstract_params(arch: Architecture) -> Params:
     """The parameters alone, as those of `abstract_model` in float32 and not stacked.
 
-    One block is traced: the others are like it.
+    One block is traced where the others are like it.
     """
-    params = abstract_model(dataclasses.replace(arch, depth=1, planted_after=0), ComputePolicy())[1]
+    if not arch.blocks_alike or arch.rope_type == "mixed":
+        return abstract_model(arch, ComputePolicy())[1]
+    kv_heads = arch.num_kv_heads and arch.num_kv_heads[:1]
+    one = dataclasses.replace(arch, depth=1, planted_after=0, num_kv_heads=kv_heads)
+    params = abstract_model(one, ComputePolicy())[1]
     return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
 
 
@@ -121,8 +122,14 @@ def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
     # A head of another shape than [classes, dim] is named by `check_weights`.
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
     stated = read_hub_config(path.parent).get("pretrained_cfg", {})
+    return dataclasses.replace(_with_input(spec, stated), arch=arch)
+
+
+def _with_input(spec: ModelSpec, stated: Mapping[str, Any]) -> ModelSpec:
+    """`spec` with the input that the `pretrained_cfg` of a `config.json` states."""
     mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, arch=arch, mean=mean, std=std)
+    others = {key: stated.get(key, getattr(spec, key)) for key in ("interpolation", "crop_pct")}
+    return dataclasses.replace(spec, mean=mean, std=std, **others)
 
 
 def load_model(
@@ -154,9 +161,8 @@ def load_model(
         tensor = tensors[timm_key(keys)]
         axes = timm_axes(keys, jax.ShapeDtypeStruct(shape, tensor.dtype))
         stored = tuple(part[axis] for axis in axes)
-        if keys == ("pos_embed",) and tuple(tensor.shape) != shape:
-            prefix = spec.arch.num_embedded_prefix_tokens
-            array = resample_pos_embed(tensor.read(), spec.arch.grid, prefix)[stored]
+        if tuple(tensor.shape) != shape and keys[-1] in _RESAMPLED:
+            array = _resampled(keys[-1], tensor.read(), spec)[stored]
         else:
             array = tensor.read(stored)
         return array.transpose(np.argsort(axes))
@@ -198,12 +204,8 @@ def check_weights(spec: ModelSpec, path: Path) -> None:
 
 
 def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file under the keys of timm's model, as timm itself renames old ones."""
-    tensors = open_weights(path)
-    if spec.arch.eva:
-        return tensors
-    # DeiT-III was published with gamma_1 and gamma_2.
-    return {re.sub(r"gamma_(\d)$", r"ls\1.gamma", key): t for key, t in tensors.items()}
+    """The tensors of a file under the keys of timm's model."""
+    return current_names(open_weights(path), spec.arch)
 
 
 def _check_keys(
@@ -220,7 +222,7 @@ def _check_keys(
         for key, shape in expected.items()
         if key in tensors
         and tuple(tensors[key].shape) != shape
-        and not (key == "pos_embed" and _can_resample(tensors[key].shape, spec.arch))
+        and not _can_resample(key, tensors[key].shape, spec.arch)
     ]
     found = {"missing": missing, "surplus": surplus, "mis-shaped": mis_shaped}
     if any(found.values()):
@@ -233,37 +235,70 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _can_resample(shape: tuple[int, ...], arch: Architecture) -> bool:
-    """Whether a stored position embedding is that of a square grid and of the right width."""
-    if len(shape) != 3 or (shape[0], shape[2]) != (1, arch.embed_dim):
+# Parameters of a square grid of patches that are resampled for another grid.
+_RESAMPLED = ("pos_embed", "relative_position_bias_table")
+
+
+def _can_resample(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
+    """Whether a stored tensor is of `_RESAMPLED`, for a square grid and of the right width."""
+    if key == "pos_embed" and len(shape) == 3 and (shape[0], shape[2]) == (1, arch.embed_dim):
+        places = shape[1] - arch.num_embedded_prefix_tokens
+    elif key.endswith("relative_position_bias_table") and shape[1:] == (arch.num_heads,):
+        places = shape[0] - NUM_CLASS_DISTANCES
+    else:
         return False
-    patches = shape[1] - arch.num_embedded_prefix_tokens
-    return patches > 0 and math.isqrt(patches) ** 2 == patches
+    return places > 0 and math.isqrt(places) ** 2 == places
+
+
+def _resampled(name: str, stored: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """A tensor of `_RESAMPLED` for the model's grid."""
+    arch = spec.arch
+    if name == "pos_embed":
+        prefix = arch.num_embedded_prefix_tokens
+        return resample_pos_embed(stored, arch.grid, prefix, spec.resampling)
+    return resample_relative_positions(stored, arch.grid, NUM_CLASS_DISTANCES)
 
 
 def resample_pos_embed(
-    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int
+    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int, method: str = "bicubic"
 ) -> np.ndarray:
     """Position embeddings of a square grid for another grid (timm `resample_abs_pos_embed`).
-
-    Keys bicubic (a = -0.5), antialiased, weights renormalised at the edges, prefix kept.
 
     Args:
       pos_embed: [1, prefix + side * side, dim].
       grid: rows and columns to resample to.
-      num_prefix_tokens: leading positions that are no patches.
+      num_prefix_tokens: leading positions that are no patches; they are kept.
+      method: `bicubic` (Keys, a = -0.5, antialiased, weights renormalised at the edges),
+        `bilinear` (not antialiased; FlexiViT, RADIO) or `bilinear_corners` (from the first patch
+        to the last).
 
     Returns:
       [1, prefix + rows * columns, dim] in the dtype of `pos_embed`.
     """
     prefix, patches = np.split(pos_embed, [num_prefix_tokens], axis=1)
     side, dim = math.isqrt(patches.shape[1]), patches.shape[2]
-    image = jnp.asarray(patches, jnp.float32).reshape(1, side, side, dim)
-    image = jax.image.resize(
-        image, (1, *grid, dim), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
-    )
+    if method == "bicubic":
+        image = jnp.asarray(patches, jnp.float32).reshape(1, side, side, dim)
+        image = jax.image.resize(
+            image, (1, *grid, dim), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
+        )
+    else:
+        image = patches.astype(np.float32).reshape(side, side, dim)
+        for axis, size in enumerate(grid):
+            weights = _linear_weights(side, size, corners=method == "bilinear_corners")
+            image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
     patches = np.asarray(image, pos_embed.dtype).reshape(1, -1, dim)
     return np.concatenate([prefix, patches], axis=1)
+
+
+def _linear_weights(stored: int, wanted: int, corners: bool) -> np.ndarray:
+    """The matrix [wanted, stored] of linear interpolation between patch centres."""
+    if corners:
+        places = np.linspace(0, stored - 1, wanted)
+    else:
+        places = (np.arange(wanted) + 0.5) * stored / wanted - 0.5
+    rows = [np.interp(places, np.arange(stored), row) for row in np.eye(stored)]
+    return np.stack(rows, axis=1).astype(np.float32)
 
 
 def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
@@ -272,20 +307,7 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
     Raises:
       InputError: a difference that timm's model could not be told.
     """
-    base = MODELS[spec.timm_name].arch
-    for name in _UNKNOWN_TO_TIMM:
-        if getattr(spec.arch, name) != getattr(base, name):
-            raise InputError(
-                f"overrides: {name} of {spec.name} cannot be changed, timm's model has no such "
-                "argument and could not load it"
-            )
-    changed: dict[str, Any] = {
-        _EVA_ARGUMENTS.get(name, name) if spec.arch.eva else name: getattr(spec.arch, name)
-        for name in (field.name for field in dataclasses.fields(Architecture))
-        if name != "num_classes" and getattr(spec.arch, name) != getattr(base, name)
-    }
-    if "global_pool" in changed and not spec.arch.eva:
-        changed["fc_norm"] = False  # the norm stays before the pooling
+    changed = changed_arguments(spec.arch, MODELS[spec.timm_name].arch)
     return {
         "architecture": spec.timm_name,
         "num_classes": spec.arch.num_classes,
@@ -295,6 +317,8 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
             "input_size": [3, *spec.arch.img_size],
             "mean": list(spec.mean),
             "std": list(spec.std),
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop_pct,
             "num_classes": spec.arch.num_classes,
         },
     }
@@ -302,12 +326,8 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
-    ours = {theirs: name for name, theirs in _EVA_ARGUMENTS.items()}
-    arguments = {
-        ours.get(name, name): value
-        for name, value in config.get("model_args", {}).items()
-        if name != "fc_norm"
-    }
+    base = lookup(config["architecture"]).arch
+    arguments = stated_fields(config.get("model_args", {}), base)
     arguments["num_classes"] = config.get("num_classes", 0)
     stated = config.get("pretrained_cfg", {})
     if "input_size" in stated:
@@ -337,9 +357,7 @@ def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
       InputError: as `stated_model`.
     """
     spec = stated_model(config)
-    stated = config.get("pretrained_cfg", {})
-    mean, std = (tuple(stated.get(key, getattr(spec, key))) for key in ("mean", "std"))
-    return dataclasses.replace(spec, mean=mean, std=std)
+    return _with_input(spec, config.get("pretrained_cfg", {}))
 
 
 def export_timm(

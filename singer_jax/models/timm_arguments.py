@@ -1,0 +1,161 @@
+"""How timm's classes call the fields of `Architecture`, and what weights files call parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from singer_jax.errors import InputError
+from singer_jax.models.architecture import FIELDS, Architecture
+
+Stored = TypeVar("Stored")
+
+# Fields for which a class has an argument, and its own word where it calls them otherwise.
+_COMMON = "img_size patch_size embed_dim depth num_heads mlp_ratio qkv_bias init_values global_pool"
+_VIT = (
+    f"{_COMMON} class_token no_embed_class reg_tokens pre_norm final_norm fc_norm act_layer "
+    "pool_include_prefix qk_norm scale_attn_norm scale_mlp_norm proj_bias"
+)
+_EVA = (
+    f"{_COMMON} class_token no_embed_class qk_norm qkv_fused num_kv_heads swiglu_align_to "
+    "attn_only_layer_scale attn_pool_num_heads attn_pool_mlp_ratio rope_type rope_temperature "
+    "rope_grid_offset rope_grid_indexing ref_feat_shape"
+)
+_OWN_WORDS = {
+    "fc_norm": "use_fc_norm",
+    "pos_embed": "use_abs_pos_emb",
+    "scale_mlp_norm": "scale_mlp",
+}
+_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
+    "VisionTransformer": {name: name for name in _VIT.split()},
+    "Eva": {name: name for name in _EVA.split()}
+    | _OWN_WORDS
+    | {
+        "reg_tokens": "num_reg_tokens",
+        "pre_norm": "use_pre_transformer_norm",
+        "post_norm": "use_post_norm",
+        "final_norm": "use_post_transformer_norm",
+        "scale_attn_norm": "scale_attn_inner",
+    },
+    "Beit": {name: name for name in _COMMON.split()}
+    | _OWN_WORDS
+    | {"rel_pos_bias": "use_rel_pos_bias"},
+}
+
+# Arguments of timm that change neither parameters nor what a trained model computes.
+_WITHOUT_EFFECT = re.compile(
+    r".*drop.*_rate|drop_rate|dynamic_img_(size|pad)|weight_init|fix_init|head_init_scale|"
+    r"rope_(shift|jitter|rescale)_coords|qkv_bias_separate|strict_img_size|pretrained_strict"
+)
+
+
+def timm_class(arch: Architecture) -> str:
+    """The class of timm that computes it; a distilled one is a `VisionTransformer` too."""
+    if arch.rel_pos_bias:
+        return "Beit"
+    return "Eva" if arch.eva else "VisionTransformer"
+
+
+def changed_arguments(arch: Architecture, base: Architecture) -> dict[str, Any]:
+    """Arguments by which timm makes `arch` of the model that has the architecture `base`.
+
+    Raises:
+      InputError: a field differs for which timm's class has no argument.
+    """
+    kind, words = timm_class(base), _ARGUMENTS[timm_class(base)]
+    changed = {name for name in FIELDS if getattr(arch, name) != getattr(base, name)}
+    changed.discard("num_classes")
+    if kind == "VisionTransformer" and "global_pool" in changed:
+        changed.add("fc_norm")  # whose default follows the pooling
+    if kind != "VisionTransformer" and changed & {"global_pool", "fc_norm", "final_norm"}:
+        changed |= {"fc_norm", "final_norm"} & set(words)
+    for name in changed - set(words):
+        if not name.startswith("planted"):
+            raise InputError(
+                f"overrides: {name} of timm's class {kind} cannot be changed: it has no such "
+                "argument and could not load the model"
+            )
+    found = {words.get(name, name): getattr(arch, name) for name in sorted(changed)}
+    if "use_post_transformer_norm" in found:
+        found["use_post_transformer_norm"] = arch.final_norm and not arch.fc_norm
+    if "rope_type" in found:
+        found["use_rot_pos_emb"] = arch.rope_type is not None
+    return found
+
+
+def stated_fields(arguments: Mapping[str, Any], base: Architecture) -> dict[str, Any]:
+    """Fields of `Architecture` that arguments of timm change in a model.
+
+    Args:
+      arguments: of timm's class; those without effect on a trained model are passed over.
+      base: the model's own architecture.
+
+    Raises:
+      InputError: an argument that no field stands for.
+    """
+    kind = timm_class(base)
+    ours = {word: name for name, word in _ARGUMENTS[kind].items()}
+    left = {name: value for name, value in arguments.items() if not _WITHOUT_EFFECT.fullmatch(name)}
+    if left.pop("in_chans", 3) != 3:
+        raise InputError(f"in_chans {arguments['in_chans']}: images have 3 channels")
+    if kind == "VisionTransformer" and "pos_embed" in left:
+        left["pos_embed"] = left["pos_embed"] in ("learn", True)
+    fields = {ours[name]: left.pop(name) for name in list(left) if name in ours}
+    fields |= {name: left.pop(name) for name in list(left) if name in FIELDS}
+    if "global_pool" in fields and "fc_norm" not in fields:
+        explicit = base.global_pool == "avg" and not base.fc_norm
+        fields["fc_norm"] = fields["global_pool"] == "avg" and not explicit
+    if kind == "Eva":
+        _read_eva(left, fields, base)
+    if left:
+        raise InputError(f"timm's argument {min(left)} of its class {kind} is not supported")
+    return fields
+
+
+def _read_eva(left: dict[str, Any], fields: dict[str, Any], base: Architecture) -> None:
+    """Moves the arguments that only timm's class Eva has from `left` to `fields`."""
+    if fields.get("fc_norm"):
+        fields["final_norm"] = True
+    if "attn_type" in left:
+        fields["k_bias"] = left.pop("attn_type") == "rope"
+    if "swiglu_mlp" in left:
+        both = {name: fields.get(name, getattr(base, name)) for name in _SPLITTING}
+        kind = "swiglu" if any(both.values()) else "swiglu_packed"
+        fields["mlp_layer"] = kind if left.pop("swiglu_mlp") else "mlp"
+    if "use_rot_pos_emb" in left:
+        rope = fields.get("rope_type", base.rope_type or "cat")
+        fields["rope_type"] = rope if left.pop("use_rot_pos_emb") else None
+    rope = fields.get("rope_type", base.rope_type)
+    if left.pop("rope_rotate_half", rope == "dinov3") != (rope == "dinov3"):
+        raise InputError(f"timm's argument rope_rotate_half with rope_type {rope} is not supported")
+
+
+# Either of these makes timm's class Eva keep gate and value apart.
+_SPLITTING = ("scale_mlp_norm", "swiglu_align_to")
+
+
+def current_names(tensors: Mapping[str, Stored], arch: Architecture) -> dict[str, Stored]:
+    """Tensors under the keys of timm's model, as timm itself renames and drops older ones.
+
+    Args:
+      tensors: by the keys of a file.
+      arch: of the model.
+    """
+    kind = timm_class(arch)
+    dropped = {"VisionTransformer": r"pre_logits\..*", "Beit": r".*relative_position_index"}
+    found = {}
+    masked = kind == "Eva" and "mask_token" in tensors  # pretrained on masked images
+    for key, tensor in tensors.items():
+        if kind == "Eva" and re.fullmatch(r"rope\.(?!freqs$).*|.*\.rope\..*", key):
+            continue  # fixed tables
+        if masked and re.fullmatch(r"mask_token|lm_head\..*", key):
+            continue
+        if re.fullmatch(dropped.get(kind, ""), key):
+            continue
+        if masked and arch.fc_norm:
+            key = re.sub(r"^norm\.", "fc_norm.", key)
+        if kind == "VisionTransformer":  # DeiT-III was published with gamma_1 and gamma_2
+            key = re.sub(r"gamma_(\d)$", r"ls\1.gamma", key)
+        found[key] = tensor
+    return found
