@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
@@ -41,21 +42,24 @@ def singular_defect(model: VisionTransformer, layer: int) -> Float[Array, " dim"
 def linearise(block: Block) -> tuple[Float[Array, "dim dim"], Float[Array, "dim dim"]]:
     """A and M: what attention and MLP add to a token, as maps of row vectors without constants.
 
-    A LayerNorm is its centring and its scale: tokens are taken to have unit variance. Every token
-    attends to itself alone. The MLP's hidden layer is the linear map of least squares on standard
-    normal tokens.
+    A LayerNorm is its centring and its scale: tokens are taken to have unit variance. An RMSNorm
+    and the norms inside attention and MLP are their scales alone. Every token attends to itself
+    alone. The MLP's hidden layer is the linear map of least squares on standard normal tokens.
     """
-    centring = jnp.eye(block.norm1.scale.shape[0]) - 1 / block.norm1.scale.shape[0]
+    dim = block.norm1.scale.shape[0]
+    centring = jnp.eye(dim) - 1 / dim if isinstance(block.norm1, nnx.LayerNorm) else jnp.eye(dim)
 
-    def between(norm: Array, inner: Array, outer: Array, scale: Array | None) -> Array:
-        whole = _product(_product(centring * _read(norm), inner), _read(outer))
-        return whole if scale is None else whole * _read(scale)
+    def between(before: Array, inner: Array, outer: Array, after: Array | None) -> Array:
+        first = jnp.eye(dim) if block.post_norm else centring
+        whole = _product(_product(first * _read(before), inner), _read(outer))
+        whole = _product(whole, centring) if block.post_norm else whole
+        return whole if after is None else whole * _read(after)
 
-    value = jnp.split(_read(block.attn.qkv.kernel[...]), 3, axis=1)[2]
-    first, second = block.scales()
+    value, hidden = _read(block.attn.value_map()), _hidden(block.mlp)
+    before, after = block.input_scales(), block.scales()
     return (
-        between(block.norm1.scale[...], value, block.attn.proj.kernel[...], first),
-        between(block.norm2.scale[...], _hidden(block.mlp), block.mlp.fc2.kernel[...], second),
+        between(before[0], value, block.attn.output_map(), after[0]),
+        between(before[1], hidden, block.mlp.output_map(norm=True), after[1]),
     )
 
 
@@ -68,7 +72,10 @@ def _hidden(mlp: Mlp) -> Float[Array, "dim hidden"]:
     """
     maps = [_read(part) for part in mlp.input_maps()]
     layers = (mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,)
-    biases = jnp.split(jnp.concatenate([_read(part.bias[...]) for part in layers]), len(maps))
+    if layers[0].bias is None:
+        biases = [jnp.zeros(part.shape[1]) for part in maps]
+    else:
+        biases = jnp.split(jnp.concatenate([_read(part.bias[...]) for part in layers]), len(maps))
     gate, bias = maps[0], biases[0]
     size = jnp.maximum(jnp.linalg.norm(gate, axis=0), jnp.finfo(jnp.float32).tiny)
     inputs = bias + _NODES[:, None] * size

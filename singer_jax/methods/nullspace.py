@@ -86,10 +86,11 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
       model: the teacher.
       layer: the distilled block.
       source: `mlp` (the paper's): W1^T W2^T of the reader's MLP, for a gated one
-        [W_gate^T W2^T | W_value^T W2^T]; biases, activation, norm and LayerScale are ignored.
-        `mlp_norm`: the same between the norm's scale and the LayerScale. `block`: the input maps
-        of attention and MLP side by side, each behind its norm's scale, so that neither path sees
-        a perturbation in the null space, up to the norms' centring and rescaling.
+        [W_gate^T W2^T | W_value^T W2^T]; biases, activation, norms (also one of the hidden layer,
+        as in EVA-02) and LayerScale are ignored. `mlp_norm`: the same with the scales of all of
+        these. `block`: the input maps of attention and MLP side by side, each behind its norm's
+        scale, so that neither path sees a perturbation in the null space, up to the norms'
+        centring and rescaling. Where the norms follow attention and MLP, nothing precedes them.
     """
     block = model.block(_reader(model, layer))
 
@@ -97,13 +98,13 @@ def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array
         return x.astype(jnp.float32)
 
     first = [read(part) for part in block.mlp.input_maps()]
-    scale = read(block.norm2.scale[...])[:, None]
+    before_attention, before_mlp = (read(scale)[:, None] for scale in block.input_scales())
     if source == "block":
-        attention = read(block.norm1.scale[...])[:, None] * read(block.attn.qkv.kernel[...])
-        return jnp.concatenate([attention, *(scale * part for part in first)], axis=1)
-    second = read(block.mlp.fc2.kernel[...])
+        attention = [before_attention * read(part) for part in block.attn.input_maps()]
+        return jnp.concatenate([*attention, *(before_mlp * part for part in first)], axis=1)
+    second = read(block.mlp.output_map(norm=source == "mlp_norm"))
     if source == "mlp_norm":
-        first = [scale * part for part in first]
+        first = [before_mlp * part for part in first]
         layer_scale = block.scales()[1]
         second = second if layer_scale is None else second * read(layer_scale)
     maps = [jnp.matmul(part, second, precision=Precision.HIGHEST) for part in first]

@@ -204,6 +204,11 @@ class Attention(nnx.Module):
         heads = value.reshape(value.shape[0], self.num_kv_heads, -1)
         return jnp.repeat(heads, self.num_heads // self.num_kv_heads, 1).reshape(len(value), -1)
 
+    def output_map(self) -> Float[Array, "dim dim"]:
+        """The linear map of what is mixed into the residual stream, with the norm's scale."""
+        kernel = self.proj.kernel[...]
+        return kernel if self.norm is identity else self.norm.scale[...][:, None] * kernel
+
     def _bias(self, tokens: int) -> Float[Array, "heads tokens tokens"] | None:
         """The bias of every pair of tokens; tokens added before the class token have none."""
         if not hasattr(self, "relative_position_bias_table"):

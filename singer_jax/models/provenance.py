@@ -73,7 +73,7 @@ def _revision(file: Path) -> str | None:
 
 def _resampled(spec: ModelSpec, tensors: Mapping[str, Any]) -> str | None:
     stored = tensors.get("pos_embed")
-    if spec.arch.eva or stored is None:
+    if not spec.arch.pos_embed or stored is None:
         return None
     prefix = spec.arch.num_embedded_prefix_tokens
     if stored.shape[1] == prefix + spec.arch.num_patches:

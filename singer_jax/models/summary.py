@@ -1,10 +1,12 @@
-"""How large models are: parameters and operations, and the table of all of them."""
+"""How large models are: parameters and operations, and the table of all families."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from singer_jax.models.architecture import Architecture
+from singer_jax.models.families import FAMILIES
 from singer_jax.models.params import leaves
 from singer_jax.models.weights import abstract_params
 from singer_jax.models.zoo import MODELS
@@ -21,10 +23,15 @@ def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
     Two a multiply-add; with `added` tokens more than the model has.
     """
     tokens, dim = added + arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
-    block = abstract_params(arch)["blocks"][0]
-    linear = sum(math.prod(leaf.shape) for keys, leaf in leaves(block) if keys[-1] == "kernel")
+    of_blocks = abstract_params(arch)["blocks"]
+    linear = sum(
+        math.prod(leaf.shape)
+        for index in range(blocks)
+        for keys, leaf in leaves(of_blocks[index])
+        if keys[-1] == "kernel"
+    )
     embedding = arch.num_patches * 3 * arch.patch_size**2 * dim
-    return 2 * (embedding + blocks * (tokens * linear + 2 * tokens**2 * dim))
+    return 2 * (embedding + tokens * linear + blocks * 2 * tokens**2 * dim)
 
 
 def forward_flops(arch: Architecture) -> int:
@@ -33,29 +40,35 @@ def forward_flops(arch: Architecture) -> int:
 
 
 def models_table() -> str:
-    """Every model: parameters, GFLOPs a forward pass, input, and what it can be used for."""
-    rows = [("model", "parameters", "GFLOPs", "input", "mean", "std", "tokens", "use")]
-    for name, spec in MODELS.items():
-        arch = spec.arch
-        prefix = f"{arch.num_prefix_tokens} + " if arch.num_prefix_tokens else ""
+    """Every family: how many models, their sizes, input, use and names."""
+    rows = [("family", "models", "parameters", "GFLOPs", "input", "use", "names")]
+    titles = dict.fromkeys(family.title for family in FAMILIES)
+    for title in titles:
+        families = [family for family in FAMILIES if family.title == title]
+        archs = [MODELS[name].arch for family in families for name in family.members()]
+        archs.sort(key=lambda arch: (arch.embed_dim**2 * arch.depth, arch.num_patches))
+        ends = archs[0], archs[-1]
+        sizes = sorted({arch.img_size[0] for arch in archs})
         rows.append(
             (
-                name,
-                f"{num_parameters(arch) / 1e6:.1f} M",
-                f"{forward_flops(arch) / 1e9:.1f}",
-                f"{arch.img_size[0]} px",
-                _numbers(spec.mean),
-                _numbers(spec.std),
-                f"{prefix}{arch.num_patches}",
-                "teacher, student" if arch.class_token else "teacher, student (patches only)",
+                title,
+                f"{len(archs)}",
+                _ends(num_parameters(arch) / 1e6 for arch in ends) + " M",
+                _ends(forward_flops(arch) / 1e9 for arch in ends),
+                f"{sizes[0]} to {sizes[-1]} px" if len(sizes) > 1 else f"{sizes[0]} px",
+                "teacher, student" if ends[0].class_token else "teacher, student (patches only)",
+                " ".join(family.names for family in families),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]
+        )
         for row in rows
     )
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
+def _ends(numbers: Iterable[float]) -> str:
+    texts = [f"{number:.1f}" for number in sorted(numbers)]
+    return " to ".join(dict.fromkeys(texts))

@@ -81,14 +81,22 @@ class _OneKey(NamedTuple):
 def abstract_params(arch: Architecture) -> Params:
     """The parameters alone, as those of `abstract_model` in float32 and not stacked.
 
-    One block is traced where the others are like it.
+    One block of each kind is traced: the others are like it.
     """
-    if not arch.blocks_alike or arch.rope_type == "mixed":
-        return abstract_model(arch, ComputePolicy())[1]
-    kv_heads = arch.num_kv_heads and arch.num_kv_heads[:1]
-    one = dataclasses.replace(arch, depth=1, planted_after=0, num_kv_heads=kv_heads)
-    params = abstract_model(one, ComputePolicy())[1]
-    return params | {"blocks": dict.fromkeys(range(arch.depth), params["blocks"][0])}
+    kinds = [(number,) for number in arch.num_kv_heads or ()] or [None] * arch.depth
+    of_kind = {
+        kind: abstract_model(
+            dataclasses.replace(arch, depth=1, planted_after=0, num_kv_heads=kind), ComputePolicy()
+        )[1]
+        for kind in dict.fromkeys(kinds)
+    }
+    params = dict(of_kind[kinds[0]])
+    params["blocks"] = {i: of_kind[kind]["blocks"][0] for i, kind in enumerate(kinds)}
+    if "rope" in params:  # which holds the frequencies of all blocks
+        freqs = params["rope"]["freqs"]
+        shape = (2, arch.depth, *freqs.shape[2:])
+        params["rope"] = {"freqs": jax.ShapeDtypeStruct(shape, freqs.dtype)}
+    return params
 
 
 def timm_key(keys: Keys) -> str:

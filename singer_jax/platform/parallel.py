@@ -29,9 +29,9 @@ from singer_jax.settings.settings import Settings, setting
 # Which dimension of a parameter is split over `fsdp`; the first rule that matches the end of a
 # parameter's path decides, also inside an optimizer state. Everything else is replicated.
 SHARDING_RULES = (
-    (r"(qkv|fc1|fc1_g|fc1_x|q|kv)/kernel", PartitionSpec(None, "fsdp")),
+    (r"(qkv|q_proj|k_proj|v_proj|fc1|fc1_g|fc1_x|q|kv)/kernel", PartitionSpec(None, "fsdp")),
     (r"(proj|fc2)/kernel", PartitionSpec("fsdp", None)),
-    (r"head/kernel", PartitionSpec(None, "fsdp")),
+    (r"head(_dist)?/kernel", PartitionSpec(None, "fsdp")),
     (r"adapter/\d+/kernel", PartitionSpec(None, "fsdp")),
 )
 

@@ -283,7 +283,7 @@ def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Tea
     if weights_needed and not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
-    stacked = backends.choices(backend).stack_frozen
+    stacked = backends.choices(backend).stack_frozen and spec.arch.blocks_alike
     quantised = settings.teacher.precision
     if quantised:
         check_installed(quantised)

@@ -205,7 +205,7 @@ class Distillation:
                 return keys[1] < self.blocks
             if keys[0] == "planted":
                 return False
-            return self.head or keys[0] not in ("norm", "attn_pool", "head")
+            return self.head or keys[0] not in ("norm", "fc_norm", "attn_pool", "head", "head_dist")
 
         return split(student, on_path)
 
