@@ -43,9 +43,10 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.9
-    resampling: str = "bicubic"
+    # None of these changes what a loaded model computes, so none is part of what it says of itself.
+    interpolation: str = dataclasses.field(default="bicubic", repr=False)
+    crop_pct: float = dataclasses.field(default=0.9, repr=False)
+    resampling: str = dataclasses.field(default="bicubic", repr=False)
 
     def prepare(
         self, images: Num[Array, "batch height width 3"]

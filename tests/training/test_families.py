@@ -13,18 +13,17 @@ from tests import tiny
 # Together they have every part in which blocks can differ; plain blocks are those of the methods'
 # tests, registers and LayerScale those of the teacher of another family.
 KINDS: dict[str, dict[str, object]] = {
-    # Query, key and value apart, heads that share the latter, their norms, RMSNorm; learned rotary
+    # Query, key and value apart, heads that share the latter, their norms, RMSNorm; rotary
     # positions; norms inside attention and MLP, gate and value apart.
     "vit_base_patch16_sapiens2": {
-        "rope_type": "mixed",
         "scale_attn_norm": True,
         "scale_mlp_norm": True,
         "mlp_layer": "swiglu",
     },
     # Relative positions, no bias of the keys; gate and value in one, no biases elsewhere.
     "beit_base_patch16_224": {"mlp_layer": "swiglu_packed", "proj_bias": False},
-    # A distillation token; norms behind attention and MLP; rotary positions.
-    "deit_tiny_distilled_patch16_224": {"post_norm": True, "rope_type": "dinov3"},
+    # A distillation token; norms behind attention and MLP; learned rotary positions.
+    "deit_tiny_distilled_patch16_224": {"post_norm": True, "rope_type": "mixed"},
 }
 
 
