@@ -215,8 +215,8 @@ class Architecture(Settings):
                 and (len(kv_heads) != self.depth or any(heads % number for number in kv_heads)),
             ),
             (
-                "num_kv_heads needs qkv_fused False",
-                bool(kv_heads) and self.qkv_fused,
+                "num_kv_heads needs qkv_fused False and another rope_type than 'mixed'",
+                bool(kv_heads) and (self.qkv_fused or self.rope_type == "mixed"),
             ),
             (
                 f"embed_dim {dim} is not a multiple of attn_pool_num_heads {pool_heads}",

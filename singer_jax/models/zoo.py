@@ -43,7 +43,7 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # Not shown: what is measured of loaded weights does not depend on them.
+    # None of these changes what a loaded model computes, so none is part of what it says of itself.
     interpolation: str = dataclasses.field(default="bicubic", repr=False)
     crop_pct: float = dataclasses.field(default=0.9, repr=False)
     resampling: str = dataclasses.field(default="bicubic", repr=False)

@@ -112,7 +112,7 @@ def test_energy_share_without_outliers_is_zero_and_not_nan():
     assert share == 0
 
 
-def model(mlp_layer: str) -> VisionTransformer:
+def model(mlp_layer: str, **changes: object) -> VisionTransformer:
     """Two blocks with random norms and LayerScale, so that folding them in matters."""
     arch = Architecture(
         img_size=(8, 8),
@@ -123,6 +123,7 @@ def model(mlp_layer: str) -> VisionTransformer:
         mlp_layer=mlp_layer,
         init_values=0.5,
         num_classes=0,
+        **changes,
     )
     made = VisionTransformer(arch, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
@@ -194,6 +195,38 @@ def test_the_mlp_sources_are_the_mlp_without_its_activation(mlp):
         )
         w = nullspace.linear_map(MODELS[mlp], 0, source)
         np.testing.assert_allclose(product(a, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_inside_the_mlp_count_only_where_norms_do():
+    """EVA-02: the norm of the hidden layer is between W1 and W2."""
+    made = model("swiglu", scale_mlp_norm=True)
+    block = made.blocks[1]
+    inside, second = block.mlp.norm.scale[...][:, None], block.mlp.fc2.kernel[...]
+    before, after = block.norm2.scale[...][:, None], block.ls2.gamma[...]
+    maps = block.mlp.input_maps()
+    for source, expected in (
+        ("mlp", [product(part, second) for part in maps]),
+        ("mlp_norm", [product(before * part, inside * second * after) for part in maps]),
+    ):
+        found = nullspace.linear_map(made, 0, source)
+        np.testing.assert_allclose(found, np.concatenate(expected, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_without_norms_before_it_sees_nothing_in_its_null_space():
+    """With norms behind attention and MLP the guarantee is exact: no norm is in between."""
+    grouped = {"qkv_fused": False, "num_kv_heads": (2, 1)}
+    made = model("mlp", post_norm=True, mlp_ratio=0.25, **grouped)
+    block = made.blocks[1]
+    for kernel in (block.attn.q_proj.kernel, block.attn.k_proj.kernel, block.attn.v_proj.kernel):
+        kernel[...] = kernel[...].at[:3].set(0)
+    block.mlp.fc1.kernel[...] = block.mlp.fc1.kernel[...].at[:3].set(0)
+    space = nullspace.decompose(nullspace.linear_map(made, 0, "block"))
+    q = nullspace.projector(space, nullspace.threshold_value(space, "rank", 3), rank=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 12)), jnp.float32)
+    update = 10 * product(np.random.default_rng(1).standard_normal((5, 12)), q)
+    unseen = block(x + update) - update
+    np.testing.assert_allclose(unseen, block(x), rtol=1e-4, atol=1e-4)
+    assert norm(update) > 1
 
 
 def test_the_last_layer_is_read_by_its_own_block():

@@ -10,17 +10,20 @@ from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setup, setup
 from tests import tiny
 
-# One model for each way in which blocks differ, and changes that make it stand for others too.
-# Plain blocks are those of the methods' tests, registers those of the last but one test.
+# Together they have every part in which blocks can differ; plain blocks are those of the methods'
+# tests, registers and LayerScale those of the teacher of another family.
 KINDS: dict[str, dict[str, object]] = {
-    "vit_giant_patch14_dinov2": {},  # packed SwiGLU, LayerScale
-    "vit_small_plus_patch16_dinov3_qkvb": {},  # rotary positions, no bias of the keys
-    "eva02_base_patch16_clip_224": {},  # norms inside attention and MLP, query, key, value apart
-    "vit_base_patch16_sapiens2": {},  # heads that share key and value, their norms, RMSNorm
-    "vit_small_patch16_rope_mixed_224": {},  # learned rotary positions
-    "aimv2_large_patch14_224": {},  # no biases, no class token
-    "beit_base_patch16_224": {},  # relative positions
-    "deit_tiny_distilled_patch16_224": {"post_norm": True},  # EVA-02 enormous has no small size
+    # Query, key and value apart, heads that share the latter, their norms, RMSNorm; rotary
+    # positions; norms inside attention and MLP, gate and value apart.
+    "vit_base_patch16_sapiens2": {
+        "scale_attn_norm": True,
+        "scale_mlp_norm": True,
+        "mlp_layer": "swiglu",
+    },
+    # Relative positions, no bias of the keys; gate and value in one, no biases elsewhere.
+    "beit_base_patch16_224": {"mlp_layer": "swiglu_packed", "proj_bias": False},
+    # A distillation token; norms behind attention and MLP; learned rotary positions.
+    "deit_tiny_distilled_patch16_224": {"post_norm": True, "rope_type": "mixed"},
 }
 
 
@@ -63,8 +66,8 @@ def test_every_kind_learns_with_singer(tmp_path, model):
     assert np.all(np.isfinite(found)) and found[-1] < found[0]
 
 
-@pytest.mark.parametrize("method", ["vitkd", "vitkd_official", "logit_kd", "singer+logit_kd"])
-def test_every_method_learns(tmp_path, method):
+@pytest.mark.parametrize("method", ["vitkd_official", "singer+logit_kd"])
+def test_other_methods_learn(tmp_path, method):
     changes: dict[str, object] = {"method.mimic_layers": (0,)}
     if "+" in method:
         changes |= {f"method.method_weights.{name}": 0.5 for name in method.split("+")}

@@ -15,9 +15,9 @@ from tests import tiny
 # One of each architecture, at its real width; a teacher is one block deep.
 FAMILIES = (
     "vit_base_patch16_224",
-    "deit3_base_patch16_224",
+    "beit_base_patch16_224",
     "vit_base_patch16_clip_quickgelu_224",
-    "vit_base_patch14_reg4_dinov2",
+    "eva02_base_patch16_clip_224",
     "vit_giant_patch14_dinov2",
     "vit_small_plus_patch16_dinov3_qkvb",
     "vit_base_patch16_siglip_224",
