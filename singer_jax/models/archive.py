@@ -9,6 +9,7 @@ import contextlib
 import io
 import pickle
 import struct
+import tokenize
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ FAILURES = (
     OverflowError,
     RuntimeError,  # an encrypted entry; NotImplementedError: a zip format that Python cannot read
     SyntaxError,  # the header of an array
+    tokenize.TokenError,
     TypeError,
     ValueError,
 )

@@ -303,6 +303,7 @@ _SURPLUS_HINTS = (
     (r"head_dist\.weight", "distilled=True"),
     (r"blocks\.0\.ls1\.gamma", "init_values=1e-5"),
 )
+_EXPLAINED = r"cls_token|norm\.(?:weight|bias)|.*\.qkv\.bias"
 
 
 def _hint(missing: list[str], surplus: list[str]) -> str:
@@ -313,8 +314,9 @@ def _hint(missing: list[str], surplus: list[str]) -> str:
         for pattern, override in hints
         if any(re.fullmatch(pattern, key) for key in keys)
     ]
-    # Where most of a model is missing, it is another model.
-    return f"; try overrides {', '.join(suggested)}" if suggested and len(missing) < 50 else ""
+    # Where other keys are missing, no override makes up for them.
+    explained = all(re.fullmatch(_EXPLAINED, key) for key in missing)
+    return f"; try overrides {', '.join(suggested)}" if suggested and explained else ""
 
 
 def _differences(found: Mapping[str, list[str]], room: int) -> str:

@@ -342,6 +342,7 @@ def test_an_npz_of_absurd_arrays_is_one_line(tmp_path):
     with pytest.raises(InputError, match="is compressed; save it without compression"):
         open_weights(path)
     for shape in (
+        "(1",
         "(-1,)",
         "(4, 2**70)",
         "(1099511627776, 1099511627776)",
