@@ -10,6 +10,8 @@ import contextlib
 import functools
 import io
 import json
+import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,12 +19,21 @@ import numpy as np
 
 from singer_jax.data.images import EvalTransform, TrainTransform, UnreadableImage, open_image
 from singer_jax.errors import InputError
-from singer_jax.models.weight_files import open_weights, read_hub_config
+from singer_jax.models.checkpoint import read_content
+from singer_jax.models.weight_files import find_weights, open_weights, read_hub_config
 from tests.data import official
-from tests.models.torch_writer import state_dict, tensor, write_archive, write_torch_file
+from tests.models.torch_writer import (
+    piece,
+    state_dict,
+    tensor,
+    write_archive,
+    write_legacy_file,
+    write_torch_file,
+)
 
 Entry = tuple[list[bytes], Callable[[bytes], None]]
 
+_FOREIGN = Path(__file__).parents[1] / "tests" / "models" / "foreign"
 _ARRAYS = {"norm.weight": np.arange(6, dtype=np.float32), "head": np.ones((2, 3), np.int64)}
 
 
@@ -46,6 +57,91 @@ def _torch_pickle(folder: Path) -> Entry:
     """The pickle inside a whole archive, whose checksums would stop every change of it."""
     seeds = [state_dict(tensor(), tensor((2,), (3,), 1)), state_dict(tensor((0, 4), (4, 1), 6))]
     return seeds, lambda data: _read_weights(write_archive(folder / "a.pth", data))
+
+
+def _legacy_torch_file(folder: Path) -> Entry:
+    """The format from before torch 1.6: five pickles and the storages."""
+    path = folder / "a.pth"
+    write_legacy_file(
+        path, {"norm.weight": np.arange(6, dtype=np.float32), "head": np.ones((2, 3), np.float32)}
+    )
+
+    def enter(data: bytes) -> None:
+        path.write_bytes(data)
+        _read_weights(path)
+
+    return [path.read_bytes()], enter
+
+
+def _foreign_keys(folder: Path) -> Entry:
+    """A pickle with keys of every format that is converted, nested as training code nests them."""
+    seeds, elements = [], 2048
+    for recording in sorted(_FOREIGN.glob("*/model.json")):
+        named = json.loads(recording.read_text())["file"]
+        content = read_content(find_weights(str(recording.parent / named)))
+        while not any(hasattr(value, "read") for value in content.values()):
+            content = next(value for value in content.values() if isinstance(value, dict))
+        pushed = b""
+        for key, stored in content.items():
+            if not re.search(r"(blocks|layers?)\.1\.|text|decoder|periods", key):
+                strides = np.empty(stored.shape, np.uint8).strides
+                pushed += piece(key) + tensor(stored.shape, strides, elements=elements)
+        seeds.append(b"\x80\x02}(" + piece("model") + b"}(" + pushed + b"uu.")
+    data = bytes(4 * elements)
+    return seeds, lambda pickled: _read_weights(write_archive(folder / "a.pth", pickled, data))
+
+
+def _npz(folder: Path) -> Entry:
+    path = folder / "a.npz"
+    np.savez(path, **{"embedding/kernel": np.ones((2, 2, 3, 4), np.float32), "cls": np.ones(4)})
+
+    def enter(data: bytes) -> None:
+        path.write_bytes(data)
+        _read_weights(path)
+
+    return [path.read_bytes()], enter
+
+
+def _npz_header(folder: Path) -> Entry:
+    """The header of an array inside a whole archive, whose checksums would stop every change."""
+    path, header = folder / "a.npz", io.BytesIO()
+    np.save(header, np.ones((2, 3), np.float32))
+
+    def enter(data: bytes) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("cls.npy", data)
+        _read_weights(path)
+
+    return [header.getvalue()], enter
+
+
+def _index_of_shards(folder: Path) -> Entry:
+    from safetensors.numpy import save_file
+
+    shards = {"norm.weight": "a.safetensors", "head": "b.safetensors"}
+    for key, name in shards.items():
+        save_file({key: _ARRAYS[key]}, folder / name)
+    path = folder / "model.safetensors.index.json"
+
+    def enter(data: bytes) -> None:
+        path.write_bytes(data)
+        _read_weights(path)
+
+    return [json.dumps({"metadata": {"total_size": 48}, "weight_map": shards}).encode()], enter
+
+
+def _transformers_config(folder: Path) -> Entry:
+    from singer_jax.models.weights import from_hub_config
+
+    seeds = [file.read_bytes() for file in sorted(_FOREIGN.glob("hf_*/config.json"))]
+
+    def enter(data: bytes) -> None:
+        (folder / "config.json").write_bytes(data)
+        stated = read_hub_config(folder)
+        if "architecture" in stated:
+            from_hub_config(stated)
+
+    return seeds, enter
 
 
 def _safetensors(folder: Path) -> Entry:
@@ -236,6 +332,12 @@ def _files_of_a_run(folder: Path) -> Entry:
 ENTRIES: dict[str, Callable[[Path], Entry]] = {
     "torch file": _torch_file,
     "pickle of a torch file": _torch_pickle,
+    "torch file before 1.6": _legacy_torch_file,
+    "keys of other libraries": _foreign_keys,
+    "npz": _npz,
+    "header of an npz array": _npz_header,
+    "index of shards": _index_of_shards,
+    "config.json of transformers": _transformers_config,
     "safetensors": _safetensors,
     "config.json": _config_json,
     "image": _image,

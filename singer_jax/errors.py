@@ -47,6 +47,19 @@ def shown(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def excerpt(text: str, most: int = 100) -> str:
+    """Returns the beginning of a text from an untrusted file, for one line of a message."""
+    text = shown(text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Returns the first names for a message, and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(excerpt(name) for name in names[:most]) + more
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not in `known`, with the closest names."""
     known, name = sorted(known), name[:_LONGEST]

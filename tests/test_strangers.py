@@ -35,7 +35,6 @@ from singer_jax.io import limits
 from singer_jax.io.files import as_path
 from singer_jax.models import weights
 from singer_jax.models.network import ModelSettings, resolve_model
-from singer_jax.models.torch_file import open_torch_file
 from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.platform import parallel
 from singer_jax.report.collect import read_metrics
@@ -289,7 +288,7 @@ def test_an_archive_of_a_million_entries_is_not_listed(tmp_path):
     tail = content[end : end + 12] + size + content[end + 16 :]
     (tmp_path / "a.pth").write_bytes(content[:start] + record * count + tail)
     with pytest.raises(InputError, match="its directory has"):
-        open_torch_file(tmp_path / "a.pth")
+        open_weights(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def load_backbone(
     path = find_weights(weights)
     stated = read_hub_config(path.parent)
     if not model and "architecture" in stated:
-        spec = from_hub_config(stated)
+        spec = spec_of_weights(from_hub_config(stated), path)
     else:
         spec = spec_of_weights(lookup(model or weights), path)
     graph, params = load_model(

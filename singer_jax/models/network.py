@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -14,7 +13,7 @@ from singer_jax.models import quantised, zoo
 from singer_jax.models.architecture import CLEANERS, FIELDS
 from singer_jax.models.params import Params
 from singer_jax.models.registers import RegisterSettings
-from singer_jax.models.weight_files import find_weights, read_hub_config
+from singer_jax.models.weight_files import WeightsFile, find_weights, read_hub_config
 from singer_jax.models.weights import check_weights, spec_of_weights, stated_model
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.settings.ranges import TEXT, Flag, OneOf, optional
@@ -47,6 +46,12 @@ class ModelSettings(Settings):
     model: str = setting("", TEXT, "timm name; empty: as the config.json beside the weights says")
     weights: str = setting("", TEXT, "hub name, file or run; empty: random")
     overrides: Mapping[str, Any] = section({}, _Overrides())
+    weights_key: str = setting(
+        "",
+        TEXT,
+        "part of the weights' file, such as `state_dict` or `student.backbone`; empty: averaged "
+        "weights before others",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,7 @@ def resolve_model(
     settings: ModelSettings,
     image_size: int | None = None,
     normalisation: str = "model",
-) -> tuple[ModelSpec, Path | None]:
+) -> tuple[ModelSpec, WeightsFile | None]:
     """A model that a user names: what it is, and where its weights are.
 
     Args:
@@ -123,11 +128,12 @@ def resolve_model(
       InputError: unknown model or architecture field; weights that are not there or of another
         architecture.
     """
-    file = find_weights(settings.weights) if settings.weights else None
+    path = find_weights(settings.weights) if settings.weights else None
+    file = WeightsFile(path, settings.weights_key) if path else None
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
-    stated = read_hub_config(file.parent) if file else {}
+    stated = read_hub_config(path.parent) if path else {}
     if not model and "architecture" in stated:
         spec = stated_model(stated, fields)
     elif model:
@@ -139,7 +145,7 @@ def resolve_model(
         classes = settings.overrides.get("num_classes", spec.arch.num_classes)
         if classes != spec.arch.num_classes:
             raise InputError(
-                f"{role}.overrides: num_classes {classes}, but the head in {file} has "
+                f"{role}.overrides: num_classes {classes}, but the head in {path} has "
                 f"{spec.arch.num_classes}"
             )
         check_weights(spec, file)

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from singer_jax.models.weight_files import open_weights
+from singer_jax.models.checkpoint import INDEX, shards
+from singer_jax.models.weight_files import WeightsFile, open_weights
 from singer_jax.models.zoo import ModelSpec
 
 Provenance = Mapping[str, Any]
 
 
-def provenance(spec: ModelSpec, weights: str, file: Path | None) -> Provenance:
-    """What is known of a model's weights before they are read; reads the file once for its sha256.
+def provenance(spec: ModelSpec, weights: str, file: Path | WeightsFile | None) -> Provenance:
+    """Returns what is known of a model's weights before they are read.
+
+    Reads the file once for its sha256.
 
     Args:
       spec: of the model that takes them.
@@ -24,8 +27,10 @@ def provenance(spec: ModelSpec, weights: str, file: Path | None) -> Provenance:
 
     Returns:
       `model`, `mean`, `std`; of a file also `weights`, `file`, `sha256`, `revision` (the commit of
-      a hub repository, else None), `tensors` and `parameters` in it, and `position_embeddings`
-      (how they are resampled, else None). Everything can be written as JSON.
+      a hub repository, else None), `tensors` and `parameters` in it, `position_embeddings` (how
+      they are resampled, else None) and `taken` (which part of the file, what was taken off its
+      keys, from which format they were converted and which are left out); of an index also
+      `shards`, the sha256 of each. Everything can be written as JSON.
     """
     found: dict[str, Any] = {
         "model": spec.name,
@@ -35,28 +40,37 @@ def provenance(spec: ModelSpec, weights: str, file: Path | None) -> Provenance:
     if file is None:
         return found
     tensors = open_weights(file)
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    file = file.path if isinstance(file, WeightsFile) else file
+    if file.name.endswith(INDEX):
+        names = sorted(set(shards(file).values()))
+        found["shards"] = {name: _sha256(file.parent / name) for name in names}
     return found | {
         "weights": weights,
         "file": str(file),
-        "sha256": sha256,
+        "sha256": _sha256(file),
         "revision": _revision(file),
         "tensors": len(tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "position_embeddings": _resampled(spec, tensors),
+        "taken": str(tensors.taken),
     }
 
 
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def told(found: Provenance) -> str:
-    """`provenance` in one line."""
+    """Returns a `provenance` in one line."""
     statistics = f"input mean {_numbers(found['mean'])}, std {_numbers(found['std'])}"
     if "file" not in found:
         return f"{found['model']}: random weights, {statistics}"
     revision = f", revision {found['revision']}" if found["revision"] else ""
     positions = found["position_embeddings"] or "as they are"
+    taken = f"{found['taken']}, " if found.get("taken") else ""
     return (
-        f"{found['model']}: {found['file']}{revision}, sha256 {found['sha256']}, "
+        f"{found['model']}: {found['file']}{revision}, sha256 {found['sha256']}, {taken}"
         f"{found['tensors']} tensors, {found['parameters']:,} parameters, position embeddings "
         f"{positions}, {statistics}"
     )

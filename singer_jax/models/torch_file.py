@@ -1,9 +1,11 @@
-"""Tensors out of a PyTorch `.pth`/`.bin` file without PyTorch and without running what it pickles.
+"""Tensors out of a PyTorch file without PyTorch and without running what it pickles.
 
-The file is a zip archive: `data.pkl` describes the tensors, `data/N` hold their bytes. The file is
-taken for hostile: its pickle is interpreted here, by the few operations that build data. Nothing is
-called but three functions of this module, no attribute is set, and what a tensor may reach is
-checked against the bytes that are really there.
+Two formats exist. Since torch 1.6 the file is a zip archive: `data.pkl` describes the tensors,
+`data/N` hold their bytes. Before, it is five pickles and then the bytes of one storage after the
+other. Both are treated as untrusted: the pickle is interpreted here, by the few operations that
+build data. Nothing is called but the functions of this module, no attribute is set, an object of
+any other type is passed over, and what a tensor may reach is compared with the bytes that are
+really there.
 """
 
 from __future__ import annotations
@@ -13,55 +15,93 @@ import io
 import math
 import pickle
 import pickletools
-import struct
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, excerpt
 from singer_jax.io import limits
+from singer_jax.models.archive import (
+    FAILURES,
+    LARGEST_DIRECTORY,
+    check_entry,
+    entry_start,
+    open_archive,
+    read_entry,
+)
 
-# Far above any published checkpoint (ViT-7B: 0.1 MB and 10,000 operations); an operation makes at
-# most some 100 bytes.
-_LARGEST_PICKLE = 2**24  # bytes; also of the archive's directory
+# Far above any published checkpoint (ViT-7B: 10,000 operations); an operation makes at most some
+# 100 bytes.
 _MOST_OPERATIONS = 10**6
 _MOST_DIMENSIONS = _MOST_ARGUMENTS = 16
 _MOST_EMPTY = 2**48  # elements that an empty tensor would have without its sides of 0
 
-# What zipfile, pickletools and the interpreter below raise at a damaged or hostile file.
-_FAILURES = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    struct.error,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    RuntimeError,  # an encrypted entry; NotImplementedError: a zip format that Python cannot read
-    TypeError,
-    ValueError,
-)
+# The first pickle of the format before torch 1.6: this number, in protocol 2 and above.
+LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """An object of a kind that is not read: it is passed over and never made.
+
+    Attributes:
+      name: what a message says of it.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """The numbers of one or several tensors.
+
+    Attributes:
+      path: the file.
+      entry: entry of the archive; in the old format the storage's key.
+      dtype: of its elements.
+      elements: their number.
+      starts: in a file of the old format, position of the first byte by key; None: an archive.
+    """
+
+    path: Path
+    entry: str
+    dtype: np.dtype
+    elements: int
+    starts: Mapping[str, int] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def read(self, first: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """Returns some elements, as numbers of a dtype, and takes no memory for the others."""
+        start, size = first * dtype.itemsize, count * dtype.itemsize
+        if self.starts is not None:
+            place = self.starts[self.entry]
+        else:
+            with zipfile.ZipFile(self.path) as archive:
+                if 2 * size >= check_entry(archive, self.entry).file_size:  # and its checksum
+                    return np.frombuffer(read_entry(archive, self.entry), dtype, count, start)
+                place = entry_start(archive, self.entry)
+        with self.path.open("rb") as file:
+            file.seek(place + start)
+            return np.frombuffer(file.read(size), dtype, count)
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor:
     """A tensor still in its file; `read` returns its values."""
 
-    path: Path
-    entry: str
+    storage: _Storage
     dtype: np.dtype
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Its values, or a part of them, contiguous.
+        """Returns its values, or a part of them, contiguous.
 
         Raises:
           InputError: the file is damaged, or has changed since it was opened.
@@ -69,36 +109,50 @@ class TorchTensor:
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)[part].copy()
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                stored = _read_entry(archive, self.entry)
             last = _last_element(self.offset, self.shape, self.strides)
-            storage = np.frombuffer(stored, self.dtype, last + 1)
-        except _FAILURES as error:
-            raise _not_complete(self.path, error) from error
+            numbers = self.storage.read(self.offset, last + 1 - self.offset, self.dtype)
+        except FAILURES as error:
+            raise _not_complete(self.storage.path, error) from error
         strides = [
             stride * self.dtype.itemsize if size > 1 else 0
             for size, stride in zip(self.shape, self.strides, strict=True)
         ]
-        view = np.lib.stride_tricks.as_strided(storage[self.offset :], self.shape, strides)
+        view = np.lib.stride_tricks.as_strided(numbers, self.shape, strides)
         return np.array(view[part], order="C")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """The numbers of one or several tensors: an entry of the archive."""
-
-    path: Path
-    entry: str
-    dtype: np.dtype
-    elements: int
-
-
 def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any
-) -> TorchTensor:
-    """`torch._utils._rebuild_tensor_v2`, for a tensor that lies inside its storage."""
+    storage: _Storage | Unknown, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> TorchTensor | Unknown:
+    """Stands for `torch._utils._rebuild_tensor_v2`, for a tensor that lies inside its storage."""
+    if isinstance(storage, Unknown):
+        return storage
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    return _tensor(storage, storage.dtype, offset, shape, strides)
+
+
+def _rebuild_typed_tensor(
+    storage: _Storage | Unknown,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> TorchTensor | Unknown:
+    """Stands for `torch._utils._rebuild_tensor_v3`, whose storage has no dtype of its own."""
+    if isinstance(storage, Unknown) or isinstance(dtype, Unknown):
+        return dtype if isinstance(dtype, Unknown) else storage
+    if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+        raise pickle.UnpicklingError("a tensor without a storage or a dtype")
+    return _tensor(storage, dtype, offset, shape, strides)
+
+
+def _tensor(
+    storage: _Storage, dtype: np.dtype, offset: int, shape: tuple, strides: tuple
+) -> TorchTensor:
     if (
         not (type(shape) is type(strides) is tuple)
         or not (len(shape) == len(strides) <= _MOST_DIMENSIONS)
@@ -108,34 +162,48 @@ def _rebuild_tensor(
             f"{storage.entry}: offset, shape and strides of its tensor are not whole numbers from "
             f"0, in at most {_MOST_DIMENSIONS} dimensions"
         )
+    elements = storage.elements * storage.dtype.itemsize // dtype.itemsize
     if 0 in shape:
         inside = math.prod(side or 1 for side in shape) <= _MOST_EMPTY
     else:
         # The number of elements too: with a stride of 0 a file of one number fills the memory.
-        inside = _last_element(offset, shape, strides) < storage.elements
-        inside = inside and math.prod(shape) <= storage.elements
+        inside = _last_element(offset, shape, strides) < elements
+        inside = inside and math.prod(shape) <= elements
     if not inside:
         raise pickle.UnpicklingError(
             f"{storage.entry}: shape {list(shape)} with strides {list(strides)} from element "
-            f"{offset} reaches outside its {storage.elements} stored elements"
+            f"{offset} reaches outside its {elements} stored elements"
         )
-    return TorchTensor(storage.path, storage.entry, storage.dtype, offset, shape, strides)
+    return TorchTensor(storage, dtype, offset, shape, strides)
 
 
 def _last_element(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
-def _rebuild_parameter(tensor: TorchTensor, *_: Any) -> TorchTensor:
-    """`torch._utils._rebuild_parameter`."""
-    if not isinstance(tensor, TorchTensor):
+def _rebuild_parameter(tensor: TorchTensor | Unknown, *_: Any) -> TorchTensor | Unknown:
+    """Stands for `torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
+    if not isinstance(tensor, (TorchTensor, Unknown)):
         raise pickle.UnpicklingError("a parameter that is no tensor")
     return tensor
 
 
-def _mapping() -> dict[Any, Any]:
-    """A container of settings; the state that a pickle gives it is dropped."""
-    return {}
+def _mapping(items: Any = (), *_: Any) -> dict[Any, Any]:
+    """Stands for a container; the state that a pickle gives it is dropped.
+
+    Args:
+      items: a dict, or a list of pairs as Python 2 wrote an OrderedDict; else nothing.
+    """
+    if type(items) is list and all(
+        type(pair) in (list, tuple) and len(pair) == 2 for pair in items
+    ):
+        return {key: value for key, value in items if type(key) is str}
+    return dict(items) if type(items) is dict else {}
+
+
+def _size(items: Any = (), *_: Any) -> tuple[Any, ...]:
+    """Stands for `torch.Size`."""
+    return tuple(items) if type(items) in (list, tuple) else ()
 
 
 _STORAGES = {
@@ -149,17 +217,30 @@ _STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "UntypedStorage": np.uint8,
+}
+_DTYPES = {
+    **{name: name for name in ("float64", "float32", "float16", "bool")},
+    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
-# What a name in the pickle stands for.
+# The meaning of a name in the pickle; every other name is an `Unknown`.
 _NAMES: dict[tuple[str, str], np.dtype | Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("collections", "OrderedDict"): _mapping,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch", "Size"): _size,
+    **{("collections", name): _mapping for name in ("OrderedDict", "Counter")},
+    ("collections", "defaultdict"): lambda *_: {},
     ("argparse", "Namespace"): _mapping,
 } | {
     (module, name): np.dtype(dtype)
-    for name, dtype in _STORAGES.items()
+    for name, dtype in (_STORAGES | _DTYPES).items()
     for module in ("torch", "torch.storage")
 }
 
@@ -181,19 +262,30 @@ _LITERALS = {
 
 
 class _Interpreter:
-    """Pickle's machine with the operations of `torch.save`."""
+    """The stack machine of pickle, with the operations that build data.
 
-    def __init__(self, path: Path, storage: Callable[[Any], _Storage]) -> None:
-        self.path, self.storage = path, storage
+    Args:
+      storage: makes a storage of the identifier that `torch.save` writes for it.
+    """
+
+    def __init__(self, storage: Callable[[Any], _Storage | Unknown]) -> None:
+        self.storage = storage
+        self.operations = 0
+        self._start()
+
+    def _start(self) -> None:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
 
-    def run(self, pickled: bytes) -> Any:
+    def run(self, pickled: io.BytesIO) -> Any:
+        """Returns the content of the next pickle."""
+        self._start()
         most = limits.most(_MOST_OPERATIONS)
-        for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-            if number > most:
-                told = limits.excess(number, _MOST_OPERATIONS, "operations")
+        for operation, argument, _ in pickletools.genops(pickled):
+            self.operations += 1
+            if self.operations > most:
+                told = limits.excess(self.operations, _MOST_OPERATIONS, "operations")
                 raise pickle.UnpicklingError(told)
             if operation.name != "STOP":
                 self._step(operation.name, argument)
@@ -211,19 +303,23 @@ class _Interpreter:
             case "MARK":
                 self.below.append(self.stack)
                 self.stack = []
-            case "TUPLE":
+            case "TUPLE" | "FROZENSET":
                 items = tuple(self._marked())
                 self.stack.append(items)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 push(tuple([pop() for _ in range(int(name[-1]))][::-1]))
+            case "POP":
+                pop()
             case "APPEND" | "APPENDS" | "ADDITEMS":
                 items = [pop()] if name == "APPEND" else self._marked()
-                self._top(list).extend(items)
+                if (top := self._top(list)) is not None:
+                    top.extend(items)
             case "SETITEM" | "SETITEMS":
                 items = [pop(), pop()][::-1] if name == "SETITEM" else self._marked()
                 pairs = zip(items[::2], items[1::2], strict=True)
-                # Other keys are left out: hashing a deeply nested tuple overflows the C stack.
-                self._top(dict).update((k, v) for k, v in pairs if type(k) is str)
+                if (top := self._top(dict)) is not None:
+                    # Other keys are left out: hashing a deeply nested tuple overflows the C stack.
+                    top.update((k, v) for k, v in pairs if type(k) is str)
             case "BINGET" | "LONG_BINGET":
                 push(self.memo[argument])
             case "BINPUT" | "LONG_BINPUT":
@@ -231,11 +327,15 @@ class _Interpreter:
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
             case "GLOBAL":
-                push(self._named(*argument.split(" ", 1)))
+                push(_named(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 named = pop()
-                push(self._named(pop(), named))
+                push(_named(pop(), named))
             case "REDUCE" | "NEWOBJ":
+                arguments = pop()
+                push(_call(pop(), arguments))
+            case "NEWOBJ_EX":
+                pop()
                 arguments = pop()
                 push(_call(pop(), arguments))
             case "BUILD":
@@ -246,28 +346,30 @@ class _Interpreter:
                 raise pickle.UnpicklingError(f"operation {name}, which torch.save does not use")
 
     def _marked(self) -> list[Any]:
-        """What lies above the last mark, which is taken away."""
+        """Takes away and returns the items above the last mark."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def _top(self, kind: type) -> Any:
+        """Returns the container on the stack; None: an object that is passed over."""
+        if isinstance(self.stack[-1], Unknown):
+            return None
         if type(self.stack[-1]) is not kind:
             raise pickle.UnpicklingError(f"items of something that is no {kind.__name__}")
         return self.stack[-1]
 
-    def _named(self, module: Any, name: Any) -> Any:
-        if type(module) is not str or type(name) is not str:
-            raise pickle.UnpicklingError("a name that is no text")
-        if (module, name) not in _NAMES:
-            raise InputError(
-                f"{self.path} wants to load {_shown(f'{module}.{name}')}, which can run code: "
-                "refused. Save the state dict alone, best as .safetensors "
-                "(safetensors.torch.save_file)"
-            )
-        return _NAMES[module, name]
+
+def _named(module: Any, name: Any) -> Any:
+    if type(module) is not str or type(name) is not str:
+        raise pickle.UnpicklingError("a name that is no text")
+    return _NAMES.get((module, name)) or Unknown(f"made by {excerpt(f'{module}.{name}')}")
 
 
 def _call(function: Any, arguments: Any) -> Any:
+    if isinstance(function, Unknown):
+        return function
+    if isinstance(function, np.dtype):  # of a subclass of a storage; never in a state dict
+        return Unknown(f"made by {function}")
     if not isinstance(function, types.FunctionType) or type(arguments) is not tuple:
         raise pickle.UnpicklingError("a call of something that is no function")
     if len(arguments) > _MOST_ARGUMENTS:
@@ -275,94 +377,133 @@ def _call(function: Any, arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _read_entry(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> bytes:
-    """An entry that is stored as `torch.save` does it: as it is, and inside the file."""
-    entry = archive.getinfo(name)
-    if entry.flag_bits & 1:
-        raise zipfile.BadZipFile(f"{name} is encrypted")
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise zipfile.BadZipFile(f"{name} is compressed, torch.save does not compress")
-    whole = Path(archive.filename).stat().st_size
-    if entry.header_offset + entry.file_size > whole:
-        raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
-    if limit is not None and (told := limits.excess(entry.file_size, limit, "bytes")):
-        raise zipfile.BadZipFile(f"{name} has {told}")
-    return archive.read(entry)
+def _described(pid: Any) -> tuple[np.dtype | Unknown, str, int]:
+    """Returns dtype, key and elements of the identifier that `torch.save` writes for a storage."""
+    kind, dtype, key, _, elements, *_ = pid
+    if kind != "storage" or not isinstance(dtype, (np.dtype, Unknown)) or type(key) is not str:
+        raise pickle.UnpicklingError("a reference that is no storage")
+    if type(elements) is not int or elements < 0:
+        raise pickle.UnpicklingError(f"storage {excerpt(key)}: elements that are no whole number")
+    return dtype, key, elements
 
 
-class _Bounded(io.FileIO):
-    """A file of which no more is read at once than of a pickle or a directory of an archive."""
-
-    def read(self, size: int = -1) -> bytes:
-        if told := limits.excess(size, _LARGEST_PICKLE, "bytes"):
-            raise zipfile.BadZipFile(f"its directory has {told}")
-        return super().read(size)
-
-
-def _load(path: Path, archive: zipfile.ZipFile) -> Any:
-    """What is pickled in an archive."""
+def _load_archive(path: Path, archive: zipfile.ZipFile) -> Any:
+    """Returns the content of the pickle in an archive."""
     names = archive.namelist()
-    if len(set(names)) < len(names):
-        raise zipfile.BadZipFile("it holds two entries of one name")
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise InputError(
+            f"{path} is TorchScript, a program: refused. Load it with torch.jit.load and save its "
+            "state_dict()"
+        )
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise zipfile.BadZipFile(f"it holds {len(pickles)} entries data.pkl")
     folder = pickles[0].removesuffix("/data.pkl")
     order = f"{folder}/byteorder"
-    if order in names and _read_entry(archive, order, 16) != b"little":
+    if order in names and read_entry(archive, order, LARGEST_DIRECTORY) != b"little":
         raise zipfile.BadZipFile("its numbers are big-endian")
 
-    def storage(pid: Any) -> _Storage:
-        """The storage of `torch.save`'s ("storage", type, key, device, elements)."""
-        kind, dtype, key, _, elements = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
-            raise pickle.UnpicklingError("a reference that is no storage")
+    def storage(pid: Any) -> _Storage | Unknown:
+        dtype, key, elements = _described(pid)
+        if isinstance(dtype, Unknown):
+            return dtype
         entry = archive.getinfo(f"{folder}/data/{key}")
-        if type(elements) is not int or not 0 <= elements * dtype.itemsize <= entry.file_size:
+        if elements * dtype.itemsize > entry.file_size:
             raise pickle.UnpicklingError(
                 f"{entry.filename} holds {entry.file_size} bytes, not {elements} {dtype}"
             )
         return _Storage(path, entry.filename, dtype, elements)
 
-    return _Interpreter(path, storage).run(_read_entry(archive, pickles[0], _LARGEST_PICKLE))
+    pickled = read_entry(archive, pickles[0], LARGEST_DIRECTORY)
+    return _Interpreter(storage).run(io.BytesIO(pickled))
+
+
+def _load_legacy(path: Path) -> Any:
+    """Returns the content of a file in the format from before torch 1.6.
+
+    After the magic number, the version and the platform come the content, the list of the storages'
+    keys and, for each, its number of elements and their bytes.
+    """
+    storages: dict[str, _Storage | Unknown] = {}
+    starts: dict[str, int] = {}
+    with path.open("rb") as file:
+        begin = io.BytesIO(file.read(limits.most(LARGEST_DIRECTORY)))
+
+        def storage(pid: Any) -> _Storage | Unknown:
+            dtype, key, elements = _described(pid)
+            if isinstance(dtype, Unknown):
+                return storages.setdefault(key, dtype)
+            found = _Storage(path, key, dtype, elements, starts)
+            if storages.setdefault(key, found) != found:
+                raise pickle.UnpicklingError(f"storage {excerpt(key)} is described in two ways")
+            return found
+
+        interpreter = _Interpreter(storage)
+        for number in range(3):
+            told = interpreter.run(begin)
+            if number == 1 and told != _LEGACY_PROTOCOL:
+                raise pickle.UnpicklingError("its format has another version")
+            if number == 2 and isinstance(told, dict) and told.get("little_endian") is False:
+                raise pickle.UnpicklingError("its numbers are big-endian")
+        content = interpreter.run(begin)
+        keys = interpreter.run(begin)
+        if type(keys) is not list or any(type(key) is not str for key in keys):
+            raise pickle.UnpicklingError("its list of storages is no list of keys")
+        starts.update(_starts(file, begin.tell(), keys, storages))
+    for key, found in storages.items():
+        if key not in starts and isinstance(found, _Storage):
+            raise pickle.UnpicklingError(f"storage {excerpt(key)} is not in the file")
+    return content
+
+
+def _starts(
+    file: io.BufferedReader,
+    position: int,
+    keys: list[str],
+    storages: dict[str, _Storage | Unknown],
+) -> Iterator[tuple[str, int]]:
+    """Yields where the bytes of each storage begin."""
+    whole = file.seek(0, io.SEEK_END)
+    for key in keys:
+        found = storages.get(key)
+        if not isinstance(found, _Storage):
+            raise pickle.UnpicklingError(f"storage {excerpt(key)} has a dtype that is not read")
+        file.seek(position)
+        elements = int.from_bytes(file.read(8), "little")
+        size = found.elements * found.dtype.itemsize
+        if elements != found.elements or position + 8 + size > whole:
+            raise pickle.UnpicklingError(
+                f"storage {excerpt(key)} has not the {found.elements:,} elements it should have"
+            )
+        yield key, position + 8
+        position += 8 + size
 
 
 def _not_complete(path: Path, error: BaseException) -> InputError:
+    reason = excerpt(str(error) or type(error).__name__, 120)
     return InputError(
-        f"{path} is not a complete PyTorch file in the zip format of torch >= 1.6 "
-        f"({_shown(str(error) or type(error).__name__)}); download it again or convert it to "
+        f"{path} is not a complete PyTorch file ({reason}); download it again or convert it to "
         ".safetensors"
     )
 
 
-def _shown(text: str) -> str:
-    """A stranger's text in a message: one short line."""
-    text = text if len(text) <= 300 else f"{text[:300]}..."
-    return text if text.isprintable() else ascii(text)
+def load_torch_file(path: Path, legacy: bool = False) -> Any:
+    """Returns what `torch.save` wrote: dicts, lists and numbers, tensors that are not yet read.
 
-
-def open_torch_file(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of a `.pth`/`.bin` file by their state-dict keys, not yet read.
-
-    Nested state dicts under `model` or `state_dict` are entered, as timm does.
+    Args:
+      path: the file.
+      legacy: it has the format from before torch 1.6.
 
     Raises:
-      InputError: not a PyTorch zip file, damaged, without tensors, or one that would run code.
+      InputError: damaged, or TorchScript.
     """
     try:
-        limits.file_size(path)
-        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
-            content = _load(path, archive)
+        if legacy:
+            limits.file_size(path)
+            return _load_legacy(path)
+        with open_archive(path) as archive:
+            return _load_archive(path, archive)
     except InputError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _not_complete(path, error) from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {}
-    if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(value, TorchTensor)}
-    if not tensors:
-        raise InputError(f"{path} holds no state dict of tensors")
-    return tensors

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, listed
 from singer_jax.io import limits
+from singer_jax.models import foreign
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.positions import resample_relative_positions
+from singer_jax.models.state_dict import StateDict
 from singer_jax.models.timm_arguments import current_names, stated_fields
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
-    StoredTensor,
+    WeightsFile,
     open_weights,
     read_hub_config,
 )
@@ -38,7 +41,8 @@ from singer_jax.platform.backends import Choices
 
 # Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
-_MOST_NAMED = 1000  # keys in a message
+_MOST_NAMED = 5  # keys in a message
+_LONGEST_MESSAGE = 200  # characters, without the folder of the file
 _MOST_MISSING_BLOCKS = 24  # of which each key is named
 
 
@@ -112,16 +116,16 @@ def to_timm(params: Params) -> dict[str, np.ndarray]:
     }
 
 
-def spec_of_weights(spec: ModelSpec, path: Path) -> ModelSpec:
-    """`spec` with what the weights say of themselves.
+def spec_of_weights(spec: ModelSpec, weights: Path | WeightsFile) -> ModelSpec:
+    """Returns `spec` with what the weights say of themselves.
 
     The number of classes is that of the file's head; the input's statistics, interpolation and crop
-    come from a `config.json` beside the file (timm's hub layout), where there is one.
+    come from a `config.json` beside the file (timm's or transformers' layout), where there is one.
     """
-    head = open_weights(path).get("head.weight")
+    head = open_weights(weights).get("head.weight")
     # A head of another shape than [classes, dim] is named by `check_weights`.
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
-    stated = read_hub_config(path.parent).get("pretrained_cfg", {})
+    stated = read_hub_config(_path(weights).parent).get("pretrained_cfg", {})
     return dataclasses.replace(_with_input(spec, stated), arch=arch)
 
 
@@ -134,9 +138,13 @@ def _with_input(spec: ModelSpec, stated: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def _path(weights: Path | WeightsFile) -> Path:
+    return weights.path if isinstance(weights, WeightsFile) else weights
+
+
 def load_model(
     spec: ModelSpec,
-    path: Path,
+    weights: Path | WeightsFile,
     policy: ComputePolicy = ComputePolicy(),
     shardings: Callable[[Params], Params] | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
@@ -144,7 +152,7 @@ def load_model(
 
     Args:
       spec: what the model is; `spec_of_weights` adapts it to the file's head and statistics.
-      path: a file as `weight_files.find_weights` gives it.
+      weights: a file as `weight_files.find_weights` gives it, or a part of one.
       policy: dtypes of the model; weights are cast to `param_dtype`.
       shardings: from abstract parameters to a sharding for each; default: one device.
 
@@ -152,11 +160,12 @@ def load_model(
       graph definition and parameters; `nnx.merge` of the two is the `VisionTransformer`.
 
     Raises:
-      InputError: with every missing, surplus and mis-shaped key.
+      InputError: with the first missing, surplus and mis-shaped keys and the number of the others;
+        or the first tensor that is not finite.
     """
-    check_weights(spec, path)
+    check_weights(spec, weights)
     graph, abstract = abstract_model(spec.arch, policy)
-    tensors = _tensors(spec, path)
+    tensors = _tensors(spec, weights)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
     def read(keys: Keys, shape: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
@@ -182,6 +191,7 @@ def load_model(
                 else:
                     array = read(keys, leaf.shape, part)
                 found[place] = np.ascontiguousarray(array.astype(leaf.dtype))
+                _check_finite(_path(weights), keys, found[place])
             return found[place]
 
         if not placement:
@@ -192,33 +202,67 @@ def load_model(
     return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
 
 
-def check_weights(spec: ModelSpec, path: Path) -> None:
+def _check_finite(path: Path, keys: Keys, array: np.ndarray) -> None:
+    finite = np.isfinite(array)
+    if not finite.all():
+        count = finite.size - np.count_nonzero(finite)
+        raise InputError(
+            f"{path}: {timm_key(keys)} has {count:,} values that are NaN or infinite, of "
+            f"{finite.size:,}; the weights are damaged or diverged"
+        )
+
+
+def check_weights(spec: ModelSpec, weights: Path | WeightsFile) -> None:
     """Raises `InputError` as `load_model` would, without reading a tensor."""
-    tensors = _tensors(spec, path)
+    tensors, path = _tensors(spec, weights), _path(weights)
     # Before the model is traced, which takes minutes for a hundred blocks.
     blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     if spec.arch.depth - blocks > _MOST_MISSING_BLOCKS:
         raise InputError(
-            f"{path} does not hold the weights of {spec.name}: it has {blocks} blocks, expected "
-            f"{spec.arch.depth}"
+            f"{_unfit(spec, path, tensors)}: it has {blocks} blocks, expected {spec.arch.depth}"
         )
     _check_keys(spec, path, abstract_params(spec.arch), tensors)
 
 
-def _tensors(spec: ModelSpec, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file under the keys of timm's model."""
-    return current_names(open_weights(path), spec.arch)
+def _unfit(spec: ModelSpec, path: Path, tensors: StateDict) -> str:
+    """Returns the beginning of a message for weights of another model."""
+    form = tensors.taken.format
+    return f"{path}{f', of {form},' if form else ''} does not hold the weights of {spec.name}"
 
 
-def _check_keys(
-    spec: ModelSpec, path: Path, abstract: Params, tensors: Mapping[str, StoredTensor]
-) -> None:
+def _tensors(spec: ModelSpec, weights: Path | WeightsFile) -> StateDict:
+    """Returns the tensors of a file under the keys of timm's model, old ones renamed as by timm."""
+    opened = open_weights(weights)
+    tensors = StateDict(current_names(opened, spec.arch), opened.taken, opened.unread)
+    tensors.pop("mask_token", None)  # of training to reconstruct
+    return _without_zero_biases(spec, tensors)
+
+
+def _without_zero_biases(spec: ModelSpec, tensors: StateDict) -> StateDict:
+    """Leaves out DINOv3's biases of query and value for a model without them, if all are zero."""
+    biases = [key for key in tensors if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", key)]
+    if spec.arch.qkv_bias or not biases or not tensors.taken.format:
+        return tensors
+    if any(np.any(tensors[key].read() != 0) for key in biases):
+        return tensors
+    kept = {key: tensor for key, tensor in tensors.items() if key not in biases}
+    return StateDict(kept, tensors.taken, tensors.unread)
+
+
+def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDict) -> None:
     expected = {
         timm_key(keys): tuple(leaf.shape[axis] for axis in timm_axes(keys, leaf))
         for keys, leaf in leaves(abstract)
     }
     missing = [key for key in expected if key not in tensors]
     surplus = [key for key in tensors if key not in expected]
+    if unread := [key for key in missing if key in tensors.unread]:
+        raise InputError(
+            f"{path}: {listed(unread[:1])} is {tensors.unread[unread[0]]}, which is not read; save "
+            "plain tensors of floats"
+        )
+    if len(missing) == len(expected):
+        raise InputError(_foreign_keys(spec, path, tensors))
     mis_shaped = [
         f"{key} is {list(tensors[key].shape)}, expected {list(shape)}"
         for key, shape in expected.items()
@@ -226,15 +270,79 @@ def _check_keys(
         and tuple(tensors[key].shape) != shape
         and not _can_resample(key, tensors[key].shape, spec.arch)
     ]
-    found = {"missing": missing, "surplus": surplus, "mis-shaped": mis_shaped}
+    integers = [
+        f"{key} is {tensors[key].dtype}"
+        for key in expected
+        if key in tensors and not jnp.issubdtype(tensors[key].dtype, jnp.floating)
+    ]
+    found = {
+        "missing": missing,
+        "surplus": surplus,
+        "mis-shaped": mis_shaped,
+        "not floats": integers,
+    }
     if any(found.values()):
-        details = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in found.items() if keys)
-        raise InputError(f"{path} does not hold the weights of {spec.name}: {details}")
+        told, hint = _unfit(spec, path, tensors), _hint(missing, surplus)
+        room = _LONGEST_MESSAGE - (len(told) + len(hint) - len(str(path.parent)))
+        raise InputError(f"{told}: {_differences(found, room)}{hint}")
 
 
-def _listed(keys: list[str]) -> str:
-    more = len(keys) - _MOST_NAMED
-    return ", ".join(keys[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+# Overrides of a model for weights that lack some keys, or have others.
+_MISSING_HINTS = (
+    (r"cls_token", "class_token=False"),
+    (r"blocks\.0\.attn\.qkv\.bias", "qkv_bias=False"),
+)
+_SURPLUS_HINTS = (
+    (r"fc_norm\.weight", "fc_norm=True, global_pool='avg'"),
+    (r"head_dist\.weight", "distilled=True"),
+    (r"blocks\.0\.ls1\.gamma", "init_values=1e-5"),
+)
+_EXPLAINED = r"cls_token|norm\.(?:weight|bias)|.*\.qkv\.bias"
+
+
+def _hint(missing: list[str], surplus: list[str]) -> str:
+    """Returns which overrides of the model the differences suggest; empty: none."""
+    suggested = [
+        override
+        for hints, keys in ((_MISSING_HINTS, missing), (_SURPLUS_HINTS, surplus))
+        for pattern, override in hints
+        if any(re.fullmatch(pattern, key) for key in keys)
+    ]
+    # Where other keys are missing, no override makes up for them.
+    explained = all(re.fullmatch(_EXPLAINED, key) for key in missing)
+    return f"; try overrides {', '.join(suggested)}" if suggested and explained else ""
+
+
+def _differences(found: Mapping[str, list[str]], room: int) -> str:
+    """Returns the first keys of each kind and the number of the others.
+
+    Args:
+      found: keys, and what is wrong with them.
+      room: characters; at most five keys are named, fewer where they take more.
+    """
+    for most in range(_MOST_NAMED, 0, -1):
+        told = _first_differences(found, most)
+        if len(told) <= room:
+            break
+    return told
+
+
+def _first_differences(found: Mapping[str, list[str]], most: int) -> str:
+    kinds = [kind for kind in found if found[kind]]
+    left, shares = most, dict.fromkeys(kinds, 0)
+    for kind in kinds * most:
+        if left and shares[kind] < len(found[kind]):
+            shares[kind], left = shares[kind] + 1, left - 1
+    named = {kind: listed(found[kind], shares[kind]) for kind in kinds if shares[kind]}
+    return "; ".join(f"{kind}: {named.get(kind, len(found[kind]))}" for kind in kinds)
+
+
+def _foreign_keys(spec: ModelSpec, path: Path, tensors: StateDict) -> str:
+    """Returns the message for weights of which not a single key is timm's."""
+    keys = list(tensors)
+    begins = sorted({key.split(".")[0] + "." if "." in key else key for key in keys})
+    told = f"{path} holds no weights of {spec.name}: its {len(keys)} keys begin with "
+    return told + listed(begins, 3) + (f"; {whose}" if (whose := foreign.looks(keys)) else "")
 
 
 # Parameters of a square grid of patches that are resampled for another grid.

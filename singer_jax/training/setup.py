@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,6 +24,7 @@ from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.models.weight_files import WeightsFile
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.platform import backends, parallel
@@ -51,7 +51,7 @@ class Teacher:
     network: Network
     params: Params
     policy: ComputePolicy
-    weights: Path | None
+    weights: WeightsFile | None
     mesh: Mesh
 
     @property
@@ -100,7 +100,7 @@ class Setup:
     steps_per_epoch: int
     state: TrainState
     teacher_model: Teacher | None
-    weights: Path | None
+    weights: WeightsFile | None
     draw_student: Callable[[UInt32[Array, ""]], Params]
     init_student: Callable[[], Params]
     measured: Any
@@ -410,7 +410,7 @@ def init_key(seed: int | UInt32[Array, ""]) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 
 
-def _resolve(role: str, settings: DistillSettings) -> tuple[ModelSpec, Path | None]:
+def _resolve(role: str, settings: DistillSettings) -> tuple[ModelSpec, WeightsFile | None]:
     data = settings.data
     return resolve_model(role, getattr(settings, role), data.image_size, data.normalisation)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from singer_jax.errors import InputError
 from singer_jax.models import torch_file
-from singer_jax.models.torch_file import open_torch_file
+from singer_jax.models.weight_files import open_weights
 from tests.models.torch_writer import piece, state_dict, tensor, write_archive, write_torch_file
 
 FUNCTION = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -24,7 +24,7 @@ NAMESPACE = b"cargparse\nNamespace\n)\x81"
 def refused(path: Path) -> str:
     """What is said of a file that opens or reads as nothing."""
     with pytest.raises(InputError) as caught:
-        for found in open_torch_file(path).values():
+        for found in open_weights(path).values():
             found.read()
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and str(path) in message and len(message) < 1000
@@ -35,7 +35,7 @@ def test_a_hand_made_file_is_read(tmp_path):
     whole, column, scalar = tensor(), tensor((2,), (3,), 1), tensor((), (), 5)
     empty = tensor((0, 4), (4, 1), 6)
     path = write_archive(tmp_path / "a.pth", state_dict(whole, column, scalar, empty))
-    read = {key: found.read() for key, found in open_torch_file(path).items()}
+    read = {key: found.read() for key, found in open_weights(path).items()}
     numbers = np.frombuffer(bytes(range(24)), np.float32).reshape(2, 3)
     np.testing.assert_array_equal(read["w0"], numbers)
     np.testing.assert_array_equal(read["w1"], numbers[:, 1])
@@ -46,7 +46,7 @@ def test_a_hand_made_file_is_read(tmp_path):
 
 def test_a_transposed_tensor_becomes_contiguous(tmp_path):
     path = write_archive(tmp_path / "a.pth", state_dict(tensor((3, 2), (1, 3))))
-    read = open_torch_file(path)["w0"].read()
+    read = open_weights(path)["w0"].read()
     np.testing.assert_array_equal(read, np.frombuffer(bytes(range(24)), "f4").reshape(2, 3).T)
     assert read.flags.c_contiguous
 
@@ -138,12 +138,12 @@ def test_no_pickle_crashes_hangs_or_fills_the_memory(tmp_path):
     code = f"""
 import pathlib, resource
 from singer_jax.errors import InputError
-from singer_jax.models.torch_file import open_torch_file
+from singer_jax.models.weight_files import open_weights
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 300 * 2**20,) * 2)
 for number in range({len(ATTACKS)}):
     try:
-        open_torch_file(pathlib.Path({str(tmp_path)!r}) / f"{{number}}.pth")
+        open_weights(pathlib.Path({str(tmp_path)!r}) / f"{{number}}.pth")
         print(number, "was accepted", flush=True)
     except InputError as error:
         assert "Memory" not in str(error), error
@@ -178,7 +178,7 @@ def test_a_state_changes_nothing_of_ours(tmp_path, owner, state):
         if hasattr(value, "__dict__") and getattr(value, "__module__", "") == torch_file.__name__
     }
     path = write_archive(tmp_path / "a.pth", state_dict(tensor(), owner + state + b"b"))
-    read = open_torch_file(path)["w0"].read()
+    read = open_weights(path)["w0"].read()
     np.testing.assert_array_equal(read.ravel(), np.frombuffer(bytes(range(24)), np.float32))
     assert {name: dict(vars(vars(torch_file)[name])) for name in before} == before
 
@@ -211,7 +211,7 @@ def test_an_archive_is_what_torch_writes(tmp_path):
         archive.writestr("archive/data/0", bytes(24))
     assert "two entries of one name" in refused(path)
     assert "big-endian" in refused(_with(path, byteorder=b"big"))
-    assert open_torch_file(_with(path, byteorder=b"little"))
+    assert open_weights(_with(path, byteorder=b"little"))
     assert "2 entries data.pkl" in refused(_with(path, **{"more/data.pkl": b""}))
     encrypted = _with(path, change=lambda content: _central(content, 8, "<H", 1))
     assert "archive/data/0 is encrypted" in refused(encrypted)
@@ -235,7 +235,7 @@ def test_an_archive_is_what_torch_writes(tmp_path):
 
 def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
     path = write_archive(tmp_path / "a.pth", state_dict(tensor()))
-    found = open_torch_file(path)["w0"]
+    found = open_weights(path)["w0"]
     write_archive(path, state_dict(tensor()), bytes(20))
     with pytest.raises(InputError, match="not a complete PyTorch file"):
         found.read()
@@ -247,7 +247,7 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
 def read_or_refused(path: Path) -> None:
     """The property of the fuzz tests: arrays of the stated shapes, or `InputError`."""
     try:
-        for found in open_torch_file(path).values():
+        for found in open_weights(path).values():
             assert found.read().shape == found.shape
     except InputError as error:
         assert len(str(error).splitlines()) == 1

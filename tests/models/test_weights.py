@@ -22,12 +22,12 @@ from safetensors.numpy import load_file, save_file
 from singer_jax.errors import InputError, RunError
 from singer_jax.models import zoo
 from singer_jax.models.architecture import ComputePolicy
+from singer_jax.models.checkpoint import SafetensorsTensor
 from singer_jax.models.export_timm import export_timm, to_hub_config
+from singer_jax.models.tensors import StoredTensor
 from singer_jax.models.torch_file import TorchTensor
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import (
-    SafetensorsTensor,
-    StoredTensor,
     find_weights,
     open_weights,
     read_hub_config,
@@ -133,7 +133,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not Path("/tmp/singer_jax_was_here").exists()
 
 
-def test_one_error_lists_every_wrong_key(tmp_path):
+def test_one_error_names_the_first_wrong_keys_and_counts_the_others(tmp_path):
     model = spec()
     weights = tensors(model)
     del weights["norm.bias"], weights["blocks.1.mlp.fc1.weight"]
@@ -144,9 +144,10 @@ def test_one_error_lists_every_wrong_key(tmp_path):
         load_model(model, tmp_path / "weights.safetensors")
     message = str(caught.value)
     assert "\n" not in message
-    assert "missing: blocks.1.mlp.fc1.weight, norm.bias" in message
+    assert "missing: blocks.1.mlp.fc1.weight and 1 more" in message
+    assert len(message.removeprefix(str(tmp_path))) <= 200
     assert "surplus: blocks.9.norm1.weight" in message
-    assert "mis-shaped: cls_token is [1, 2, 8], expected [1, 1, 8]" in message
+    assert "mis-shaped: 1" in message
 
 
 def test_a_position_embedding_of_a_rectangle_is_not_resampled(tmp_path):
@@ -163,7 +164,8 @@ def test_a_position_embedding_of_a_rectangle_is_not_resampled(tmp_path):
     [
         ("a.safetensors", b"\x00" * 40, "not a complete safetensors file"),
         ("a.pth", b"PK not really", "not a complete PyTorch file"),
-        ("a.npz", b"", "expected a .safetensors, .pth or .bin file"),
+        ("a.npz", b"", "is empty"),
+        ("a.npz", b"something else", "is no checkpoint: it begins with b'somethin'"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):

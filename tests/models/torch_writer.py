@@ -84,9 +84,11 @@ def tensor(
     key: object = "0",
     elements: object = 6,
     kind: bytes = b"ctorch\nFloatStorage\n",
+    more: bytes = b"",
 ) -> bytes:
     """The operations that push a tensor."""
-    storage = b"(" + piece("storage") + kind + piece(key) + piece("cpu") + piece(elements) + b"tQ"
+    storage = b"(" + piece("storage") + kind + piece(key) + piece("cpu") + piece(elements)
+    storage += more + b"tQ"
     rest = piece(offset) + piece(shape) + piece(strides) + b"\x89)"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
 
@@ -102,4 +104,34 @@ def write_archive(path: Path, pickled: bytes, data: bytes = bytes(range(24))) ->
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", data)
+    return path
+
+
+def write_legacy_file(path: Path, content: dict[str, np.ndarray], *, elements: int = 0) -> Path:
+    """A state dict of float32 arrays as `torch.save` wrote it before torch 1.6.
+
+    Args:
+      path: the file.
+      content: the arrays.
+      elements: added to the number of elements that each storage is said to have.
+    """
+    tensors = [
+        piece(key)
+        + tensor(
+            value.shape,
+            tuple(stride // 4 for stride in np.ascontiguousarray(value).strides),
+            key=str(number),
+            elements=value.size,
+            more=b"N",
+        )
+        for number, (key, value) in enumerate(content.items())
+    ]
+    magic = 0x1950A86A20F9469CFC6C
+    head = [piece(magic), piece(1001), piece({"protocol_version": 1001, "little_endian": True})]
+    head += [b"}(" + b"".join(tensors) + b"u", piece([str(n) for n in range(len(content))])]
+    storages = [
+        (value.size + elements).to_bytes(8, "little") + np.ascontiguousarray(value).tobytes()
+        for value in content.values()
+    ]
+    path.write_bytes(b"".join(b"\x80\x02" + each + b"." for each in head) + b"".join(storages))
     return path
