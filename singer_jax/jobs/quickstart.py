@@ -100,9 +100,8 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
     page = workdir / "report" / "index.html"
     columns = {name: _columns(row) for name, row in results.items()}
     run = workdir / "distilled"
-    trained = {
-        f"student, {name}": backbones[f"student, {name}"] for name in distilled.students.named
-    }
+    names = [f"student, {name}" for name in distilled.students.named]
+    trained = {name: backbones[name] for name in names}
     report = collect(run, distilled, step_to_read(run), trained, _SHOWN)
     write_page(page, dataclasses.replace(report, results=columns))
     maps = {
