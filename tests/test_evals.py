@@ -14,6 +14,7 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Subset
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.jobs import distill
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import setup_students
@@ -58,6 +59,8 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     model = load_backbone(mesh, run=str(tmp_path / "run"))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
+    patches = collect_patches(model.network, model.params, mesh, test, [0])[0]
+    assert len(patches) == 15 and len(np.unique(patches[:, 0], axis=0)) == 8  # none counts twice
     told = []
     kept = model.extract(test, task, transform, left_out=told.extend)
     assert told == [3] and kept.labels.tolist() == [0] * 7 + [1] * 8
