@@ -15,8 +15,8 @@ from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
 from tests import tiny
 
-PLAIN, BEIT = "beit_base_patch16_224"
-ROTARY = "vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3_qkvb"
+PLAIN, ROTARY = "vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3_qkvb"
+BEIT = "beit_base_patch16_224"
 
 
 def build(clean: str | None = None, family: str = PLAIN, **policy: object) -> VisionTransformer:
