@@ -20,11 +20,11 @@ from tests import tiny
 PLATFORMS = ("tpu", "gpu")
 FAMILIES = {
     "vit_tiny_patch16_224": {},
-    "deit3_small_patch16_224": {"init_values": 0.5},
-    "vit_base_patch16_clip_quickgelu_224": {},
+    "beit_base_patch16_224": {"init_values": 0.5},
+    "vit_small_patch16_rope_mixed_224": {"init_values": 0.5},
     "vit_small_patch16_dinov3": {"embed_dim": 32, "init_values": 0.5},
     "vit_giant_patch14_reg4_dinov2": {"init_values": 0.5},
-    "vit_base_patch16_siglip_224": {},
+    "eva02_base_patch16_clip_224": {},
 }
 
 

@@ -16,6 +16,7 @@ from singer_jax.models.zoo import lookup
 from tests import tiny
 
 PLAIN, ROTARY = "vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3_qkvb"
+BEIT = "beit_base_patch16_224"
 
 
 def build(clean: str | None = None, family: str = PLAIN, **policy: object) -> VisionTransformer:
@@ -68,8 +69,22 @@ def test_registers_are_a_token_more_that_nobody_sees(images):
             hidden = hidden.at[:, :1, chosen].set(largest)
             return hidden.at[:, first:, chosen].set(0)
 
-        x = block(x, plain._rotation(), move)
+        x = block(x, plain._rotation(index), move)
         np.testing.assert_allclose(found[index], x[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_an_added_token_has_no_relative_position(images):
+    """Beit: without a moved neuron the token that is added changes others by attention alone."""
+    plain, model = build(None, BEIT), build("registers", BEIT)
+    model.register_neurons[...] = jnp.zeros_like(model.register_neurons[...])
+    attention = plain.blocks[0].attn
+    tokens = plain.arch.num_prefix_tokens + plain.arch.num_patches
+    kernel = attention.relative_position_bias_table
+    kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)
+    bias, padded = attention._bias(tokens), attention._bias(tokens + 1)
+    np.testing.assert_array_equal(padded[:, 1:, 1:], bias)
+    assert not np.any(padded[:, 0]) and not np.any(padded[:, :, 0])
+    assert model.features(images)[-1].shape == plain.features(images)[-1].shape
 
 
 @pytest.mark.parametrize("clean", ["registers", "shift_average"])
