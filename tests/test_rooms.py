@@ -18,7 +18,7 @@ ranges
 settings
 backends chips hlo stopping files schedules
 holding
-models data hosts parallel
+models data hosts parallel manifests
 stored
 checkpoints telemetry methods
 training evaluation

@@ -182,6 +182,19 @@ def write_text(path: epath.Path, text: str) -> None:
         file.write_text(text)
 
 
+def object_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
+    """Returns size and CRC32C, as the store says them, of each object below a gs:// folder."""
+    import gcsfs
+
+    store, below = gcsfs.GCSFileSystem(), os.fspath(folder).removeprefix("gs://").rstrip("/") + "/"
+    store.invalidate_cache()
+    return {
+        name.removeprefix(below): (int(found["size"]), found["crc32c"])
+        for name, found in store.find(below, detail=True).items()
+        if not name.endswith("/")
+    }
+
+
 def move(folder: epath.Path, place: epath.Path) -> None:
     """Renames a folder; behind a URL all its objects are copied before the first is removed."""
     if is_remote(folder):
