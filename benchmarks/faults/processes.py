@@ -45,8 +45,8 @@ def _during_the_export(trial: Trial) -> Command:
 
 
 def _while_the_config_is_written(trial: Trial) -> Command:
-    process, files = trial.start(), ("config.partial.json", "config.json")
-    trial.until(lambda: any((trial.workdir / name).exists() for name in files), process)
+    process = trial.start()
+    trial.until(lambda: any(trial.workdir.glob("config*.json")), process)
     trial.wait(trial.rng.uniform(0, 0.002), process)
     return process
 

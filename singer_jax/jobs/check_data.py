@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from etils import epath
@@ -14,6 +15,7 @@ from singer_jax.data.scenes import LABELS
 from singer_jax.data.sources import TEST, TRAIN, Source
 from singer_jax.errors import InputError
 from singer_jax.io.files import make_workdir, replacing
+from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import COUNT, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
@@ -54,6 +56,11 @@ def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
     data = settings.data
     names = {"table1": BENCHMARKS, "scenes": LABELS}.get(data.source, (data.source,))
     make_workdir(workdir)
+    with holding(workdir):
+        _check_all(data, names, settings.images, workdir)
+
+
+def _check_all(data: DataSettings, names: Iterable[str], images: int, workdir: epath.Path) -> None:
     found, wrong = 0, []
     for name in names:
         benchmark = BENCHMARKS.get(name)
@@ -76,7 +83,7 @@ def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
             label = Path(name).name
             sheet = workdir / f"{label}_{split}.png"
             with replacing(sheet) as file:
-                contact_sheet(source, settings.images).save(file)
+                contact_sheet(source, images).save(file)
             print(_line(label, split, source, sheet))
     if wrong:
         raise InputError("; ".join(wrong))

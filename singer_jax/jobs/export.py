@@ -13,7 +13,7 @@ from etils import epath
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.io.files import as_path, replacing, writing
+from singer_jax.io.files import as_path, make_workdir, replacing, writing
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import origin
@@ -21,6 +21,7 @@ from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import export_timm, to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, TEXT, Flag, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
@@ -82,7 +83,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         return
     name = settings.student
     folder = workdir / "students" / name if name else workdir / "student"
-    with writing(folder):
+    make_workdir(folder)
+    with holding(folder), writing(folder):
         export_timm(folder, backbone.network.spec, to_timm(backbone.params), made_from)
         if settings.stablehlo:
             with replacing(folder / PROGRAM_FILE) as file:

@@ -10,11 +10,12 @@ from etils import epath
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
-from singer_jax.io.files import as_path
+from singer_jax.io.files import as_path, make_workdir
 from singer_jax.io.limits import read_object
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, NAME, TEXT, Each, OneOf
 from singer_jax.settings.settings import Settings, setting, to_dict
@@ -50,12 +51,14 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
         for name, own in read_settings(folder).each().items():
             baselines[f"student, {name or own.method_name} ({folder.name})"] = folder, name
     rows, note = results_of(run, its_settings)
-    found = collect(run, its_settings, baselines, settings.images, rows, note)
-    if jax.process_index() > 0:
-        return
-    file = workdir / "report" / "index.html"
-    write_page(file, found)
-    LOG.info("%s written", file)
+    folder, first = workdir / "report", jax.process_index() == 0
+    if first:
+        make_workdir(folder)
+    with holding(folder, first):
+        found = collect(run, its_settings, baselines, settings.images, rows, note)
+        if first:
+            write_page(folder / "index.html", found)
+            LOG.info("%s written", folder / "index.html")
 
 
 def read_settings(run: epath.Path) -> DistillSettings:

@@ -24,7 +24,7 @@ import jax
 from etils import epath
 
 from singer_jax.errors import RunError, StudentsStopped
-from singer_jax.io.files import Mirror
+from singer_jax.io.files import Mirror, write_text
 from singer_jax.platform import chips, signals
 from singer_jax.settings.ranges import COUNT, Flag
 from singer_jax.settings.settings import Settings, setting
@@ -144,9 +144,8 @@ def _cut_back(path: Path, step: int) -> None:
     rows, damaged = read_rows(epath.Path(path))
     if damaged:
         LOG.warning("%s: %d lines are no rows and are left out", path, len(damaged))
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    partial.replace(path)
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    write_text(epath.Path(path), kept)
 
 
 def in_words(stopped: Mapping[str, str]) -> str:

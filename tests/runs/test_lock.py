@@ -1,19 +1,25 @@
-"""A work directory belongs to one run at a time."""
+"""A folder that is written belongs to one job at a time."""
 
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 
+import configs.quickstart
+import configs.study
+from singer_jax import config, main
 from singer_jax.errors import InputError, RunError
 from singer_jax.runs import lock
-from tests import cli
+from tests import cli, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +170,97 @@ def test_a_disk_that_takes_nothing_is_one_line_and_leaves_nothing(folder, monkey
     with pytest.raises(InputError, match="No space left on device"), lock.holding(folder):
         pass
     assert not any(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A work directory with a finished and evaluated run."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
+    settings.steps = 2
+    assert main.run(settings, folder / "run") == 0
+    results = {"table1": {}, "tasks": {"digits": {"top1": 50.0}}, "protocol": "fast"}
+    (folder / "run" / "evaluation").mkdir()
+    (folder / "run" / "evaluation" / "results.json").write_text(json.dumps(results))
+    return folder / "run"
+
+
+def _distill(run: Path) -> ConfigDict:
+    return tiny.config(run.parent / "teacher.safetensors")
+
+
+def _evaluate(run: Path) -> ConfigDict:
+    settings = config.evaluation()
+    settings.run, settings.data.source, settings.mesh.data = str(run), "digits", 1
+    settings.probe.protocol, settings.probe.epochs, settings.data.workers = "fast", 1, 0
+    return settings
+
+
+def _nullspace(run: Path) -> ConfigDict:
+    settings = config.null_spaces()
+    settings.teacher.model, settings.teacher.weights = "vit_tiny_patch16_224", str(run)
+    settings.data.source, settings.data.workers, settings.mesh.data = "digits", 0, 1
+    settings.teacher.overrides = dict(tiny.STUDENT)
+    settings.images, settings.rank, settings.sources = 2, 2, ("mlp",)
+    return settings
+
+
+def _check_data(run: Path) -> ConfigDict:
+    settings = config.check_data()
+    settings.data.source = "digits"
+    return settings
+
+
+def _export(run: Path) -> ConfigDict:
+    settings = config.export()
+    settings.run, settings.stablehlo = str(run), False
+    return settings
+
+
+def _report(run: Path) -> ConfigDict:
+    settings = config.report()
+    settings.run, settings.images = str(run), 1
+    return settings
+
+
+def _compare(run: Path) -> ConfigDict:
+    settings = config.compare()
+    settings.runs = (str(run), str(run.with_name("other")))
+    return settings
+
+
+def _study(run: Path) -> ConfigDict:
+    return configs.study.get_config()
+
+
+def _quickstart(run: Path) -> ConfigDict:
+    return configs.quickstart.get_config()
+
+
+WRITERS = {
+    _distill: "",
+    _evaluate: "",
+    _nullspace: "",
+    _check_data: "",
+    _export: "student",
+    _report: "report",
+    _compare: "compare",
+    _study: "",
+    _quickstart: "",
+}
+
+
+@pytest.mark.parametrize("job", WRITERS)
+def test_each_job_that_writes_is_refused_where_another_writes(run, tmp_path, capsys, job):
+    other = run.with_name("other")
+    if job is _compare and not other.exists():
+        shutil.copytree(run, other)
+        described = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(described | {"seed": 1}))
+    folder = tmp_path / "out" / WRITERS[job]
+    folder.mkdir(parents=True)
+    with lock.holding(epath.Path(folder)):
+        assert main.run(job(run), tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert f"{folder} is held by process {os.getpid()}" in printed
+    assert not any(folder.rglob("*.json")), "nothing was written"
