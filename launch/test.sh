@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with the development tools, then runs the linter and all tests; arguments go to
-# pytest. PYTHON names another interpreter.
+# Sets up .venv with the development tools, then runs the linter and the tests. Arguments go to pytest;
+# --all also runs the tests marked slow. PYTHON names another interpreter.
 source "$(dirname "$0")/common.sh"
 prepare '.[dev]'
 prepare_gpu_compiler

@@ -16,9 +16,13 @@ from safetensors.numpy import load_file
 from tests import tiny
 
 CONFIG = """
+import os
 from tests import tiny
 
 def get_config(protocol="recommended"):
+    if "HOLD_AFTER" in os.environ:
+        from tests.loop import hold_if_asked
+        hold_if_asked()
     config = tiny.config({teacher!r}, protocol=protocol)
     config.steps = 40
     config.checkpoint.every_steps = 3
@@ -44,12 +48,18 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 PROGRAM = ("-m", "singer_jax.main")
+LOOP = ("-m", "tests.loop")  # takes a quarter of the CPU seconds
+
+
+def held(environment: dict[str, str], step: int) -> dict[str, str]:
+    """Returns an environment in which a run waits after a step until it is stopped."""
+    return environment | {"HOLD_AFTER": str(step)}
 
 
 def start(
     environment: dict, *arguments: object, program: tuple[str, ...] = PROGRAM
 ) -> subprocess.Popen:
-    """`singer_jax.main` in a process group of its own, as a terminal starts it."""
+    """Starts a command in a process group of its own, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         env=environment,
@@ -66,7 +76,7 @@ def start_together(
     last: tuple[object, ...] = (),
     program: tuple[str, ...] = PROGRAM,
 ) -> list[subprocess.Popen]:
-    """`count` processes of one job; the last one gets the arguments `last` beside."""
+    """Starts `count` processes of one job; the last one gets the arguments `last`, too."""
     return [
         start(
             environment,
