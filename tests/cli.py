@@ -47,6 +47,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
+PATIENCE = 900  # seconds after which a test takes a process for hanging, on a busy machine, too
 PROGRAM = ("-m", "singer_jax.main")
 LOOP = ("-m", "tests.loop")  # takes a quarter of the CPU seconds
 
@@ -119,12 +120,12 @@ def hold(workdir: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, printed = process.communicate(timeout=300)
+    _, printed = process.communicate(timeout=PATIENCE)
     return process.returncode, printed
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

@@ -206,7 +206,7 @@ class TestTpuPod:
             env=environment | {"ZONE": "here", "TPU": "v5litepod-16", "POLL": "0"} | variables,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=cli.PATIENCE,
         )
 
     def asked(self, folder):

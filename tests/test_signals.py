@@ -255,6 +255,6 @@ with signals.handled():
 
 def test_a_thread_that_waits_for_ever_does_not_keep_what_has_failed():
     process = subprocess.run(
-        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=cli.PATIENCE
     )
     assert (process.returncode, process.stdout, process.stderr) == (1, "told", "")

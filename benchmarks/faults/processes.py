@@ -137,7 +137,7 @@ def _worker_hangs_for_good(trial: Trial) -> None:
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(1.1)
-    trial.end(process, timeout=60)
+    trial.end(process)
 
 
 def _parent_killed(trial: Trial) -> None:

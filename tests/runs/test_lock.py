@@ -49,7 +49,7 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     assert f"process {process.pid} of {socket.gethostname()} since {since}" in told
     assert "--workdir" in told and "\n" not in told
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=cli.PATIENCE) == 75
     assert not any(folder.iterdir())
     with lock.holding(folder) as held:
         held.check()
@@ -89,7 +89,8 @@ def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog
     assert "which is silent" in caplog.text
 
 
-def test_another_machine_that_lives_is_not(folder):
+def test_another_machine_that_lives_is_not(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 60.0)  # its first sign of life ends the wait
     left(folder)
     stop = threading.Event()
 
@@ -111,13 +112,14 @@ def test_another_machine_that_lives_is_not(folder):
 def test_a_run_gives_signs_of_life(folder):
     with lock.holding(folder) as held:
         before = held._sign()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + cli.PATIENCE
         while held._sign() == before:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
-def test_of_starts_at_the_same_time_one_goes_on(folder):
+def test_of_starts_at_the_same_time_one_continues(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE", 2.0)  # on a busy machine, too
     left(folder)  # by a run that is silent, for which all of them wait
     passed, refused, leave = [], [], threading.Event()
 
@@ -132,7 +134,7 @@ def test_of_starts_at_the_same_time_one_goes_on(folder):
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + cli.PATIENCE
     while len(passed) + len(refused) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -254,7 +254,7 @@ def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, ro
         checkpoints.wait()
         if rotten == 4:
             flip(largest(tmp_path / "checkpoints" / "4" / "state"), 5000)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 900
         while rotten not in checkpoints.watch.damaged:
             assert time.monotonic() < deadline
             time.sleep(0.05)
