@@ -101,7 +101,7 @@ class Resuming(RuleBasedStateMachine):
             self.step = self.checkpoints.newest_whole() or 0
         assert self.step == max(whole, default=0)
         assert len(lines) == (self.step in self.changed)
-        assert all("1 changed files, first of all _CHECKPOINT_METADATA" in line for line in lines)
+        assert all(": 1, first _CHECKPOINT_METADATA" in line for line in lines)
         self.checkpoints.set_aside()
         for step in [step for step in self.kept if step > self.step]:
             self.forget(step)

@@ -123,20 +123,25 @@ def damage(
 
 
 def _verify(folder: epath.Path, given_up: Callable[[], bool], record: bool) -> str | None:
-    known, suspect = None, ""
+    known, files, suspect = None, None, ""
     try:
         known = manifests.read(folder)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, *failures(folder)) as error:
         suspect = f"its manifest is damaged ({error})"
-    # Hashed before they are read: what changes in between differs from the manifest later.
-    files = manifests.file_digests(folder, given_up) if known or record else {}
+    try:
+        # Hashed before they are read: what changes in between differs from the manifest later.
+        files = manifests.file_digests(folder, given_up) if known or record else {}
+    except OSError as error:
+        if _not_now(error, folder):
+            raise
+        suspect = f"a file cannot be read ({error})"
     if given_up():
         return None
-    if known:
+    if known and files is not None:
         names = manifests.changed(known, files)
         if not names:
             return None
-        suspect = f"{len(names)} changed files, first of all {names[0]}"
+        suspect = f"files changed since they were verified: {len(names)}, first {names[0]}"
     reason = _difference(folder, given_up)
     if reason or given_up():
         return reason

@@ -188,6 +188,17 @@ def test_a_damaged_manifest_leaves_the_decision_to_the_contents(two, tmp_path, c
     assert verify.find_corruption(folder)
 
 
+@pytest.mark.parametrize("name", ["read", "file_digests"])
+def test_a_bad_sector_beside_the_contents_leaves_the_decision_to_them(two, monkeypatch, name):
+    def fail(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifests, name, fail)
+    with warned() as lines:
+        assert verify.find_corruption(epath.Path(two / "checkpoints" / "4")) is None
+    assert len(lines) == 1 and "Input/output error" in lines[0]
+
+
 def test_the_manifest_of_another_checkpoint_of_that_step_is_not_used(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "4")  # by hand; its manifest stays
