@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up .venv with the development tools, then runs the linter and all tests; arguments go to
-# pytest. PYTHON names another interpreter. With --interop first: only tests/interop, which open our
-# exports with torch, timm, transformers and onnxruntime, and a .venv that has them.
+# Sets up .venv with the development tools, then runs the linter and the tests. Arguments go to pytest;
+# --all also runs the tests marked slow. PYTHON names another interpreter. With --interop first: only
+# tests/interop, which open our exports with torch, timm, transformers and onnxruntime.
 source "$(dirname "$0")/common.sh"
 if [ "${1:-}" = --interop ]; then
   prepare '.[dev,interop]'

@@ -16,9 +16,13 @@ from safetensors.numpy import load_file
 from tests import tiny
 
 CONFIG = """
+import os
 from tests import tiny
 
 def get_config(protocol="recommended"):
+    if "HOLD_AFTER" in os.environ:
+        from tests.loop import hold_if_asked
+        hold_if_asked()
     config = tiny.config({teacher!r}, protocol=protocol)
     config.steps = 40
     config.checkpoint.every_steps = 3
@@ -43,13 +47,20 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
+PATIENCE = 900  # seconds after which a test takes a process for hanging, on a busy machine, too
 PROGRAM = ("-m", "singer_jax.main")
+LOOP = ("-m", "tests.loop")  # takes a quarter of the CPU seconds
+
+
+def held(environment: dict[str, str], step: int) -> dict[str, str]:
+    """Returns an environment in which a run waits after a step until it is stopped."""
+    return environment | {"HOLD_AFTER": str(step)}
 
 
 def start(
     environment: dict, *arguments: object, program: tuple[str, ...] = PROGRAM
 ) -> subprocess.Popen:
-    """`singer_jax.main` in a process group of its own, as a terminal starts it."""
+    """Starts a command in a process group of its own, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         env=environment,
@@ -66,7 +77,7 @@ def start_together(
     last: tuple[object, ...] = (),
     program: tuple[str, ...] = PROGRAM,
 ) -> list[subprocess.Popen]:
-    """`count` processes of one job; the last one gets the arguments `last` beside."""
+    """Starts `count` processes of one job; the last one gets the arguments `last`, too."""
     return [
         start(
             environment,
@@ -109,12 +120,12 @@ def hold(workdir: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, printed = process.communicate(timeout=300)
+    _, printed = process.communicate(timeout=PATIENCE)
     return process.returncode, printed
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

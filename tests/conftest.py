@@ -47,14 +47,25 @@ INTEROP = Path(__file__).parent / "interop"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--interop` collects tests/interop too, which needs the extra `interop`."""
+    """Adds `--interop`, which needs the extra `interop`, and `--all`."""
     parser.addoption("--interop", action="store_true", help="collect tests/interop")
+    parser.addoption("--all", action="store_true", help="also run tests marked slow")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leaves tests/interop out of an ordinary run; None leaves the choice to pytest."""
     left_out = collection_path == INTEROP and not config.getoption("--interop")
     return True if left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects slow tests without `--all`; they are named neither as passed nor as skipped."""
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,11 @@
-"""What disks do to files."""
+"""Damage to files as disks cause it, and the warnings about it."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+
+from singer_jax.runs import verify
 
 
 def flip(file: Path, place: int, bit: int = 0) -> None:
@@ -17,3 +22,16 @@ def files(folder: Path) -> list[Path]:
 
 def largest(folder: Path) -> Path:
     return max(files(folder), key=lambda file: file.stat().st_size)
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[list[str]]:
+    """Collects the warnings about checkpoints; unlike `caplog`, anew in each example."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    verify.LOG.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        verify.LOG.removeHandler(handler)

@@ -137,12 +137,19 @@ class TestSlurm:
             start_new_session=True,
         )
 
-    @pytest.mark.parametrize("whom", ["tasks", "all"])
-    def test_time_is_up(self, tmp_path, environment, whom):
+    @pytest.mark.parametrize(
+        ("whom", "real"),
+        [("tasks", False), ("all", False), pytest.param("tasks", True, marks=pytest.mark.slow)],
+    )
+    def test_time_is_up(self, tmp_path, environment, whom, real):
         """Its tasks (time is up) or all (the nodes are taken) get SIGTERM: saved, queued again."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         arguments = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.data=2"]
-        job = self.start(tmp_path, environment, *arguments)
+        if not real:
+            # Everything but the module that is started.
+            python = f'#!/bin/bash\nexec {sys.executable} -m {cli.LOOP[1]} "${{@:3}}"\n'
+            environment = environment | {"PYTHON": str(write(tmp_path / "python", python))}
+        job = self.start(tmp_path, cli.held(environment, 6), *arguments)
         cli.wait_for_step(job, workdir, 4)
         pids = list(map(int, (tmp_path / "pids").read_text().split()))
         for pid in pids + [job.pid] * (whom == "all"):
@@ -199,7 +206,7 @@ class TestTpuPod:
             env=environment | {"ZONE": "here", "TPU": "v5litepod-16", "POLL": "0"} | variables,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=cli.PATIENCE,
         )
 
     def asked(self, folder):
@@ -283,11 +290,14 @@ class TestTpuPod:
         assert named in done.stderr
         assert not self.asked(tmp_path)
 
-    def test_two_hosts_train_together(self, tmp_path):
-        """The job is the real one; its bucket is a folder."""
+    @pytest.mark.parametrize(
+        "program", [cli.LOOP, pytest.param(cli.PROGRAM, marks=pytest.mark.slow)]
+    )
+    def test_two_hosts_train_together(self, tmp_path, program):
+        """The bucket of the job is a folder."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         flags = f'"--workdir={workdir}" --config={config} --config.mesh.data=2 --config.steps=2'
-        job = f'cd {ROOT} && {sys.executable} -m singer_jax.main {flags} 2>"$HOME/log"'
+        job = f'cd {ROOT} && {sys.executable} {" ".join(program)} {flags} 2>"$HOME/log"'
         done = self.run(tmp_path, job, "a", self.WORKDIR, states="ACTIVE")
         log = (tmp_path / "checkout" / "host0" / "log").read_text()
         assert done.returncode == 0, done.stderr + log

@@ -20,7 +20,7 @@ from singer_jax.config import compare, evaluation, export, report
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io import files
-from singer_jax.runs import lock, verify
+from singer_jax.runs import lock, manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.telemetry import MetricsWriter
 from tests import cli, tiny
@@ -171,8 +171,11 @@ def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environmen
         for step in (2, 4):
             checkpoints.save({"a": jnp.arange(5000) * step}, step, {"data": "abc"})
     newest = folder / "checkpoints" / "4"
-    before = objects(newest)
+    before, known = objects(newest), manifests.read(newest)
+    assert known and set(known) == before == set(manifests.file_digests(newest))
+    assert manifests.changed(known, manifests.file_digests(newest)) == []
     (newest / "meta" / "metadata").write_text("{")
+    assert manifests.changed(known, manifests.file_digests(newest)) == ["meta/metadata"]
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
         assert checkpoints.newest_whole() == 2
         checkpoints.set_aside()

@@ -1,4 +1,4 @@
-"""Saving, dying, damage and going on, in any order, against a model of a few lines."""
+"""Saves, kills, damage and restarts in any order, compared with a model of a few lines."""
 
 import shutil
 import tempfile
@@ -14,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from singer_jax.errors import RunError
 from singer_jax.platform import parallel
+from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.verify import finished
-from tests.damage import flip, largest
+from tests.damage import files, flip, warned
 
 KEEP = 3
 MESHES = [(1, 1), (4, 2), (2, 1)]
@@ -41,25 +42,37 @@ def shardings(mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
     }
 
 
-# Each is noticed for certain; what any bit anywhere does is tested in test_stored.py.
+def _overwrite(folder: Path) -> None:
+    """Changes half of each file that may hold arrays: some are left over and never read."""
+    for file in files(folder / "state"):
+        if file.parent.name == "d":
+            content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+            content[len(content) // 2 :] ^= 0xFF
+            file.write_bytes(content.tobytes())
+
+
+# Each changes the contents for certain; what any bit of any file does is tested in test_stored.py.
 DAMAGES = {
-    "flipped": lambda folder, place: flip(largest(folder / "state"), 2000 + place),
-    "emptied": lambda folder, place: (folder / "meta" / "metadata").write_bytes(b""),
-    "gone": lambda folder, place: shutil.rmtree(folder / "state"),
+    "overwritten": _overwrite,
+    "emptied": lambda folder: (folder / "meta" / "metadata").write_bytes(b""),
+    "gone": lambda folder: shutil.rmtree(folder / "state"),
 }
 
 
 class Resuming(RuleBasedStateMachine):
     """A work directory, and the starts of a run in it.
 
-    The model is `kept`: of each checkpoint what it holds, or None where it was damaged; the latest
-    `KEEP` stay. `aside` counts those that were set aside.
+    The model is `kept`: what each checkpoint holds, or None where its contents were damaged; the
+    latest `KEEP` stay. `described` are the checkpoints with a manifest, `changed` those of them of
+    which a file without contents was changed since. `aside` counts those that were set aside.
     """
 
     @initialize()
     def new_work_directory(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="singer_jax_resuming_"))
         self.kept: dict[int, dict[str, np.ndarray] | None] = {}
+        self.described: set[int] = set()
+        self.changed: set[int] = set()
         self.aside, self.saves, self.step = 0, 0, 0
         self.checkpoints: Checkpoints | None = None
 
@@ -75,7 +88,7 @@ class Resuming(RuleBasedStateMachine):
         """As `distill` does it, on any devices."""
         self.mesh = parallel.make_mesh(*devices)
         self.checkpoints = Checkpoints(self.folder, KEEP)
-        self.checkpoints.watch.started = lambda step: None  # it would find damage at any time
+        self.checkpoints.watch.started = lambda step: None  # `verify` does it at a known time
         whole = [step for step, state in self.kept.items() if state]
         if self.kept and not whole:
             with pytest.raises(RunError, match="no checkpoint is whole"):
@@ -84,12 +97,16 @@ class Resuming(RuleBasedStateMachine):
             self.teardown()
             self.new_work_directory()
             return
-        self.step = self.checkpoints.newest_whole() or 0
+        with warned() as lines:
+            self.step = self.checkpoints.newest_whole() or 0
         assert self.step == max(whole, default=0)
+        assert len(lines) == (self.step in self.changed)
+        assert all(": 1, first _CHECKPOINT_METADATA" in line for line in lines)
         self.checkpoints.set_aside()
         for step in [step for step in self.kept if step > self.step]:
-            del self.kept[step]
+            self.forget(step)
             self.aside += 1
+        self.described |= {self.step} - {0}
         if self.step:
             like = jax.tree.map(
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -111,7 +128,24 @@ class Resuming(RuleBasedStateMachine):
             placed = jax.tree.map(jax.device_put, state, shardings(self.mesh))
             self.checkpoints.save(placed, self.step, {"saves": self.saves})
             self.kept[self.step] = state
-            self.kept = dict(sorted(self.kept.items())[-KEEP:])
+            for step in sorted(self.kept)[:-KEEP]:
+                self.forget(step)
+
+    def forget(self, step: int) -> None:
+        del self.kept[step]
+        self.described.discard(step)
+        self.changed.discard(step)
+
+    @precondition(lambda self: self.checkpoints and self.kept)
+    @rule()
+    def verify(self) -> None:
+        """What the thread beside a training does after a save."""
+        self.checkpoints.wait()
+        for step in (max(self.kept), min(self.kept)):
+            if self.kept[step] and step not in self.changed:
+                folder = self.checkpoints.manager.directory / str(step)
+                assert verify.find_corruption(folder, record=True) is None
+                self.described.add(step)
 
     @precondition(lambda self: self.checkpoints and self.kept)
     @rule(how=st.sampled_from(["stopped", "killed", "killed during a save"]))
@@ -125,16 +159,28 @@ class Resuming(RuleBasedStateMachine):
             last = self.folder / "checkpoints" / str(max(self.kept))
             shutil.rmtree(last / "meta")
             last.rename(last.with_name(f"{last.name}.orbax-checkpoint-tmp"))
-            del self.kept[max(self.kept)]
+            self.forget(max(self.kept))
         self.checkpoints = None
 
     @precondition(lambda self: not self.checkpoints and any(self.kept.values()))
-    @rule(newest=st.booleans(), kind=st.sampled_from(sorted(DAMAGES)), place=st.integers(0, 2000))
-    def damage(self, newest: bool, kind: str, place: int) -> None:
-        whole = [step for step, state in self.kept.items() if state]
-        step = max(whole) if newest else min(whole)
-        DAMAGES[kind](self.folder / "checkpoints" / str(step), place)
+    @rule(newest=st.booleans(), kind=st.sampled_from(sorted(DAMAGES)))
+    def damage(self, newest: bool, kind: str) -> None:
+        step = self.whole(newest)
+        DAMAGES[kind](self.folder / "checkpoints" / str(step))
         self.kept[step] = None
+
+    @precondition(lambda self: not self.checkpoints and any(self.kept.values()))
+    @rule(newest=st.booleans(), place=st.integers(0, 2000))
+    def change_a_file_without_contents(self, newest: bool, place: int) -> None:
+        step = self.whole(newest)
+        if step not in self.changed:  # a second flip may undo the first
+            file = self.folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+            flip(file, place // 8, place % 8)
+            self.changed |= {step} & self.described
+
+    def whole(self, newest: bool) -> int:
+        steps = [step for step, state in self.kept.items() if state]
+        return max(steps) if newest else min(steps)
 
     @precondition(lambda self: not self.checkpoints)
     @invariant()

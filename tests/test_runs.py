@@ -35,7 +35,7 @@ def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
 def test_a_work_directory_holds_what_the_readme_says(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     files = {"config.json", "weights.json", "metrics.jsonl"}
-    assert names == files | {"tensorboard", "checkpoints", "student"}
+    assert names == files | {"tensorboard", "checkpoints", "checkpoints.manifests", "student"}
     assert json.loads((uninterrupted / "config.json").read_text())["method"]["rank"] == 4
     last = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("loss", "loss_kd", "loss_outlier", "loss_info", "images_per_second"):

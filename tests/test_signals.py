@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C to a command and all that it started, at every moment: saved, or one line."""
+"""SIGTERM and Ctrl-C to a command and its children at any moment: it saves, or ends in one line."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
         f"--workdir={workdir}",
         "--config.checkpoint.every_steps=99",
     )
+    arguments += ("--config.method.name=fitnet",)
     status, printed = cli.finish(cli.start(environment, *arguments))
     assert status == 0, printed
     return workdir
@@ -49,31 +51,73 @@ def command_line(pid: int) -> str:
     return file.read_bytes().replace(b"\0", b" ").decode() if file.exists() else ""
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_during_a_step_saves_and_continues_to_the_same_bits(
-    config_file, environment, tmp_path, uninterrupted, number
-):
-    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
-    process = cli.start(environment, *arguments)
-    cli.wait_for_step(process, tmp_path, 2)
-    decoding = workers(process)
-    assert len(decoding) == 2
+def stop(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Sends a signal to a run that waits after step 6; it saves and says so."""
     cli.signal_group(process, number)
     status, printed = cli.finish(process)
     assert status == 75, printed
     assert "Traceback" not in printed
-    told = f"singer_jax: {number.name}: saving and stopping; Ctrl-C stops at once"
-    assert told in printed.splitlines()  # not behind the progress bar
-    assert "singer_jax: stopped after step" in printed.splitlines()[-1]
+    line = f"singer_jax: {number.name}: saving and stopping; Ctrl-C stops at once"
+    assert line in printed.splitlines()  # not behind the progress bar
+    assert "singer_jax: stopped after step 6 of 40" in printed.splitlines()[-1]
+
+
+def stopped_with_workers(
+    config_file: Path, environment: dict, workdir: Path, number: signal.Signals
+) -> None:
+    process = cli.start(
+        cli.held(environment, 6),
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        "--config.data.workers=2",
+        "--config.method.name=fitnet",  # compiles in half the time
+    )
+    cli.wait_for_step(process, workdir, 4)
+    decoding = workers(process)
+    assert len(decoding) == 2
+    stop(process, number)
     assert not any(map(command_line, decoding))
+
+
+def test_during_a_step_saves_and_ends_the_workers(config_file, environment, tmp_path):
+    stopped_with_workers(config_file, environment, tmp_path, signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_with_workers_continues_to_the_same_bits(
+    config_file, environment, tmp_path, uninterrupted
+):
+    stopped_with_workers(config_file, environment, tmp_path, signal.SIGTERM)
+    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
+    arguments += ("--config.method.name=fitnet",)
     status, printed = cli.finish(cli.start(environment, *arguments))
-    assert status == 0 and "continuing after step" in printed, printed
+    assert status == 0 and "continuing after step 6" in printed, printed
     cli.assert_same_student(tmp_path, uninterrupted)
 
 
-def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_path):
-    arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=1")
-    process = cli.start(environment, *arguments, "--config.checkpoint.every_steps=1")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_during_a_step_of_a_loop_saves_and_continues_to_the_same_bits(
+    environment, tmp_path, number
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    start = functools.partial(cli.start, program=cli.LOOP)
+    assert cli.finish(start(environment, f"--workdir={whole}"))[0] == 0
+    process = start(cli.held(environment, 6), f"--workdir={stopped}")
+    cli.wait_for_step(process, stopped, 4)
+    stop(process, number)
+    status, printed = cli.finish(start(environment, f"--workdir={stopped}"))
+    assert status == 0 and "continuing after step 6" in printed, printed
+    cli.assert_same_student(stopped, whole)
+    assert cli.steps(stopped) == list(range(1, 41))
+
+
+def test_twice_in_a_row_during_a_save_saves_once(environment, tmp_path):
+    arguments = (
+        f"--workdir={tmp_path}",
+        "--config.steps=100000",
+        "--config.checkpoint.every_steps=1",
+    )
+    process = cli.start(environment, *arguments, program=cli.LOOP)
     saving = tmp_path / "checkpoints"
     cli.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")), process)
     for number in SIGNALS:
@@ -85,7 +129,9 @@ def test_twice_in_a_row_during_a_save_saves_once(config_file, environment, tmp_p
     assert step == max(int(path.name) for path in saving.iterdir())  # and no half one
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_during_set_up_ends_at_once_in_one_line(config_file, environment, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}", "--config.data.workers=2")
     process = cli.start(environment, *arguments)
@@ -209,6 +255,6 @@ with signals.handled():
 
 def test_a_thread_that_waits_for_ever_does_not_keep_what_has_failed():
     process = subprocess.run(
-        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=cli.PATIENCE
     )
     assert (process.returncode, process.stdout, process.stderr) == (1, "told", "")

@@ -45,7 +45,7 @@ OUTCOMES = {
     "wrong": "wrong",
 }
 _PACKAGES = ("jax", "flax", "orbax-checkpoint", "grain")
-_TRIES = 5  # until a command is met before its end
+_TRIES = 12  # until a command is met before its end
 
 
 def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, object]:

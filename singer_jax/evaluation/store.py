@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Task
+from singer_jax.io.files import write_text
 from singer_jax.io.limits import read_object
 from singer_jax.platform import parallel
 from singer_jax.runs.telemetry import LOG
@@ -63,9 +66,7 @@ def stored_examples(
                     continue
                 if not arrays:
                     arrays = [
-                        np.lib.format.open_memmap(
-                            folder / name, "w+", part.dtype, (rows, *part.shape[1:])
-                        )
+                        reserved(folder / name, part.dtype, (rows, *part.shape[1:]))
                         for name, part in zip(_FILES, halves, strict=True)
                     ]
                 for array, part in zip(arrays, halves, strict=True):
@@ -75,11 +76,30 @@ def stored_examples(
             array.flush()
         if first:
             checksums = {name: _checksum(folder / name) for name in _FILES}
-            meta.write_text(json.dumps({"key": key, "checksums": checksums}) + "\n")
+            write_text(epath.Path(meta), json.dumps({"key": key, "checksums": checksums}) + "\n")
     files = [np.load(folder / name, mmap_mode="r") if first else None for name in _FILES]
     if jax.process_count() > 1:
         files = [_OfFirstProcess(file) for file in files]
     return Examples(*files, len(transforms))
+
+
+def reserved(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """Makes a `.npy` file that is mapped into memory and whose room on the disk is reserved.
+
+    Without the reservation a disk that gets full ends the process with SIGBUS.
+
+    Raises:
+      OSError: The disk has no room for the file, which is removed.
+    """
+    try:
+        array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with file.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+    return array
 
 
 class _OfFirstProcess:

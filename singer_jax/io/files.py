@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import importlib.util
 import os
 import re
@@ -160,26 +161,70 @@ def failures(folder: epath.Path) -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[Path]:
-    """A local file to write; it takes the place of `path` at once, when the block ends well.
+    """Yields a local file to write, which replaces `path` at once when the block ends well.
 
-    The folder of `path` is made.
+    The folder of `path` is made. The file has a name of its own, so that several processes can
+    write at the same time, and is on disk before it is renamed.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="singer_jax_") as folder:
             local = Path(folder) / path.name
             yield local
             upload(local, path)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(path.with_name(f"{path.stem}.partial{path.suffix}"))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(path)
+    partial = target.with_name(f"{target.stem}.{uuid.uuid4().hex[:8]}{_PARTIAL}{target.suffix}")
+    try:
         yield partial
-        partial.replace(path)
+        sync(partial)
+        partial.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # a full disk needs the room
+        raise
+    _remove_partials(target)
+
+
+_PARTIAL = ".partial"
+_STALE = 24 * 3600  # seconds
+
+
+def sync(file: Path) -> None:
+    """Waits until a file is on disk; a rename alone may reach the disk before its contents."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _remove_partials(target: Path) -> None:
+    """Removes partial files of killed processes, which are a day older than the finished file.
+
+    Both times are those of the file system, so no clocks are compared.
+    """
+    with contextlib.suppress(OSError):
+        newest = target.stat().st_mtime
+        for found in target.parent.glob(f"{glob.escape(target.stem)}.*{_PARTIAL}{target.suffix}"):
+            if newest - found.stat().st_mtime > _STALE:
+                found.unlink()
 
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a whole file; a reader sees the old one or the new one."""
     with replacing(path) as file:
         file.write_text(text)
+
+
+def object_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
+    """Returns size and CRC32C, as the store says them, of each object below a gs:// folder."""
+    import gcsfs
+
+    store, below = gcsfs.GCSFileSystem(), os.fspath(folder).removeprefix("gs://").rstrip("/") + "/"
+    store.invalidate_cache()
+    return {
+        name.removeprefix(below): (int(found["size"]), found["crc32c"])
+        for name, found in store.find(below, detail=True).items()
+        if not name.endswith("/")
+    }
 
 
 def move(folder: epath.Path, place: epath.Path) -> None:
@@ -225,6 +270,7 @@ def download(path: epath.Path) -> Path:
         with tempfile.TemporaryDirectory(dir=local.parent) as folder:
             partial = Path(folder) / path.name
             _fetch(path, partial)
+            sync(partial)
             partial.replace(local)
     return local
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from etils import epath
@@ -19,6 +20,7 @@ from singer_jax.data.scenes import LABELS
 from singer_jax.data.sources import TEST, TRAIN, NoTestSplit, Source
 from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import make_workdir, replacing, write_text
+from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import COUNT, Flag, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
@@ -69,6 +71,13 @@ def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
     data = settings.data
     names = {"table1": BENCHMARKS, "scenes": LABELS}.get(data.source, (data.source,))
     make_workdir(workdir)
+    with holding(workdir):
+        _check_all(data, names, settings, workdir)
+
+
+def _check_all(
+    data: DataSettings, names: Iterable[str], settings: CheckDataSettings, workdir: epath.Path
+) -> None:
     found = unreadable = 0
     wrong = []
     for name in names:

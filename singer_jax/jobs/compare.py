@@ -13,10 +13,11 @@ from etils import epath
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.results import Results, read_results
-from singer_jax.io.files import as_path, write_text, writing
+from singer_jax.io.files import as_path, make_workdir, write_text, writing
 from singer_jax.jobs.report import read_settings, results_file
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import NAME, Each, OneOf
 from singer_jax.settings.settings import Settings, flatten, setting, to_dict
@@ -86,7 +87,8 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
         return
     text = {name: _in_words(row) for name, row in table.items()}
     content = {"seeds": seeds, "rows": table}
-    with writing(workdir):
+    make_workdir(workdir / "compare")
+    with holding(workdir / "compare"), writing(workdir):
         write_text(workdir / "compare.json", json.dumps(content, indent=2) + "\n")
         write_comparison(workdir / "compare" / "index.html", text, curves)
     print(format_text(text))

@@ -38,6 +38,7 @@ from singer_jax.jobs.report import read_settings
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import fingerprint, step_to_read
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
@@ -119,11 +120,12 @@ def evaluate(settings: EvaluateSettings, workdir: epath.Path) -> None:
     subjects = _subjects(settings, workdir, (*table1.TASKS, *splits), skipped)
     for name, reason in skipped.items():
         LOG.info("skipped %s: %s", name, reason)
-    with signals.deferred():
-        _measure_all(settings, subjects, benchmarks, splits)
     rows: dict[str, Any] = {}
-    for subject in subjects:
-        rows |= _summarise(settings, subject)
+    with holding(workdir, jax.process_index() == 0):
+        with signals.deferred():
+            _measure_all(settings, subjects, benchmarks, splits)
+        for subject in subjects:
+            rows |= _summarise(settings, subject)
     if settings.data.source == "table1" and jax.process_index() == 0:
         print(table1.format_rows(rows))
         print(table1.NOTE)

@@ -13,7 +13,7 @@ from etils import epath
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, load_backbone
-from singer_jax.io.files import as_path, replacing, writing
+from singer_jax.io.files import as_path, make_workdir, replacing, writing
 from singer_jax.jobs.distill import made_by
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
@@ -27,6 +27,7 @@ from singer_jax.models.weight_files import find_weights, open_weights
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
@@ -103,7 +104,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         return
     name = settings.student
     folder = workdir / "students" / name if name else workdir / "student"
-    with writing(folder):
+    make_workdir(folder)
+    with holding(folder), writing(folder):
         _write(folder, settings.formats, dataclasses.replace(backbone, network=network), made_from)
     LOG.info("%s exported to %s: %s", network.spec.name, folder, ", ".join(settings.formats))
 

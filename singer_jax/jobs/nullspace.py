@@ -24,6 +24,7 @@ from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
 from singer_jax.platform import parallel
 from singer_jax.report.pictures import save_spectra
+from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import (
     BETWEEN,
     COUNT,
@@ -149,8 +150,9 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         for layer, of_layer in curves.items()
     }
     content = {"images": len(patches[layers[0]]), "rows": rows, "singular_values": spectra}
-    write_text(workdir / "nullspace.json", json.dumps(content, indent=1) + "\n")
-    save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
+    with holding(workdir):  # both files are of one job
+        write_text(workdir / "nullspace.json", json.dumps(content, indent=1) + "\n")
+        save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
 
 
 def _parse(text: str) -> tuple[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -20,13 +21,14 @@ from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
 from singer_jax.evaluation.probe import ProbeSettings
-from singer_jax.io.files import write_text
+from singer_jax.io.files import make_workdir, write_text
 from singer_jax.jobs.distill import distill
 from singer_jax.platform import parallel
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_norm_maps, save_patch_maps
 from singer_jax.runs.checkpoints import step_to_read
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import OneOf
 from singer_jax.settings.settings import Settings, section, setting
@@ -55,6 +57,13 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
       settings: of both runs and the probe.
       workdir: one folder a run, results.json, report/.
     """
+    if jax.process_index() == 0:
+        make_workdir(workdir)
+    with holding(workdir, jax.process_index() == 0):
+        _run_all(settings, workdir)
+
+
+def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
     weights = dataclasses.replace(settings.distilled.teacher, weights=str(workdir / "teacher"))
     distilled = dataclasses.replace(settings.distilled, teacher=weights)
     for name, run in (("teacher", settings.teacher), ("distilled", distilled)):

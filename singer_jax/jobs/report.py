@@ -13,13 +13,14 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.evaluation.results import Results, read_results
-from singer_jax.io.files import as_path
+from singer_jax.io.files import as_path, make_workdir
 from singer_jax.io.limits import read_object
 from singer_jax.platform import parallel
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint, step_to_read
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, NAME, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting, to_dict
@@ -66,13 +67,15 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
         for name, own in read_settings(folder, of_baseline).each().items():
             backbone = load_backbone(mesh, run=str(folder), student=name, step=of_baseline)
             shown[f"student, {name or own.method_name} ({folder.name})"] = backbone
-    found = collect(run, its_settings, step, shown, settings.images)
-    rows, note = results_of(run, its_settings, backbones)
-    if jax.process_index() > 0:
-        return
-    file = workdir / "report" / "index.html"
-    write_page(file, dataclasses.replace(found, results=rows, note=note))
-    LOG.info("%s written", file)
+    folder, first = workdir / "report", jax.process_index() == 0
+    if first:
+        make_workdir(folder)
+    with holding(folder, first):
+        found = collect(run, its_settings, step, shown, settings.images)
+        rows, note = results_of(run, its_settings, backbones)
+        if first:
+            write_page(folder / "index.html", dataclasses.replace(found, results=rows, note=note))
+            LOG.info("%s written", folder / "index.html")
 
 
 def _read_config(run: epath.Path) -> DistillSettings:

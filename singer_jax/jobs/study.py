@@ -37,6 +37,7 @@ from singer_jax.models.weights import to_timm
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers
+from singer_jax.runs.lock import holding
 from singer_jax.runs.telemetry import LOG
 from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.settings.settings import Settings, flatten, section, setting, to_dict
@@ -119,6 +120,11 @@ def study(settings: StudySettings, workdir: epath.Path) -> None:
     """
     left = cells(settings)
     make_workdir(workdir)
+    with holding(workdir):
+        _run_cells(settings, workdir, left)
+
+
+def _run_cells(settings: StudySettings, workdir: epath.Path, left: Sequence[Cell]) -> None:
     _check_same_study(settings, workdir)
     results = Results(workdir / "results.jsonl")
     scenes: dict[int, tuple[Scenes, Scenes]] = {}

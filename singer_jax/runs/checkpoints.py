@@ -1,7 +1,8 @@
-"""Checkpoints of a run: orbax, asynchronous, with a checksum per leaf.
+"""Checkpoints of a run: orbax, asynchronous, with a checksum per leaf and a manifest of the files.
 
 A flipped bit in stored array data is usually not noticed by the storage layer, so every leaf is
-compared with a checksum that was taken on the device when it was saved.
+compared with a checksum that was taken on the device when it was saved. `singer_jax.runs.verify`
+verifies the files.
 """
 
 from __future__ import annotations
@@ -22,26 +23,33 @@ from jaxtyping import Array, UInt32
 from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import as_path, check_takes_checkpoints, failures
 from singer_jax.models.params import Params, join, split
-from singer_jax.platform import parallel
-from singer_jax.runs import verify
+from singer_jax.platform import parallel, signals
+from singer_jax.runs import manifests, verify
 from singer_jax.runs.verify import by_name
 
 LOG = logging.getLogger("singer_jax")
 
 
-def checksum(leaf: Array) -> UInt32[Array, ""]:
-    """sum_i bits_i (2 i + 1) mod 2^32: any flipped bit changes it, on any number of devices."""
+def checksum(leaf: Array, version: int = 1) -> UInt32[Array, ""]:
+    """Returns a checksum of the bits of an array, the same on any number of devices.
+
+    Version 2 sums `verify.mix(bits_i, i)` mod 2^32: any change of one element changes it, and
+    changes of several elements are missed once in 2^32. Version 1 sums bits_i (2 i + 1) and misses
+    some changes of two elements, such as two flipped signs. Older checkpoints hold it, and it is
+    what tells one model from another.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     index = jnp.uint32(0)
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    terms = verify.mix(bits, index) if version == 2 else bits * (2 * index + 1)
+    return jnp.sum(terms, dtype=jnp.uint32)
 
 
-@jax.jit
-def _checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
-    return {name: checksum(leaf) for name, leaf in by_name(state).items()}
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(state: Any, version: int = verify.CHECKSUM) -> dict[str, UInt32[Array, ""]]:
+    return {name: checksum(leaf, version) for name, leaf in by_name(state).items()}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -112,6 +120,7 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
+        self.read_only = read_only
         self.watch = verify.Watch(self.manager.directory)
 
     def latest_step(self) -> int | None:
@@ -131,7 +140,8 @@ class Checkpoints:
         def look() -> int | None:
             found = self.watch.damaged
             for step in reversed(self.manager.all_steps()):
-                reason = verify.find_corruption(self.manager.directory / str(step))
+                folder = self.manager.directory / str(step)
+                reason = verify.find_corruption(folder, record=not self.read_only)
                 if reason is None:
                     return step
                 if step in verify.finished(self.manager.directory):  # else just removed by the run
@@ -202,12 +212,16 @@ class Checkpoints:
           RunError: this one, or the one before, cannot be written.
         """
         self.set_aside()
-        checksums = {key: int(value) for key, value in jax.device_get(_checksums(state)).items()}
+        found = jax.device_get(_checksums(state))
+        checksums = {key: int(value) for key, value in found.items()}
+        meta = meta | {"checksums": checksums, "checksum_version": verify.CHECKSUM}
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            meta=ocp.args.JsonSave(verify.sealed(meta | {"checksums": checksums})),
+            meta=ocp.args.JsonSave(manifests.sealed(meta)),
         )
         with self._writing():  # which waits for the save before
+            if jax.process_index() == 0:  # one may be left of a checkpoint that was removed by hand
+                manifests.remove(self.manager.directory / str(step))
             self.manager.save(step, args=arguments)
         if jax.process_index() == 0:
             self.watch.started(step)
@@ -243,8 +257,9 @@ class Checkpoints:
         )
         with self._reading(step):
             state = self.manager.restore(step, args=ocp.args.Composite(state=arguments)).state
-        expected = self.meta(step).get("checksums", {})
-        for name, value in jax.device_get(_checksums(state)).items():
+        meta = self.meta(step)
+        expected, version = meta.get("checksums", {}), verify.checksum_version(meta)
+        for name, value in jax.device_get(_checksums(state, version)).items():
             if name not in expected:
                 raise self._damaged(step, f"it holds no checksum of {name}")
             if int(value) != expected[name]:
@@ -305,10 +320,21 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go."""
-        self.watch.close()
-        with self._writing():
-            self.manager.close()
+        """Waits for the last save, verifies it, and closes.
+
+        Where a stop was requested, nothing is verified any more: the next start does it.
+
+        Raises:
+          RunError: The last save cannot be written.
+        """
+        try:
+            self.wait()
+            if not signals.requested():
+                self.watch.finish()
+        finally:
+            self.watch.close()
+            with self._writing():
+                self.manager.close()
 
 
 def step_to_read(run: epath.Path, step: int | None = None) -> int:

@@ -1,6 +1,6 @@
-"""A work directory belongs to one run at a time.
+"""A work directory, or a folder of one that a job writes, belongs to one job at a time.
 
-The run that holds it keeps `running.json` there: which machine and process it is and since when,
+The job that holds it keeps `running.json` there: which machine and process it is and since when,
 touched every few seconds as a sign of life. No lock of the file system is asked for: those of
 shared disks are not to be trusted, and object stores have none.
 

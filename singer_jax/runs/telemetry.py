@@ -214,9 +214,8 @@ def _cut_back(path: Path, step: int) -> None:
     rows, damaged = read_rows(epath.Path(path))
     if damaged:
         LOG.warning("%s: %d lines are no rows and are left out", path, len(damaged))
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    partial.replace(path)
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    write_text(epath.Path(path), kept)
 
 
 def in_words(stopped: Mapping[str, str]) -> str:

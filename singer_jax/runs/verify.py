@@ -1,13 +1,16 @@
-"""Checkpoints as they lie on disk: read back and compared, and set aside where they are damaged.
+"""Verifies checkpoints on disk, and sets those aside that are damaged.
 
-Only files are read here, leaf by leaf and without a device, so that a thread may do it beside a
+The first check after a save reads every array back, compares it with the checksum that was taken on
+the device, and writes a manifest. Later checks hash the files and compare them with the manifest;
+arrays are read again only where a file differs.
+
+Only files are read here, array by array and without a device. So a thread can do it during a
 training, and one process for all.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import queue
@@ -25,9 +28,11 @@ from etils import epath
 from singer_jax.errors import RunError
 from singer_jax.io.files import failures, is_remote, move, write_text
 from singer_jax.platform import parallel
+from singer_jax.runs import manifests
 
 LOG = logging.getLogger("singer_jax")
 
+CHECKSUM = 2  # version of the checksums of new checkpoints
 _PART = 2**20  # elements of a leaf whose products are in memory at a time
 # Where a disk or store cannot be reached now: no sign of damage.
 _NOT_NOW = {
@@ -39,34 +44,48 @@ _UNREACHABLE = re.compile(
 )
 
 
-def checksum(leaf: np.ndarray) -> int:
-    """As `checkpoints.checksum`, of an array in memory."""
+def mix(bits: Any, index: Any) -> Any:
+    """Returns bits that depend on value and place; both are uint32 arrays, of NumPy or of JAX.
+
+    For each index the map is one to one. It is the finaliser of MurmurHash3.
+    """
+    bits = bits ^ (index * np.uint32(0x9E3779B1))
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def checksum(leaf: np.ndarray, version: int = 1) -> int:
+    """Returns what `checkpoints.checksum` returns, for an array in memory."""
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
     bits = np.ascontiguousarray(leaf).reshape(-1).view(unsigned)
     total = 0
     for start in range(0, bits.size, _PART):
         part = bits[start : start + _PART].astype(np.uint32)
-        odd = 2 * np.arange(start, start + part.size, dtype=np.uint32) + 1
-        total += int((part * odd).sum(dtype=np.uint32))
+        index = np.arange(start, start + part.size, dtype=np.uint32)
+        terms = mix(part, index) if version == 2 else part * (2 * index + 1)
+        total += int(terms.sum(dtype=np.uint32))
     return total % 2**32
+
+
+def checksum_version(meta: Mapping[str, Any]) -> int:
+    """Returns the version of the checksums of a checkpoint, from what is stored beside its state.
+
+    Raises:
+      ValueError: This version is not known here.
+    """
+    version = meta.get("checksum_version", 1)
+    if version not in (1, 2):
+        raise ValueError(
+            f"checksums of version {version!r}; a newer version of singer_jax wrote it"
+        )
+    return version
 
 
 def by_name(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by `parallel.leaf_name`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {parallel.leaf_name(path): leaf for path, leaf in leaves}
-
-
-def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored beside a state, with a digest of itself."""
-    return dict(meta) | {"digest": _digest(meta)}
-
-
-def _digest(meta: Mapping[str, Any]) -> str:
-    text = json.dumps(
-        {key: value for key, value in meta.items() if key != "digest"}, sort_keys=True
-    )
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def finished(folder: epath.Path) -> list[int]:
@@ -76,25 +95,69 @@ def finished(folder: epath.Path) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
 
 
-def find_corruption(folder: epath.Path, given_up: Callable[[], bool] = lambda: False) -> str | None:
-    """Why a finished checkpoint is not what was saved, in words; None where it is whole.
+def find_corruption(
+    folder: epath.Path, given_up: Callable[[], bool] = lambda: False, *, record: bool = False
+) -> str | None:
+    """Returns why a finished checkpoint is not what was saved; None where it is whole.
+
+    A checkpoint whose files differ from its manifest, but whose arrays and settings are those that
+    were saved, counts as whole; a warning names the files.
 
     Args:
-      folder: of the checkpoint.
-      given_up: asked before each leaf; then None is returned.
+      folder: The folder of the checkpoint.
+      given_up: Asked before each array; where it is true, None is returned.
+      record: Writes the manifest of a whole checkpoint that has none.
 
     Raises:
-      RunError: it cannot be read now, which says nothing of it.
+      RunError: The checkpoint cannot be read now, which says nothing about it.
     """
     try:
-        return _difference(folder, given_up)
+        return _verify(folder, given_up, record)
     except Exception as error:  # what readers raise on any bytes at all
         found = error.__cause__ if type(error) is Exception else error
         lines = str(found).split("[tensorstore_spec")[0].strip().splitlines() or [""]
-        told = f"{type(found).__name__}: {lines[0]}"
+        reason = f"{type(found).__name__}: {lines[0]}"
         if _not_now(found, folder):
-            raise RunError(f"cannot read {folder}: {told}") from error
-        return told
+            raise RunError(f"cannot read {folder}: {reason}") from error
+        return reason
+
+
+def _verify(folder: epath.Path, given_up: Callable[[], bool], record: bool) -> str | None:
+    known, files, suspect = None, None, ""
+    try:
+        known = manifests.read(folder)
+    except (KeyError, ValueError, *failures(folder)) as error:
+        suspect = f"its manifest is damaged ({error})"
+    try:
+        # Hashed before they are read: what changes in between differs from the manifest later.
+        files = manifests.file_digests(folder, given_up) if known or record else {}
+    except OSError as error:
+        if _not_now(error, folder):
+            raise
+        suspect = f"a file cannot be read ({error})"
+    if given_up():
+        return None
+    if known and files is not None:
+        names = manifests.changed(known, files)
+        if not names:
+            return None
+        suspect = f"files changed since they were verified: {len(names)}, first {names[0]}"
+    reason = _difference(folder, given_up)
+    if reason or given_up():
+        return reason
+    if suspect:
+        LOG.warning("%s: %s; what it holds is what was saved, so it is used", folder, suspect)
+    elif record:
+        _record(folder, files)
+    return None
+
+
+def _record(folder: epath.Path, files: manifests.FileDigests) -> None:
+    """Writes a manifest; a disk that takes none now is no sign of damage."""
+    try:
+        manifests.write(folder, files)
+    except failures(folder) as error:
+        LOG.warning("%s: cannot write its manifest now: %s", folder, error)
 
 
 def _not_now(error: BaseException, folder: epath.Path) -> bool:
@@ -108,13 +171,14 @@ def _not_now(error: BaseException, folder: epath.Path) -> bool:
 
 
 def _difference(folder: epath.Path, given_up: Callable[[], bool]) -> str | None:
+    """Reads everything back; None where it is what was saved."""
     meta = json.loads((folder / "meta" / "metadata").read_text())
-    if "digest" in meta and meta["digest"] != _digest(meta):  # older ones have none
+    if "digest" in meta and meta["digest"] != manifests.seal(meta):  # older ones have none
         return "what is stored beside the state does not match its digest"
     if "checksums" not in meta:
         return "it holds no checksums"
     described = by_name(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
-    expected = meta["checksums"]
+    expected, version = meta["checksums"], checksum_version(meta)
     listed = [
         entry["array_metadata"]["param_name"]
         for file in (folder / "state" / "array_metadatas").iterdir()
@@ -131,13 +195,13 @@ def _difference(folder: epath.Path, given_up: Callable[[], bool]) -> str | None:
         leaf, like = read(name), described[name]
         if (leaf.shape, leaf.dtype) != (tuple(like.shape), like.dtype):
             return f"{name} is described as {like.dtype}{list(like.shape)}"
-        if checksum(leaf) != value:
+        if checksum(leaf, version) != value:
             return f"the checksum of {name} does not match"
     return None
 
 
 def _path(name: str) -> str:
-    """Of a leaf in the storage."""
+    """Returns the path of an array in the storage."""
     return re.sub(r"\[(\d+)\]", r"\1", name).replace("/", ".")
 
 
@@ -157,7 +221,10 @@ def _reader(folder: epath.Path) -> Callable[[str], np.ndarray]:
 
 
 def set_aside(folder: epath.Path, reason: str) -> epath.Path:
-    """Moves a damaged checkpoint to `checkpoints.damaged/`, with the reason in a file beside."""
+    """Moves a damaged checkpoint to `checkpoints.damaged/`, with the reason in a file beside.
+
+    Its manifest is removed, so that none is left for the next checkpoint of that step.
+    """
     aside = folder.parent.with_name(f"{folder.parent.name}.damaged")
     place, number = aside / folder.name, 1
     while place.exists():
@@ -165,22 +232,23 @@ def set_aside(folder: epath.Path, reason: str) -> epath.Path:
         place = aside / f"{folder.name}.{number}"
     write_text(aside / f"{place.name}.txt", reason + "\n")
     move(folder, place)
+    manifests.remove(folder)
     return place
 
 
 class Watch:
-    """Reads back what was saved while the training goes on.
+    """Verifies in a thread, while the training continues, what was saved.
 
-    After each save the new checkpoint is read, and one of the older ones in turn, so that rot is
-    found while there is still a whole one. An object store checks and repairs what it holds itself:
-    there each checkpoint is read once. (What was just written may come from the memory of the
-    machine and not from its disk.)
+    After each save the new checkpoint is read back and gets its manifest. One of the older ones is
+    hashed in turn, so that damage is found while there is still a whole checkpoint. An object store
+    checks and repairs what it holds itself: there each checkpoint is read once. (What was just
+    written may come from the memory of the machine and not from its disk.)
 
     Args:
-      folder: of the checkpoints.
+      folder: The folder of the checkpoints.
 
     Attributes:
-      damaged: reasons by step.
+      damaged: Reasons by step.
     """
 
     def __init__(self, folder: epath.Path) -> None:
@@ -188,18 +256,26 @@ class Watch:
         self._poll = 10.0 if is_remote(folder) else 0.5  # seconds
         self._turn = 0
         self._started: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._ending, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="checkpoints")
 
     def started(self, step: int) -> None:
-        """A save has begun; it is read when it is finished."""
+        """Announces a save; it is verified when it is finished."""
         if self._thread.ident is None:
             self._thread.start()
         self._started.put(step)
 
+    def finish(self) -> None:
+        """Verifies the last save, which is on disk, and ends the thread."""
+        self._end()
+
     def close(self) -> None:
-        """Ends it, after the leaf that is being read."""
+        """Ends the thread after the array or part of a file that it reads."""
         self._closed.set()
+        self._end()
+
+    def _end(self) -> None:
+        self._ending.set()
         self._started.put(None)
         if self._thread.ident is not None:
             self._thread.join()
@@ -212,16 +288,21 @@ class Watch:
                 LOG.warning("%s: cannot be read back now: %s", self.folder, error)
 
     def _latest(self) -> int | None:
-        """Waits for a save; where several came meanwhile, the last of them."""
+        """Waits for a save and returns its step; of several saves that of the last."""
         step = self._started.get()
-        while not self._started.empty():
-            step = self._started.get()
+        while step is not None and not self._started.empty():
+            newer = self._started.get()
+            if newer is None:
+                self._started.put(None)
+                break
+            step = newer
         return step
 
     def _read_back(self, step: int) -> None:
         while max(steps := finished(self.folder), default=-1) < step:
-            if self._closed.wait(self._poll):
+            if self._ending.is_set():  # the save has failed, or nobody waits for it
                 return
+            self._ending.wait(self._poll)
         older = [other for other in steps if other < step and not is_remote(self.folder)]
         self._turn += 1
         for each in {step, older[self._turn % len(older)]} if older else {step}:
@@ -229,8 +310,10 @@ class Watch:
             # It may just be removed, because it is one more than are kept.
             if reason and not self._closed.wait(4 * self._poll) and self._damage(each):
                 self.damaged[each] = reason
+                LOG.warning("%s is damaged: %s", self.folder / str(each), reason)
+        manifests.prune(self.folder, finished(self.folder))
 
     def _damage(self, step: int) -> str | None:
         if step not in finished(self.folder):
             return None
-        return find_corruption(self.folder / str(step), self._closed.is_set)
+        return find_corruption(self.folder / str(step), self._closed.is_set, record=True)

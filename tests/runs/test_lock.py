@@ -1,19 +1,25 @@
-"""A work directory belongs to one run at a time."""
+"""A folder that is written belongs to one job at a time."""
 
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 
+import configs.quickstart
+import configs.study
+from singer_jax import config, main
 from singer_jax.errors import InputError, RunError
 from singer_jax.runs import lock
-from tests import cli
+from tests import cli, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +49,7 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     assert f"process {process.pid} of {socket.gethostname()} since {since}" in told
     assert "--workdir" in told and "\n" not in told
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=cli.PATIENCE) == 75
     assert not any(folder.iterdir())
     with lock.holding(folder) as held:
         held.check()
@@ -83,7 +89,8 @@ def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog
     assert "which is silent" in caplog.text
 
 
-def test_another_machine_that_lives_is_not(folder):
+def test_another_machine_that_lives_is_not(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 60.0)  # its first sign of life ends the wait
     left(folder)
     stop = threading.Event()
 
@@ -105,13 +112,14 @@ def test_another_machine_that_lives_is_not(folder):
 def test_a_run_gives_signs_of_life(folder):
     with lock.holding(folder) as held:
         before = held._sign()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + cli.PATIENCE
         while held._sign() == before:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
-def test_of_starts_at_the_same_time_one_goes_on(folder):
+def test_of_starts_at_the_same_time_one_continues(folder, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE", 2.0)  # on a busy machine, too
     left(folder)  # by a run that is silent, for which all of them wait
     passed, refused, leave = [], [], threading.Event()
 
@@ -126,7 +134,7 @@ def test_of_starts_at_the_same_time_one_goes_on(folder):
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + cli.PATIENCE
     while len(passed) + len(refused) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -164,3 +172,97 @@ def test_a_disk_that_takes_nothing_is_one_line_and_leaves_nothing(folder, monkey
     with pytest.raises(InputError, match="No space left on device"), lock.holding(folder):
         pass
     assert not any(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A work directory with a finished and evaluated run."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
+    settings.steps = 2
+    assert main.run(settings, folder / "run") == 0
+    results = {"table1": {}, "tasks": {"digits": {"top1": 50.0}}, "protocol": "fast"}
+    (folder / "run" / "evaluation").mkdir()
+    (folder / "run" / "evaluation" / "results.json").write_text(json.dumps(results))
+    return folder / "run"
+
+
+def _distill(run: Path) -> ConfigDict:
+    return tiny.config(run.parent / "teacher.safetensors")
+
+
+def _evaluate(run: Path) -> ConfigDict:
+    settings = config.evaluation()
+    settings.run, settings.data.source, settings.mesh.data = str(run), "digits", 1
+    settings.probe.protocol, settings.probe.epochs, settings.data.workers = "fast", 1, 0
+    return settings
+
+
+def _nullspace(run: Path) -> ConfigDict:
+    settings = config.null_spaces()
+    settings.teacher.model, settings.teacher.weights = "vit_tiny_patch16_224", str(run)
+    settings.data.source, settings.data.workers, settings.mesh.data = "digits", 0, 1
+    settings.teacher.overrides = dict(tiny.STUDENT)
+    settings.images, settings.rank, settings.sources = 2, 2, ("mlp",)
+    return settings
+
+
+def _check_data(run: Path) -> ConfigDict:
+    settings = config.check_data()
+    settings.data.source = "digits"
+    return settings
+
+
+def _export(run: Path) -> ConfigDict:
+    settings = config.export()
+    settings.run, settings.stablehlo = str(run), False
+    return settings
+
+
+def _report(run: Path) -> ConfigDict:
+    settings = config.report()
+    settings.run, settings.images = str(run), 1
+    return settings
+
+
+def _compare(run: Path) -> ConfigDict:
+    settings = config.compare()
+    settings.runs = (str(run), str(run.with_name("other")))
+    return settings
+
+
+def _study(run: Path) -> ConfigDict:
+    return configs.study.get_config()
+
+
+def _quickstart(run: Path) -> ConfigDict:
+    return configs.quickstart.get_config()
+
+
+WRITERS = {
+    _distill: "",
+    _evaluate: "",
+    _nullspace: "",
+    _check_data: "",
+    _export: "student",
+    _report: "report",
+    _compare: "compare",
+    _study: "",
+    _quickstart: "",
+}
+
+
+@pytest.mark.parametrize("job", WRITERS)
+def test_each_job_that_writes_is_refused_where_another_writes(run, tmp_path, capsys, job):
+    other = run.with_name("other")
+    if job is _compare and not other.exists():
+        shutil.copytree(run, other)
+        described = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(described | {"seed": 1}))
+    folder = tmp_path / "out" / WRITERS[job]
+    folder.mkdir(parents=True)
+    with lock.holding(epath.Path(folder)):
+        assert main.run(job(run), tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert f"{folder} is held by process {os.getpid()}" in printed
+    assert not any(folder.rglob("*.json")), "nothing was written"

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found, set aside with the reason, and the one before goes on."""
+"""Damaged checkpoints are found and set aside, and the run continues from the one before."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from singer_jax.errors import RunError
 from singer_jax.io.files import working_disks
 from singer_jax.platform import parallel
-from singer_jax.runs import verify
+from singer_jax.runs import manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints, checksum
-from tests.damage import files, flip, largest
+from tests.damage import files, flip, largest, warned
 
 META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
 
@@ -112,36 +112,138 @@ def test_without_a_whole_one_the_run_fails_in_one_line(two, tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-@given(file=st.integers(0), place=st.integers(0), kind=st.sampled_from(["flip", "cut", "gone"]))
-def test_what_reads_back_whole_restores_to_the_same_bits(two, abstract, file, place, kind):
-    """Whatever happens to any file: it is found, or it changes nothing."""
-    folder = two / "checkpoints" / "4"
-    target = files(folder)[file % len(files(folder))]
-    content = target.read_bytes()
+@given(
+    file=st.integers(0),
+    place=st.integers(0),
+    kind=st.sampled_from(["flip", "cut", "gone"]),
+    manifest=st.booleans(),
+)
+def test_a_change_of_any_file_is_noticed_and_what_counts_as_whole_restores(
+    two, abstract, file, place, kind, manifest
+):
+    """With a manifest it is damage or a warning; without one it may also change nothing."""
+    folder = epath.Path(two / "checkpoints" / "4")
+    target = files(two / "checkpoints" / "4")[file % len(files(two / "checkpoints" / "4"))]
+    content, described = target.read_bytes(), manifests.place(folder).read_text()
     try:
+        if not manifest:
+            manifests.remove(folder)
         if kind == "flip":
             flip(target, place // 8, place % 8)
         elif kind == "cut":
             target.write_bytes(content[: place % (len(content) + 1)])
         else:
             target.unlink()
-        if verify.find_corruption(epath.Path(folder)) is None:
+        same = target.exists() and target.read_bytes() == content
+        with warned() as lines:
+            reason = verify.find_corruption(folder)
+        assert not (manifest and not same) or reason or len(lines) == 1
+        assert not same or not reason
+        if reason is None:
             with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
                 restored = checkpoints.restore(4, abstract)
             jax.tree.map(np.testing.assert_array_equal, restored, state(4))
     finally:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
+        manifests.place(folder).write_text(described)
+
+
+def test_every_save_of_a_finished_run_has_its_manifest(tmp_path, monkeypatch):
+    """And a later check decodes no array."""
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(state(step), step, META)
+    monkeypatch.setattr(verify, "_difference", None)
+    for step in (4, 6):
+        folder = epath.Path(tmp_path / "checkpoints" / str(step))
+        if step == 6 or manifests.read(folder):  # of saves close together the last one is verified
+            assert verify.find_corruption(folder) is None
+    names = {path.stem for path in (tmp_path / "checkpoints.manifests").iterdir()}
+    assert {"6"} <= names <= {"4", "6"}
+
+
+def test_a_start_writes_the_manifest_of_a_checkpoint_without_one_and_a_reader_does_not(
+    two, tmp_path
+):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints.manifests")
+    for read_only in (True, False):
+        with contextlib.closing(Checkpoints(tmp_path, read_only=read_only)) as checkpoints:
+            assert checkpoints.newest_whole() == 4
+        written = (tmp_path / "checkpoints.manifests" / "4.json").exists()
+        assert written is not read_only
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {}, "digest": "x"}'])
+def test_a_damaged_manifest_leaves_the_decision_to_the_contents(two, tmp_path, content):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    folder = epath.Path(tmp_path / "checkpoints" / "4")
+    manifests.place(folder).write_text(content)
+    with warned() as lines:
+        assert verify.find_corruption(folder) is None
+    assert len(lines) == 1 and "its manifest is damaged" in lines[0]
+    flip(largest(tmp_path / "checkpoints" / "4" / "state"), 5000)
+    assert verify.find_corruption(folder)
+
+
+@pytest.mark.parametrize("name", ["read", "file_digests"])
+def test_a_bad_sector_beside_the_contents_leaves_the_decision_to_them(two, monkeypatch, name):
+    def fail(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifests, name, fail)
+    with warned() as lines:
+        assert verify.find_corruption(epath.Path(two / "checkpoints" / "4")) is None
+    assert len(lines) == 1 and "Input/output error" in lines[0]
+
+
+def test_the_manifest_of_another_checkpoint_of_that_step_is_not_used(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")  # by hand; its manifest stays
+    with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints, warned() as lines:
+        checkpoints.save(state(5), 4, META)
+        checkpoints.wait()
+    assert verify.find_corruption(epath.Path(tmp_path / "checkpoints" / "4")) is None and not lines
+
+
+def _swapped(values: np.ndarray) -> None:
+    values[0], values[2**15] = values[2**15], values[0]
+
+
+def _signs(values: np.ndarray) -> None:
+    values[[3, 70]] *= -1
+
+
+@pytest.mark.parametrize("change", [_swapped, _signs])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_changes_of_two_values_are_damage(tmp_path, manifest, change):
+    """The linear checksum of older checkpoints is blind to these; a bit of a file can be both."""
+    values = np.ones(2**15 + 1, np.float32)
+    values[2**15] = 2
+    changed = values.copy()
+    change(changed)
+    assert verify.checksum(values, 1) == verify.checksum(changed, 1)
+    for name, array in (("one", values), ("other", changed)):
+        with contextlib.closing(Checkpoints(tmp_path / name)) as checkpoints:
+            checkpoints.save({"a": jnp.asarray(array)}, 4, META)
+    folder, other = (tmp_path / name / "checkpoints" / "4" for name in ("one", "other"))
+    shutil.rmtree(folder / "state")
+    shutil.copytree(other / "state", folder / "state")
+    if not manifest:
+        manifests.remove(epath.Path(folder))
+    assert verify.find_corruption(epath.Path(folder)) == "the checksum of a does not match"
 
 
 @given(
     st.integers(0, 10_000),
     st.sampled_from([np.float32, jnp.bfloat16, np.uint8]),
     st.sampled_from([(), (5, 4)]),
+    st.sampled_from([1, 2]),
 )
-def test_the_checksum_of_a_file_is_that_of_the_device(seed, dtype, shape):
+def test_the_checksum_of_a_file_is_that_of_the_device(seed, dtype, shape, version):
     values = np.random.default_rng(seed).integers(-99, 99, shape).astype(dtype)
-    assert verify.checksum(values) == int(checksum(jnp.asarray(values)))
+    assert verify.checksum(values, version) == int(checksum(jnp.asarray(values), version))
 
 
 def test_a_leaf_larger_than_a_part_has_the_same_checksum(monkeypatch):
@@ -162,7 +264,7 @@ def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, ro
         checkpoints.wait()
         if rotten == 4:
             flip(largest(tmp_path / "checkpoints" / "4" / "state"), 5000)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 900
         while rotten not in checkpoints.watch.damaged:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -219,6 +321,16 @@ def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(verify, "_reader", lambda folder: read)
+    monkeypatch.setattr(manifests, "read", lambda folder: None)
     with pytest.raises(RunError, match=f"cannot read .*: {type(error).__name__}: ") as raised:
         verify.find_corruption(epath.Path(two / "checkpoints" / "4"))
     assert "tensorstore_spec" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage(two, monkeypatch):
+    def digests(folder: epath.Path, given_up: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(manifests, "file_digests", digests)
+    with pytest.raises(RunError, match=r"cannot read .*Stale file handle"):
+        verify.find_corruption(epath.Path(two / "checkpoints" / "4"))
