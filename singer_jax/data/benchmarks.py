@@ -25,6 +25,7 @@ from singer_jax.data.sources import (
     TEST,
     TRAIN,
     FolderSource,
+    NoSplit,
     Record,
     Source,
     TfdsSource,
@@ -357,7 +358,7 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
     check_local("data.path", root)
     benchmark = BENCHMARKS[name]
     if benchmark.test_only and split == TRAIN:
-        raise InputError(f"{name} has no training split")
+        raise NoSplit(f"{name} has no training split")
     candidates = [Path(root).expanduser() / folder for folder in benchmark.folders] if root else []
     for folder in candidates:
         if folder.is_dir() and not _of_tfds(folder):  # not TFDS's own

@@ -125,6 +125,7 @@ class FolderSource:
                 raise InputError(f"data.path: {self.root / foreign[0]} is no class of {train}")
             names = trained
         self.num_classes = len(names) if labelled else 0
+        self.class_names = tuple(names) if labelled else ()
         index = {name: number for number, name in enumerate(names)}
         self.labels = np.array([index[name] if labelled else -1 for name in classes], np.int32)
 
@@ -144,6 +145,10 @@ class FolderSource:
         return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
 
 
+class NoSplit(InputError):
+    """A data set is there, but it has no such split."""
+
+
 def check_classes(where: object, number: Any) -> None:
     """Raises `InputError` where a data set has more classes than a head should have."""
     if not isinstance(number, int):
@@ -159,7 +164,7 @@ def _split_folder(root: Path, split: str) -> Path:
     for name in _TEST_FOLDERS:
         if (root / name).is_dir():
             return root / name
-    raise InputError(f"data.path: {root} has no test split ({', '.join(_TEST_FOLDERS)})")
+    raise NoSplit(f"data.path: {root} has no test split ({', '.join(_TEST_FOLDERS)})")
 
 
 class TfdsSource:
@@ -202,8 +207,8 @@ class TfdsSource:
         except Exception as error:  # TFDS raises anything at a damaged description
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
-                f"{path or 'the TFDS data directory'}; run: tfds build {name} "
-                "--file_format=array_record (set data.path to the TFDS data directory)"
+                f"{path or 'the TFDS data directory'}; give a folder of images, tar files or "
+                "prepared records (docs/data.md)"
             ) from error
         self.name = f"{name}/{split}"
         self.num_classes = classes

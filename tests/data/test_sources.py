@@ -79,7 +79,7 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path):
         ("folder", "{tmp}/none", TRAIN, "no folder at .*none"),
         ("folder", "{tmp}", TRAIN, "no image .* below"),
         ("folder", "{tmp}", TEST, r"no test split \(val, validation, test\)"),
-        ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* tfds build imagenet2012"),
+        ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* prepared records"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, name, path, split, message):
