@@ -18,6 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from singer_jax.data import machine
 from singer_jax.data.images import UnreadableImage, open_image
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
@@ -87,8 +88,7 @@ def worker_count(workers: int | None) -> int:
     """Decoding processes: as asked, or one a core but for the one that feeds the device."""
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores - 1)
+    return min(16, machine.processors() - 1)
 
 
 def train_batches(
@@ -122,10 +122,12 @@ def train_batches(
     # After random_map: shards of its input would all draw the same random numbers.
     if rows is None:
         shard = examples.slice(slice(process_index, None, process_count))
-        dataset = shard.batch(batch_size // process_count)
+        own = batch_size // process_count
+        dataset = shard.batch(own)
     else:
+        own = len(rows)
         dataset = _rows_of_batches(examples, batch_size, rows)
-    return _iterate(dataset.slice(slice(start, None)), workers)
+    return _iterate(dataset.slice(slice(start, None)), workers, own * _example_bytes(transform))
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
@@ -160,7 +162,14 @@ def eval_batches(
         .random_map(LoadExample(source, transform, strict))
     )
     rows = np.arange(batch_size) if rows is None else rows
-    return _iterate(_rows_of_batches(examples, batch_size, rows), workers)
+    dataset = _rows_of_batches(examples, batch_size, rows)
+    return _iterate(dataset, workers, len(rows) * _example_bytes(transform))
+
+
+def _example_bytes(transform: Callable[..., Any]) -> int:
+    """Returns about how many bytes an example has: three of a pixel, four of its label."""
+    size = getattr(transform, "size", 224)
+    return size**2 * (7 if getattr(transform, "takes_label", False) else 3) + 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +198,17 @@ def _rows_of_batches(
     return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows))
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[ImageBatch]:
+def _iterate(
+    dataset: grain.MapDataset, workers: int, batch_bytes: int
+) -> grain.DatasetIterator[ImageBatch]:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    workers, shared = machine.sharing(workers, batch_bytes)
     if workers == 0:
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if not shared:
+        through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
     batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
