@@ -25,6 +25,7 @@ from singer_jax.data.shard_files import by_split, of_split
 from singer_jax.data.sources import IMAGE_SUFFIXES, TRAIN, Record, check_classes
 from singer_jax.errors import InputError, shown
 from singer_jax.io import limits
+from singer_jax.io.files import cache_folder
 
 _LARGEST_READ = 2**20  # bytes of a header: of names and attributes before a member
 _LARGEST_LABEL = 2**20  # bytes of a .cls or .json member
@@ -185,7 +186,10 @@ def list_members(file: Path) -> Members:
     """
     status = file.stat()
     identity = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cached = _cache() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    cache = cache_folder()
+    if cache is None:
+        return scan(file, status.st_size)
+    cached = cache / "tars" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(OSError, InputError, TypeError, KeyError):
         return _checked(Members(**limits.read_arrays(cached)), status.st_size)
     members = scan(file, status.st_size)
@@ -195,11 +199,6 @@ def list_members(file: Path) -> Members:
             np.savez(partial, **members._asdict())
         os.replace(partial.name, cached)
     return members
-
-
-def _cache() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "singer_jax" / "tars"
 
 
 def _checked(members: Members, size: int) -> Members:

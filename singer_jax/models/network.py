@@ -48,6 +48,11 @@ class ModelSettings(Settings):
     weights: str = setting("", TEXT, "hub name, file or run; empty: random")
     overrides: Mapping[str, Any] = section({}, _Overrides())
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model:
+            zoo.lookup(self.model)  # here, before any weights are fetched
+
 
 @dataclasses.dataclass(frozen=True)
 class FrozenSettings(ModelSettings):
@@ -123,10 +128,10 @@ def resolve_model(
       InputError: unknown model or architecture field; weights that are not there or of another
         architecture.
     """
-    file = find_weights(settings.weights) if settings.weights else None
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
+    file = find_weights(settings.weights) if settings.weights else None
     stated = read_hub_config(file.parent) if file else {}
     if not model and "architecture" in stated:
         spec = stated_model(stated, fields)

@@ -129,7 +129,8 @@ def _download(repo: str) -> Path:
         with contextlib.suppress(EntryNotFoundError):
             huggingface_hub.hf_hub_download(repo, CONFIG_FILE)
         return Path(path)
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except (OSError, ValueError, ImportError, EntryNotFoundError) as error:
+        # ImportError: of the package that a SOCKS proxy needs.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"weights {repo!r}: no local file, not in the cache "
