@@ -118,7 +118,10 @@ def make_source(
     if name in LABELS:
         return ScenesSource(name, split, scenes)
     if os.sep in name or Path(name).is_dir():
-        return open_path(name, split)
+        try:
+            return open_path(name, split)
+        except InputError as error:  # the user gave no data.path
+            raise type(error)(str(error).replace("data.path:", "data.source:", 1)) from error
     if name == "folder":
         if not path:
             raise InputError("data.path: empty; give the folder of images")

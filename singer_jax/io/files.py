@@ -63,14 +63,22 @@ def config_file(given: str) -> str:
     name, colon, protocol = given.partition(":")
     if Path(name).is_file():
         return given
+    shipped = shipped_configs()
+    if name in shipped:
+        return f"{shipped[name]}{colon}{protocol}"
+    if shipped and re.fullmatch(r"\w+", name):
+        raise unknown("--config", name, shipped)
+    raise InputError(f"--config: no file {name}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the configurations that came with the package, by name."""
     package = Path(__file__).parent
     for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
         shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
-        if name in shipped:
-            return f"{shipped[name]}{colon}{protocol}"
-        if shipped and re.fullmatch(r"\w+", name):
-            raise unknown("--config", name, shipped)
-    raise InputError(f"--config: no file {name}")
+        if shipped:
+            return shipped
+    return {}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -48,11 +48,6 @@ class ModelSettings(Settings):
     weights: str = setting("", TEXT, "hub name, file or run; empty: random")
     overrides: Mapping[str, Any] = section({}, _Overrides())
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model:
-            zoo.lookup(self.model)  # here, before any weights are fetched
-
 
 @dataclasses.dataclass(frozen=True)
 class FrozenSettings(ModelSettings):
@@ -131,6 +126,8 @@ def resolve_model(
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
+    if model:
+        zoo.lookup(model, fields)  # a mistyped name is told before its weights are fetched
     file = find_weights(settings.weights) if settings.weights else None
     stated = read_hub_config(file.parent) if file else {}
     if not model and "architecture" in stated:
