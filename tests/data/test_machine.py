@@ -3,6 +3,7 @@
 import os
 from collections import namedtuple
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -11,6 +12,10 @@ from singer_jax.data import machine
 from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import train_batches
 from singer_jax.data.sources import TRAIN, DigitsSource
+from singer_jax.errors import InputError
+from singer_jax.io import files
+from singer_jax.models.weight_files import find_weights
+from singer_jax.platform import parallel
 
 
 def write(root, files):
@@ -103,3 +108,31 @@ def test_without_shared_memory_batches_are_the_same(monkeypatch):
     piped = first(1)
     assert all(type(image) is np.ndarray for image in piped)
     np.testing.assert_array_equal(piped, expected)
+
+
+@pytest.mark.parametrize("home", ["~", "{tmp}/file", "/proc/none"])
+def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch, home):
+    """`~` is what is left of it where the user is not known."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home.format(tmp=tmp_path))
+    assert files.cache_folder() is None
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        parallel.start("bfloat16")
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        files.cached(files.as_path("gs://bucket/weights.safetensors"))
+
+
+def test_a_proxy_that_needs_a_package_is_one_line(monkeypatch):
+    def fails(*_: str) -> str:
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.\nMore.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    with pytest.raises(InputError, match="'socksio' package is not installed") as found:
+        find_weights("timm/nothing")
+    assert "\n" not in str(found.value)
