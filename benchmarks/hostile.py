@@ -302,6 +302,22 @@ def _tfds_json(folder: Path) -> Entry:
     return honest, enter
 
 
+def _tar(folder: Path) -> Entry:
+    """A list of the images in an archive, and of those in an archive within it."""
+    from singer_jax.data.tars import scan
+    from tests.data.downloads import jpeg, tar_bytes
+
+    path = folder / "a.tar"
+    members = {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2), "b/2.cls": b"3", "b/3.json": b'{"label": 1}'}
+    long = {"n" * 150 + ".tar": tar_bytes(members)}
+
+    def enter(data: bytes) -> None:
+        path.write_bytes(data)
+        scan(path, len(data))
+
+    return [tar_bytes(members), tar_bytes(long)], enter
+
+
 def _files_of_a_run(folder: Path) -> Entry:
     """config.json, metrics.jsonl and results.json of a run that is reported or compared."""
     from etils import epath
@@ -347,6 +363,7 @@ ENTRIES: dict[str, Callable[[Path], Entry]] = {
     "TFDS record": _tfds_record,
     "TFDS JSON": _tfds_json,
     "files of a run": _files_of_a_run,
+    "tar file": _tar,
     "text list": _of_benchmark("pet", "test.txt", official.pet),
 }
 # Readers in C, C++ and Rust, of which atheris sees nothing.

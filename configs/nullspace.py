@@ -1,14 +1,18 @@
-"""Is there a null space, and do the outliers lie in it? Before training, for a teacher and images.
+"""Does a teacher have artifacts, and does its null space hold them? Before training.
 
   python -m singer_jax.main --config=configs/nullspace.py --workdir=runs/nullspace \
       --config.teacher.model=vit_large_patch16_224 \
       --config.teacher.weights=timm/vit_large_patch16_224.augreg_in21k_ft_in1k \
       --config.data.source=/path/to/images
 
-Prints, for each distilled layer, source and threshold, the singular values, how many lie below the
-threshold, the share of the outlier tokens' energy that `project` and `soft` would keep, and the
-angle between the outlier tokens and the direction that the blocks before, linearised, amplify most;
-writes nullspace.json and a plot, nullspace.png.
+Prints, for each layer, the median of the patch norms, their 99th percentile and largest value over
+the median of their image, and the share of patches above 3 and 5 medians; then a verdict in one
+line. Draws the norms of a few images, norms.png.
+
+`--config.details=True` also prints, for each distilled layer, source and threshold, the singular
+values, how many lie below the threshold, the share of the outliers' energy that `project` and
+`soft` would keep, and the angle between the outliers and the direction that the blocks before,
+linearised, amplify most. nullspace.json holds all of it, nullspace.png the singular values.
 
 The source `calibrated` finds `rank` directions in half of the images and is measured on the others.
 """

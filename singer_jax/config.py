@@ -93,6 +93,11 @@ def compare() -> ConfigDict:
     return _of_job("compare")
 
 
+def prepare() -> ConfigDict:
+    """The keys of the job `prepare`."""
+    return _of_job("prepare")
+
+
 def check_data() -> ConfigDict:
     """The keys of the job `check_data`."""
     return _of_job("check_data")

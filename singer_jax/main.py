@@ -10,12 +10,14 @@ says what; 75 stopped on request and saved, the same command continues.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import logging
 import os
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags
@@ -23,7 +25,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from singer_jax.errors import InputError, RunError, Stopped, unknown
-from singer_jax.io.files import as_path, config_file, working_disks
+from singer_jax.io.files import as_path, config_file, shipped_configs, working_disks
+from singer_jax.jobs import JOBS
 from singer_jax.platform import signals
 from singer_jax.settings.renamed import current_key
 from singer_jax.settings.settings import flatten
@@ -135,9 +138,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     """The positional arguments; exits with status 2 and one line where a flag is wrong."""
     try:
         settings = [argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")]
+        if {"help", "helpshort"} & set(settings):
+            print(_help())
+            sys.exit(0)
         files = [s.removeprefix("config=") for s in settings if s.startswith("config=")]
-        if not files and not {"help", "helpfull", "helpshort"} & set(settings):
-            raise InputError("--config: missing; give a file as --config=configs/NAME.py")
+        if not files and "helpfull" not in settings:
+            raise InputError(
+                "--config: missing; give a file as --config=configs/NAME.py; --help lists them"
+            )
         files = [config_file(file) for file in files]
         paths = iter(files)
         argv = [
@@ -148,19 +156,55 @@ def parse_flags(argv: list[str]) -> list[str]:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError):
             # An override of a key that is not there.
-            known = flatten(flags.FLAGS["config"].parser.parse(files[-1]))
+            known = flatten(flags.FLAGS["config"].parser.parse(files[-1]), empty=True)
             keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
-            key = next(key for key in keys if key not in known)
-            new = current_key(key)
-            if new != key:
-                raise InputError(f"--config.{key} is now --config.{new}") from None
-            raise unknown("configuration key", key, known) from None
+            raise _unknown_key([key for key in keys if key not in known], known) from None
     except InputError as error:
         message = str(error)
     except flags.Error as error:
         # The last line: the library puts a traceback of the configuration file before it.
         message = str(error).strip().splitlines()[-1].removeprefix("singer_jax.errors.InputError: ")
     sys.exit(_refuse(message))
+
+
+def _unknown_key(keys: list[str], known: Mapping[str, Any]) -> InputError:
+    """Returns what is wrong with the first of some keys that a configuration does not have."""
+    for key in keys:
+        new = current_key(key)
+        if new != key:
+            return InputError(f"--config.{key} is now --config.{new}")
+        section, overrides, field = key.partition(".overrides.")
+        if overrides and f"{section}.overrides" in known:
+            return InputError(
+                f"{key}: give all overrides as one dict, such as "
+                f"--config.{section}.overrides=\"{{'{field}': 3}}\""
+            )
+        inside = [other for other in known if other.startswith(f"{key}.")]
+        if inside:
+            return InputError(f"{key}: a section of keys; set one of them, such as {inside[0]}")
+        parent = key.rpartition(".")[0]
+        beside = [other for other in known if parent and other.startswith(f"{parent}.")]
+        return unknown("configuration key", key, beside or known)
+    return InputError("--config: a key cannot be set as it was given")
+
+
+def _help() -> str:
+    """Returns how the command is used: flags, commands, and configurations."""
+    commands, others = {}, {}
+    for name, file in shipped_configs().items():
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        (commands if name in JOBS else others)[name] = text.partition("\n")[0]
+    lines = [__doc__.strip().partition("\n\n")[2], "", "Flags:"]
+    own = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    lines += [f"  --{flag.name:15} {flag.help}" for flag in own]
+    for title, found in (
+        ("Commands, by the name of a configuration", commands),
+        ("Configurations of the command distill", others),
+    ):
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:25} {text}" for name, text in sorted(found.items())]
+    lines += ["", "docs/configuration.md lists the keys of each command."]
+    return "\n".join(lines)
 
 
 def console() -> None:

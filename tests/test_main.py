@@ -54,6 +54,23 @@ def command(*arguments: str) -> tuple[int, str]:
             ["unknown configuration key 'methd.rank'", "closest: method.rank"],
         ),
         (
+            [
+                "--config=configs/singer_vitl_vitt.py",
+                "--workdir=x",
+                "--config.teacher.overrides={'img_size': 16}",
+                "--config.optimizer.rate=1",
+            ],
+            ["unknown configuration key 'optimizer.rate'", "known: optimizer.b1"],
+        ),
+        (
+            [
+                "--config=configs/singer_vitl_vitt.py",
+                "--workdir=x",
+                "--config.student.overrides.depth=3",
+            ],
+            ["student.overrides.depth: give", "--config.student.overrides=\"{'depth': 3}\""],
+        ),
+        (
             ["--config=configs/singer_vitl_vitt.py", "--workdir=x", "--config.batch_size=many"],
             ["config.batch_size", "many"],
         ),
@@ -67,6 +84,41 @@ def test_a_wrong_flag_is_one_line(arguments, words):
     assert len(printed.splitlines()) == 1, printed
     for word in ["singer_jax: ", *words]:
         assert word in printed
+
+
+def test_help_lists_commands_and_configurations():
+    done = subprocess.run(
+        [sys.executable, "-m", "singer_jax.main", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and not done.stderr
+    for name in (*(ROOT / "configs").glob("*.py"),):
+        assert f"  {name.stem} " in done.stdout
+    assert "--workdir" in done.stdout and max(map(len, done.stdout.splitlines())) < 130
+
+
+def test_a_mistyped_model_is_told_before_weights_are_fetched(config, tmp_path, capsys, monkeypatch):
+    from singer_jax.models import network
+
+    fetched = []
+    monkeypatch.setattr(network, "find_weights", fetched.append)
+    for role in ("student", "teacher"):
+        broken = config.copy_and_resolve_references()
+        broken[role].model = "vit_larg_patch16_224"
+        broken.teacher.weights = "timm/vit_tiny_patch16_224.augreg_in21k"
+        assert main.run(broken, tmp_path / role) == 2
+        assert "unknown model 'vit_larg_patch16_224'" in capsys.readouterr().err
+    assert not fetched
+
+
+def test_a_wrong_source_is_not_called_a_path(config, tmp_path, capsys):
+    config.data.source = str(tmp_path / "nope")
+    assert main.run(config, tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert f"data.source: no folder at {tmp_path}/nope" in printed and "data.path" not in printed
 
 
 def _break(key: str, value: object):

@@ -204,7 +204,7 @@ def test_the_roofline():
         ({"plan": "singer_vitl_vitt", "overrides": "steps=-1"}, "steps: -1"),
         ({"plan": "singer_vitl_vitt", "topology": "v5e:3x3"}, "topology: 'v5e:3x3'"),
         ({"plan": "singer_vitl_vitt", "topology": "h900:8"}, "such as v5e:4x4"),
-        ({"plan": "singer_vitl_vitt", "topology": "h100:8"}, "pip install 'singer-jax[plan-gpu]'"),
+        ({"plan": "singer_vitl_vitt", "topology": "h100:8"}, "pip install 'jax[cuda13-local]'"),
         ({"plan": "singer_vitl_vitt", "batch_size": "many"}, "batch_size: 'many'"),
         ({"plan": "singer_vitl_vitt", "batch_size": "6"}, "not divisible"),
     ],
@@ -219,7 +219,7 @@ def test_what_is_wrong(tmp_path, capsys, settings, named):
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install .singer-jax\[plan\]"):
+    with pytest.raises(InputError, match="pip install libtpu"):
         chips.described("v5e:2x2")
 
 

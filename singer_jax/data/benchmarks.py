@@ -28,6 +28,7 @@ from singer_jax.data.sources import (
     TEST,
     TRAIN,
     FolderSource,
+    NoSplit,
     Record,
     Source,
     TfdsSource,
@@ -417,7 +418,7 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
     check_local("data.path", root)
     benchmark = BENCHMARKS[name]
     if benchmark.test_only and split == TRAIN:
-        raise InputError(f"{name} has no training split")
+        raise NoSplit(f"{name} has no training split")
     if folder := find_folder(name, root):
         try:
             source = benchmark.read(folder, split)

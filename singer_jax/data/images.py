@@ -20,7 +20,7 @@ from singer_jax.io import limits
 
 # A process takes up to 16 bytes a pixel of an image, decoded or resized.
 _MOST_PIXELS = 2**27
-_LARGEST_FILE = 2**30
+LARGEST_FILE = 2**30
 # A progressive JPEG may have any number of scans, each of which goes through all of its pixels.
 _MOST_SCANNED = 2**31
 _LEAST_SCAN = 10  # bytes
@@ -92,7 +92,7 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
         return Image.fromarray(stored)
     with _decoding():
         size = len(stored) if isinstance(stored, bytes) else limits.file_size(stored)
-        if problem := limits.excess(size, _LARGEST_FILE, "bytes"):
+        if problem := limits.excess(size, LARGEST_FILE, "bytes"):
             raise ValueError(problem)
         encoded = io.BytesIO(stored) if isinstance(stored, bytes) else stored
         PngImagePlugin.MAX_TEXT_CHUNK = limits.most(_LARGEST_PNG_CHUNK)

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from singer_jax.data import machine
 from singer_jax.data.images import UnreadableImage, open_image
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError, RunError
@@ -90,8 +91,7 @@ def worker_count(workers: int | None) -> int:
     """Decoding processes: as asked, or one a core but for the one that feeds the device."""
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores - 1
+    return machine.processors() - 1
 
 
 def train_batches(
@@ -125,10 +125,12 @@ def train_batches(
     # After random_map: shards of its input would all draw the same random numbers.
     if rows is None:
         shard = examples.slice(slice(process_index, None, process_count))
-        dataset = shard.batch(batch_size // process_count)
+        own = batch_size // process_count
+        dataset = shard.batch(own)
     else:
+        own = len(rows)
         dataset = _rows_of_batches(examples, batch_size, rows)
-    return _iterate(dataset.slice(slice(start, None)), workers)
+    return _iterate(dataset.slice(slice(start, None)), workers, own * _example_bytes(transform))
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
@@ -164,7 +166,14 @@ def eval_batches(
         .random_map(LoadExample(source, transform, strict))
     )
     rows = np.arange(batch_size) if rows is None else rows
-    return _iterate(_rows_of_batches(examples, batch_size, rows), workers)
+    dataset = _rows_of_batches(examples, batch_size, rows)
+    return _iterate(dataset, workers, len(rows) * _example_bytes(transform))
+
+
+def _example_bytes(transform: Callable[..., Any]) -> int:
+    """Returns about how many bytes an example has: three of a pixel, four of its label."""
+    size = getattr(transform, "size", 224)
+    return size**2 * (7 if getattr(transform, "takes_label", False) else 3) + 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +205,25 @@ def _rows_of_batches(
 def map_batches(
     source: Source, function: Callable[[int], np.ndarray], batch_size: int, workers: int = 0
 ) -> grain.DatasetIterator[np.ndarray]:
-    """What a function gives for each index of a source, in order; the last batch may be smaller."""
-    return _iterate(grain.MapDataset.range(len(source)).map(function).batch(batch_size), workers)
+    """Applies a function that returns a few bytes to each index of a source, in order.
+
+    The last batch may be smaller.
+    """
+    dataset = grain.MapDataset.range(len(source)).map(function).batch(batch_size)
+    return _iterate(dataset, workers, 0)
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator[ImageBatch]:
+def _iterate(
+    dataset: grain.MapDataset, workers: int, batch_bytes: int
+) -> grain.DatasetIterator[ImageBatch]:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    workers, shared = machine.sharing(workers, batch_bytes)
     if workers == 0:
         return iter(dataset.to_iter_dataset(options))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if not shared:
+        through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own; a library has none
         flags.FLAGS.mark_as_parsed()

@@ -13,8 +13,11 @@ from singer_jax.data.benchmarks import (
     open_benchmark,
     tfds_directory,
 )
+from singer_jax.data.records import MANIFEST, RecordSource
 from singer_jax.data.scenes import LABELS, SceneSettings, ScenesSource
+from singer_jax.data.shard_files import find_shards
 from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
+from singer_jax.data.tars import TarSource
 from singer_jax.errors import InputError, shown
 from singer_jax.io.files import check_local
 from singer_jax.settings.ranges import NAME, SHARE, SIDE, TEXT, Each, Flag, OneOf, Range, optional
@@ -151,13 +154,18 @@ def make_source(
     if name in LABELS:
         return ScenesSource(name, split, scenes)
     if os.sep in name or Path(name).is_dir():
-        return FolderSource(name, split)
+        try:
+            return open_path(name, split)
+        except InputError as error:  # the user gave no data.path
+            raise type(error)(str(error).replace("data.path:", "data.source:", 1)) from error
     if name == "folder":
         if not path:
             raise InputError("data.path: empty; give the folder of images")
-        return FolderSource(path, split)
+        return open_path(path, split)
+    if path and (Path(path).expanduser() / MANIFEST).is_file():
+        return open_path(path, split, exif=False)
     if path and (Path(path).expanduser() / "train").is_dir() and _is_folders(name, path):
-        return FolderSource(path, split, exif=False)
+        return open_path(path, split, exif=False)
     if name in BENCHMARKS:
         return open_benchmark(name, path, split)
     return TfdsSource(name, tfds_directory(name, path), split, SOURCES)
@@ -168,3 +176,32 @@ def _is_folders(name: str, path: str) -> bool:
     if name not in BENCHMARKS or name == "imagenet2012":
         return True
     return not (BENCHMARKS[name].test_only or find_folder(name, path))
+
+
+def open_path(path: str, split: str, exif: bool = True) -> Source:
+    """Returns what lies at a path: prepared records, a folder of images, or tar files.
+
+    Args:
+      path: a folder, or a tar file.
+      split: `train` or `test`.
+      exif: whether a folder's images are turned as their EXIF orientation says.
+
+    Raises:
+      InputError: nothing that can be read there, or Parquet shards, which must be prepared.
+    """
+    root = Path(path).expanduser()
+    if (root / MANIFEST).is_file():
+        return RecordSource(root, split)
+    try:
+        return FolderSource(path, split, exif)
+    except InputError:
+        if not root.exists():
+            raise
+        if find_shards(root, ".tar"):
+            return TarSource(root, split)
+        if find_shards(root, ".parquet"):
+            raise InputError(
+                f"data: {root} holds Parquet shards, which are read in order only; turn them into "
+                "records: --config=configs/prepare.py (docs/data.md)"
+            ) from None
+        raise

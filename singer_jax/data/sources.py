@@ -30,10 +30,6 @@ _OF_TFDS = "tensorflow_datasets.core."
 _LARGEST_DESCRIPTION = 2**24  # bytes of TFDS's JSON files
 
 
-class NoTestSplit(InputError):
-    """A folder of images has none that are set aside for tests."""
-
-
 class Record(NamedTuple):
     """An image as stored (encoded bytes, a path, or uint8 pixels) and its label.
 
@@ -131,6 +127,7 @@ class FolderSource:
         self.num_classes = len(classes) if labelled else 0
         index = {name: number for number, name in enumerate(classes)}
         self.labels = np.array([index[name] if labelled else -1 for name in folders], np.int32)
+        self.class_names = tuple(classes) if labelled else ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -189,6 +186,10 @@ def _check_labels(
     return True
 
 
+class NoSplit(InputError):
+    """A data set is there, but it has no such split."""
+
+
 def check_classes(where: object, number: Any) -> None:
     """Raises `InputError` where a data set has more classes than a head should have."""
     if not isinstance(number, int):
@@ -214,7 +215,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:
     if split == TRAIN:
         return train, train, found[TEST]
     if not found[TEST]:
-        raise NoTestSplit(f"data.path: {root} has no test split ({', '.join(SPLIT_FOLDERS[TEST])})")
+        raise NoSplit(f"data.path: {root} has no test split ({', '.join(SPLIT_FOLDERS[TEST])})")
     return root / found[TEST][0], train, found[TEST]
 
 
@@ -240,16 +241,12 @@ class TfdsSource:
         _check_descriptions(Path(path or tfds.core.constants.DATA_DIR).expanduser(), name)
         try:
             builder = tfds.builder(name, file_format="array_record", **options)
-            splits = {TRAIN: ("train",), TEST: ("validation", "test")}[split]
-            split = next((name for name in splits if name in builder.info.splits), splits[0])
-            self.dense = "annotation" in builder.info.features
-            encoded = ("image", "annotation") if self.dense else ("image",)
+            split = _tfds_split(name, list(builder.info.splits), split)
+            images, self.image, self.label, classes = _tfds_features(name, builder.info.features)
             _check_shards(builder, split)
             self.records = builder.as_data_source(
-                split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
+                split=split, decoders={key: tfds.decode.SkipDecoding() for key in images}
             )
-            # scene_parse150 is the only one with masks.
-            classes = 150 if self.dense else builder.info.features["label"].num_classes
             check_classes(f"{name}/{split}", classes)
         except tfds.core.registered.DatasetNotFoundError as error:
             raise unknown("data.source", name, known) from error
@@ -258,8 +255,8 @@ class TfdsSource:
         except Exception as error:  # TFDS raises anything at a damaged description
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
-                f"{path or 'the TFDS data directory'}; run: tfds build {name} "
-                "--file_format=array_record (set data.path to the TFDS data directory)"
+                f"{path or 'the TFDS data directory'}; give a folder of images, tar files or "
+                "prepared records (docs/data.md)"
             ) from error
         self.name = f"{name}/{split}"
         self.num_classes = classes
@@ -271,8 +268,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Record:
         try:
             record = self.records[index]
-            label = record["annotation"] if self.dense else int(record["label"])
-            return Record(record["image"], label)
+            label = record[self.label] if self.label else -1
+            return Record(record[self.image], label if isinstance(label, bytes) else int(label))
         except Exception as error:  # whatever TFDS and its readers in C++ raise
             raise UnreadableImage(str(error).strip() or type(error).__name__) from error
 
@@ -281,6 +278,48 @@ class TfdsSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+# The first of these that a set has.
+_TFDS_SPLITS = {
+    TRAIN: ("train", "training", "trainval", "full"),
+    TEST: ("validation", "val", "valid", "test", "testing", "dev"),
+}
+
+
+def _tfds_split(name: str, there: Sequence[str], split: str) -> str:
+    """Returns the name of a split; raises `NoSplit` where the set has none like it, or none."""
+    if not there:
+        raise LookupError("no splits: it is not prepared")
+    for known in _TFDS_SPLITS[split]:
+        if known in there:
+            return known
+    kind = "training" if split == TRAIN else "test"
+    raise NoSplit(f"data.source: {name} has no {kind} split; it has {', '.join(there)[:100]}")
+
+
+def _tfds_features(name: str, features: Any) -> tuple[list[str], str, str, int]:
+    """Returns all images of an example, the one to read, the label, and the number of classes.
+
+    Of several images that is `image`; of several class labels `label`. The label is empty where
+    there is none.
+
+    Raises:
+      InputError: no image, or several of which none is called `image`.
+    """
+    import tensorflow_datasets as tfds
+
+    images = sorted(key for key, one in features.items() if isinstance(one, tfds.features.Image))
+    labels = [key for key, one in features.items() if isinstance(one, tfds.features.ClassLabel)]
+    image = "image" if "image" in images else images[0] if len(images) == 1 else ""
+    if not image:
+        found = f"several images, {', '.join(images)}; one" if images else "no image; a feature"
+        others = "" if images else f", it has {', '.join(features)}"
+        raise InputError(f"data.source: {name} has {found} must be called image{others[:100]}")
+    if "annotation" in images:  # scene_parse150 is the only one with masks
+        return images, image, "annotation", 150
+    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
+    return images, image, label, features[label].num_classes if label else 0
 
 
 def _check_descriptions(root: Path, name: str) -> None:

@@ -18,7 +18,7 @@ from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.singular_defects import median_angle, singular_defect
 from singer_jax.methods import calibration, nullspace
-from singer_jax.methods.norms import is_outlier, token_norms
+from singer_jax.methods.norms import token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
@@ -32,8 +32,8 @@ def collect_patches(
     images: Source,
     layers: Sequence[int],
     workers: int = 0,
-) -> dict[int, np.ndarray]:
-    """Patch tokens [images, patches, dim] in float32 after each of some blocks, in every process.
+) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """Returns patch tokens after some blocks, and patch norms after each, in every process.
 
     Images that cannot be read are left out, since a replacement would count twice.
 
@@ -43,14 +43,20 @@ def collect_patches(
       images: what it looks at.
       layers: indices of blocks.
       workers: of the loader.
+
+    Returns:
+      the tokens [images, patches, dim] in float32 by block, and norms [blocks, images, patches].
     """
     prefix, images = network.spec.arch.num_prefix_tokens, readable(images)
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-    def patches_of(params: Params, images: jax.Array) -> dict[int, jax.Array]:
-        features = network.merge(params).features(network.spec.prepare(images), max(layers) + 1)
-        return {layer: features[layer][:, prefix:].astype(jnp.float32) for layer in layers}
+    def patches_of(params: Params, images: jax.Array) -> tuple[dict[int, jax.Array], jax.Array]:
+        found = network.merge(params).features(network.spec.prepare(images))
+        found = [tokens[:, prefix:].astype(jnp.float32) for tokens in found]
+        norms = jnp.stack([token_norms(tokens) for tokens in found])
+        return {layer: found[layer] for layer in layers}, norms
 
+    norms: list[np.ndarray] = []
     patches: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
     batches = eval_batches(
@@ -63,10 +69,14 @@ def collect_patches(
     with contextlib.closing(batches):
         for batch in batches:
             put = parallel.put_rows(batch["image"], sharding, batch_size)
-            for layer, value in patches_of(params, put).items():
+            tokens, of_blocks = patches_of(params, put)
+            norms.append(np.asarray(of_blocks))
+            for layer, value in tokens.items():
                 patches[layer].append(np.asarray(value))
     # What is left over is the padding of the last batch.
-    return {layer: np.concatenate(found)[: len(images)] for layer, found in patches.items()}
+    count = len(images)
+    by_layer = {layer: np.concatenate(found)[:count] for layer, found in patches.items()}
+    return by_layer, np.concatenate(norms, axis=1)[:, :count]
 
 
 def describe_layer(
@@ -80,7 +90,7 @@ def describe_layer(
     epsilon: float,
     thresholds: Sequence[tuple[str, float]],
     rank: int,
-    quantile: float,
+    outliers: np.ndarray,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """How large the null spaces of a layer are, and what they hold of its outliers.
 
@@ -94,16 +104,13 @@ def describe_layer(
       epsilon: of `calibrated` (`calibration.calibrated`).
       thresholds: rules and numbers (`nullspace.threshold_value`).
       rank: at least so many directions are in a projector, and so many are calibrated.
-      quantile: of an image's norms, above which a token is an outlier.
+      outliers: which patches are outliers, bool [images, patches].
 
     Returns:
       a row for each source and threshold, with the layer's `defect_angle` in degrees
       (`singular_defects.median_angle`), and the singular values of each source.
     """
     tokens = jnp.asarray(patches)
-    norms = token_norms(tokens)
-    outliers = is_outlier(norms, quantile)
-    rank = min(rank, network.spec.arch.embed_dim)
     covariance = np.asarray(calibration.outlier_covariance(tokens[::2], outliers[::2]))
 
     def on_every_device(compute: Callable[[VisionTransformer], Any]) -> Any:

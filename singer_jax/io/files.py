@@ -39,7 +39,10 @@ def as_path(text: str | os.PathLike[str]) -> epath.Path:
     scheme = _scheme(text)
     if not scheme:
         # pathlib's `absolute`: that of epath would take .. behind a link for the link's own parent.
-        return epath.Path(Path(text).expanduser().absolute())
+        try:
+            return epath.Path(Path(text).expanduser().absolute())
+        except RuntimeError as error:  # ~ of a user who is not known
+            raise InputError(f"{text}: no home directory; give an absolute path") from error
     if scheme not in _LIBRARIES:
         known = " or ".join(f"{name}://" for name in _LIBRARIES)
         raise InputError(f"{text}: unknown scheme {scheme!r}; give a local path or {known}")
@@ -61,14 +64,22 @@ def config_file(given: str) -> str:
     name, colon, protocol = given.partition(":")
     if Path(name).is_file():
         return given
+    shipped = shipped_configs()
+    if name in shipped:
+        return f"{shipped[name]}{colon}{protocol}"
+    if shipped and re.fullmatch(r"\w+", name):
+        raise unknown("--config", name, shipped)
+    raise InputError(f"--config: no file {name}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the configurations that came with the package, by name."""
     package = Path(__file__).parent
     for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
         shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
-        if name in shipped:
-            return f"{shipped[name]}{colon}{protocol}"
-        if shipped and re.fullmatch(r"\w+", name):
-            raise unknown("--config", name, shipped)
-    raise InputError(f"--config: no file {name}")
+        if shipped:
+            return shipped
+    return {}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -249,12 +260,31 @@ def upload(file: Path, path: epath.Path) -> None:
     epath.Path(file).copy(path, overwrite=True)
 
 
+def cache_folder() -> Path | None:
+    """Returns the folder of what can be made again; None: it cannot be made or written.
+
+    It is `singer_jax` in `$XDG_CACHE_HOME`, or in `.cache` of the user's home, which a user of a
+    container may not have.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(parent) / "singer_jax"
+    if not folder.is_absolute():  # the user is not known
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def cached(path: epath.Path) -> Path:
     """The local path that stands for `path`: itself, or a place in the cache for that of a URL."""
     if not is_remote(path):
         return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return cache / "singer_jax" / os.fspath(path).replace("://", "/")
+    cache = cache_folder()
+    if cache is None:
+        raise InputError(f"{path}: no cache to copy it to; set XDG_CACHE_HOME to a writable folder")
+    return cache / os.fspath(path).replace("://", "/")
 
 
 def download(path: epath.Path) -> Path:

@@ -11,6 +11,7 @@ JOBS = (
     "export",
     "nullspace",
     "plan",
+    "prepare",
     "check_data",
     "check_run",
     "replay",

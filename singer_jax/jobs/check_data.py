@@ -17,7 +17,7 @@ from singer_jax.data.images import UnreadableImage
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import DataSettings, make_source, where
 from singer_jax.data.scenes import LABELS
-from singer_jax.data.sources import TEST, TRAIN, NoTestSplit, Source
+from singer_jax.data.sources import TEST, TRAIN, NoSplit, Source
 from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import make_workdir, replacing, write_text
 from singer_jax.runs.lock import holding
@@ -90,7 +90,7 @@ def _check_all(
             except NotInstalled as error:
                 print(f"{name}: not installed: {error}")
                 break
-            except NoTestSplit as error:
+            except NoSplit as error:
                 print(f"{name}: {error}")
                 continue
             except InputError as error:

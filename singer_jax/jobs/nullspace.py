@@ -1,29 +1,36 @@
-"""The job `nullspace`: whether a teacher has a null space and whether its outliers lie in it."""
+"""The job `nullspace`: whether a teacher has artifacts, and whether its null space holds them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
+from singer_jax.data.images import EvalTransform, UnreadableImage, open_image
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import SizedDataSettings, open_source
-from singer_jax.data.sources import TRAIN, evenly
+from singer_jax.data.sources import TRAIN, Source, evenly
 from singer_jax.errors import InputError
+from singer_jax.evaluation import norm_summary
 from singer_jax.evaluation.null_spaces import collect_patches, describe_layer
 from singer_jax.io.files import make_workdir, write_text
 from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
+from singer_jax.methods.norms import is_outlier
 from singer_jax.methods.singer import DEPTHS
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.models.network import FrozenSettings, Network, resolve_model
 from singer_jax.models.quantised import check_installed
 from singer_jax.models.weights import load_model
 from singer_jax.platform import parallel
-from singer_jax.report.pictures import save_spectra
+from singer_jax.report.pictures import save_norm_maps, save_spectra
 from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import (
     BETWEEN,
@@ -38,6 +45,7 @@ from singer_jax.settings.ranges import (
 )
 from singer_jax.settings.settings import Settings, section, setting
 
+_PICTURED = 4  # images in norms.png
 _NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _THRESHOLD = Text(
     f"({'|'.join(spaces.RULES)})={_NUMBER}",
@@ -62,13 +70,18 @@ class NullspaceSettings(Settings):
     include_last_layer: bool = setting(True, Flag(), "also the teacher's last block")
     rank: int = setting(64, COUNT, "of the refiner")
     outlier_quantile: float = setting(
-        0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
+        0.97,
+        BETWEEN,
+        "of an image's patch norms; patches above it are outliers in a layer without artifacts",
     )
     images: int = setting(
         64,
         COUNT,
         "of the training split, to measure the outliers on; `calibrated` needs two, and more of "
         "them the larger `rank` is",
+    )
+    details: bool = setting(
+        False, Flag(), "Also prints the table of singular values by layer, source and threshold."
     )
     weight_matrices: tuple[str, ...] = setting(
         spaces.SOURCES,
@@ -88,14 +101,14 @@ class NullspaceSettings(Settings):
 
 
 def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
-    """Prints the table and writes nullspace.json and nullspace.png.
+    """Prints patch norms and a verdict; writes nullspace.json, nullspace.png and norms.png.
 
     Args:
       settings: of which teacher, on which images.
-      workdir: for both files.
+      workdir: for the files.
 
     Raises:
-      InputError: a layer or threshold out of range, no teacher, no images.
+      InputError: a layer, rank or threshold out of range, no teacher, no images.
     """
     thresholds = [_parse(text) for text in settings.thresholds]
     data = settings.data
@@ -103,6 +116,8 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     if not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")
     layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, spec.arch)
+    if settings.rank > spec.arch.embed_dim:
+        raise InputError(f"rank: {settings.rank} is not in 1..{spec.arch.embed_dim}")
     for rule, threshold in thresholds:
         spaces.check_threshold(rule, threshold, spec.arch.embed_dim)
     quantised = settings.teacher.precision
@@ -124,11 +139,16 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     )
     network = Network(spec, graph)
     workers = min(worker_count(data.workers), 2)
-    patches = collect_patches(network, params, mesh, few, layers, workers)
+    patches, norms = collect_patches(network, params, mesh, few, layers, workers)
+    summaries = norm_summary.summarise(norms)
 
     rows: list[dict[str, Any]] = []
     curves: dict[int, dict[str, Any]] = {}
     for layer in layers:
+        outliers = norm_summary.artifacts(norms[layer])
+        seen = outliers[::2].any() and outliers[1::2].any()  # by `calibrated`, and apart from it
+        if not (summaries[layer].has_artifacts and seen):
+            outliers = np.asarray(is_outlier(jnp.asarray(norms[layer]), settings.outlier_quantile))
         found, curves[layer] = describe_layer(
             network,
             params,
@@ -139,20 +159,73 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
             epsilon=settings.ridge,
             thresholds=thresholds,
             rank=settings.rank,
-            quantile=settings.outlier_quantile,
+            outliers=outliers,
         )
         rows += found
     if jax.process_index() > 0:
         return
-    print(_table(rows))
+    answer = _verdict(summaries, layers, rows)
+    print(f"{norm_summary.table(summaries)}\nverdict: {answer}")
+    if settings.details:
+        print(_table(rows))
     spectra = {
         layer: {source: values.tolist() for source, values in of_layer.items()}
         for layer, of_layer in curves.items()
     }
-    content = {"images": len(patches[layers[0]]), "rows": rows, "singular_values": spectra}
-    with holding(workdir):  # both files are of one job
+    content = {
+        "images": len(few),
+        "verdict": answer,
+        "norms": [dataclasses.asdict(one) for one in summaries],
+        "rows": rows,
+        "singular_values": spectra,
+    }
+    with holding(workdir):  # all files are of one job
         write_text(workdir / "nullspace.json", json.dumps(content, indent=1) + "\n")
         save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
+        _save_maps(workdir / "norms.png", few, network, {layer: norms[layer] for layer in layers})
+
+
+def _verdict(
+    summaries: list[norm_summary.NormSummary], layers: Sequence[int], rows: list[dict[str, Any]]
+) -> str:
+    """Returns the verdict by the first source, and the threshold that `distill` takes if it is one.
+
+    The share is that of distilled layers with artifacts.
+    """
+    source = rows[0]["source"]
+    thresholds = [row["threshold"] for row in rows if row["source"] == source]
+    usual = "quantile=0.5"
+    threshold = usual if usual in thresholds else thresholds[0]
+    held = [
+        row["share_project"]
+        for row in rows
+        if (row["source"], row["threshold"]) == (source, threshold)
+        and summaries[row["layer"]].has_artifacts
+    ]
+    return norm_summary.verdict(summaries, layers, held, f"{source}, {threshold}")
+
+
+def _save_maps(
+    path: epath.Path, images: Source, network: Network, norms: Mapping[int, np.ndarray]
+) -> None:
+    """Draws the norms of a few images in each distilled layer."""
+    few = evenly(images, _PICTURED)
+    transform = EvalTransform(network.image_size)
+    shown, kept = [], []
+    for number, index in enumerate(few.chosen):
+        with contextlib.suppress(UnreadableImage):  # the loader has replaced it
+            shown.append(transform(open_image(few[number].image, few.exif)))
+            kept.append(int(index))
+    if not kept:
+        return
+    maps = {
+        f"layer {layer}": norm_summary.over_median(of_layer)[kept].reshape(
+            -1, *network.spec.arch.grid
+        )
+        for layer, of_layer in norms.items()
+    }
+    largest = max(float(ratios.max()) for ratios in maps.values())
+    save_norm_maps(path, np.stack(shown), maps, largest)
 
 
 def _parse(text: str) -> tuple[str, float]:

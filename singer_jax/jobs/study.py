@@ -304,7 +304,7 @@ def plant(
     fields = {"planted": place, "planted_after": layers[0], "planted_patches": settings.patches}
     source = open_source(settings.distilled.data, TRAIN)
     few = Subset(source, np.arange(min(_SCALED_ON, len(source))))
-    of_layers = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
+    of_layers, _ = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
     medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
     unit = _direction(backbone.network.merge(backbone.params), layers[0], direction)
     vector = unit * planted_length(np.array(medians), float(ratio))

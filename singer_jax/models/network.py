@@ -128,11 +128,13 @@ def resolve_model(
       InputError: unknown model or architecture field; weights that are not there or of another
         architecture.
     """
-    path = find_weights(settings.weights) if settings.weights else None
-    file = WeightsFile(path, settings.weights_key) if path else None
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
+    if model:
+        zoo.lookup(model, fields)  # a mistyped name is refused before its weights are fetched
+    path = find_weights(settings.weights) if settings.weights else None
+    file = WeightsFile(path, settings.weights_key) if path else None
     stated = read_hub_config(path.parent) if path else {}
     if not model and "architecture" in stated:
         spec = stated_model(stated, fields)

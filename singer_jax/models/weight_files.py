@@ -144,7 +144,8 @@ def _download(repo: str) -> Path:
         raise ValueError(f"it holds none of {listed(_FILES)}")
     except InputError:
         raise
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except (OSError, ValueError, ImportError, EntryNotFoundError) as error:
+        # ImportError: of the package that a SOCKS proxy needs.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"weights {repo!r}: no local file, not in the cache "

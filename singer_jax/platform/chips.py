@@ -97,18 +97,18 @@ def described(topology: str) -> list[Any]:
 
     kind, _, shape = topology.partition(":")
     if kind in _GPUS:
-        platform, package, extra = "cuda", "jax_cuda13_plugin", "plan-gpu"
+        platform, package = "cuda", "jax_cuda13_plugin"
+        install = "'jax[cuda13-local]' 'nvidia-cudnn-cu13>=9.8'"
         options = {"topology_name": "", "target_config": _target(kind)}
         options["topology"] = f"1x1x{shape}"
     else:
-        platform, package, extra = "tpu", "libtpu", "plan"
+        platform, package, install = "tpu", "libtpu", "libtpu"
         options = {"topology_name": topology}
         if kind == "v4":  # both cores of a chip are one device, as on Google Cloud
             options["chip_config_name"] = "megacore"
     if importlib.util.find_spec(package) is None:
         raise InputError(
-            f"topology: the compiler for {topology!r} is not installed; "
-            f"pip install 'singer-jax[{extra}]'"
+            f"topology: the compiler for {topology!r} is not installed; pip install {install}"
         )
     try:
         with mock.patch.dict(os.environ, _ENVIRONMENT):

@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from singer_jax.errors import InputError
+from singer_jax.io import files
 from singer_jax.platform import backends, chips
 from singer_jax.settings.ranges import COUNT, optional
 from singer_jax.settings.settings import Settings, setting
@@ -63,8 +63,10 @@ def start() -> None:
                 "unset it, or install what it needs"
             ) from error
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "singer_jax" / "xla"))
+        cache = files.cache_folder()
+        if cache is None:  # in a container without a home: programs are compiled at each start
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -52,18 +52,21 @@ def save_norm_maps(
     path: epath.Path,
     images: UInt8[np.ndarray, "images height width 3"],
     maps: Mapping[str, Float[np.ndarray, "images rows columns"]],
+    largest: float | None = None,
 ) -> None:
-    """One row an image, one column a model: the patch norms, over the median of the model.
+    """One row an image, one column a model or layer: the patch norms, over the median of each.
 
     Args:
       path: of the PNG; its folder is made.
       images: as the models saw them.
-      maps: patch norms of each model; all are coloured alike, up to the largest ratio of the first.
+      maps: patch norms of each model or layer.
+      largest: ratio to the median at the end of the colour bar, which is one for all; None: that
+        of the first model.
     """
     figure = Figure(figsize=(1.75 * (len(maps) + 1), 1.8 * len(images) + 0.3), layout="constrained")
     axes = figure.subplots(len(images), len(maps) + 1, squeeze=False)
     ratios = {name: norms / np.median(norms) for name, norms in maps.items()}
-    largest = float(next(iter(ratios.values())).max())
+    largest = float(next(iter(ratios.values())).max()) if largest is None else largest
     for row, image in enumerate(axes):
         image[0].imshow(images[row])
         for axis, values in zip(image[1:], ratios.values(), strict=True):

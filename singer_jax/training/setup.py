@@ -18,7 +18,7 @@ from jaxtyping import Array, UInt32
 from singer_jax import methods
 from singer_jax.errors import InputError
 from singer_jax.methods import Method, MethodRequirements, ModelFeatures, nullspace
-from singer_jax.models import registers
+from singer_jax.models import registers, zoo
 from singer_jax.models.architecture import PRECISIONS, Architecture, ComputePolicy
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
@@ -262,6 +262,9 @@ def setup_students(
             f"{settings.grad_accum_steps} micro-batches"
         )
     students = settings.each()
+    for own in students.values():
+        if own.student.model:  # a mistyped name is told before the teacher's weights are fetched
+            zoo.lookup(own.student.model, own.student.overrides)
     teacher = None
     if any(methods.needs(own.method).teacher for own in students.values()):
         teacher = _teacher(settings, mesh, weights_needed)

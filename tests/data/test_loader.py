@@ -228,6 +228,7 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
                 "singer_jax.data.images",
                 "singer_jax.data.listing",
                 "singer_jax.data.loader",
+                "singer_jax.data.machine",
                 "singer_jax.data.sources",
                 "singer_jax.errors",
                 "singer_jax.io",

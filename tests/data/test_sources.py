@@ -85,7 +85,7 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path):
         ("folder", "{tmp}/none", TRAIN, "no folder at .*none"),
         ("folder", "{tmp}", TRAIN, "no image .* below"),
         ("folder", "{tmp}", TEST, r"no test split \(val, validation, "),
-        ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* tfds build imagenet2012"),
+        ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* prepared records"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, name, path, split, message):
@@ -139,6 +139,76 @@ def test_tfds_is_read_without_tensorflow(tmp_path: Path):
     assert record.label == (image.size[0] - 12) % 3
     assert "validation" in test.describe(0)
     assert "tensorflow" not in sys.modules
+
+
+def prepared(folder: Path, features: dict, splits: list[str]) -> str:
+    """The name of a set with some features and splits, of two examples each."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 8), (200, 0, 0)).save(buffer, "PNG")
+    values = {tfds.features.Image: buffer.getvalue(), tfds.features.ClassLabel: 1}
+    example = {key: values.get(type(one), 5) for key, one in features.items()}
+    name = f"singer_test_{len(features)}_{'_'.join([*features, *splits])}".lower()
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples() for split in splits}
+
+        def _generate_examples(self):
+            yield from ((number, example) for number in range(2))
+
+    Builder.name = name
+    Builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return name
+
+
+IMAGE = tfds.features.Image()
+CLASSES = tfds.features.ClassLabel(num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("features", "splits", "labels"),
+    [
+        ({"image": IMAGE}, ["train", "val"], 0),  # unlabelled
+        ({"image": IMAGE, "number": np.int32}, ["train", "test"], 0),
+        ({"picture": IMAGE, "species": CLASSES}, ["training", "testing"], 3),
+        (
+            {"image": IMAGE, "mask": IMAGE, "label": CLASSES, "other": CLASSES},
+            ["trainval", "dev"],
+            3,
+        ),
+        ({"image": IMAGE, "breed": CLASSES, "species": CLASSES}, ["full", "valid"], 0),
+    ],
+)
+def test_tfds_sets_of_other_features_and_splits_are_read(tmp_path, features, splits, labels):
+    name = prepared(tmp_path, features, splits)
+    for split in (TRAIN, TEST):
+        source = make_source(name, str(tmp_path), split)
+        assert len(source) == 2 and source.num_classes == labels
+        assert source[0].label == (1 if labels else -1)
+        assert Image.open(io.BytesIO(source[1].image)).size == (9, 8)
+
+
+@pytest.mark.parametrize(
+    ("features", "splits", "message"),
+    [
+        ({"image": IMAGE}, ["train"], "has no test split; it has train"),
+        ({"image": IMAGE}, ["odd"], "has no test split; it has odd"),
+        ({"left": IMAGE, "right": IMAGE}, ["test"], "several images, left, right; one must be"),
+        ({"number": np.int32}, ["test"], "no image; a feature must be called image, it has number"),
+    ],
+)
+def test_a_feature_or_split_that_a_tfds_set_lacks_is_named(tmp_path, features, splits, message):
+    name = prepared(tmp_path, features, splits)
+    with pytest.raises(InputError, match=message) as found:
+        make_source(name, str(tmp_path), TEST)
+    assert "not prepared" not in str(found.value) and len(str(found.value)) <= 200
 
 
 def test_the_test_split_numbers_the_classes_of_the_training_split(tmp_path):

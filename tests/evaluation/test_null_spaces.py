@@ -8,7 +8,8 @@ from PIL import Image
 
 from singer_jax import main
 from singer_jax.config import null_spaces
-from tests import tiny
+from singer_jax.evaluation import norm_summary
+from tests import planted, tiny
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def config(tmp_path):
 
 
 def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
-    config.thresholds = ("quantile=0.5", "rank=24", "absolute=0")
+    config.thresholds, config.details = ("quantile=0.5", "rank=24", "absolute=0"), True
     assert main.run(config, tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "nullspace.json").read_text())
     assert found["images"] == 10
@@ -45,7 +46,9 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         if row["threshold"] == "rank=24":  # the whole space
             np.testing.assert_allclose(row["share_project"], 1, atol=1e-4)
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 1 + 24 + 2 and "project, soft:" in printed
+    # The norms of three layers and the verdict stand before the details.
+    assert len(printed.splitlines()) == 1 + 3 + 1 + 1 + 24 + 2 and "project, soft:" in printed
+    assert printed.splitlines()[4].startswith("verdict: ")
     assert min(Image.open(tmp_path / "out" / "nullspace.png").size) > 300
 
 
@@ -57,6 +60,7 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         ("weight_matrices", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
+        ("rank", 25, "rank: 25 is not in 1..24"),
         ("quantile", 1.5, "quantile: 1.5"),
         ("images", 0, "images: 0"),
         ("images", 1, "images: 1, but the source calibrated needs two"),
@@ -67,3 +71,48 @@ def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words
     assert main.run(config, tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert words in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("length", [40, 0])
+def test_the_verdict_says_whether_there_are_artifacts_and_where(tmp_path, capsys, length):
+    config = null_spaces()
+    config.teacher.model = "vit_tiny_patch16_224"
+    config.teacher.weights = str(planted.write_teacher(tmp_path / "t.safetensors", length))
+    config.teacher.overrides = dict(planted.SIZES)
+    config.data.source, config.data.workers = "digits", 0
+    config.mesh.data, config.precision, config.rank, config.images = 1, "float32", 2, 32
+    config.layers, config.include_last_layer = (1, 3), False
+    assert main.run(config, tmp_path / "out") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + 4 + 1  # no table of singular values unless it is asked for
+    found = json.loads((tmp_path / "out" / "nullspace.json").read_text())
+    assert printed[-1] == f"verdict: {found['verdict']}"
+    shares = [row["above_3"] for row in found["norms"]]
+    assert [row["layer"] for row in found["norms"]] == [0, 1, 2, 3]
+    assert shares[0] == 0
+    if length:
+        assert min(shares[1:]) > 0.01
+        held = [
+            row["share_project"]
+            for row in found["rows"]
+            if (row["source"], row["threshold"]) == ("mlp", "quantile=0.5")
+        ]
+        assert f"artifacts in layers 1 to 3 (up to {max(shares):.2%}" in found["verdict"]
+        assert f"holds {np.mean(held):.0%}" in found["verdict"]
+        assert len(held) == 2
+    else:
+        assert max(shares) < 0.001
+        assert found["verdict"].startswith("no artifacts") and "fitnet" in found["verdict"]
+    assert min(Image.open(tmp_path / "out" / "norms.png").size) > 300
+
+
+def test_a_norm_is_compared_with_the_median_of_its_own_image():
+    norms = np.ones((2, 2, 1000))
+    norms[:, 1] *= 100  # a bright image has no artifacts for that
+    norms[1, 0, :4] = [3.5, 4, 6, 10]
+    clean, dirty = norm_summary.summarise(norms)
+    assert (clean.largest, clean.above_3, clean.has_artifacts) == (1, 0, False)
+    assert (dirty.largest, dirty.above_3, dirty.above_5) == (10, 4 / 2000, 2 / 2000)
+    assert norm_summary.artifacts(norms).sum() == 4
+    verdict = norm_summary.verdict([clean, dirty], [0], [], "mlp")
+    assert "artifacts in layer 1 (up to 0.20%" in verdict and "none of which" in verdict

@@ -1,0 +1,130 @@
+"""Patch norms over the median of their image: whether a teacher has artifacts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+ARTIFACT = 3.0
+"""A patch above so many medians of its image is an artifact (DINOv2's are about 10)."""
+LEAST_SHARE = 0.001
+"""Share of artifacts among the patches from which a layer has artifacts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSummary:
+    """The patch norms of one layer.
+
+    Attributes:
+      layer: index of the block, from 0.
+      median: of all norms.
+      percentile_99, largest: of the norms, each divided by the median of its image.
+      above_3, above_5: share of patches above so many medians of their image.
+    """
+
+    layer: int
+    median: float
+    percentile_99: float
+    largest: float
+    above_3: float
+    above_5: float
+
+    @property
+    def has_artifacts(self) -> bool:
+        """Whether at least one patch in a thousand is an artifact."""
+        return self.above_3 >= LEAST_SHARE
+
+
+def over_median(norms: Float[np.ndarray, "*axes patches"]) -> Float[np.ndarray, "*axes patches"]:
+    """Returns norms divided by the median of their image; an image of zeros stays zero."""
+    median = np.median(norms, axis=-1, keepdims=True)
+    return norms / np.where(median > 0, median, 1)
+
+
+def artifacts(norms: Float[np.ndarray, "*axes patches"]) -> Bool[np.ndarray, "*axes patches"]:
+    """Returns which patches are artifacts."""
+    return over_median(norms) > ARTIFACT
+
+
+def summarise(norms: Float[np.ndarray, "layers images patches"]) -> list[NormSummary]:
+    """Returns a summary for each layer."""
+    found = []
+    for layer, of_layer in enumerate(norms):
+        ratios = over_median(of_layer)
+        found.append(
+            NormSummary(
+                layer,
+                float(np.median(of_layer)),
+                float(np.percentile(ratios, 99)),
+                float(ratios.max()),
+                float(np.mean(ratios > 3)),
+                float(np.mean(ratios > 5)),
+            )
+        )
+    return found
+
+
+def table(summaries: Sequence[NormSummary]) -> str:
+    """Returns a line for each layer."""
+    lines = [
+        f"{'layer':>5}{'median norm':>13}{'99th pct/median':>17}{'largest/median':>16}"
+        f"{'above 3':>9}{'above 5':>9}"
+    ]
+    lines += [
+        f"{one.layer:>5}{one.median:>13.4g}{one.percentile_99:>17.2f}{one.largest:>16.2f}"
+        f"{one.above_3:>9.2%}{one.above_5:>9.2%}"
+        for one in summaries
+    ]
+    return "\n".join(lines)
+
+
+def verdict(
+    summaries: Sequence[NormSummary],
+    distilled: Sequence[int],
+    held: Sequence[float],
+    null_space: str,
+) -> str:
+    """Returns what the norms mean for the choice of a method, in one line.
+
+    Args:
+      summaries: of every layer.
+      distilled: the layers that are distilled.
+      held: of those of them that have artifacts, the share of the artifacts' energy that lies in
+        the null space.
+      null_space: which one, in words.
+    """
+    layers = [one.layer for one in summaries if one.has_artifacts]
+    most = max(one.above_3 for one in summaries)
+    if not layers:
+        return (
+            f"no artifacts: in no layer are more than {most:.2%} of the patches above 3 medians; "
+            "use FitNet (method.name=fitnet)"
+        )
+    found = f"artifacts in {_layers(layers)} (up to {most:.2%} of the patches)"
+    if not held:
+        return (
+            f"{found}, none of which is distilled ({_layers(distilled)} will be): use FitNet "
+            "(method.name=fitnet), or set method.layers"
+        )
+    share = float(np.mean(held))
+    advice = (
+        "SiNGER can remove them (method.name=singer); compare it with FitNet, which clips them"
+        if share >= 0.5
+        else "SiNGER removes little of them: use FitNet, which clips them (method.name=fitnet)"
+    )
+    return f"{found}, of which the null space ({null_space}) holds {share:.0%}: {advice}"
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """Returns ascending numbers in words, such as `layers 3, 17 to 23`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"
