@@ -692,10 +692,7 @@ LEFT_OUT = (
     (r"vit_d(p?wee|little)_.*", "differential attention"),
     (r"vit_pwee_.*|vit_.*_(xp|18x2)_\d+", "parallel blocks"),
     (r"vit_so400m_patch14_siglip_(gap_)?384", "384 pixels are no multiple of its patch size 14"),
-    (
-        r"vit_.*(_r\d+_s\d+|_resnet|_window|_rpos|_relpos|_srelpos|_cls_gap).*",
-        "a hybrid or windows",
-    ),
+    (r"vit_(s?relpos_|.*_(r\d*_s\d+|resnet|window)).*", "a hybrid, or another class of timm"),
 )
 
 # Models that timm does not name, and the timm model each is a variant of.
