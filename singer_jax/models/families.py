@@ -687,6 +687,14 @@ TAGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r"beitv2_large_patch16_224\.in1k_ft_in22k", {"crop_pct": 0.9}),
 )
 
+# Patterns of timm's names that are left out, and why.
+LEFT_OUT = (
+    (r"vit_d(p?wee|little)_.*", "differential attention"),
+    (r"vit_pwee_.*|vit_.*_(xp|18x2)_\d+", "parallel blocks"),
+    (r"vit_so400m_patch14_siglip_(gap_)?384", "384 pixels are no multiple of its patch size 14"),
+    (r"vit_(s?relpos_|.*_(r\d*_s\d+|resnet|window)).*", "a hybrid, or another class of timm"),
+)
+
 # Models that timm does not name, and the timm model each is a variant of.
 VARIANTS = {
     "deit3_tiny_patch16_224": "deit3_small_patch16_224",

@@ -15,6 +15,7 @@ from singer_jax.errors import InputError, unknown
 from singer_jax.models.architecture import FIELDS, Architecture
 from singer_jax.models.families import (
     FAMILIES,
+    LEFT_OUT,
     TAGS,
     VARIANTS,
     Family,
@@ -96,6 +97,9 @@ def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
       InputError: unknown model, unknown field, or sizes that do not fit together.
     """
     name = architecture_name(model)
+    for pattern, reason in LEFT_OUT:
+        if re.fullmatch(pattern, name):
+            raise InputError(f"model: {name} of timm is not supported: {reason}")
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     spec, overrides = dataclasses.replace(MODELS[name], **_tag_input(model)), dict(overrides or {})

@@ -78,6 +78,9 @@ def test_nearly_all_weights_tags_are_of_known_models():
     tags = [tag for tag in TAGS if "." in tag]
     unknown = [tag for tag in tags if tag.split(".")[0] not in zoo.MODELS]
     assert len(tags) == 429 and len(unknown) <= 0.05 * len(tags)
+    for tag in unknown:
+        with pytest.raises(InputError, match="is not supported: "):
+            zoo.lookup(tag)
     # timm's names, and the variants of its models that have none there.
     own = {name for name, spec in zoo.MODELS.items() if spec.timm_name != name}
     assert set(zoo.MODELS) - own <= {tag.split(".")[0] for tag in TAGS}
