@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from singer_jax.data import formats
 from singer_jax.data.images import LARGEST_FILE, UnreadableImage
 from singer_jax.data.shard_files import by_split, of_split
-from singer_jax.data.sources import IMAGE_SUFFIXES, TRAIN, Record, check_classes
+from singer_jax.data.sources import TRAIN, Record, check_classes
 from singer_jax.errors import InputError, shown
 from singer_jax.io import limits
 from singer_jax.io.files import cache_folder
@@ -310,7 +311,7 @@ def _images(window: _Window, within: str = "") -> Iterator[_Image]:
             if (own := (folder, file.partition(".")[0])) != key:
                 yield from _labelled(images, label)
                 key, images, label = own, [], NO_LABEL
-            if suffix in IMAGE_SUFFIXES:
+            if formats.is_image(file):
                 name = os.fsencode(f"{within}{member.name.removeprefix('./')}")
                 images.append(_Image(name, window.start + start, member.size))
             elif suffix == ".cls" or (suffix == ".json" and label == NO_LABEL):

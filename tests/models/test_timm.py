@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.record_timm import FOLDER, drawn, images
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
+from singer_jax.models.export_timm import to_hub_config
 from singer_jax.models.timm_arguments import changed_arguments, current_names, stated_fields
 from singer_jax.models.weights import (
     from_hub_config,
     load_model,
     spec_of_weights,
-    to_hub_config,
     to_timm,
 )
 
