@@ -46,6 +46,7 @@ _OF_JOBS = {
     "epsilon": "ridge",
     "sources": "weight_matrices",
     "change": "overrides",
+    "stablehlo": "formats",
 }
 _VALUES = {"students.execution": {"together": "parallel", "one_by_one": "sequential"}}
 
