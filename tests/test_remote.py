@@ -22,7 +22,7 @@ from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io import files
 from singer_jax.runs import lock, manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import MetricsWriter
+from singer_jax.runs.metrics import MetricsWriter
 from tests import cli, tiny
 from tests.object_store import BUCKET, object_store
 

@@ -16,7 +16,7 @@ from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import as_path, download
 from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, open_weights
 from singer_jax.runs import verify
-from singer_jax.runs.telemetry import read_rows
+from singer_jax.runs.metrics import read_rows
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
 

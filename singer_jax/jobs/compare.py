@@ -18,7 +18,7 @@ from singer_jax.jobs.report import read_settings, results_file
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import NAME, Each, OneOf
 from singer_jax.settings.settings import Settings, flatten, setting, to_dict
 

@@ -38,15 +38,8 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
-from singer_jax.runs.telemetry import (
-    LOG,
-    MetricsWriter,
-    Recorder,
-    StepMetrics,
-    in_words,
-    metric_name,
-    stall_watchdog,
-)
+from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics, metric_name
+from singer_jax.runs.recorder import Recorder, in_words, stall_watchdog
 from singer_jax.settings.settings import to_dict
 from singer_jax.training import calibration
 from singer_jax.training.capture import capture

@@ -39,7 +39,7 @@ from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import fingerprint, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings

@@ -28,7 +28,7 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.settings import of_saved

@@ -29,7 +29,7 @@ from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_norm_maps, save_patch_maps
 from singer_jax.runs.checkpoints import step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import OneOf
 from singer_jax.settings.settings import Settings, section, setting
 from singer_jax.training.settings import DistillSettings

@@ -23,7 +23,7 @@ from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.capture import Captured, read

@@ -21,7 +21,7 @@ from singer_jax.report.page import write_page
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import COUNT, NAME, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved

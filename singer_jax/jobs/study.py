@@ -38,7 +38,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.settings.settings import Settings, flatten, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings, StudentsSettings

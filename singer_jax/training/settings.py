@@ -15,7 +15,7 @@ from singer_jax.methods.singer import SingerSettings
 from singer_jax.models.architecture import PRECISIONS
 from singer_jax.models.network import StudentSettings, TeacherSettings
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LogSettings
+from singer_jax.runs.metrics import LogSettings
 from singer_jax.settings import settings as settings_lib
 from singer_jax.settings.ranges import COUNT, SEED, Elsewhere, OneOf, optional
 from singer_jax.settings.renamed import current
