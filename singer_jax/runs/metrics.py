@@ -23,6 +23,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float
 
 from singer_jax.io.files import Mirror, write_text, writing
+from singer_jax.runs.workdir import METRICS_FILE, metrics_file, tensorboard_folder, wandb_id_file
 from singer_jax.settings.ranges import COUNT, Flag
 from singer_jax.settings.renamed import current_metric
 from singer_jax.settings.settings import Settings, setting
@@ -114,12 +115,12 @@ class MetricsWriter:
             return
         from tensorboardX import SummaryWriter
 
-        self.mirror = Mirror(folder, continued=["metrics.jsonl"])
+        self.mirror = Mirror(folder, continued=[METRICS_FILE])
         self.pushed = time.monotonic()
-        path = self.mirror.local / "metrics.jsonl"
+        path = metrics_file(self.mirror.local)
         _drop_rows_after(path, step)
         self.file = path.open("a")
-        events = str(self.mirror.local / "tensorboard")
+        events = str(tensorboard_folder(self.mirror.local))
         self.tensorboard = SummaryWriter(events, purge_step=step + 1)
         self.wandb = None
         if wandb is not None:
@@ -165,7 +166,7 @@ class MetricsWriter:
 
 def _wandb_id(folder: epath.Path) -> str:
     """Returns the run's id at Weights & Biases, where a run that continues stays one run."""
-    file = folder / "wandb_id"
+    file = wandb_id_file(folder)
     if not file.exists():
         with writing(folder):
             write_text(file, uuid.uuid4().hex[:8] + "\n")
