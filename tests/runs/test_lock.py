@@ -215,7 +215,7 @@ def _check_data(run: Path) -> ConfigDict:
 
 def _export(run: Path) -> ConfigDict:
     settings = config.export()
-    settings.run, settings.stablehlo = str(run), False
+    settings.run = str(run)
     return settings
 
 
