@@ -38,15 +38,9 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
-from singer_jax.runs.telemetry import (
-    LOG,
-    MetricsWriter,
-    Recorder,
-    StepMetrics,
-    in_words,
-    metric_name,
-    stall_watchdog,
-)
+from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics, metric_name
+from singer_jax.runs.recorder import Recorder, in_words, stall_watchdog
+from singer_jax.runs.workdir import config_file, export_folder, origins_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training import calibration
 from singer_jax.training.capture import capture
@@ -428,8 +422,8 @@ def _write_config(
     if jax.process_index() > 0:
         return
     with writing(workdir):
-        write_text(workdir / "config.json", json.dumps(to_dict(settings), indent=2) + "\n")
-        write_text(workdir / "weights.json", json.dumps(weights, indent=2) + "\n")
+        write_text(config_file(workdir), json.dumps(to_dict(settings), indent=2) + "\n")
+        write_text(origins_file(workdir), json.dumps(weights, indent=2) + "\n")
 
 
 def made_by(
@@ -463,7 +457,7 @@ def _export_students(
         if jax.process_index() > 0:
             continue
         made_from = made_by(own, weights, name, int(states[name].step))
-        folder = workdir / "students" / name if name else workdir / "student"
+        folder = export_folder(workdir, name)
         trained, untouched = map(to_timm, parts)
         spec = trained_here(run.each[name].distillation.student.spec)
         export_timm(folder, spec, trained | untouched, made_from)

@@ -23,7 +23,8 @@ from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import checkpoints_folder, origins_file
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.capture import Captured, read
@@ -67,7 +68,7 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
     at_a_time = run_settings.batch_size // run_settings.grad_accum_steps
     mesh = parallel.make_mesh(math.gcd(at_a_time, jax.device_count()))
     run = setup_students(run_settings, len(source), source.num_classes, mesh)
-    teacher = load_teacher(run_settings, run, source, read_object(folder / "weights.json"))
+    teacher = load_teacher(run_settings, run, source, read_object(origins_file(folder)))
     states = {name: _state_before(folder, run, source, captured, teacher)}
     students = Students({name: run.each[name].distillation})
     done = int(states[name].step)
@@ -88,7 +89,7 @@ def _state_before(
 ) -> TrainState:
     """The latest kept state of the student before the step, or the one before the first step."""
     name, step = captured.student, captured.step
-    if not verify.finished(folder / "checkpoints"):
+    if not verify.finished(checkpoints_folder(folder)):
         found = measured(captured.settings, run, source, teacher)
         return run.init_states(teacher, found)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
