@@ -1,6 +1,6 @@
-"""The commands: one file each, with a function of the same name that takes settings and a folder.
+"""The commands: one file each, with a function of its name that takes settings and a folder.
 
-The function's annotation is the class of its settings. Other files here are parts of commands.
+The function's annotation says of which class its settings are.
 """
 
 JOBS = (

@@ -60,15 +60,15 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
     """Trains one student or several; continues the run where `workdir` holds a checkpoint.
 
     Args:
-      settings: the settings of the run.
-      workdir: folder for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/ (of
+      settings: The settings of the run.
+      workdir: Folder for config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/ (of
         several students students/NAME/).
 
     Raises:
-      InputError: the settings cannot work or differ from those of the run in `workdir`, or another
+      InputError: The settings cannot work or differ from those of the run in `workdir`, or another
         process trains in it.
       Stopped: SIGTERM or SIGINT arrived; the run is saved.
-      RunError: a non-finite loss, too many unreadable images, or no checkpoint without corruption.
+      RunError: A non-finite loss, too many unreadable images, or no checkpoint without corruption.
         Of several students the others are trained and exported before it is raised.
     """
     with parallel.computing(settings.precision):
@@ -80,14 +80,14 @@ class _Job:
     """A start of a run.
 
     Attributes:
-      settings: the settings of the run.
-      workdir: the work directory.
-      run: the students before their first step.
-      source: the training images.
-      lock: the lock of the work directory.
-      checkpoints: the checkpoints in it.
-      meta: the description of the run in each checkpoint, with `weights`, the models' provenance.
-      stopped: the reason by the name of each student that ended with an error; it grows while
+      settings: The settings of the run.
+      workdir: The work directory.
+      run: The students before their first step.
+      source: The training images.
+      lock: The lock of the work directory.
+      checkpoints: The checkpoints in it.
+      meta: The description of the run in each checkpoint, with `weights`, the models' provenance.
+      stopped: The reason by the name of each student that ended with an error; it grows while
         the others are trained.
     """
 
@@ -190,8 +190,8 @@ def _train(job: _Job, start: int) -> Mapping[str, TrainState]:
 def _first_states(job: _Job, teacher: Params | None, start: int) -> Mapping[str, TrainState]:
     """Returns the states after step `start`: new ones, or those of the checkpoint."""
     if not start:
-        statistics = measure_first_batches(job.settings, job.run, job.source, teacher)
-        return job.run.init_states(teacher, statistics)
+        measured = measure_first_batches(job.settings, job.run, job.source, teacher)
+        return job.run.init_states(teacher, measured)
     check_same_teacher(job.settings, job.workdir, job.meta, job.checkpoints.meta(start))
     job.checkpoints.set_aside()  # only now is it known that they belong to this run
     return restore_states(job.checkpoints, start, job.run.states)

@@ -1,4 +1,4 @@
-"""The job `export`: writes a student of a run or another model for other libraries."""
+"""The job `export`: a student of a run, or a model from other weights, for other libraries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LARGEST_PROGRAM = 2_000_000_000  # bytes of a StableHLO or ONNX file; both form
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings(Settings):
-    """The model and the formats of an export."""
+    """What is exported."""
 
     job: str = setting("export", OneOf(("export",)), "the command")
     run: str = setting("", TEXT, "a work directory: its student; empty: --workdir itself; or else")
@@ -59,19 +59,19 @@ class ExportSettings(Settings):
 
 
 def export(settings: ExportSettings, workdir: epath.Path) -> None:
-    """Writes the chosen formats and a model card into `student/` or `students/NAME/`.
+    """Writes the chosen formats and a model card into `student/`, of several `students/NAME/`.
 
     `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
     `model.onnx` and `stablehlo` `features.stablehlo`. Weights are read back and compared bit for
     bit, and the ONNX program is compared with the model, before a file takes its name.
 
     Args:
-      settings: the model and the formats.
-      workdir: parent of the folder; without `run` and `weights` also the run to export.
+      settings: what is exported.
+      workdir: where the folder is made; without `run` and `weights` also the run to export.
 
     Raises:
-      InputError: there is nothing to export, the folder cannot be written, or a format cannot
-        hold the model.
+      InputError: nothing to export, a folder that cannot be written, or a format that cannot hold
+        the model.
     """
     if "onnx" in settings.formats:
         check_onnx()
@@ -118,9 +118,9 @@ def _write(
     if "timm" in formats:
         export_timm(folder, spec, tensors, None if "weights" in made_from else made_from)
     if "huggingface" in formats:
-        subfolder = folder / HUGGINGFACE_FOLDER
-        export_huggingface(subfolder, spec, tensors)
-        write_card(subfolder, spec, made_from, "huggingface")
+        theirs = folder / HUGGINGFACE_FOLDER
+        export_huggingface(theirs, spec, tensors)
+        write_card(theirs, spec, made_from, "huggingface")
     if "stablehlo" in formats:
         with replacing(folder / PROGRAM_FILE) as file:
             file.write_bytes(features_program(network, params))
@@ -147,11 +147,11 @@ def _check_size(formats: tuple[str, ...], params: Params) -> None:
 def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         meta = checkpoints.meta(step)
-    settings = of_saved(meta["config"]).each()[student]
-    return export_origin(settings, meta.get("weights", {}), student, step)
+    its_settings = of_saved(meta["config"]).each()[student]
+    return export_origin(its_settings, meta.get("weights", {}), student, step)
 
 
 def _stored_dtype(path: Path) -> Any:
-    """Returns the dtype of a file's tensors; float32 where they differ."""
+    """The dtype of a file's tensors; float32 where they differ."""
     dtypes = {tensor.dtype for tensor in open_weights(path).values()}
     return dtypes.pop() if len(dtypes) == 1 else jnp.float32

@@ -48,12 +48,12 @@ def replay(settings: ReplaySettings, workdir: epath.Path) -> None:
     """Runs the recorded step of a run with `jax_debug_nans`; writes nothing.
 
     Args:
-      settings: the run and the student.
-      workdir: the run, where `settings.run` is empty.
+      settings: The run and the student.
+      workdir: The run, where `settings.run` is empty.
 
     Raises:
-      InputError: no step was recorded, or no checkpoint before it is left.
-      RunError: always at the end, with the operation that made the first non-finite number, or
+      InputError: No step was recorded, or no checkpoint before it is left.
+      RunError: Always at the end, with the operation that made the first non-finite number, or
         with the message that the step is finite here.
     """
     folder = as_path(settings.run) if settings.run else workdir
@@ -95,8 +95,8 @@ def _state_before(
     """Returns the latest saved state of the student before the step, or its initial state."""
     name, step = captured.student, captured.step
     if not verify.finished(folder / "checkpoints"):
-        statistics = measure_first_batches(captured.settings, run, source, teacher)
-        return run.init_states(teacher, statistics)[name]
+        measured = measure_first_batches(captured.settings, run, source, teacher)
+        return run.init_states(teacher, measured)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         # A student that was stopped among several keeps its state in all later checkpoints.
         usable = [n for n in checkpoints.manager.all_steps() if name or n < step]

@@ -36,13 +36,13 @@ class Validation:
     Each unreadable image is named once. kNN leaves it out; the losses take another image instead.
 
     Args:
-      settings: the settings of the run.
-      run: the students.
-      train_split: the training images, some of which kNN compares with.
-      stopped: the students that ended with an error, which are left out; it may grow later.
+      settings: The settings of the run.
+      run: The students.
+      train_split: The training images, some of which kNN compares with.
+      stopped: The students that ended with an error, which are left out; it may grow later.
 
     Raises:
-      InputError: there is no test split.
+      InputError: There is no test split.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Validation:
         """Evaluates the students.
 
         Args:
-          states: the states by the student's name.
-          teacher: the teacher's parameters.
+          states: The states by the student's name.
+          teacher: The teacher's parameters.
 
         Returns:
           `eval/val/loss`, `eval/val/loss_<term>` and `eval/knn/top1`, of several students with the

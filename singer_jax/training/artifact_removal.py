@@ -49,17 +49,17 @@ def load_teacher(
     The register neurons are searched once: a run that continues takes those in `weights`.
 
     Args:
-      teacher: the teacher; None where no method reads one.
-      settings: the settings of the run.
-      source: the training images.
-      layers: indices of the blocks whose features the students read.
-      weights: the provenance of the run's models; the removal is added to the teacher's.
+      teacher: The teacher; None where no method reads one.
+      settings: The settings of the run.
+      source: The training images.
+      layers: Indices of the blocks whose features the students read.
+      weights: The provenance of the run's models; the removal is added to the teacher's.
 
     Returns:
-      the parameters of `Teacher.network` on its devices; None without a teacher.
+      The parameters of `Teacher.network` on its devices; None without a teacher.
 
     Raises:
-      InputError: weights that cannot be read, or no register neurons.
+      InputError: Weights that cannot be read, or no register neurons.
     """
     if teacher is None:
         return None
@@ -100,17 +100,17 @@ def find_register_neurons(
     averaged over an image's outliers, then over the images with outliers.
 
     Args:
-      network, params: the teacher without removal of artifacts, its parameters on `mesh`.
-      mesh: the devices.
-      images: the images to search on; unreadable ones are left out.
-      settings: the definition of an outlier, and the number of neurons.
-      workers: number of decoding processes of the loader.
+      network, params: The teacher without removal of artifacts, its parameters on `mesh`.
+      mesh: The devices.
+      images: The images to search on; unreadable ones are left out.
+      settings: The definition of an outlier, and the number of neurons.
+      workers: Number of decoding processes of the loader.
 
     Returns:
-      block and position of each neuron, the same in every process.
+      Block and position of each neuron, the same in every process.
 
     Raises:
-      InputError: no outliers, or too few neurons in the searched blocks.
+      InputError: No outliers, or too few neurons in the searched blocks.
     """
     depth = network.spec.arch.depth
     watched = max(depth - 2, 0)
@@ -166,14 +166,14 @@ def describe_artifact_removal(
     """Compares a teacher's features before and after the removal of artifacts.
 
     Args:
-      before, after: the teacher without and with the removal, each with its parameters on `mesh`.
-      mesh: the devices.
-      images: the images to compare on; unreadable ones are left out.
-      layers: indices of the blocks after which features are compared.
-      workers: number of decoding processes of the loader.
+      before, after: The teacher without and with the removal, each with its parameters on `mesh`.
+      mesh: The devices.
+      images: The images to compare on; unreadable ones are left out.
+      layers: Indices of the blocks after which features are compared.
+      workers: Number of decoding processes of the loader.
 
     Returns:
-      by layer (a string, as in JSON) the patch norms `before` and `after`, each with `median`,
+      By layer (a string, as in JSON) the patch norms `before` and `after`, each with `median`,
       `p99` and `max`. With a class token also `class_token`: the mean over the images of the
       `cosine` between its two values, and of `moved`, their distance over the norm before.
     """

@@ -21,16 +21,16 @@ def device_batches(
     """Yields the batches of the steps after `start`, split over the devices.
 
     Args:
-      settings: the settings of the run.
-      run: the students, for the mesh and the size of the crops.
-      source: the training images.
-      start: number of steps that are done.
+      settings: The settings of the run.
+      run: The students, for the mesh and the size of the crops.
+      source: The training images.
+      start: Number of steps that are done.
 
     Yields:
-      a batch as the training step takes it, and the number of unreadable images up to it.
+      A batch as the training step takes it, and the number of unreadable images up to it.
 
     Raises:
-      RunError: too many images are unreadable, or one is and `data.fail_on_unreadable` is set.
+      RunError: Too many images are unreadable, or one is and `data.fail_on_unreadable` is set.
     """
     data, mesh, size = settings.data, run.any.mesh, settings.batch_size
     sharding = parallel.batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""Statistics of a run's first batches that methods need before they are made."""
+"""Measurements of the teacher on a run's first batches, which methods need before they are made."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ BATCHES = 8
 def measure_first_batches(
     settings: DistillSettings, run: Setups, source: Source, teacher: Params | None
 ) -> dict[str, Any]:
-    """Returns the statistics of the first batches, which are read apart from the training.
+    """Measures the teacher on the first batches, which are read apart from the training.
 
     Args:
-      settings: the settings of the run.
-      run: the students.
-      source: the training images.
-      teacher: the teacher's parameters.
+      settings: Settings of the run.
+      run: Setups of the students.
+      source: The training images.
+      teacher: Parameters of the teacher.
 
     Returns:
-      the statistics as `measure` returns them; empty where no method needs any.
+      The measurements as `measure` returns them; empty if no method needs any.
     """
     if not any(own.measured for own in run.each.values()):
         return {}
@@ -46,15 +46,15 @@ def measure_first_batches(
 
 
 def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, Any]:
-    """Returns by the student's name what its method needs, summed over batches.
+    """Measures the teacher for the method of each student that needs it.
 
     Args:
-      run: the students.
-      teacher: the teacher's parameters.
-      batches: batches on the devices, as the step takes them.
+      run: Setups of the students.
+      teacher: Parameters of the teacher.
+      batches: Batches on the devices, as the step takes them.
 
     Returns:
-      the sums, replicated on all devices.
+      The measurements by student, summed over the batches and replicated on all devices.
     """
     add, everywhere = jit_add(run), parallel.replicated(run.any.mesh)
     empty = {name: own.measured for name, own in run.each.items() if own.measured}
@@ -67,10 +67,10 @@ def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, A
 
 
 def jit_add(run: Setups) -> Callable[[dict[str, Any], Params, Any], dict[str, Any]]:
-    """Returns the program that adds the statistics of a batch to the totals.
+    """Returns the jitted function that adds the measurements of a batch to the totals.
 
-    The program takes the totals (donated), the teacher's parameters and the batch. It splits the
-    batch into as many micro-batches as the step does, so that it takes no more memory.
+    Its arguments are the totals (donated), the teacher's parameters and the batch. It splits the
+    batch into as many micro-batches as the step does, so that it needs no more memory.
     """
     network, students = run.teacher_model.network, run.students
 

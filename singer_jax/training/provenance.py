@@ -17,8 +17,8 @@ def run_provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenan
     """Returns the provenance of the teacher and of each student; empty except in process 0.
 
     Args:
-      settings: the settings of the run.
-      run: the students and their teacher.
+      settings: The settings of the run.
+      run: The students and their teacher.
     """
     found: dict[str, Provenance] = {}
     if jax.process_index() > 0:
@@ -39,10 +39,10 @@ def export_origin(
     """Returns the origin that is written into an export of a student.
 
     Args:
-      settings: the settings of the run for this student.
-      weights: the provenance of the run's teacher and students.
-      name: the student's name; empty where it is the only one.
-      step: the step of the checkpoint.
+      settings: The settings of the run for this student.
+      weights: The provenance of the run's teacher and students.
+      name: The student's name; empty where it is the only one.
+      step: The step of the checkpoint.
     """
     data = settings.data
     # An export names the folder of the images only, because its path is private.

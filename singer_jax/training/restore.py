@@ -22,9 +22,9 @@ def restore_states(
     """Restores the states of students from the checkpoint of a step.
 
     Args:
-      checkpoints: the checkpoints of the run.
-      step: the step of the checkpoint.
-      states: the abstract states with shardings by the student's name; of several students any
+      checkpoints: The checkpoints of the run.
+      step: The step of the checkpoint.
+      states: The abstract states with shardings by the student's name; of several students any
         number.
 
     Raises:

@@ -38,18 +38,18 @@ class Setup:
     """A student before its first step; no parameters are in memory yet.
 
     Attributes:
-      distillation: the static half of the student's step.
-      mesh: the devices.
-      steps: number of steps of the whole run.
-      steps_per_epoch: ceil(examples / batch size).
-      state: the abstract state with shardings, into which a checkpoint is restored.
-      teacher_model: the teacher; None for a method without one.
-      weights: the file of the student's parameters before the first step; None: random ones.
-      draw_student: the jitted program that makes random parameters from a seed.
-      init_student: returns the student's parameters before the first step.
-      measured: the abstract result of `measure`; empty for a method that needs no statistics.
-      measure: returns the statistics of a batch from the teacher's features (`methods.measure`).
-      make_method: makes the method from the teacher and the sum of the statistics; traceable.
+      distillation: The static half of the student's step.
+      mesh: The devices.
+      steps: Number of steps of the whole run.
+      steps_per_epoch: Number of steps of an epoch, ceil(examples / batch size).
+      state: The abstract state with shardings, into which a checkpoint is restored.
+      teacher_model: The teacher; None for a method without one.
+      weights: The file of the student's parameters before the first step; None: random ones.
+      draw_student: The jitted program that makes random parameters from a seed.
+      init_student: Returns the student's parameters before the first step.
+      measured: The abstract result of `measure`; empty for a method that needs no measurements.
+      measure: Measures a batch from the teacher's features (`methods.measure`).
+      make_method: Makes the method from the teacher and the summed measurements; traceable.
     """
 
     distillation: Distillation
@@ -71,7 +71,7 @@ class Setups:
     """The students of a run before their first step; they share the data, devices and steps.
 
     Attributes:
-      each: each student by its name; the name of a single student is empty.
+      each: Each student by its name; the name of a single student is empty.
     """
 
     each: Mapping[str, Setup]
@@ -113,7 +113,7 @@ class Setups:
         """Reads the teacher's parameters into their shardings; None where no method reads one.
 
         Args:
-          neurons: the neurons of its test-time registers.
+          neurons: The neurons of its test-time registers.
         """
         teacher_model = self.teacher_model
         return teacher_model.with_neurons(teacher_model.load(), neurons) if teacher_model else None
@@ -122,7 +122,7 @@ class Setups:
         """Returns the jitted program that makes the states before the first step.
 
         Its arguments are the teacher's parameters, the students' parameters by name, and the
-        statistics that their methods need, by name. A weight matrix that several students read is
+        measurements for their methods, by name. A weight matrix that several students read is
         decomposed once.
         """
 
@@ -151,9 +151,9 @@ class Setups:
         """Returns the states before the first step.
 
         Args:
-          teacher: the teacher's parameters.
-          measured: the statistics that `training.calibration.measure` returns; None where no
-            method needs any.
+          teacher: The teacher's parameters.
+          measured: The measurements that `training.calibration.measure` returns; None if no method
+            needs any.
         """
         students = {name: own.init_student() for name, own in self.each.items()}
         return self.make_states()(teacher, students, measured)
@@ -169,15 +169,15 @@ def setup_students(
     """Checks settings against models and devices, and prepares the students of the run.
 
     Args:
-      settings: the settings of the run.
-      examples: number of images of the training split.
-      num_classes: number of classes of its labels; 0 without labels.
-      mesh: the devices that will compute, which may be only described; None: this machine's
+      settings: The settings of the run.
+      examples: Number of images of the training split.
+      num_classes: Number of classes of its labels; 0 without labels.
+      mesh: The devices that will compute, which may be only described; None: this machine's
         devices, as configured.
       weights_needed: False for a step that is only compiled: the teacher may have no weights.
 
     Raises:
-      InputError: the settings cannot work; raised before any long computation.
+      InputError: The settings cannot work; raised before any long computation.
     """
     mesh = mesh or parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     if settings.batch_size % (mesh.size * settings.grad_accum_steps):

@@ -24,11 +24,11 @@ class Teacher:
     """A frozen teacher before its parameters are in memory.
 
     Attributes:
-      network: the model, with the removal of its artifacts.
-      params: its abstract parameters with shardings, test-time registers included.
-      policy: dtypes and the form of its computation.
-      weights: the file of its parameters; None for a step that is only compiled.
-      mesh: the devices.
+      network: The model, with the removal of its artifacts.
+      params: Its abstract parameters with shardings, test-time registers included.
+      policy: Dtypes and the form of its computation.
+      weights: The file of its parameters; None for a step that is only compiled.
+      mesh: The devices.
     """
 
     network: Network
@@ -53,8 +53,8 @@ class Teacher:
         """Returns the parameters of `network`.
 
         Args:
-          params: the parameters that `load` returns.
-          neurons: the register neurons; ignored by a teacher without test-time registers.
+          params: The parameters that `load` returns.
+          neurons: The register neurons; ignored by a teacher without test-time registers.
         """
         place = self.params.get(registers.NAME)
         if place is None:
@@ -67,12 +67,12 @@ def make_teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool = T
     """Checks the settings of the teacher, and makes it without reading its parameters.
 
     Args:
-      settings: the settings of the run.
-      mesh: the devices, which may be only described.
+      settings: The settings of the run.
+      mesh: The devices, which may be only described.
       weights_needed: False for a step that is only compiled: the teacher may have no weights.
 
     Raises:
-      InputError: the settings of the teacher cannot work.
+      InputError: The settings of the teacher cannot work.
     """
     data = settings.data
     spec, weights = resolve_model("teacher", settings.teacher, data.image_size, data.normalisation)
