@@ -32,14 +32,9 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
-from singer_jax.runs.telemetry import (
-    LOG,
-    MetricsWriter,
-    Recorder,
-    StepMetrics,
-    in_words,
-    stall_watchdog,
-)
+from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
+from singer_jax.runs.recorder import Recorder, in_words, stall_watchdog
+from singer_jax.runs.workdir import config_file, export_folder, origins_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.artifact_removal import load_teacher
 from singer_jax.training.batches import device_batches
@@ -280,11 +275,11 @@ def _write_config(job: _Job) -> None:
     if jax.process_index() > 0:
         return
     with writing(job.workdir):
-        for name, content in (
-            ("config.json", to_dict(job.settings)),
-            ("weights.json", job.meta["weights"]),
+        for file, content in (
+            (config_file(job.workdir), to_dict(job.settings)),
+            (origins_file(job.workdir), job.meta["weights"]),
         ):
-            write_text(job.workdir / name, json.dumps(content, indent=2) + "\n")
+            write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _export_students(job: _Job, states: Mapping[str, TrainState]) -> None:
@@ -296,7 +291,7 @@ def _export_students(job: _Job, states: Mapping[str, TrainState]) -> None:
         if jax.process_index() > 0:
             continue
         made_from = export_origin(own, weights, name, int(states[name].step))
-        folder = job.workdir / "students" / name if name else job.workdir / "student"
+        folder = export_folder(job.workdir, name)
         trained, frozen = map(to_timm, parts)
         spec = trained_here(run.each[name].distillation.student.spec)
         export_timm(folder, spec, trained | frozen, made_from)

@@ -27,7 +27,8 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import export_folder
 from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.provenance import export_origin
@@ -102,8 +103,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         check_huggingface(network.spec)
     if jax.process_index() > 0:
         return
-    name = settings.student
-    folder = workdir / "students" / name if name else workdir / "student"
+    folder = export_folder(workdir, settings.student)
     make_workdir(folder)
     with holding(folder), writing(folder):
         _write(folder, settings.formats, dataclasses.replace(backbone, network=network), made_from)

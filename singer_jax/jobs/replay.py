@@ -22,7 +22,8 @@ from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import checkpoints_folder, origins_file
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.artifact_removal import load_teacher
@@ -71,7 +72,7 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
     micro_batch = run_settings.batch_size // run_settings.grad_accum_steps
     mesh = parallel.make_mesh(math.gcd(micro_batch, jax.device_count()))
     run = setup_students(run_settings, len(source), source.num_classes, mesh)
-    weights = read_object(folder / "weights.json")
+    weights = read_object(origins_file(folder))
     layers = run.students.teacher_reads
     teacher = load_teacher(run.teacher_model, run_settings, source, layers, weights)
     states = {name: _state_before(folder, run, source, captured, teacher)}
@@ -94,7 +95,7 @@ def _state_before(
 ) -> TrainState:
     """Returns the latest saved state of the student before the step, or its initial state."""
     name, step = captured.student, captured.step
-    if not verify.finished(folder / "checkpoints"):
+    if not verify.finished(checkpoints_folder(folder)):
         measured = measure_first_batches(captured.settings, run, source, teacher)
         return run.init_states(teacher, measured)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:

@@ -15,7 +15,7 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.models.params import Params, join
-from singer_jax.runs.telemetry import LOG, metric_name
+from singer_jax.runs.metrics import LOG, metric_name
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups

@@ -30,6 +30,7 @@ from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.restore import restore_states
 from singer_jax.training.settings import DistillSettings
@@ -136,7 +137,7 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
       run: the work directory.
       student: one of several, whose metrics get the names of a single one's, without the others'.
     """
-    file = run / "metrics.jsonl"
+    file = metrics_file(run)
     lines = limits.read_text(file).splitlines() if file.is_file() else []
     rows = [row for line in lines if "step" in (row := _numbers(line))]
     if not student:

@@ -29,7 +29,7 @@ from singer_jax.models.provenance import Provenance
 from singer_jax.models.registers import Neurons, RegisterSettings
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.teacher import Teacher
 

@@ -10,7 +10,7 @@ from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
 from singer_jax.data.sources import Source
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups
 

@@ -14,7 +14,7 @@ from singer_jax.data.sources import Source
 from singer_jax.methods import ModelFeatures
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.training.batches import device_batches
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups
