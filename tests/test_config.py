@@ -136,7 +136,9 @@ def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(kind):
                 check(key, value, allowed)
             message = str(caught.value)
             assert key in message and len(message.splitlines()) == 1, message
-            assert any(f"; {word}" in message for word in ("give ", "known: ", "closest: ")), message
+            assert any(f"; {word}" in message for word in ("give ", "known: ", "closest: ")), (
+                message
+            )
         for value in right_values(allowed):
             check(key, value, allowed)
 
