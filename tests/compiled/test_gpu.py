@@ -15,6 +15,8 @@ from tests import cli
 
 COMPILER = Path(sys.prefix) / "gpu_compiler"
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> str:
     assert COMPILER.is_dir(), "bash launch/test.sh installs the compiler for GPUs"
