@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(*arguments: str) -> str:
-    assert COMPILER.is_dir(), "bash launch/test.sh installs the compiler for GPUs"
+    assert COMPILER.is_dir(), "bash launch/test.sh --all installs the compiler for GPUs"
     path = os.pathsep.join([str(COMPILER), os.getcwd()])
     environment = cli.environment() | {"PYTHONPATH": path}
     done = subprocess.run(
