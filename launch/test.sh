@@ -8,7 +8,7 @@ if [ "${1:-}" = --interop ]; then
   exec .venv/bin/python -m pytest --interop tests/interop "${@:2}"
 fi
 prepare '.[dev]'
-prepare_gpu_compiler
+if [[ " $* " == *" --all "* ]]; then prepare_gpu_compiler; fi
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
 # A file's tests stay together: what they share is made once.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubeflow_trainer_api import models
 
 from tests import cli
 
@@ -139,7 +138,11 @@ class TestSlurm:
 
     @pytest.mark.parametrize(
         ("whom", "real"),
-        [("tasks", False), ("all", False), pytest.param("tasks", True, marks=pytest.mark.slow)],
+        [
+            ("tasks", False),
+            pytest.param("all", False, marks=pytest.mark.slow),
+            pytest.param("tasks", True, marks=pytest.mark.slow),
+        ],
     )
     def test_time_is_up(self, tmp_path, environment, whom, real):
         """Its tasks (time is up) or all (the nodes are taken) get SIGTERM: saved, queued again."""
@@ -310,8 +313,11 @@ class TestJobSet:
     def given(self):
         return yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
 
+    @pytest.mark.slow
     def test_schema(self, given):
         """Equal after reading and writing: nothing is unknown to the schema, nothing wrong."""
+        from kubeflow_trainer_api import models  # thousands of classes
+
         read = models.JobsetV1alpha2JobSet.from_dict(given)
         written = json.loads(json.dumps(read.to_dict(), default=str))
         assert without_empty(written) == without_empty(given)

@@ -36,7 +36,10 @@ def jaxpr(function, *args) -> str:
     return str(jax.make_jaxpr(function)(*args))
 
 
-@pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "students",
+    [pytest.param(False, id="one"), pytest.param(True, id="several", marks=pytest.mark.slow)],
+)
 def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
     """The program that the job `distill` compiles and the planned one have equal jaxprs."""
     file = cli.write_config(tmp_path)
@@ -74,6 +77,7 @@ def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
     assert compiled == trained
 
 
+@pytest.mark.slow
 class TestCommand:
     @pytest.fixture
     def printed(self):
@@ -116,6 +120,7 @@ class TestCommand:
             assert words in printed, words
 
 
+@pytest.mark.slow
 def test_one_reduction_of_what_is_trained(tmp_path):
     """With pure data parallelism nothing large crosses the network but the gradients."""
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=TINY)
@@ -130,6 +135,7 @@ def test_one_reduction_of_what_is_trained(tmp_path):
     assert count <= 4
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_the_teacher():
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=f"{TINY} mesh.fsdp=4")
     found = planned(settings, chips.described("v5e:2x2"))

@@ -191,7 +191,7 @@ class Resuming(RuleBasedStateMachine):
         assert len(found) == self.aside
 
 
-TestResuming = Resuming.TestCase
+TestResuming = pytest.mark.slow(Resuming.TestCase)
 TestResuming.settings = hypothesis.settings(
     deadline=None, max_examples=20, stateful_step_count=15, print_blob=True
 )

@@ -50,6 +50,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_a_short_campaign_of_changed_files_finds_nothing(tmp_path):
     """Every entry point of benchmarks/fuzz.py, with honest files that are changed at random."""
     command = [sys.executable, "-m", "benchmarks.fuzz", "--inside", "--seconds=0"]

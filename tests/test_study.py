@@ -40,6 +40,7 @@ def file(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     environment = cli.environment()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -70,6 +71,7 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert status == 2 and "distilled.steps: 3" in printed
 
 
+@pytest.mark.slow
 def test_a_given_teacher_is_not_trained_and_a_student_that_is_stopped_stops_no_study(tmp_path):
     import configs.study
 

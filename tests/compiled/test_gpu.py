@@ -15,9 +15,11 @@ from tests import cli
 
 COMPILER = Path(sys.prefix) / "gpu_compiler"
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> str:
-    assert COMPILER.is_dir(), "bash launch/test.sh installs the compiler for GPUs"
+    assert COMPILER.is_dir(), "bash launch/test.sh --all installs the compiler for GPUs"
     path = os.pathsep.join([str(COMPILER), os.getcwd()])
     environment = cli.environment() | {"PYTHONPATH": path}
     done = subprocess.run(

@@ -15,6 +15,8 @@ from singer_jax.jobs import evaluate, export, nullspace, report
 from tests import cli, tiny
 from tests.data import official
 
+pytestmark = pytest.mark.slow
+
 # All jobs in one start of the processes; each has a folder of its own, as hosts that share no disk.
 SCRIPT = """
 import sys

@@ -96,7 +96,7 @@ def test_pooled_compares_what_the_heads_would_read(pool, loss):
     np.testing.assert_allclose(terms["kd"], expected[loss], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["relational", "pooled"])
+@pytest.mark.parametrize("name", [pytest.param("relational", marks=pytest.mark.slow), "pooled"])
 def test_a_whole_run(tmp_path, name):
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), name)
     config.optimizer.learning_rate = 1e-2

@@ -56,7 +56,9 @@ def expected(teacher_file) -> dict:
     return gradients(teacher_file, 1, (1, 1))
 
 
-@pytest.mark.parametrize(("grad_accum_steps", "shape"), [(4, (1, 1)), (2, (2, 2))])
+@pytest.mark.parametrize(
+    ("grad_accum_steps", "shape"), [pytest.param(4, (1, 1), marks=pytest.mark.slow), (2, (2, 2))]
+)
 def test_micro_batches_and_devices_change_no_gradient_of_any_method(
     teacher_file, expected, grad_accum_steps, shape
 ):
