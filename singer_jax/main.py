@@ -33,8 +33,8 @@ from singer_jax.platform import signals
 from singer_jax.settings.renamed import current_key
 from singer_jax.settings.settings import flatten
 
-# Jobs and settings are imported only when a job runs: the data loader's worker processes import this
-# file again and must not initialise an accelerator.
+# Jobs and settings are imported only when a job runs: the data loader's worker processes import
+# this file again and must not initialise an accelerator.
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -42,7 +42,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Work directory of the run, also gs://; resumed if it exists."
+    "workdir", "", "Work directory of the run, also gs://; an existing run is resumed."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for several processes."
