@@ -371,9 +371,7 @@ def _of_run(
     mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
 ) -> Backbone:
     if not (run / "checkpoints").is_dir():
-        raise InputError(
-            f"run: {run} holds no checkpoints; give the work directory of a training run"
-        )
+        raise InputError(f"run: {run} holds no checkpoints; give a work directory that does")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.step_to_read(step)
         meta = checkpoints.meta(step)

@@ -149,7 +149,5 @@ def mean_over(total: float, count: float, what: str) -> float:
       RunError: the count is 0, because the test split has no `what`.
     """
     if not count:
-        raise RunError(
-            f"the test split holds no {what}, so there is nothing to score; check data.path"
-        )
+        raise RunError(f"the test split holds no {what}; nothing to score, check data.path")
     return float(total) / float(count)

@@ -50,7 +50,7 @@ def cosine_to_teacher(
     teacher: PatchTokens,
     mapping: Float[np.ndarray, "dim_1 teacher_dim"] | None = None,
 ) -> Float[np.ndarray, "images patches"]:
-    """Returns each patch token's cosine similarity to the teacher's, after the map if one is given."""
+    """Returns each patch token's cosine similarity to the teacher's, after `mapping` if given."""
     mapped = tokens if mapping is None else (_affine(tokens) @ mapping).reshape(teacher.shape)
     norms = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(teacher, axis=-1)
     return np.sum(mapped * teacher, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny)
