@@ -57,14 +57,14 @@ class ProbeSettings(Settings):
     pooling: str | None = setting(
         None,
         optional(OneOf(("cls", "avg", "pooled"))),
-        "Input of the classification head: class token (`cls`), mean of the patch tokens (`avg`), or "
-        "the model's pooled output. None: `cls` if the model has a class token, else `pooled`.",
+        "Input of the classification head: class token (`cls`), mean of the patch tokens (`avg`), "
+        "or the model's pooled output. None: `cls` if the model has a class token, else `pooled`.",
     )
     protocol: str = setting(
         "paper",
         OneOf(("paper", "fast")),
-        "Training protocol of the probe. `paper`: new random crops in every epoch; `fast`: features "
-        "are extracted once.",
+        "Training protocol of the probe. `paper`: new random crops in every epoch; `fast`: "
+        "features are extracted once.",
     )
     views: int = setting(
         0, FROM_ZERO, "Number of augmented views that `fast` extracts besides the centre crop."
@@ -208,12 +208,12 @@ def _best_rate(rates: Sequence[float], scores: Sequence[float]) -> float:
 def _held_out_scores(
     one: Probed, held_out: np.ndarray, rates: Sequence[float]
 ) -> tuple[float, ...]:
-    """Returns the score of each rate's head on some images, and warns of heads that are not finite."""
+    """Returns the score of each rate's head on some images; warns of non-finite heads."""
     trainer, heads = one.trainer, one.keeper.progress.heads
     found = score(trainer.task, heads, trainer.centre(held_out), trainer.mesh)
     finite = are_finite(heads)
     for rate in itertools.compress(rates, ~finite):
-        LOG.warning("%s is not finite (NaN or infinity) and scores worst", one.head(rate))
+        LOG.warning("%s is not finite and scores worst", one.head(rate))
     return tuple(
         _score(trainer.task, metrics) if usable else -math.inf
         for metrics, usable in zip(found, finite, strict=True)
@@ -225,16 +225,14 @@ def _result(one: Probed, rates: Sequence[float], rate: float) -> ProbeResult:
     by_epoch = progress.by_epoch
     best = max(range(len(by_epoch)), key=lambda epoch: _score(task, by_epoch[epoch]))
     if not are_finite(progress.heads).all():
-        LOG.warning(
-            "%s is not finite (NaN or infinity); its metrics are the worst possible", one.head(rate)
-        )
+        LOG.warning("%s is not finite; its metrics are the worst possible", one.head(rate))
     head = {name: np.asarray(value[0]) for name, value in progress.heads.items()}
     held_out = dict(zip(rates, progress.held_out, strict=True)) if progress.held_out else {}
     return ProbeResult(rate, held_out, by_epoch[-1], by_epoch[best], best + 1, head)
 
 
 def _score(task: Task, metrics: Mapping[str, float]) -> float:
-    """Returns the score by which heads are compared; minus infinity if it is missing or not finite."""
+    """Returns the score by which heads are compared; minus infinity if it is not finite."""
     value = metrics[task.score]
     return value if math.isfinite(value) else -math.inf
 
@@ -280,7 +278,7 @@ def _keep(
     done: Sequence[int],
     tested: bool,
 ) -> None:
-    """Keeps the heads at the end of an epoch, or raises `Stopped` with all heads kept on request."""
+    """Keeps the heads at the end of an epoch; on a stop, keeps all heads and raises `Stopped`."""
     within = []
     for number, heads in moved.items():
         trainer, keeper = probed[number].trainer, probed[number].keeper

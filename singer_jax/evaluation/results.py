@@ -94,9 +94,7 @@ def read_results(file: epath.Path) -> Results | None:
         raise InputError(f"{file}: not a results.json of the job evaluate: {error!r}") from error
     wrong = next((name for name, value in row.items() if not isinstance(value, int | float)), None)
     if wrong is not None:
-        raise InputError(f"{file}: {wrong} is not a number; run the job evaluate again")
+        raise InputError(f"{file}: {wrong} is not a number; evaluate again")
     if not all(value is None or isinstance(value, int) for value in (found.version, found.step)):
-        raise InputError(
-            f"{file}: version and weights.step must be integers; run the job evaluate again"
-        )
+        raise InputError(f"{file}: version and weights.step must be integers; evaluate again")
     return found

@@ -21,9 +21,7 @@ from singer_jax.models.vit import VisionTransformer
 
 _product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
 
-_NODES = np.linspace(
-    -8, 8, 257, dtype=np.float32
-)  # integration nodes for a standard normal variable
+_NODES = np.linspace(-8, 8, 257, dtype=np.float32)  # nodes for a standard normal variable
 _WEIGHTS = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
 
 
@@ -67,12 +65,12 @@ def linearise(block: Block) -> tuple[Float[Array, "dim dim"], Float[Array, "dim 
 
 
 def _hidden(mlp: Mlp) -> Float[Array, "dim hidden"]:
-    """Returns the linear map B from a token to the MLP's hidden layer h that minimises E ||h(x) -
-    h0 - x B||^2.
+    """Returns the least-squares linear map B from a token to the MLP's hidden layer h.
 
-    For standard normal x, B = E[x^T h(x)]. For a hidden unit f(x w + b) and z = x w / ||w||, this
-    is E[z f] w / ||w||. For silu(g) v with two such maps, the part of v along g is weighted by E[z
-    silu(g) v] in the same way, and the rest of its map by E[silu(g)].
+    B minimises E ||h(x) - h0 - x B||^2. For standard normal x, B = E[x^T h(x)]. For a hidden unit
+    f(x w + b) and z = x w / ||w||, this is E[z f] w / ||w||. For silu(g) v with two such maps, the
+    part of v along g is weighted by E[z silu(g) v] in the same way, and the rest of its map by
+    E[silu(g)].
     """
     maps = [_read(part) for part in mlp.input_maps()]
     layers = (mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,)
