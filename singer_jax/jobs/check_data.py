@@ -24,7 +24,7 @@ from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import COUNT, Flag, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
-# Number of images in each split, as the papers of the data sets and Table 1 state.
+# Number of images in each official split.
 EXPECTED = {
     "imagenet2012": {TRAIN: 1281167, TEST: 50000},
     "imagenet_v2": {TEST: 10000},
@@ -112,13 +112,9 @@ def _check_all(
     if wrong:
         raise InputError("; ".join(wrong))
     if not found:
-        raise InputError(
-            "data.path: no data set found; set it to the folder of the data sets (docs/data.md)"
-        )
+        raise InputError("data.path: no data set found; see docs/data.md for the expected folders")
     if unreadable:
-        raise RunError(
-            f"{unreadable:,} images cannot be read; see the *_unreadable.txt files in {workdir}"
-        )
+        raise RunError(f"{unreadable:,} images cannot be read; {workdir} has lists of them")
 
 
 def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:
@@ -140,7 +136,7 @@ def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:
 
 
 def _often() -> float:
-    return 0.5 if sys.stderr.isatty() else 30  # seconds between updates; fewer lines in a log file
+    return 0.5 if sys.stderr.isatty() else 30  # seconds between updates of the bar
 
 
 def _line(name: str, split: str, source: Source) -> str:

@@ -52,9 +52,7 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
     if jax.process_index() > 0:
         return
     if not any((run / name).exists() for name in ("config.json", "checkpoints")):
-        raise InputError(
-            f"run: {run} is not the work directory of a run; check --config.run or --workdir"
-        )
+        raise InputError(f"run: {run} is not the work directory of a run; give one that is")
     damaged = []
     for name, told, wrong in _findings(run):
         print(f"{name}: {'CORRUPT: ' if wrong else ''}{told}")

@@ -334,7 +334,7 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
 def _find_data(
     settings: EvaluateSettings,
 ) -> tuple[dict[str, table1.Benchmark], dict[str, Split], dict[str, str]]:
-    """Returns the tasks, the data of the available ones, and the reasons for skipping the others."""
+    """Returns the tasks, the available data, and the reasons for skipping the other tasks."""
     data = settings.data
     named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
     chosen = tuple(settings.tasks) or tuple(table1.TASKS)
@@ -352,7 +352,7 @@ def _find_data(
     for (
         name,
         benchmark,
-    ) in table1.TASKS.items():  # imagenet comes before the tasks that reuse its head
+    ) in table1.TASKS.items():  # imagenet precedes tasks that reuse its head
         if name not in chosen:
             continue
         try:
@@ -368,8 +368,8 @@ def _find_data(
             skipped[name] = str(error)
     if not splits:
         raise InputError(
-            "data.path: no data set of Table 1 found, expected e.g. DATA/imagenet/val (docs/data.md); "
-            "for your own labelled images set --config.data.source=FOLDER"
+            "data.path: no data set of Table 1 found, expected e.g. DATA/imagenet/val "
+            "(docs/data.md); for your own labelled images set --config.data.source=FOLDER"
         )
     return table1.TASKS, splits, skipped
 
@@ -391,7 +391,7 @@ def _split(data: DataSettings, kind: str) -> Split:
 def _with_statistics(
     backbone: Backbone, benchmark: table1.Benchmark, normalisation: str
 ) -> Backbone:
-    """Returns the backbone, with the official code's image statistics if the settings ask for them."""
+    """Returns the backbone, with the official code's image statistics if configured."""
     if normalisation == "model":
         return backbone
     spec = dataclasses.replace(backbone.network.spec, mean=benchmark.mean, std=benchmark.std)

@@ -34,9 +34,7 @@ from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.settings import of_saved
 
 FORMATS = ("timm", "huggingface", "onnx", "stablehlo")
-_LARGEST_PROGRAM = (
-    2_000_000_000  # bytes of a StableHLO or ONNX file; both formats are limited to 2 GiB
-)
+_LARGEST_PROGRAM = 2_000_000_000  # bytes; StableHLO and ONNX files are limited to 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +67,7 @@ class ExportSettings(Settings):
 
 
 def export(settings: ExportSettings, workdir: epath.Path) -> None:
-    """Writes the chosen formats and a model card into `student/`, or `students/NAME/` for several
-    students.
+    """Writes the chosen formats and a model card into `student/` or `students/NAME/`.
 
     `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
     `model.onnx` and `stablehlo` `features.stablehlo`. Before a file gets its final name, weights
