@@ -216,7 +216,7 @@ def _check_planted(settings: StudySettings) -> None:
         raise InputError(f"patches: {settings.patches}, but an image has {patches}; give fewer")
     most = 1 - (settings.patches + 1) / patches
     for name, own in settings.distilled.each().items():
-        quantile = getattr(own.method, "quantile", 0)
+        quantile = getattr(own.method, "outlier_quantile", 0)
         if quantile > most:
             raise InputError(
                 f"distilled.students.{name}.method.outlier_quantile: {quantile:g}; with "
@@ -377,7 +377,7 @@ def measured(
     for name in students:
         student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
         rows[name] = measures.of_student(student)
-        clip = getattr(getattr(each[name].method, "match", None), "clip", 1)
+        clip = getattr(getattr(each[name].method, "match", None), "norm_clip_quantile", 1)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
             if run.teacher.artifact_removal == "registers":  # registers change the next block
