@@ -362,4 +362,4 @@ thread.join()
 
 def test_a_disk_that_fails_in_a_library_s_thread_is_one_line():
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
-    assert done.stderr == "a thread ended: [Errno 28] No space left on device: 'events'\n"
+    assert done.stderr == "background thread failed: [Errno 28] No space left on device: 'events'\n"

@@ -98,7 +98,7 @@ class TestCommand:
         return done.stdout
 
     def test_it_says_all(self, printed):
-        assert "v5e:2x2: 4 x TPU v5 lite; batch 64, 16 images a chip" in printed
+        assert "v5e:2x2: 4 x TPU v5 lite; batch 64, 16 images per chip" in printed
         for words in (
             "of 16 GiB",
             "arguments",
@@ -106,12 +106,12 @@ class TestCommand:
             "TFLOP",
             "memory traffic",
             "all-reduce",
-            "ms a step, bound by",
+            "ms per step, bound by",
             "images/s, MFU",
             "10,000 steps",  # 100 epochs of 6,400 images
             "chip hours",
             "at 2",
-            "cores a chip",
+            "cores per chip",
         ):
             assert words in printed, words
 
@@ -190,7 +190,7 @@ def test_the_roofline():
     alone = dataclasses.replace(found, count=1)
     assert alone.seconds["collectives"] == 0
     text = as_text(found, PlanSettings(plan="singer_vitl_vitt", overrides="steps=3600"))
-    assert "4000.0 ms a step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
+    assert "4000.0 ms per step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_the_roofline():
     [
         ({}, "plan: empty"),
         ({"plan": "nothing.py"}, "no file nothing.py"),
-        ({"plan": "evaluate"}, "of the job 'evaluate'"),
+        ({"plan": "evaluate"}, "has job 'evaluate'"),
         ({"plan": "singer_vitl_vitt", "overrides": "steps"}, "overrides: 'steps'; write key=value"),
         ({"plan": "singer_vitl_vitt", "overrides": "stepz=1"}, "stepz"),
         ({"plan": "singer_vitl_vitt", "overrides": "steps=-1"}, "steps: -1"),

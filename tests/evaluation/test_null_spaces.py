@@ -60,7 +60,7 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         ("weight_matrices", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
-        ("rank", 25, "rank: 25 is not in 1..24"),
+        ("rank", 25, "rank: 25, but the teacher's width is 24"),
         ("quantile", 1.5, "quantile: 1.5"),
         ("images", 0, "images: 0"),
         ("images", 1, "images: 1, but the source calibrated needs two"),

@@ -224,7 +224,7 @@ def test_what_is_not_there_is_skipped_and_named(run, tmp_path, capsys):
     [
         ({"tasks": ("nyud2",)}, "closest: nyud"),
         ({"tasks": ("pet",), "data.path": "/nowhere"}, "pet: no folder /nowhere"),
-        ({"data.path": "/nowhere"}, "none of the data sets is there"),
+        ({"data.path": "/nowhere"}, "no data set of Table 1 found"),
         ({"probe.protocol": "quick"}, "unknown probe.protocol"),
         ({"data.normalisation": "none"}, "unknown data.normalisation"),
         ({"run": "/nowhere"}, "/nowhere holds no checkpoints"),
