@@ -1,4 +1,4 @@
-"""Trains the paper's rows with the teacher ViT-L/16 (augreg) in one run: five students.
+"""Trains the paper's rows with teacher ViT-L/16 in one run: five students, one teacher pass.
 
   python -m singer_jax.main --config=configs/table1_vitl.py --workdir=runs/table1_vitl
 
