@@ -8,8 +8,8 @@
 
 All models are trained from scratch on generated scenes, except the teacher of `:real`, which is
 used without modification. If it does not have 12 blocks, FitNet needs the `method.layers` of
-SiNGER. `:small`, the default, takes about an hour of CPU time on each of two cores; `:full` is for an
-accelerator. The same command resumes a stopped study. The results are in benchmarks/STUDY.md.
+SiNGER. `:small`, the default, takes about an hour of CPU time on each of two cores; `:full` is for
+an accelerator. The same command resumes a stopped study. The results are in benchmarks/STUDY.md.
 """
 
 from __future__ import annotations

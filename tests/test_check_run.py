@@ -1,4 +1,4 @@
-"""A work directory on demand: whole, damaged, held by another process, and continued."""
+"""Tests of `check_run` on work directories: intact, corrupt, in use by a process, and resumed."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.damage import files, flip, largest
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[ConfigDict, Path]:
-    """A configuration, and a run of it to its end with the checkpoints 2 and 4."""
+    """Returns a configuration and a finished run of it with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("finished")
     config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     config.steps = 4
@@ -30,7 +30,7 @@ def run(finished, tmp_path) -> Path:
 
 
 def check(run: Path, capsys) -> tuple[int, dict[str, str], str]:
-    """Status, what is said of each thing, and the line on stderr."""
+    """Returns the exit status, the text of each finding, and the line on stderr."""
     config = check_run()
     config.run = str(run)
     capsys.readouterr()

@@ -1,4 +1,6 @@
-"""Students that leave: for timm, bit for bit, and as a program that needs nothing of ours."""
+"""Tests of exported students: bit-exact weights for timm, and a program that runs without
+singer_jax.
+"""
 
 import json
 import subprocess

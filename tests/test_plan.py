@@ -1,4 +1,4 @@
-"""The job `plan`: the trainer's own step, compiled for chips that are not here."""
+"""Tests of the job `plan`: the trainer's own step, compiled for chips that are not attached."""
 
 import dataclasses
 import subprocess
@@ -38,7 +38,7 @@ def jaxpr(function, *args) -> str:
 
 @pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
 def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
-    """The program that the job `distill` compiles and the planned one have equal jaxprs."""
+    """The programs of the jobs `distill` and `plan` have equal jaxprs."""
     file = cli.write_config(tmp_path)
     if students:
         with file.open("a") as out:
@@ -117,7 +117,7 @@ class TestCommand:
 
 
 def test_one_reduction_of_what_is_trained(tmp_path):
-    """With pure data parallelism nothing large crosses the network but the gradients."""
+    """With pure data parallelism, only gradients cross the network in large amounts."""
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=TINY)
     found = planned(settings, chips.described("v5e:2x2"))
     assert set(found.collectives) == {"all-reduce"}
@@ -152,7 +152,7 @@ def stand_in(peak, memory=16 * 2**30):
     ("fixed", "image", "largest"), [(1, 0.05, 296), (4, 0.3, 32), (10, 1, 4), (15, 0.9, 1)]
 )
 def test_the_largest_batch(monkeypatch, fixed, image, largest):
-    """Memory in GiB, `fixed` + `image` for each; 16 there are."""
+    """A step needs `fixed` + `image` per image, in GiB; the chip has 16."""
     tried = []
 
     def cost(run, batch_size, schedule):
@@ -171,7 +171,7 @@ def test_the_largest_batch(monkeypatch, fixed, image, largest):
 
 
 def test_the_roofline():
-    """By hand: 197 TFLOP take a second, 820 GB as long, and 2 x 100 GB of reductions two."""
+    """By hand: 197 TFLOP take 1 s, 820 GB take 1 s, and 2 x 100 GB of reductions take 2 s."""
     found = Cost(
         kind="TPU v5e", count=4, images=1000, arguments=0, temporaries=0, peak=2**30,
         flops=394e12, fast_flops=0, traffic=820e9, collectives={"all-reduce": (0, 100e9)}, parts={},
@@ -224,7 +224,7 @@ def test_without_the_compiler(monkeypatch):
 
 
 def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
-    """Its compiler takes any size."""
+    """The GPU compiler accepts programs of any size."""
     taken = program.Program(None, 10**12, "")
     monkeypatch.setattr(roofline, "compile_step", lambda *arguments: taken)
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["NVIDIA H100"])
@@ -233,7 +233,7 @@ def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
 
 
 def test_products_are_planned_as_they_run():
-    """Of float32 the plan is exact, of bfloat16 not: the job asks for what is planned."""
+    """The job plans with the precision of the distillation: exact for float32, not for bfloat16."""
     config = plan_config()
     config.plan = "singer_vitl_vitt"
     assert settings_of(config).precision == "bfloat16"

@@ -1,4 +1,4 @@
-"""The job `prepare`: any images in, records out that train like them, whatever happens between."""
+"""Tests of the job `prepare`: records train as their images do, also after interruptions."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The study: killed and resumed it is the same, and its page follows from its results alone."""
+"""Tests that a killed and resumed study is unchanged, and that its page depends on its results
+alone.
+"""
 
 import json
 import signal
@@ -126,7 +128,7 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
 
 
 def test_all_sizes_hold_their_own_rule():
-    """The quantile leaves room for the planted patches (and every configuration is allowed)."""
+    """The quantile leaves room for the planted patches, and every configuration is valid."""
     import configs.study
 
     for name, size in configs.study.SIZES.items():

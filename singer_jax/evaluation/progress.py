@@ -77,7 +77,7 @@ class FileKeeper(Keeper):
         found = self._read() if jax.process_index() == 0 else None
         super().__init__(parallel.of_first_process(found) or Progress())
         if self.progress.step:
-            LOG.info("resuming %s", self._where())
+            LOG.info("continuing %s", self._where())
 
     def keep(self, **changes: Any) -> None:
         super().keep(**changes)

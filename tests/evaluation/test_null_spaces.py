@@ -1,4 +1,4 @@
-"""The analysis before training: what it prints is what training would find."""
+"""Tests that the analysis before training prints the numbers that training would find."""
 
 import json
 
