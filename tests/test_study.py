@@ -114,7 +114,7 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
     with pytest.raises(InputError, match="patches: 36, but an image has 36"):
         cells(settings_of(config))
     config.patches = 4
-    with pytest.raises(InputError, match=r"students\.singer.*quantile: 0.9, .* at most 0.861"):
+    with pytest.raises(InputError, match=r"students\.singer.*quantile: 0.9; .* at most 0.861"):
         cells(settings_of(config))
     config.patches = 2
     config.main = ("fitnet", "fitnett")

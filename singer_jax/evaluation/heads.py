@@ -72,7 +72,7 @@ def apply_head(head: Head, features: Float[Array, "*axes in"]) -> Float[Array, "
 def pooled(
     arch: Architecture, tokens: Float[Array, "batch tokens dim"]
 ) -> Float[Array, "batch dim"]:
-    """Returns the class token, or the mean of the patches where there is none."""
+    """Returns the class token, or the mean of the patches if the model has none."""
     return tokens[:, 0] if arch.class_token else tokens.mean(axis=1)
 
 
