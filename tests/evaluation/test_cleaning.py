@@ -1,6 +1,4 @@
-"""Tests of artifact removal on a teacher with planted outliers: neurons found, and features
-changed.
-"""
+"""A teacher with planted outliers, cleaned: which neurons are found, and what changes."""
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +83,7 @@ def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, p
 
 
 def test_norms_and_class_tokens_are_those_of_numpy(files):
-    """Averages exclude the padding of the batch."""
+    """Of averaging; the padding of the batch counts nowhere."""
     mesh = parallel.make_mesh(1)
     before = load(files["planted"], mesh)
     graph, _ = abstract_model(SPEC.arch, ComputePolicy(artifact_removal="shift_average"))
