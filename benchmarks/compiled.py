@@ -38,7 +38,7 @@ from singer_jax.models.weights import abstract_model
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import setup
+from singer_jax.training.setup import setup_students
 
 
 def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ def whole_step(teacher: str, student: str, mesh: Mesh, images: int) -> Program:
     with tempfile.TemporaryDirectory() as folder:
         weights = write_blank_weights(Path(folder) / "teacher.safetensors", teacher)
         config.teacher.weights = str(weights)
-        run = setup(settings_of(config), 1_281_167, 1000, mesh)
+        run = setup_students(settings_of(config), 1_281_167, 1000, mesh)
     split = parallel.batch_sharding(mesh)
     shape = (config.batch_size, run.image_size, run.image_size, 3)
     batch = {
@@ -135,8 +135,8 @@ def whole_step(teacher: str, student: str, mesh: Mesh, images: int) -> Program:
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
     }
     logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(mesh))
-    step = jit_step(run.distillation, mesh, run.state, run.teacher)
-    return compile_timed(step, run.state, run.teacher, batch, logged)
+    step = jit_step(run.any.distillation, mesh, run.any.state, run.teacher)
+    return compile_timed(step, run.any.state, run.teacher, batch, logged)
 
 
 def row(part: str, form: str, program: Program) -> dict[str, str]:

@@ -323,10 +323,10 @@ def _files_of_a_run(folder: Path) -> Entry:
     from etils import epath
 
     from singer_jax.evaluation.results import provenance
-    from singer_jax.jobs.report import read_settings, results_of
+    from singer_jax.jobs.report import results_of
     from singer_jax.report.collect import read_metrics
     from singer_jax.settings.settings import to_dict
-    from singer_jax.training.settings import DistillSettings
+    from singer_jax.training.settings import DistillSettings, read_settings
 
     run, settings = epath.Path(folder), DistillSettings()
     (folder / "evaluation").mkdir()

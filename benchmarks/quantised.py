@@ -31,7 +31,7 @@ from singer_jax.models.quantised import FORMATS
 from singer_jax.models.weights import load_model
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import setup
+from singer_jax.training.setup import setup_students
 
 SIZE = 224
 TERMS = ("loss_kd", "loss_outlier", "loss_info")
@@ -141,12 +141,12 @@ def losses_rows(arguments: argparse.Namespace, pixels: np.ndarray) -> list[dict[
 
     def prepared(quantised: str | None) -> tuple:
         config.teacher.precision = quantised
-        run = setup(settings_of(config), 8000, 0)
+        run = setup_students(settings_of(config), 8000, 0)
         return run, run.load_teacher()
 
     run, teacher = prepared(None)
-    state, sharding = run.init_state(teacher), parallel.batch_sharding(run.mesh)
-    step = jit_step(run.distillation, run.mesh, state, teacher)
+    state, sharding = run.init_states(teacher)[""], parallel.batch_sharding(run.any.mesh)
+    step = jit_step(run.any.distillation, run.any.mesh, state, teacher)
 
     def batch(number: int) -> dict[str, jax.Array]:
         chosen = np.arange(8 * number, 8 * number + 8) % len(pixels)
@@ -159,7 +159,7 @@ def losses_rows(arguments: argparse.Namespace, pixels: np.ndarray) -> list[dict[
     rows, exact = [], None
     for quantised in (None, *FORMATS):
         run, teacher = prepared(quantised)
-        metrics = jax.jit(run.distillation.gradients)(state, teacher, batch(0))[0]
+        metrics = jax.jit(run.any.distillation.gradients)(state, teacher, batch(0))[0]
         found = {term: float(metrics[term]) for term in TERMS}
         exact = exact or found
         rows.append(

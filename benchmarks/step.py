@@ -132,7 +132,7 @@ def jax_step(
         {name: np.asarray(value) for name, value in parts.items()}, shared / "parts.safetensors"
     )
 
-    images = random_images(arguments.batch, run.image_size)
+    images = random_images(arguments.batch, runs.image_size)
     np.save(shared / "images.npy", images)
     batch = parallel.put_batch(
         {"image": images, "label": np.zeros(arguments.batch, np.int32)},

@@ -18,6 +18,7 @@ from singer_jax.models.model_card import write_card
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
+from singer_jax.runs.workdir import checkpoints_folder
 from singer_jax.settings import ranges
 from singer_jax.training.settings import DistillSettings
 
@@ -79,7 +80,7 @@ def load_model(
         unknown.
     """
     given = os.fspath(name)
-    of_run = (as_path(given) / "checkpoints").is_dir()
+    of_run = checkpoints_folder(as_path(given)).is_dir()
     backbone = load_backbone(
         parallel.make_mesh(1),
         run=given if of_run else "",

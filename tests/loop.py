@@ -26,7 +26,8 @@ from singer_jax.io.files import make_workdir, replacing, working_disks
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG, MetricsWriter, Recorder
+from singer_jax.runs.metrics import LOG, MetricsWriter
+from singer_jax.runs.recorder import Recorder
 from singer_jax.training.loop import LoopHooks, train
 
 FLAGS = {

@@ -10,9 +10,8 @@ from safetensors.numpy import load_file
 
 from singer_jax import main
 from singer_jax.config import settings_of
-from singer_jax.jobs import distill
 from singer_jax.platform import parallel
-from singer_jax.training import flops
+from singer_jax.training import artifact_removal, flops
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students
 from tests import planted, tiny
@@ -49,8 +48,8 @@ def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys,
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "again" / "student")
-    for name in ("find_register_neurons", "describe_cleaning"):  # of the start, not of this one
-        monkeypatch.delattr(distill, name)
+    for name in ("find_register_neurons", "describe_artifact_removal"):  # only a first start's
+        monkeypatch.delattr(artifact_removal, name)
     assert main.run(config, tmp_path / "again") == 0
     whole, again = (
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "again")

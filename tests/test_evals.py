@@ -15,7 +15,7 @@ from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Subset
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
-from singer_jax.jobs import distill
+from singer_jax.jobs import distill, validation
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import setup_students
 from tests import tiny
@@ -89,10 +89,10 @@ def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size,
 
 
 def test_knn_compares_with_several_images_of_each_class():
-    assert distill.bank_size(1000, 10) == 1000
-    assert distill.bank_size(1000, 1000) == 10_000
-    assert distill.bank_size(1000, 21_841) == 20_000
-    assert distill.bank_size(50_000, 1000) == 50_000
+    assert validation.bank_size(1000, 10) == 1000
+    assert validation.bank_size(1000, 1000) == 10_000
+    assert validation.bank_size(1000, 21_841) == 20_000
+    assert validation.bank_size(50_000, 1000) == 50_000
 
 
 def test_a_run_that_ends_within_its_warm_up_is_a_warning(tmp_path, caplog):
@@ -113,7 +113,7 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
             super().__init__(*arguments)
             made.append(self.batch_size)
 
-    monkeypatch.setattr(distill, "HeldOut", Recorded)
+    monkeypatch.setattr(validation, "HeldOut", Recorded)
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0

@@ -22,7 +22,7 @@ from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.io import files
 from singer_jax.runs import lock, manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import MetricsWriter
+from singer_jax.runs.metrics import MetricsWriter
 from tests import cli, tiny
 from tests.object_store import BUCKET, object_store
 
@@ -200,8 +200,8 @@ def test_a_run_on_a_store_is_held_by_one_process(environment, monkeypatch):
         with pytest.raises(InputError, match="is held by process"), lock.holding(folder):
             pass
         held.check()
-    assert not (folder / lock.FILE).exists()
-    (folder / lock.FILE).write_text(json.dumps({"id": "x"}))
+    assert not (folder / lock.LOCK_FILE).exists()
+    (folder / lock.LOCK_FILE).write_text(json.dumps({"id": "x"}))
     with lock.holding(folder) as held:  # a silent one
         held.check()
 

@@ -9,7 +9,7 @@ import pytest
 
 from singer_jax import main
 from singer_jax.config import PROTOCOLS, settings_of
-from singer_jax.runs.telemetry import metric_name
+from singer_jax.runs.metrics import metric_name
 from tests import shipped, tiny
 
 CONFIGS = shipped.distillations()

@@ -37,6 +37,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
+from singer_jax.runs.workdir import checkpoints_folder
 
 _MOST_IMAGES = 64  # per device and pass; enough to keep a device busy
 
@@ -370,7 +371,7 @@ def load_teacher(
 def _of_run(
     mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
 ) -> Backbone:
-    if not (run / "checkpoints").is_dir():
+    if not checkpoints_folder(run).is_dir():
         raise InputError(f"run: {run} holds no checkpoints; give a work directory that does")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.step_to_read(step)

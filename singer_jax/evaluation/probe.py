@@ -20,7 +20,7 @@ from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.heads import Head, Task
 from singer_jax.evaluation.progress import Keeper, Progress
 from singer_jax.evaluation.scoring import are_finite, score
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import (
     BETWEEN,
     COUNT,

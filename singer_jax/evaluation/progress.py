@@ -14,7 +14,7 @@ from etils import epath
 from singer_jax.io.files import download, replacing
 from singer_jax.io.limits import read_arrays
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 
 
 @dataclasses.dataclass(frozen=True)

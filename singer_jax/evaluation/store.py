@@ -21,7 +21,7 @@ from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import write_text
 from singer_jax.io.limits import read_object
 from singer_jax.platform import parallel
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 
 _FILES = ("features.npy", "labels.npy")
 _CHUNK = 2**24

@@ -74,7 +74,7 @@ def config_file(given: str) -> str:
 
 def shipped_configs() -> dict[str, Path]:
     """Returns the configurations that came with the package, by name."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
         shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
         if shipped:

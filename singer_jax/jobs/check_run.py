@@ -16,7 +16,15 @@ from singer_jax.errors import InputError, RunError, listed
 from singer_jax.io.files import as_path, download
 from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, open_weights
 from singer_jax.runs import verify
-from singer_jax.runs.telemetry import read_rows
+from singer_jax.runs.metrics import read_rows
+from singer_jax.runs.workdir import (
+    checkpoints_folder,
+    config_file,
+    damaged_folder,
+    export_folders,
+    metrics_file,
+    origins_file,
+)
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
 
@@ -51,7 +59,7 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
     run = as_path(settings.run) if settings.run else workdir
     if jax.process_index() > 0:
         return
-    if not any((run / name).exists() for name in ("config.json", "checkpoints")):
+    if not any(path(run).exists() for path in (config_file, checkpoints_folder)):
         raise InputError(f"run: {run} is not the work directory of a run; give one that is")
     damaged = []
     for name, told, wrong in _findings(run):
@@ -63,24 +71,26 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
 
 
 def _findings(run: epath.Path) -> Iterator[Finding]:
-    for step in verify.finished(run / "checkpoints"):
-        reason = verify.find_corruption(run / "checkpoints" / str(step))
-        yield Finding(f"checkpoints/{step}", reason or "every checksum matches", bool(reason))
-    if (run / "checkpoints.damaged").is_dir():
-        for file in sorted((run / "checkpoints.damaged").glob("*.txt")):
-            name = f"checkpoints.damaged/{file.stem}"
+    checkpoints = checkpoints_folder(run)
+    for step in verify.finished(checkpoints):
+        reason = verify.find_corruption(checkpoints / str(step))
+        yield Finding(
+            f"{checkpoints.name}/{step}", reason or "every checksum matches", bool(reason)
+        )
+    damaged = damaged_folder(checkpoints)
+    if damaged.is_dir():
+        for file in sorted(damaged.glob("*.txt")):
+            name = f"{damaged.name}/{file.stem}"
             yield Finding(name, f"moved here earlier: {file.read_text().strip()}")
-    for name in ("config.json", "weights.json"):
-        if (run / name).exists():
-            yield _json(run, name)
-    if (run / "metrics.jsonl").exists():
-        rows, wrong = read_rows(run / "metrics.jsonl")
+    for file in (config_file(run), origins_file(run)):
+        if file.exists():
+            yield _json(run, file.name)
+    metrics = metrics_file(run)
+    if metrics.exists():
+        rows, wrong = read_rows(metrics)
         also = f", {len(wrong)} invalid lines" if wrong else ""
-        yield Finding("metrics.jsonl", f"{len(rows)} rows{also}", bool(wrong))
-    exports = [run / "student"]
-    if (run / "students").is_dir():
-        exports += sorted((run / "students").iterdir())
-    for folder in exports:
+        yield Finding(metrics.name, f"{len(rows)} rows{also}", bool(wrong))
+    for folder in export_folders(run):
         if (folder / WEIGHTS_FILE).exists():
             yield from _export(run, folder)
     yield from _sources(run)
@@ -119,12 +129,11 @@ def _export(run: epath.Path, folder: epath.Path) -> Iterator[Finding]:
 
 
 def _sources(run: epath.Path) -> Iterator[Finding]:
-    """Yields the state of the weight files that the run was trained from, if they are on this
-    machine.
-    """
-    if not (run / "weights.json").exists() or _json(run, "weights.json").damaged:
+    """Yields the state of the run's weight files that are on this machine."""
+    origins = origins_file(run)
+    if not origins.exists() or _json(run, origins.name).damaged:
         return
-    for role, described in json.loads((run / "weights.json").read_text()).items():
+    for role, described in json.loads(origins.read_text()).items():
         file = described.get("file")
         if file and Path(file).is_file():
             yield _compared(f"weights of {role}", file, Path(file), described.get("sha256"))

@@ -14,13 +14,19 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.evaluation.results import Results, read_results
 from singer_jax.io.files import as_path, make_workdir, write_text, writing
-from singer_jax.jobs.report import read_settings, results_file
 from singer_jax.report.collect import column_order, read_metrics
 from singer_jax.report.page import format_text, write_comparison
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import (
+    comparison_file,
+    comparison_page,
+    evaluation_folder,
+    student_results_file,
+)
 from singer_jax.settings.ranges import NAME, Each, OneOf
 from singer_jax.settings.settings import Settings, flatten, setting, to_dict
+from singer_jax.training.settings import read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +56,12 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
     described: list[dict[str, Any]] = []
     for folder in map(as_path, settings.runs):
         for student, own in read_settings(folder).each().items():
-            file = results_file(folder, student)
+            file = student_results_file(folder, student)
             results = read_results(file)
             if results is None:
                 raise InputError(
                     f"runs: {folder} is not evaluated; run the job evaluate with "
-                    f"--workdir={folder}/evaluation"
+                    f"--workdir={evaluation_folder(folder)}"
                 )
             flat = flatten(to_dict(own)) | _evaluation(results, file)
             described.append(
@@ -87,10 +93,11 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
         return
     text = {name: _in_words(row) for name, row in table.items()}
     content = {"seeds": seeds, "rows": table}
-    make_workdir(workdir / "compare")
-    with holding(workdir / "compare"), writing(workdir):
-        write_text(workdir / "compare.json", json.dumps(content, indent=2) + "\n")
-        write_comparison(workdir / "compare" / "index.html", text, curves)
+    page = comparison_page(workdir)
+    make_workdir(page.parent)
+    with holding(page.parent), writing(workdir):
+        write_text(comparison_file(workdir), json.dumps(content, indent=2) + "\n")
+        write_comparison(page, text, curves)
     print(format_text(text))
 
 

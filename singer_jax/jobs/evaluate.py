@@ -34,15 +34,23 @@ from singer_jax.evaluation.results import VERSION, provenance
 from singer_jax.evaluation.scoring import score
 from singer_jax.io.files import as_path, cached, download, make_workdir, replacing, write_text
 from singer_jax.io.limits import read_arrays, read_object
-from singer_jax.jobs.report import read_settings
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import fingerprint, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import (
+    config_file,
+    features_folder,
+    head_file,
+    model_folder,
+    probe_progress_file,
+    results_file,
+    task_file,
+)
 from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
-from singer_jax.training.settings import DistillSettings
+from singer_jax.training.settings import DistillSettings, read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +160,7 @@ def _subjects(
     folder, step = as_path(settings.run or "."), settings.step
     if settings.run:
         step = step_to_read(folder, step)
-    described = settings.run and (folder / "config.json").is_file()
+    described = settings.run and config_file(folder).is_file()
     run = read_settings(folder, step) if described else None
     students = run.each() if run and run.students.named else {}
     backbones: dict[str, Backbone] = {}
@@ -181,16 +189,12 @@ def _subjects(
         )
     found = []
     for name, backbone in backbones.items():
-        folder = workdir / name if name else workdir
+        folder = model_folder(workdir, name)
         if jax.process_index() == 0:
             make_workdir(folder)
         identity = {"model": backbone.digest(), "settings": _settings_digest(settings)}
         finished = parallel.of_first_process(
-            {
-                task: known
-                for task in tasks
-                if (known := _finished(folder / "tasks" / f"{task}.json", identity))
-            }
+            {task: known for task in tasks if (known := _finished(folder, task, identity))}
         )
         own, of_run = students.get(name, run), step
         if name == "teacher":
@@ -262,14 +266,14 @@ def _measure_all(
             for name in names:
                 subject, backbone, key = due[name]
                 of_all = hashlib.sha256(json.dumps([subject.identity, key]).encode()).hexdigest()
-                progress = subject.folder / "tasks" / f"{task}.progress.npz"
+                progress = probe_progress_file(subject.folder, task)
                 keeper = FileKeeper(progress, of_all, asked)
-                store = cached(subject.folder / "features" / task)
+                store = cached(features_folder(subject.folder, task))
                 models[name] = ProbedModel(backbone, tests.pop(name), store, keeper)
             for name, (result, metrics) in _probe(benchmark, models, split, settings).items():
                 subject, _, key = due[name]
                 if jax.process_index() == 0:
-                    with replacing(subject.folder / "tasks" / f"{task}.npz") as file:
+                    with replacing(head_file(subject.folder, task)) as file:
                         np.savez(file, **result.head)
                 _finish(settings, subject, task, split, key, metrics)
                 models[name].keeper.remove()
@@ -290,7 +294,7 @@ def _finish(
         "data": _data_digest(split),
         "metrics": metrics,
     }
-    _write(subject.folder / "tasks" / f"{task}.json", subject.finished[task])
+    _write(task_file(subject.folder, task), subject.finished[task])
     _say(subject, task)
     _summarise(settings, subject)
 
@@ -327,7 +331,7 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
     if paper:
         rows[f"published: {paper[0]}"] = paper[1]
         content["published"] = {"of": paper[0], "row": paper[1]}
-    _write(subject.folder / "results.json", content)
+    _write(results_file(subject.folder), content)
     return rows
 
 
@@ -407,7 +411,7 @@ def _transfer(
     test: Examples,
 ) -> dict[str, Any]:
     """Returns the metrics of the ImageNet head on another test split."""
-    file = workdir / "tasks" / "imagenet.npz"
+    file = head_file(workdir, "imagenet")
     first = jax.process_index() == 0
     head = parallel.of_first_process(read_arrays(download(file)) if first else None)
     classes = head["bias"].shape[0]
@@ -463,18 +467,18 @@ def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _finished(file: epath.Path, identity: dict[str, str]) -> dict[str, Any] | None:
+def _finished(folder: epath.Path, task: str, identity: dict[str, str]) -> dict[str, Any] | None:
     """Returns the stored results of a task, if model and settings are the same.
 
     It returns None if they differ, or if the task's head is missing.
     """
     try:
-        content = read_object(file)
+        content = read_object(task_file(folder, task))
     except (FileNotFoundError, InputError):
         return None
-    known = table1.TASKS.get(file.stem)
+    known = table1.TASKS.get(task)
     headless = known is not None and known.kind == "transfer"
-    if not headless and not file.with_suffix(".npz").is_file():
+    if not headless and not head_file(folder, task).is_file():
         return None
     return content if all(content.get(k) == v for k, v in identity.items()) else None
 

@@ -14,7 +14,6 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.io.files import as_path, make_workdir, replacing, writing
-from singer_jax.jobs.distill import made_by
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
 from singer_jax.models.export_onnx import check_onnx, export_onnx
@@ -28,9 +27,11 @@ from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import export_folder
 from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting
+from singer_jax.training.provenance import export_origin
 from singer_jax.training.settings import of_saved
 
 FORMATS = ("timm", "huggingface", "onnx", "stablehlo")
@@ -111,8 +112,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         check_huggingface(network.spec)
     if jax.process_index() > 0:
         return
-    name = settings.student
-    folder = workdir / "students" / name if name else workdir / "student"
+    folder = export_folder(workdir, settings.student)
     make_workdir(folder)
     with holding(folder), writing(folder):
         _write(folder, settings.formats, dataclasses.replace(backbone, network=network), made_from)
@@ -157,7 +157,7 @@ def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         meta = checkpoints.meta(step)
     its_settings = of_saved(meta["config"]).each()[student]
-    return made_by(its_settings, meta.get("weights", {}), student, step)
+    return export_origin(its_settings, meta.get("weights", {}), student, step)
 
 
 def _stored_dtype(path: Path) -> Any:

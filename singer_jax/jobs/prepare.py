@@ -29,7 +29,7 @@ from singer_jax.io import limits
 from singer_jax.io.files import check_local, make_workdir, write_text
 from singer_jax.platform import signals
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import OneOf, Text, optional
 from singer_jax.settings.settings import Settings, section, setting
 

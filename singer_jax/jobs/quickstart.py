@@ -29,7 +29,8 @@ from singer_jax.report.page import write_page
 from singer_jax.report.pictures import save_norm_maps, save_patch_maps
 from singer_jax.runs.checkpoints import step_to_read
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import report_page, results_file
 from singer_jax.settings.ranges import OneOf
 from singer_jax.settings.settings import Settings, section, setting
 from singer_jax.training.settings import DistillSettings
@@ -85,7 +86,7 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
         patch_tokens(backbones["teacher"], source) for source in (fitted, test)
     )
     pixels = _pixels(test, backbones["teacher"].image_size)
-    results = {}
+    results, page = {}, report_page(workdir)
     for name, backbone in backbones.items():
         split = Split(train, test)
         _, scores = probe_task(backbone, "classification", split, settings.probe, distilled.seed)
@@ -99,14 +100,13 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
         cosine = cosine_to_teacher(tokens, teacher_test, mapping)
         shape = (-1, *backbone.network.spec.arch.grid)
         save_patch_maps(
-            workdir / "report" / f"{name.replace(', ', '_').lower()}.png",
+            page.parent / f"{name.replace(', ', '_').lower()}.png",
             name,
             pixels,
             np.linalg.norm(tokens[:_SHOWN], axis=-1).reshape(shape),
             cosine[:_SHOWN].reshape(shape),
         )
-    write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-    page = workdir / "report" / "index.html"
+    write_text(results_file(workdir), json.dumps(results, indent=2) + "\n")
     columns = {name: _columns(row) for name, row in results.items()}
     run = workdir / "distilled"
     names = [f"student, {name}" for name in distilled.students.named]

@@ -1,4 +1,4 @@
-"""The job `replay`: a step that went wrong once more, with every operation looked at."""
+"""The job `replay`: repeats a step with a non-finite loss, and checks every operation."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from singer_jax.data.sources import TRAIN, Source
 from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import as_path
 from singer_jax.io.limits import read_object
-from singer_jax.jobs.distill import device_batches, load_teacher, measured
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import checkpoints_folder, origins_file
 from singer_jax.settings.ranges import TEXT, OneOf
 from singer_jax.settings.settings import Settings, setting
+from singer_jax.training.artifact_removal import load_teacher
+from singer_jax.training.batches import device_batches
+from singer_jax.training.calibration import measure_first_batches
 from singer_jax.training.capture import Captured, read
 from singer_jax.training.program import jit_step
+from singer_jax.training.restore import restore_states
 from singer_jax.training.setup import Setups, setup_students
 from singer_jax.training.step import Students, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySettings(Settings):
-    """Which step."""
+    """The step that is replayed."""
 
     job: str = setting("replay", OneOf(("replay",)), "the command")
     run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
@@ -45,12 +49,13 @@ def replay(settings: ReplaySettings, workdir: epath.Path) -> None:
     """Runs the recorded step of a run with `jax_debug_nans`; writes nothing.
 
     Args:
-      settings: which run.
-      workdir: without `run` the run itself.
+      settings: The run and the student.
+      workdir: The run, where `settings.run` is empty.
 
     Raises:
-      InputError: nothing was recorded, or nothing is left to start from.
-      RunError: which operation made the first number that is none; or that there is none here.
+      InputError: No step was recorded, or no checkpoint before it is left.
+      RunError: Always at the end, with the operation that made the first non-finite number, or
+        with the message that the step is finite here.
     """
     folder = as_path(settings.run) if settings.run else workdir
     if jax.process_count() > 1:
@@ -64,10 +69,12 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
     run_settings, name, step = captured.settings, captured.student, captured.step
     LOG.info("%s: %s", folder, captured.found)
     source = open_source(run_settings.data, TRAIN)
-    at_a_time = run_settings.batch_size // run_settings.grad_accum_steps
-    mesh = parallel.make_mesh(math.gcd(at_a_time, jax.device_count()))
+    micro_batch = run_settings.batch_size // run_settings.grad_accum_steps
+    mesh = parallel.make_mesh(math.gcd(micro_batch, jax.device_count()))
     run = setup_students(run_settings, len(source), source.num_classes, mesh)
-    teacher = load_teacher(run_settings, run, source, read_object(folder / "weights.json"))
+    weights = read_object(origins_file(folder))
+    layers = run.students.teacher_reads
+    teacher = load_teacher(run.teacher_model, run_settings, source, layers, weights)
     states = {name: _state_before(folder, run, source, captured, teacher)}
     students = Students({name: run.each[name].distillation})
     done = int(states[name].step)
@@ -77,35 +84,34 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
         for _ in range(done + 1, step):
             states, _ = program(states, teacher, next(batches)[0], np.bool_(False))
         batch, _ = next(batches)
-    with _looked_at(captured):
-        # Not donated: where its result is no number, JAX computes it again by single operations.
+    with _checked_operations(captured):
+        # Nothing is donated, because JAX repeats a non-finite program operation by operation.
         _, metrics = jax.jit(students.step)(states, teacher, batch, np.bool_(False))
-    raise RunError(_told(step, {key: float(value) for key, value in metrics[name].items()}))
+    raise RunError(_outcome(step, {key: float(value) for key, value in metrics[name].items()}))
 
 
 def _state_before(
     folder: epath.Path, run: Setups, source: Source, captured: Captured, teacher: Params | None
 ) -> TrainState:
-    """The latest kept state of the student before the step, or the one before the first step."""
+    """Returns the latest saved state of the student before the step, or its initial state."""
     name, step = captured.student, captured.step
-    if not verify.finished(folder / "checkpoints"):
-        found = measured(captured.settings, run, source, teacher)
-        return run.init_states(teacher, found)[name]
+    if not verify.finished(checkpoints_folder(folder)):
+        measured = measure_first_batches(captured.settings, run, source, teacher)
+        return run.init_states(teacher, measured)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         # A student that was stopped among several keeps its state in all later checkpoints.
         usable = [n for n in checkpoints.manager.all_steps() if name or n < step]
         if usable:
-            abstract = run.each[name].state
-            found = checkpoints.restore(max(usable), {name: abstract} if name else abstract)
-            state = found[name] if name else found
+            wanted = {name: run.each[name].state}
+            state = restore_states(checkpoints, max(usable), wanted)[name]
             if int(state.step) < step:
                 return state
     raise InputError(f"run: no checkpoint of {folder} holds a state before step {step}")
 
 
 @contextlib.contextmanager
-def _looked_at(captured: Captured) -> Iterator[None]:
-    """Stops at the first operation that gives NaN or, where that was found, infinity."""
+def _checked_operations(captured: Captured) -> Iterator[None]:
+    """Stops at the first operation that gives NaN or, where the run found one, infinity."""
     infinite = " is nan " not in captured.found
     try:
         with jax.debug_nans(True), jax.debug_infs(infinite):
@@ -117,14 +123,15 @@ def _looked_at(captured: Captured) -> Iterator[None]:
 
 
 def _where(error: BaseException) -> str:
-    """The last line of this package that an error passed."""
+    """Returns the last line of this package in an error's traceback."""
     package = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename.startswith(package) and f.filename != __file__]
     return f"(in {own[-1].filename}:{own[-1].lineno}, {own[-1].name})" if own else ""
 
 
-def _told(step: int, metrics: dict[str, float]) -> str:
+def _outcome(step: int, metrics: dict[str, float]) -> str:
+    """Returns the message for a step in which no single operation was non-finite."""
     wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     kind = jax.devices()[0].device_kind
     if wrong:

@@ -38,7 +38,8 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers
 from singer_jax.runs.lock import holding
-from singer_jax.runs.telemetry import LOG
+from singer_jax.runs.metrics import LOG
+from singer_jax.runs.workdir import export_folder
 from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text
 from singer_jax.settings.settings import Settings, flatten, section, setting, to_dict
 from singer_jax.training.settings import DistillSettings, StudentsSettings
@@ -375,7 +376,7 @@ def measured(
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows, each = {}, run.each()
     for name in students:
-        student = load_backbone(teacher.mesh, weights=str(folder / "students" / name))
+        student = load_backbone(teacher.mesh, weights=str(export_folder(folder, name)))
         rows[name] = measures.of_student(student)
         clip = getattr(getattr(each[name].method, "match", None), "norm_clip_quantile", 1)
         if cleaned is not None:

@@ -27,7 +27,7 @@ NAME = "register_neurons"
 
 @dataclasses.dataclass(frozen=True)
 class RegisterSettings(Settings):
-    """Which neurons are taken for register neurons (`evaluation.cleaning`)."""
+    """Which neurons are taken for register neurons (`training.artifact_removal`)."""
 
     images: int = setting(500, COUNT, "of the training split, to find them on")
     neurons: int = setting(

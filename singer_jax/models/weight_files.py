@@ -23,6 +23,8 @@ from singer_jax.settings.ranges import POSITIVE, SIDE, Allowed, Each, Range, Tex
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+STUDENT_FOLDER = "student"  # of a work directory; it holds the exported student
+STUDENTS_FOLDER = "students"  # instead of it, with a folder for each of several students
 _PREPROCESSING_FILE = "preprocessor_config.json"  # transformers' statistics of the input
 
 # Files of a folder or a repository, the first before the others: timm's and transformers', then
@@ -80,17 +82,20 @@ def find_weights(weights: str) -> Path:
     """
     path = as_path(weights) if is_remote(weights) else Path(weights).expanduser()
     try:
-        for file in (path, *(path / name for name in _FILES), path / "student" / WEIGHTS_FILE):
+        exported = path / STUDENT_FOLDER / WEIGHTS_FILE
+        for file in (path, *(path / name for name in _FILES), exported):
             if file.is_file():
                 return _local(file)
     except PermissionError as error:
         raise InputError(f"weights {path}: may not be read ({error.strerror})") from error
     if path.is_dir():
-        several = sorted(file.parent.name for file in path.glob(f"students/*/{WEIGHTS_FILE}"))
-        hint = f"; give one of its students/{{{','.join(several)}}}" if several else ""
+        several = sorted(
+            file.parent.name for file in path.glob(f"{STUDENTS_FOLDER}/*/{WEIGHTS_FILE}")
+        )
+        hint = f"; give one of its {STUDENTS_FOLDER}/{{{','.join(several)}}}" if several else ""
         raise InputError(
             f"{path} holds neither {WEIGHTS_FILE}, {TORCH_FILE} or their shards nor "
-            f"student/{WEIGHTS_FILE}{hint}"
+            f"{STUDENT_FOLDER}/{WEIGHTS_FILE}{hint}"
         )
     if path.suffix in _SUFFIXES or path.is_absolute() or len(path.parts) > 2:
         raise InputError(f"no weights file at {path}")

@@ -30,9 +30,11 @@ from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
+from singer_jax.training.restore import restore_states
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups, restore_states, setup_students
+from singer_jax.training.setup import Setups, setup_students
 from singer_jax.training.step import TrainState
 
 _FITTED = 256  # number of training images to fit the maps to the teacher's features
@@ -120,7 +122,7 @@ def restore(
     prepared = setup_students(settings, len(source), source.num_classes)
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.step_to_read(step)
-        states = restore_states(checkpoints, step, prepared)
+        states = restore_states(checkpoints, step, prepared.states)
         teacher = (checkpoints.meta(step).get("weights") or {}).get("teacher", {})
     neurons = teacher.get("clean", {}).get("neurons", ())
     return prepared, states, prepared.load_teacher(neurons), step
@@ -137,7 +139,7 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
       student: one of several students; its metrics get the names that a single student's have, and
         the other students' metrics are left out.
     """
-    file = run / "metrics.jsonl"
+    file = metrics_file(run)
     lines = limits.read_text(file).splitlines() if file.is_file() else []
     rows = [row for line in lines if "step" in (row := _numbers(line))]
     if not student:

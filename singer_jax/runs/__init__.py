@@ -1,1 +1,1 @@
-"""The life of a work directory: checkpoints, verification, lock, metrics."""
+"""Work directories of runs: file names, checkpoints, verification, lock, metrics, recorder."""

@@ -26,6 +26,7 @@ from singer_jax.models.params import Params, join, split
 from singer_jax.platform import parallel, signals
 from singer_jax.runs import manifests, verify
 from singer_jax.runs.verify import by_name
+from singer_jax.runs.workdir import checkpoints_folder
 
 LOG = logging.getLogger("singer_jax")
 
@@ -113,7 +114,7 @@ class Checkpoints:
                 max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
             )
         self.manager = ocp.CheckpointManager(
-            as_path(folder) / "checkpoints",
+            checkpoints_folder(as_path(folder)),
             options=options,
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
@@ -344,7 +345,7 @@ def step_to_read(run: epath.Path, step: int | None = None) -> int:
       InputError: it holds no checkpoints, or as `Checkpoints.step_to_read`.
       RunError: as `Checkpoints.step_to_read`.
     """
-    if not (run / "checkpoints").is_dir():
+    if not checkpoints_folder(run).is_dir():
         raise InputError(f"run: {run} holds no checkpoints")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         return checkpoints.step_to_read(step)

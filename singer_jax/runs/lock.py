@@ -30,10 +30,10 @@ from etils import epath
 
 from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import failures, is_remote, writing
+from singer_jax.runs.workdir import LOCK_FILE
 
 LOG = logging.getLogger("singer_jax")
 
-FILE = "running.json"
 BEAT = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one, after which a run of another machine is taken for dead
 SETTLE = 1.0  # seconds in which another start at the same time will have written
@@ -62,7 +62,7 @@ class RunLock:
     """A run in its work directory; see `holding`."""
 
     def __init__(self, folder: epath.Path, active: bool = True) -> None:
-        self.folder, self.file, self.active = folder, folder / FILE, active
+        self.folder, self.file, self.active = folder, folder / LOCK_FILE, active
         born = _born(os.getpid())
         self.content = {
             "id": uuid.uuid4().hex,
@@ -91,7 +91,7 @@ class RunLock:
         except failures(self.folder) as error:
             raise RunError(f"cannot read {self.file}: {error}") from error
         if not self._own(found):
-            by = f"taken over by {_told(found)}" if found else f"{FILE} is gone"
+            by = f"taken over by {_told(found)}" if found else f"{LOCK_FILE} is gone"
             raise RunError(f"{self.folder} is no longer this run's, nothing more is saved: {by}")
 
     def release(self) -> None:
@@ -139,7 +139,7 @@ class RunLock:
         if is_remote(self.file):
             self.file.write_text(json.dumps(self.content))
         else:
-            own = Path(self.folder) / f"running.{self.content['id']}.json"
+            own = Path(self.file).with_suffix(f".{self.content['id']}.json")
             own.write_text(json.dumps(self.content))
             own.replace(self.file)
 
@@ -199,7 +199,7 @@ def _read(file: epath.Path) -> dict[str, Any] | None:
 
 def _told(found: Mapping[str, Any]) -> str:
     if not {"process", "host", "since"} <= set(found):
-        return f"a run that {FILE} does not name"
+        return f"a run that {LOCK_FILE} does not name"
     return f"process {found['process']} of {found['host']} since {found['since']}"
 
 

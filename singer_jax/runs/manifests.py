@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from singer_jax.io.files import is_remote, object_digests, write_text
+from singer_jax.runs.workdir import manifests_folder
 
 _CHUNK = 2**24  # bytes
 FileDigests = dict[str, list[Any]]
@@ -65,7 +66,7 @@ def changed(known: FileDigests, files: FileDigests) -> list[str]:
 
 def place(checkpoint: epath.Path) -> epath.Path:
     """Returns the path of the manifest of a checkpoint's folder."""
-    return _folder(checkpoint.parent) / f"{checkpoint.name}.json"
+    return manifests_folder(checkpoint.parent) / f"{checkpoint.name}.json"
 
 
 def write(checkpoint: epath.Path, files: FileDigests) -> None:
@@ -95,15 +96,12 @@ def remove(checkpoint: epath.Path) -> None:
 
 def prune(checkpoints: epath.Path, steps: Collection[int]) -> None:
     """Removes the manifests of all checkpoints but those of `steps`."""
-    if not _folder(checkpoints).is_dir():
+    folder = manifests_folder(checkpoints)
+    if not folder.is_dir():
         return
-    for path in _folder(checkpoints).glob("*.json"):
+    for path in folder.glob("*.json"):
         if path.stem.isdigit() and int(path.stem) not in steps:
             path.unlink(missing_ok=True)
-
-
-def _folder(checkpoints: epath.Path) -> epath.Path:
-    return checkpoints.with_name(f"{checkpoints.name}.manifests")
 
 
 def _blake2b(content: Any = b"") -> Any:

@@ -29,6 +29,7 @@ from singer_jax.errors import RunError
 from singer_jax.io.files import failures, is_remote, move, write_text
 from singer_jax.platform import parallel
 from singer_jax.runs import manifests
+from singer_jax.runs.workdir import damaged_folder
 
 LOG = logging.getLogger("singer_jax")
 
@@ -225,7 +226,7 @@ def set_aside(folder: epath.Path, reason: str) -> epath.Path:
 
     Its manifest is removed, so that none is left for the next checkpoint of that step.
     """
-    aside = folder.parent.with_name(f"{folder.parent.name}.damaged")
+    aside = damaged_folder(folder.parent)
     place, number = aside / folder.name, 1
     while place.exists():
         number += 1

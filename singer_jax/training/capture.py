@@ -19,10 +19,9 @@ from singer_jax.data.loader import batch_records
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.io.files import failures, write_text
+from singer_jax.runs.workdir import captured_step_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
-
-FOLDER = "nan"
 
 
 class Captured(NamedTuple):
@@ -69,7 +68,7 @@ def capture(
         captured = Captured(step, student, found, records, images, to_dict(settings))
         content = json.dumps(captured._asdict(), indent=2)
         try:
-            write_text(workdir / FOLDER / f"{student or 'student'}.json", content + "\n")
+            write_text(captured_step_file(workdir, student), content + "\n")
         except failures(workdir) as error:
             return f"not recorded ({error})"
     which = f" --config.student={student}" if student else ""
@@ -83,7 +82,7 @@ def read(run: epath.Path, student: str) -> Captured:
     Raises:
       InputError: nothing that can be read.
     """
-    file = run / FOLDER / f"{student or 'student'}.json"
+    file = captured_step_file(run, student)
     try:
         return Captured(**json.loads(file.read_text()))
     except FileNotFoundError:

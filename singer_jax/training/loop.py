@@ -13,7 +13,8 @@ import numpy as np
 from singer_jax.errors import Stopped
 from singer_jax.models.params import Params
 from singer_jax.platform import hosts, signals
-from singer_jax.runs.telemetry import Recorder, StepMetrics
+from singer_jax.runs.metrics import StepMetrics
+from singer_jax.runs.recorder import Recorder
 from singer_jax.settings.ranges import COUNT, FROM_ZERO
 from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.step import TrainState

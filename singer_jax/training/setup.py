@@ -1,4 +1,4 @@
-"""From settings to everything a run needs, failing early and saying why."""
+"""The students of a run before their first step, from settings that are checked early."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,76 +22,34 @@ from singer_jax.models import registers, zoo
 from singer_jax.models.architecture import PRECISIONS, Architecture, ComputePolicy
 from singer_jax.models.network import Network, resolve_model
 from singer_jax.models.params import Params
-from singer_jax.models.quantised import check_installed
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.weight_files import WeightsFile
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import ModelSpec
-from singer_jax.platform import backends, parallel
+from singer_jax.platform import parallel
 from singer_jax.training.optimizer import make_optimizer, make_schedule
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.step import Distillation, Students, TrainState, teach
-
-if TYPE_CHECKING:  # a step needs no orbax
-    from singer_jax.runs.checkpoints import Checkpoints
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher before its parameters are in memory.
-
-    Attributes:
-      network: what it is.
-      params: abstract, with shardings; test-time registers are among them.
-      policy: how it computes.
-      weights: their file; None of a step that is only compiled.
-      mesh: of the devices.
-    """
-
-    network: Network
-    params: Params
-    policy: ComputePolicy
-    weights: WeightsFile | None
-    mesh: Mesh
-
-    @property
-    def uncleaned(self) -> Network:
-        """It without what cleans its features."""
-        plain = dataclasses.replace(self.policy, artifact_removal=None)
-        return Network(self.network.spec, abstract_model(self.network.spec.arch, plain)[0])
-
-    def load(self) -> Params:
-        """Reads the parameters of `uncleaned` into their shardings; raises as `load_model`."""
-        place = functools.partial(parallel.tree_shardings, self.mesh)
-        plain = dataclasses.replace(self.policy, artifact_removal=None)
-        return load_model(self.network.spec, self.weights, plain, place)[1]
-
-    def with_neurons(self, params: Params, neurons: registers.Neurons) -> Params:
-        """Its own parameters, from those that `load` gives and its register neurons."""
-        place = self.params.get(registers.NAME)
-        if place is None:
-            return params
-        marked = registers.marked(neurons, place.shape)
-        return params | {registers.NAME: parallel.put(marked, place.sharding)}
+from singer_jax.training.teacher import Teacher, make_teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A student's run before its first step; no parameters are in memory yet.
+    """A student before its first step; no parameters are in memory yet.
 
     Attributes:
-      distillation: the static half of its step.
-      mesh: of the devices.
-      steps: of the whole run.
-      steps_per_epoch: ceil(examples / batch size).
-      state: abstract, with shardings: what a checkpoint is read into.
-      teacher_model: its teacher; None for a method without one.
-      weights: the file of the student's parameters before the first step; None: random ones.
-      draw_student: the jitted program of a random student, from a seed.
-      init_student: the student's parameters before the first step.
-      measured: what `measure` gives, abstract; empty for a method that needs nothing of batches.
-      measure: of the teacher's features of a batch (`methods.measure`).
-      make_method: from the teacher and the sum of what is measured, traceable.
+      distillation: The static half of the student's step.
+      mesh: The devices.
+      steps: Number of steps of the whole run.
+      steps_per_epoch: Number of steps of an epoch, ceil(examples / batch size).
+      state: The abstract state with shardings, into which a checkpoint is restored.
+      teacher_model: The teacher; None for a method without one.
+      weights: The file of the student's parameters before the first step; None: random ones.
+      draw_student: The jitted program that makes random parameters from a seed.
+      init_student: Returns the student's parameters before the first step.
+      measured: The abstract result of `measure`; empty for a method that needs no measurements.
+      measure: Measures a batch from the teacher's features (`methods.measure`).
+      make_method: Makes the method from the teacher and the summed measurements; traceable.
     """
 
     distillation: Distillation
@@ -107,48 +65,30 @@ class Setup:
     measure: Callable[[ModelFeatures], Any]
     make_method: Callable[[VisionTransformer | None, Any], Method]
 
-    @property
-    def image_size(self) -> int:
-        """Side of the crops that the loader makes, in pixels; the larger model's."""
-        return Setups({"": self}).image_size
-
-    @property
-    def teacher(self) -> Params | None:
-        """The teacher's parameters, abstract, with shardings; None for a method without one."""
-        return Setups({"": self}).teacher
-
-    def load_teacher(self) -> Params | None:
-        """As `Setups.load_teacher`."""
-        return Setups({"": self}).load_teacher()
-
-    def init_state(self, teacher: Params | None) -> TrainState:
-        """As `Setups.init_states`, of this one."""
-        return Setups({"": self}).init_states(teacher)[""]
-
 
 @dataclasses.dataclass(frozen=True)
 class Setups:
-    """A run of one student or of several before its first step; they share all but themselves.
+    """The students of a run before their first step; they share the data, devices and steps.
 
     Attributes:
-      each: by the student's name; of a single one it is empty.
+      each: Each student by its name; the name of a single student is empty.
     """
 
     each: Mapping[str, Setup]
 
     @property
     def students(self) -> Students:
-        """The static half of a step of all."""
+        """The static half of the step of all students."""
         return Students({name: own.distillation for name, own in self.each.items()})
 
     @property
     def any(self) -> Setup:
-        """One of them, for what they share."""
+        """One of the students, for the attributes that all share."""
         return next(iter(self.each.values()))
 
     @property
     def teacher_model(self) -> Teacher | None:
-        """Their teacher; None where no method reads one."""
+        """The teacher; None where no method reads one."""
         return next((own.teacher_model for own in self.each.values() if own.teacher_model), None)
 
     @property
@@ -161,28 +101,29 @@ class Setups:
 
     @property
     def states(self) -> dict[str, TrainState]:
-        """Abstract, with shardings: what a checkpoint is read into."""
+        """The abstract states with shardings, into which a checkpoint is restored."""
         return {name: own.state for name, own in self.each.items()}
 
     @property
     def teacher(self) -> Params | None:
-        """The teacher's parameters, abstract, with shardings; None where no method reads one."""
+        """The teacher's abstract parameters with shardings; None where no method reads one."""
         return self.teacher_model.params if self.teacher_model else None
 
     def load_teacher(self, neurons: registers.Neurons = ()) -> Params | None:
         """Reads the teacher's parameters into their shardings; None where no method reads one.
 
         Args:
-          neurons: those of its test-time registers.
+          neurons: The neurons of its test-time registers.
         """
         teacher_model = self.teacher_model
         return teacher_model.with_neurons(teacher_model.load(), neurons) if teacher_model else None
 
     def make_states(self) -> Callable[..., dict[str, TrainState]]:
-        """The jitted program of the states before the first step.
+        """Returns the jitted program that makes the states before the first step.
 
-        Its arguments are the parameters of the teacher and, by name, of the students, and what was
-        measured for these. What several students read of one layer is decomposed once.
+        Its arguments are the teacher's parameters, the students' parameters by name, and the
+        measurements for their methods, by name. A weight matrix that several students read is
+        decomposed once.
         """
 
         def make(
@@ -207,32 +148,15 @@ class Setups:
     def init_states(
         self, teacher: Params | None, measured: Mapping[str, Any] | None = None
     ) -> dict[str, TrainState]:
-        """The states before the first step.
+        """Returns the states before the first step.
 
         Args:
-          teacher: its parameters.
-          measured: as `training.calibration.measure` gives it; None where no method needs any.
+          teacher: The teacher's parameters.
+          measured: The measurements that `training.calibration.measure` returns; None if no method
+            needs any.
         """
         students = {name: own.init_student() for name, own in self.each.items()}
         return self.make_states()(teacher, students, measured)
-
-
-def saved_tree(states: Mapping[str, Any]) -> Any:
-    """What a checkpoint holds of the students' states: of a single one its state alone."""
-    return states[""] if "" in states else dict(states)
-
-
-def restore_states(checkpoints: Checkpoints, step: int, run: Setups) -> dict[str, TrainState]:
-    """The states of a checkpoint of `saved_tree`; raises as `Checkpoints.restore`."""
-    found = checkpoints.restore(step, saved_tree(run.states))
-    return {"": found} if "" in run.each else found
-
-
-def setup(
-    settings: DistillSettings, examples: int, num_classes: int, mesh: Mesh | None = None
-) -> Setup:
-    """`setup_students` of a run with one student."""
-    return setup_students(settings, examples, num_classes, mesh).each[""]
 
 
 def setup_students(
@@ -242,18 +166,18 @@ def setup_students(
     mesh: Mesh | None = None,
     weights_needed: bool = True,
 ) -> Setups:
-    """Checks settings against models and devices, and prepares their run.
+    """Checks settings against models and devices, and prepares the students of the run.
 
     Args:
-      settings: of the run.
-      examples: size of the training split.
-      num_classes: of its labels; 0 without labels.
-      mesh: of the devices that will compute, which may be only described; None: as configured, of
-        the devices that are here.
-      weights_needed: False for a step that is only compiled: the teacher may be without weights.
+      settings: The settings of the run.
+      examples: Number of images of the training split.
+      num_classes: Number of classes of its labels; 0 without labels.
+      mesh: The devices that will compute, which may be only described; None: this machine's
+        devices, as configured.
+      weights_needed: False for a step that is only compiled: the teacher may have no weights.
 
     Raises:
-      InputError: anything in the settings that cannot work; before any long work.
+      InputError: The settings cannot work; raised before any long computation.
     """
     mesh = mesh or parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     if settings.batch_size % (mesh.size * settings.grad_accum_steps):
@@ -263,11 +187,11 @@ def setup_students(
         )
     students = settings.each()
     for own in students.values():
-        if own.student.model:  # a mistyped name is told before the teacher's weights are fetched
+        if own.student.model:  # a mistyped name fails before the teacher's weights are downloaded
             zoo.lookup(own.student.model, own.student.overrides)
     teacher = None
     if any(methods.needs(own.method).teacher for own in students.values()):
-        teacher = _teacher(settings, mesh, weights_needed)
+        teacher = make_teacher(settings, mesh, weights_needed)
     each = {}
     for name, own in students.items():
         try:
@@ -275,33 +199,6 @@ def setup_students(
         except InputError as error:
             raise InputError(f"students.{name}: {error}" if name else str(error)) from error
     return Setups(each)
-
-
-def _teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool) -> Teacher:
-    spec, weights = _resolve("teacher", settings)
-    if settings.teacher.artifact_removal == "planted" and not spec.arch.planted:
-        raise InputError(
-            f"teacher.artifact_removal: planted, but nothing is planted in {spec.name}"
-        )
-    if weights_needed and not weights:
-        raise InputError("teacher.weights: empty; give a hub name, a file or a run")
-    dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
-    stacked = backends.choices(backend).stack_frozen and spec.arch.blocks_alike
-    quantised = settings.teacher.precision
-    if quantised:
-        check_installed(quantised)
-    policy = ComputePolicy(
-        dtype,
-        dtype,
-        quantised=quantised,
-        backend=backend,
-        stacked=stacked,
-        artifact_removal=settings.teacher.artifact_removal,
-        gathered=parallel.replicated(mesh) if mesh.shape["fsdp"] > 1 else None,
-    )
-    graph, params = abstract_model(spec.arch, policy)
-    params = parallel.with_shardings(mesh, params)
-    return Teacher(Network(spec, graph), params, policy, weights, mesh)
 
 
 def _student(
@@ -323,7 +220,9 @@ def _student(
     learning_rate = settings.optimizer.learning_rate
     schedule = make_schedule(settings.schedule, learning_rate, steps, steps_per_epoch)
 
-    spec, weights = _resolve("student", settings)
+    spec, weights = resolve_model(
+        "student", settings.student, settings.data.image_size, settings.data.normalisation
+    )
     if not weights and "num_classes" not in settings.student.overrides:
         classes = teacher.spec.arch.num_classes if needs.teacher_logits else num_classes
         arch = dataclasses.replace(spec.arch, num_classes=classes * needs.logits)
@@ -339,7 +238,7 @@ def _student(
         return methods.measure(seen, settings.method)
 
     def make_method(model: VisionTransformer | None, measured: Any = None) -> Method:
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(settings.seed), 1))
+        rngs = nnx.Rngs(params=jax.random.fold_in(_init_key(settings.seed), 1))
         return methods.make(model, spec.arch, settings.method, rngs, measured)
 
     measured = _abstract_measured(measure, teacher_model) if needs.measured else {}
@@ -398,24 +297,19 @@ def _abstract_measured(measure: Callable[[ModelFeatures], Any], teacher_model: T
 def _drawing(
     arch: Architecture, policy: ComputePolicy, mesh: Mesh
 ) -> Callable[[UInt32[Array, ""]], Params]:
-    """The program of random students: one for all that differ in their seeds alone."""
+    """Returns the program of random students; all that differ only in their seeds share it."""
 
     def draw(seed: UInt32[Array, ""]) -> Params:
-        rngs = nnx.Rngs(params=jax.random.fold_in(init_key(seed), 0))
+        rngs = nnx.Rngs(params=jax.random.fold_in(_init_key(seed), 0))
         return nnx.to_pure_dict(nnx.state(VisionTransformer(arch, policy, rngs=rngs)))
 
     abstract = abstract_model(arch, policy)[1]
     return jax.jit(draw, out_shardings=parallel.tree_shardings(mesh, abstract))
 
 
-def init_key(seed: int | UInt32[Array, ""]) -> jax.Array:
-    """The key of everything drawn before the first step; no step number folds into the same."""
+def _init_key(seed: int | UInt32[Array, ""]) -> jax.Array:
+    """Returns the key of all random numbers before the first step; no step's key equals it."""
     return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
-
-
-def _resolve(role: str, settings: DistillSettings) -> tuple[ModelSpec, WeightsFile | None]:
-    data = settings.data
-    return resolve_model(role, getattr(settings, role), data.image_size, data.normalisation)
 
 
 def _check_heads(

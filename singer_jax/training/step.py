@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from singer_jax.methods import Batch, FrozenVariable, Method, ModelFeatures
 from singer_jax.models.network import Network
 from singer_jax.models.params import Keys, Params, split
-from singer_jax.runs.telemetry import StepMetrics
+from singer_jax.runs.metrics import StepMetrics
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
 """Raw residual streams by block, as `VisionTransformer.streams_at` gives them."""

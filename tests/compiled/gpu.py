@@ -12,7 +12,6 @@ import numpy as np
 
 from singer_jax.platform import chips, parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups
 from tests.compiled.compiling import abstract
 from tests.compiled.test_tpu import batch_of, prepare
 
@@ -23,12 +22,12 @@ def main() -> None:
     mesh = parallel.make_mesh(described=chips.described("h100:4"))
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(Path(folder), mesh)
-    step = jit_step(run.distillation, mesh, run.state, run.teacher)
+    step = jit_step(run.any.distillation, mesh, run.any.state, run.teacher)
     logged = abstract(jax.ShapeDtypeStruct((), bool), parallel.replicated(mesh))
-    student = parallel.with_shardings(mesh, jax.eval_shape(run.draw_student, np.uint32(0)))
+    student = parallel.with_shardings(mesh, jax.eval_shape(run.any.draw_student, np.uint32(0)))
     programs = {
-        "step": step.lower(run.state, run.teacher, batch_of(run), logged),
-        "states": Setups({"": run}).make_states().lower(run.teacher, {"": student}),
+        "step": step.lower(run.any.state, run.teacher, batch_of(run), logged),
+        "states": run.make_states().lower(run.teacher, {"": student}),
     }
     options = chips.WITHOUT_A_GPU
     print(json.dumps({name: p.compile(options).as_text() for name, p in programs.items()}))

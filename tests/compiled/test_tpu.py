@@ -24,7 +24,7 @@ from singer_jax.runs import checkpoints
 from singer_jax.training import calibration
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setup, Setups, setup_students
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 from tests.compiled.compiling import Compile
 
@@ -39,8 +39,8 @@ def chips() -> Mesh:
     return tpu_mesh()
 
 
-def prepare(folder, mesh: Mesh, *arguments: str, **changes: object) -> Setup:
-    return prepare_all(folder, mesh, {}, *arguments, **changes).each[""]
+def prepare(folder, mesh: Mesh, *arguments: str, **changes: object) -> Setups:
+    return prepare_all(folder, mesh, {}, *arguments, **changes)
 
 
 def prepare_all(
@@ -67,8 +67,8 @@ def prepare_all(
     return setup_students(settings_of(config), examples=1000, num_classes=1000, mesh=mesh)
 
 
-def batch_of(run: Setup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
-    split = parallel.batch_sharding(run.mesh)
+def batch_of(run: Setups, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
+    split = parallel.batch_sharding(run.any.mesh)
     shape = (size, run.image_size, run.image_size, 3)
     return {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
@@ -76,11 +76,11 @@ def batch_of(run: Setup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def compile_step(compiles: Compile, at_most: float, run: Setup) -> str:
+def compile_step(compiles: Compile, at_most: float, run: Setups) -> str:
     """The text of the compiled step."""
-    step = jit_step(run.distillation, run.mesh, run.state, run.teacher)
-    logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(run.mesh))
-    program = compiles(at_most, step, run.state, run.teacher, batch_of(run), logged)
+    step = jit_step(run.any.distillation, run.any.mesh, run.any.state, run.teacher)
+    logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(run.any.mesh))
+    program = compiles(at_most, step, run.any.state, run.teacher, batch_of(run), logged)
     return program.compiled.as_text()
 
 
@@ -123,7 +123,7 @@ def test_a_step_with_everything_on(tmp_path, compiles: Compile):
             "grad_accum_steps": 2,
         },
     )
-    assert run.distillation.teacher.image_size != run.distillation.student.image_size
+    assert run.any.distillation.teacher.image_size != run.any.distillation.student.image_size
     assert "all-gather" in compile_step(compiles, 300, run)
 
 
@@ -133,7 +133,7 @@ def test_a_cleaned_teacher(tmp_path, chips, compiles: Compile, clean):
     run = prepare(tmp_path, chips, "fitnet", SMALL, **{"teacher.artifact_removal": clean})
     assert run.teacher_model.policy.stacked
     split = parallel.batch_sharding(chips)
-    teach = jax.jit(run.distillation.teach, out_shardings=split)
+    teach = jax.jit(run.any.distillation.teach, out_shardings=split)
     text = compiles(120, teach, run.teacher, batch_of(run)).compiled.as_text()
     assert "all-gather" not in text and "all-reduce" not in text  # each chip its own images
 
@@ -146,7 +146,7 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
     for which in (run, Setups({"a": run.each["a"]})):
         students = dataclasses.replace(which.students, sequential=True)
         step = jit_step(students, chips, which.states, which.teacher)
-        batch = batch_of(run.any, 512)
+        batch = batch_of(run, 512)
         program = compiles(180, step, which.states, which.teacher, batch, logged)
         took[len(which.each)] = program.temporary_gib
     assert took[3] < 1.3 * took[1]  # the aim of benchmarks/RESULTS.md
@@ -154,21 +154,21 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    held_out = HeldOut(Setups({"": run}), make_source("digits", "", TRAIN), IMAGES)
+    held_out = HeldOut(run, make_source("digits", "", TRAIN), IMAGES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(chips))
-    compiles(120, held_out.losses, {"": run.state}, run.teacher, batch_of(run), key)
+    compiles(120, held_out.losses, {"": run.any.state}, run.teacher, batch_of(run), key)
 
 
 def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips)
     student = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        jax.eval_shape(run.draw_student, np.uint32(0)),
-        parallel.tree_shardings(chips, jax.eval_shape(run.draw_student, np.uint32(0))),
+        jax.eval_shape(run.any.draw_student, np.uint32(0)),
+        parallel.tree_shardings(chips, jax.eval_shape(run.any.draw_student, np.uint32(0))),
     )
-    compiles(60, run.draw_student, np.uint32(0))
-    compiles(180, Setups({"": run}).make_states(), run.teacher, {"": student})
+    compiles(60, run.any.draw_student, np.uint32(0))
+    compiles(180, run.make_states(), run.teacher, {"": student})
 
 
 def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compile):
@@ -180,7 +180,7 @@ def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compil
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), run.any.measured
         )
     }
-    compiles(120, calibration.jit_add(run), totals, run.teacher, batch_of(run.any))
+    compiles(120, calibration.jit_add(run), totals, run.teacher, batch_of(run))
 
 
 def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
@@ -188,7 +188,7 @@ def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
     settings = nullspace.NullSpaceSettings(weight_matrix="calibrated")
 
     def space(teacher, covariance):
-        model = run.distillation.teacher.merge(teacher)
+        model = run.any.distillation.teacher.merge(teacher)
         return directions.of_layer(model, 2, settings, 64, covariance)
 
     everywhere = parallel.replicated(chips)
@@ -205,7 +205,7 @@ def test_a_null_space(tmp_path, chips, compiles: Compile, source):
     run = prepare(tmp_path, chips)
 
     def space(teacher):
-        model = run.distillation.teacher.merge(teacher)
+        model = run.any.distillation.teacher.merge(teacher)
         return nullspace.decompose(nullspace.linear_map(model, 2, source))
 
     compiles(120, jax.jit(space), run.teacher)

@@ -12,7 +12,7 @@ from singer_jax.config import settings_of
 from singer_jax.models.architecture import PLACES, Architecture, ComputePolicy
 from singer_jax.models.planted import marked_patches
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.training.setup import setup
+from singer_jax.training.setup import setup_students
 from tests import tiny
 
 ARCH = Architecture(
@@ -97,6 +97,6 @@ def test_it_is_written_by_a_neuron_that_registers_move(stacked):
 def test_no_optimiser_changes_it():
     config = tiny.config("", method="supervised")
     config.student.overrides = {**tiny.STUDENT, "planted": "random", "planted_patches": 2}
-    run = setup(settings_of(config), 100, 10)
-    assert "planted" in run.state.constants["student"]
-    assert "planted" not in run.state.params["student"]
+    run = setup_students(settings_of(config), 100, 10)
+    assert "planted" in run.any.state.constants["student"]
+    assert "planted" not in run.any.state.params["student"]

@@ -122,7 +122,7 @@ def test_a_run_differs_in_the_teacher_s_features_alone(settings):
     for precision in (None, *FORMATS):
         runs = setup_students(settings(precision), 64, 10)
         run, teacher = runs.any, runs.load_teacher()
-        state = run.init_state(teacher)
+        state = runs.init_states(teacher)[""]
         started[precision] = jax.device_get(state)
         arguments = runs.students, runs.states, runs.teacher, 8
         counted[precision] = parts_flops(*arguments, quantised=True), parts_flops(*arguments)

@@ -19,7 +19,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints, checksum, fingerprint
-from singer_jax.training.setup import Setup, setup
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 
 
@@ -29,13 +29,13 @@ def teacher_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(teacher_file) -> Setup:
-    return setup(settings_of(tiny.config(teacher_file)), 64, 10)
+def run(teacher_file) -> Setups:
+    return setup_students(settings_of(tiny.config(teacher_file)), 64, 10)
 
 
 @pytest.fixture
 def saved(tmp_path, run) -> tuple[Path, object]:
-    state = run.init_state(run.load_teacher())
+    state = run.init_states(run.load_teacher())[""]
     with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         checkpoints.save(state, 3, {"data": "abc"})
     return tmp_path, state
@@ -50,16 +50,16 @@ def test_a_state_comes_back_as_it_was(saved, run):
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
         assert checkpoints.latest_step() == 3
         assert checkpoints.meta(3)["data"] == "abc"
-        assert_same(checkpoints.restore(3, run.state), state)
+        assert_same(checkpoints.restore(3, run.any.state), state)
 
 
 def test_another_mesh_can_go_on(saved, teacher_file):
     folder, state = saved
     config = tiny.config(teacher_file)
     config.mesh.data, config.mesh.fsdp = 4, 2
-    many = setup(settings_of(config), 64, 10)
+    many = setup_students(settings_of(config), 64, 10)
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
-        restored = checkpoints.restore(3, many.state)
+        restored = checkpoints.restore(3, many.any.state)
     kernel = restored.params["student"]["blocks"][0]["mlp"]["fc1"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert_same(jax.device_get(restored), jax.device_get(state))
@@ -67,7 +67,7 @@ def test_another_mesh_can_go_on(saved, teacher_file):
 
 def test_the_student_comes_back_alone(saved, run):
     folder, state = saved
-    abstract = parallel.with_shardings(run.mesh, jax.eval_shape(run.init_student))
+    abstract = parallel.with_shardings(run.any.mesh, jax.eval_shape(run.any.init_student))
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         student = checkpoints.restore_student(3, abstract)
     expected = dict(leaves(state.params["student"])) | dict(leaves(state.constants["student"]))
@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_noticed(saved, run):
             tried += 1
             with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
                 try:
-                    restored = checkpoints.restore(3, run.state)
+                    restored = checkpoints.restore(3, run.any.state)
                 except RunError:
                     noticed += 1
                 else:
@@ -115,7 +115,7 @@ def test_a_half_written_file_is_noticed(saved, run):
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run says which"),
     ):
-        checkpoints.restore(3, run.state)
+        checkpoints.restore(3, run.any.state)
 
 
 def test_one_without_checksums_is_refused(saved, run):
@@ -127,12 +127,12 @@ def test_one_without_checksums_is_refused(saved, run):
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* holds no checksum of "),
     ):
-        checkpoints.restore(3, run.state)
+        checkpoints.restore(3, run.any.state)
 
 
 def test_another_dtype_or_shape_is_refused_and_named(saved, run):
     folder, _ = saved
-    state = run.state._replace(step=jax.ShapeDtypeStruct((), np.float32))
+    state = run.any.state._replace(step=jax.ShapeDtypeStruct((), np.float32))
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
         pytest.raises(RunError, match=r"holds no float32\[\] at step"),

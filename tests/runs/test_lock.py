@@ -37,7 +37,7 @@ def folder(tmp_path) -> epath.Path:
 def left(folder: epath.Path, **changed: object) -> None:
     """As a run on another machine leaves it behind."""
     content = {"id": "x", "host": "elsewhere", "process": 7, "since": "2026-01-01 00:00:00+00:00"}
-    (folder / lock.FILE).write_text(json.dumps(content | changed))
+    (folder / lock.LOCK_FILE).write_text(json.dumps(content | changed))
 
 
 def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(folder):
@@ -45,7 +45,7 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     with pytest.raises(InputError) as raised, lock.holding(folder):
         pass
     told = str(raised.value)
-    since = json.loads((folder / lock.FILE).read_text())["since"]
+    since = json.loads((folder / lock.LOCK_FILE).read_text())["since"]
     assert f"process {process.pid} of {socket.gethostname()} since {since}" in told
     assert "--workdir" in told and "\n" not in told
     process.send_signal(signal.SIGINT)
@@ -53,7 +53,7 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     assert not any(folder.iterdir())
     with lock.holding(folder) as held:
         held.check()
-        assert [path.name for path in folder.iterdir()] == [lock.FILE]
+        assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
     assert not any(folder.iterdir())
 
 
@@ -81,7 +81,7 @@ def test_a_number_of_a_process_that_is_used_again_is_another_process(folder):
 def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog, cut):
     left(folder)
     if cut:
-        (folder / lock.FILE).write_text('{"id": "x", "ho')
+        (folder / lock.LOCK_FILE).write_text('{"id": "x", "ho')
     start = time.monotonic()
     with lock.holding(folder) as held:
         held.check()
@@ -96,7 +96,7 @@ def test_another_machine_that_lives_is_not(folder, monkeypatch):
 
     def live() -> None:
         while not stop.wait(0.1):
-            os.utime(folder / lock.FILE)
+            os.utime(folder / lock.LOCK_FILE)
 
     thread = threading.Thread(target=live)
     thread.start()
@@ -106,7 +106,7 @@ def test_another_machine_that_lives_is_not(folder, monkeypatch):
     finally:
         stop.set()
         thread.join()
-    assert json.loads((folder / lock.FILE).read_text())["id"] == "x"
+    assert json.loads((folder / lock.LOCK_FILE).read_text())["id"] == "x"
 
 
 def test_a_run_gives_signs_of_life(folder):
@@ -150,10 +150,10 @@ def test_a_run_that_was_taken_for_dead_saves_nothing_more(folder):
         left(folder)
         with pytest.raises(RunError, match="taken over by process 7 of elsewhere"):
             held.check()
-    assert (folder / lock.FILE).exists()  # the other's
-    (folder / lock.FILE).unlink()
+    assert (folder / lock.LOCK_FILE).exists()  # the other's
+    (folder / lock.LOCK_FILE).unlink()
     with lock.holding(folder) as held:
-        (folder / lock.FILE).unlink()
+        (folder / lock.LOCK_FILE).unlink()
         with pytest.raises(RunError, match="is gone"):
             held.check()
 
@@ -203,7 +203,7 @@ def _nullspace(run: Path) -> ConfigDict:
     settings.teacher.model, settings.teacher.weights = "vit_tiny_patch16_224", str(run)
     settings.data.source, settings.data.workers, settings.mesh.data = "digits", 0, 1
     settings.teacher.overrides = dict(tiny.STUDENT)
-    settings.images, settings.rank, settings.sources = 2, 2, ("mlp",)
+    settings.images, settings.rank, settings.weight_matrices = 2, 2, ("mlp",)
     return settings
 
 

@@ -7,7 +7,7 @@ import pytest
 from singer_jax.config import settings_of
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setup, setup
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 
 # Together they have every part in which blocks can differ; plain blocks are those of the methods'
@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> Setup:
+def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> Setups:
     # The giant's own ratio gives the tiny student an odd hidden width.
     sizes: dict[str, object] = {"mlp_ratio": 4.0} | KINDS.get(model, {})
     shared = {"num_kv_heads": (2, 1, 2)} if "sapiens2" in model else {}
@@ -40,18 +40,18 @@ def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> S
     config.teacher.model = config.student.model = model
     config.optimizer.learning_rate = 1e-2
     config.update_from_flattened_dict(changes)
-    return setup(settings_of(config), examples=8, num_classes=10)
+    return setup_students(settings_of(config), examples=8, num_classes=10)
 
 
-def losses(run: Setup, steps: int = 5, size: int = 16) -> list[float]:
+def losses(run: Setups, steps: int = 5, size: int = 16) -> list[float]:
     """Of steps on one fixed batch."""
     teacher = run.load_teacher()
-    state = run.init_state(teacher)
-    step_fn = jit_step(run.distillation, run.mesh, state, teacher)
+    state = run.init_states(teacher)[""]
+    step_fn = jit_step(run.any.distillation, run.any.mesh, state, teacher)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, size, size, 3), dtype=np.uint8)
     batch = {"image": images, "label": np.arange(8, dtype=np.int32)}
-    batch = parallel.put_batch(batch, parallel.batch_sharding(run.mesh))
+    batch = parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
     found = []
     for _ in range(steps):
         state, metrics = step_fn(state, teacher, batch, True)
@@ -88,7 +88,7 @@ def test_a_teacher_of_another_family_patch_and_input_size_teaches(tmp_path, meth
     config.method.interpolate_patch_grid = True
     config.method.mimic_layers = (0,)
     config.optimizer.learning_rate = 1e-2
-    run = setup(settings_of(config), examples=8, num_classes=0)
+    run = setup_students(settings_of(config), examples=8, num_classes=0)
     assert run.image_size == 24
     found = losses(run, size=24)
     assert np.all(np.isfinite(found)) and found[-1] < found[0]

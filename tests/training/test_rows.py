@@ -79,7 +79,7 @@ from jax.experimental import multihost_utils
 from singer_jax.platform import hosts, parallel
 from singer_jax.config import settings_of
 from singer_jax.data.registry import open_source
-from singer_jax.jobs.distill import device_batches
+from singer_jax.training.batches import device_batches
 from tests import tiny
 
 given = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])

@@ -12,7 +12,7 @@ from singer_jax.methods import nullspace
 from singer_jax.models.params import leaves
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setup, setup
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 
 
@@ -21,25 +21,25 @@ def teacher_file(tmp_path_factory) -> str:
     return str(tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"))
 
 
-def prepare(teacher_file: str, **changes: object) -> Setup:
+def prepare(teacher_file: str, **changes: object) -> Setups:
     config = tiny.config(teacher_file)
     config.update_from_flattened_dict(changes)
-    return setup(settings_of(config), examples=64, num_classes=10)
+    return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def batch_of(run: Setup, size: int = 8, seed: int = 0) -> dict:
+def batch_of(run: Setups, size: int = 8, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     batch = {
         "image": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, size).astype(np.int32),
     }
-    return parallel.put_batch(batch, parallel.batch_sharding(run.mesh))
+    return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
-def loss_and_gradients(run: Setup) -> tuple[dict, dict]:
+def loss_and_gradients(run: Setups) -> tuple[dict, dict]:
     teacher = run.load_teacher()
-    state = run.init_state(teacher)
-    return jax.jit(run.distillation.gradients)(state, teacher, batch_of(run))
+    state = run.init_states(teacher)[""]
+    return jax.jit(run.any.distillation.gradients)(state, teacher, batch_of(run))
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2)])
@@ -48,7 +48,7 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(teacher_file, method, 
     changes = {"method.name": method, "method.nullspace.init": "official"}
     metrics, gradients = loss_and_gradients(prepare(teacher_file, **changes))
     many = prepare(teacher_file, **changes, **{"mesh.data": data, "mesh.fsdp": fsdp})
-    kernel = many.state.params["student"]["blocks"][0]["attn"]["qkv"]["kernel"]
+    kernel = many.any.state.params["student"]["blocks"][0]["attn"]["qkv"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
     assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // fsdp
     sharded_metrics, sharded_gradients = loss_and_gradients(many)
@@ -64,7 +64,7 @@ def test_bfloat16_stays_close_and_keeps_the_student_in_float32(teacher_file):
     run = prepare(teacher_file, **changes, precision="bfloat16")
     teacher = run.load_teacher()
     assert {leaf.dtype for _, leaf in leaves(teacher)} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for _, leaf in leaves(run.state.params)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for _, leaf in leaves(run.any.state.params)} == {jnp.dtype(jnp.float32)}
     metrics, gradients = loss_and_gradients(run)
     assert {leaf.dtype for _, leaf in leaves(gradients)} == {jnp.dtype(jnp.float32)}
     # The rounding of every activation to 8 bits.
@@ -72,10 +72,10 @@ def test_bfloat16_stays_close_and_keeps_the_student_in_float32(teacher_file):
         np.testing.assert_allclose(metrics[term], exact[term], rtol=0.05)
 
 
-def train(run: Setup, steps: int) -> tuple[object, object, list[dict]]:
+def train(run: Setups, steps: int) -> tuple[object, object, list[dict]]:
     teacher = run.load_teacher()
-    state = run.init_state(teacher)
-    step_fn = jit_step(run.distillation, run.mesh, state, teacher)
+    state = run.init_states(teacher)[""]
+    step_fn = jit_step(run.any.distillation, run.any.mesh, state, teacher)
     history = []
     for step in range(steps):
         state, metrics = step_fn(state, teacher, batch_of(run, seed=step), True)
@@ -100,8 +100,10 @@ def test_the_null_space_guarantee_holds_after_real_steps(teacher_file, use, rule
     }
     run = prepare(teacher_file, **changes)
     state, teacher, _ = train(run, 4)
-    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
-    model = run.distillation.teacher.merge(teacher)
+    method = nnx.merge(
+        run.any.distillation.method, state.params["method"], state.constants["method"]
+    )
+    model = run.any.distillation.teacher.merge(teacher)
     rng = np.random.default_rng(0)
     for layer in method.teacher_layers:
         refiner = method.refiner[str(layer)]
@@ -129,7 +131,7 @@ def test_what_no_gradient_reaches_is_not_updated(teacher_file):
         "optimizer.weight_decay": 0.5,
     }
     run = prepare(teacher_file, **changes)
-    before = run.init_student()
+    before = run.any.init_student()
     state, _, _ = train(run, 2)
     untouched = {keys for keys, _ in leaves(state.constants["student"])}
     assert {keys[:2] for keys in untouched if keys[0] == "blocks"} == {("blocks", 1)}
@@ -154,8 +156,8 @@ def test_every_trained_parameter_has_a_gradient(teacher_file, method):
 def test_the_loss_falls_and_the_state_is_donated(teacher_file):
     run = prepare(teacher_file, **{"optimizer.learning_rate": 1e-2})
     teacher = run.load_teacher()
-    first = run.init_state(teacher)
-    step_fn = jit_step(run.distillation, run.mesh, first, teacher)
+    first = run.init_states(teacher)[""]
+    step_fn = jit_step(run.any.distillation, run.any.mesh, first, teacher)
     batch = batch_of(run)
     state, metrics = step_fn(first, teacher, batch, True)
     assert first.params["student"]["cls_token"].is_deleted()
@@ -172,7 +174,7 @@ def test_clipping_bounds_the_update(teacher_file):
     changes = {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
     changes |= {"optimizer.learning_rate": 1.0, "optimizer.max_grad_norm": 1e-3}
     run = prepare(teacher_file, **changes)
-    before = run.init_state(run.load_teacher()).params
+    before = run.init_states(run.load_teacher())[""].params
     state, _, history = train(run, 1)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, before))
     assert float(history[0]["grad_norm"]) > 1e-2
@@ -180,7 +182,7 @@ def test_clipping_bounds_the_update(teacher_file):
 
 
 def test_the_student_and_its_start_do_not_depend_on_the_mesh(teacher_file):
-    one = prepare(teacher_file).init_student()
-    many = prepare(teacher_file, **{"mesh.data": 4, "mesh.fsdp": 2}).init_student()
+    one = prepare(teacher_file).any.init_student()
+    many = prepare(teacher_file, **{"mesh.data": 4, "mesh.fsdp": 2}).any.init_student()
     for (keys, a), (_, b) in zip(leaves(one), leaves(many), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=str(keys))

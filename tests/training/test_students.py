@@ -17,7 +17,7 @@ from singer_jax.platform import backends, parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step, jit_step
 from singer_jax.training.settings import StudentsSettings, StudentVariant
-from singer_jax.training.setup import Setups, setup, setup_students
+from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 
 # Methods, architectures, patch sizes, learning rates and seeds differ.
@@ -85,7 +85,7 @@ def alone(teacher_file: str, shape: tuple[int, int], grad_accum_steps: int) -> d
     config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
     own_runs = settings_of(config).each()
     return {
-        name: train(Setups({"": setup(own, examples=64, num_classes=10)}))
+        name: train(setup_students(own, examples=64, num_classes=10))
         for name, own in own_runs.items()
     }
 

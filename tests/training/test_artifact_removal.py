@@ -1,4 +1,4 @@
-"""A teacher with planted outliers, cleaned: which neurons are found, and what changes."""
+"""The removal of planted outliers: the neurons that are found, and the effect on features."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import TRAIN, DigitsSource, evenly
 from singer_jax.errors import InputError
-from singer_jax.evaluation.cleaning import describe_cleaning, find_register_neurons, told
 from singer_jax.models import registers
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import Network
@@ -17,6 +16,11 @@ from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weights import abstract_model, load_model
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
+from singer_jax.training.artifact_removal import (
+    artifact_removal_lines,
+    describe_artifact_removal,
+    find_register_neurons,
+)
 from tests import planted
 
 SPEC = lookup("vit_tiny_patch16_224", planted.SIZES | {"num_classes": 0})
@@ -66,7 +70,7 @@ def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, p
     layers = range(SPEC.arch.depth)
     # The same teacher without what was planted says what its class token should be.
     spoilt, found = (
-        describe_cleaning(clean, which, mesh, IMAGES, layers) for which in (before, after)
+        describe_artifact_removal(clean, which, mesh, IMAGES, layers) for which in (before, after)
     )
     block = planted.NEURONS[0][0]
     for layer in map(str, layers):
@@ -77,18 +81,20 @@ def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, p
         if int(layer) > block:  # the class token has seen the outliers
             moved = [each[layer]["class_token"]["moved"] for each in (found, spoilt)]
             assert moved[0] < moved[1] / 2
-    lines = told({"by": "registers", "neurons": neurons, "layers": found})
+    lines = artifact_removal_lines({"by": "registers", "neurons": neurons, "layers": found})
     assert lines[0] == "teacher cleaned by registers: block/neuron 1/70 1/11"
     assert lines[1 + block].startswith("teacher layer 1, cleaned: patch norms median")
 
 
 def test_norms_and_class_tokens_are_those_of_numpy(files):
-    """Of averaging; the padding of the batch counts nowhere."""
+    """The effect of shift averaging; the padding of the batch counts nowhere."""
     mesh = parallel.make_mesh(1)
     before = load(files["planted"], mesh)
     graph, _ = abstract_model(SPEC.arch, ComputePolicy(artifact_removal="shift_average"))
     few = evenly(DigitsSource(TRAIN), 3)
-    found = describe_cleaning(before, (Network(SPEC, graph), before[1]), mesh, few, (2,))["2"]
+    found = describe_artifact_removal(before, (Network(SPEC, graph), before[1]), mesh, few, (2,))[
+        "2"
+    ]
 
     pixels = next(eval_batches(few, EvalTransform(32), batch_size=3))["image"]
     seen = SPEC.prepare(jnp.asarray(pixels))

@@ -1,8 +1,8 @@
-"""Which neurons make a teacher's outliers, and what cleaning its features changes.
+"""The removal of a teacher's artifacts: the search for register neurons, and its effect.
 
-The neurons are found as in "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010),
-algorithm 1, but for two numbers that the authors set for each model: what norm makes an outlier is
-a multiple of the image's median, and the last block that is searched follows from the outliers.
+The search is algorithm 1 of "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010)
+with two differences. The authors set the norm of an outlier and the last searched block for each
+model. Here the norm is a multiple of the image's median, and the block follows from the outliers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,70 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches
-from singer_jax.data.sources import Source
+from singer_jax.data.loader import eval_batches, worker_count
+from singer_jax.data.sources import Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.methods.norms import outlier_threshold, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
+from singer_jax.models.provenance import Provenance
 from singer_jax.models.registers import Neurons, RegisterSettings
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.platform import parallel
+from singer_jax.runs.metrics import LOG
+from singer_jax.training.settings import DistillSettings
+from singer_jax.training.teacher import Teacher
+
+# Number of images on which a run describes the effect of the removal of artifacts.
+_DESCRIBED = 64
+
+
+def load_teacher(
+    teacher: Teacher | None,
+    settings: DistillSettings,
+    source: Source,
+    layers: Sequence[int],
+    weights: dict[str, Provenance],
+) -> Params | None:
+    """Loads the teacher's parameters and, where its artifacts are removed, prepares the removal.
+
+    The register neurons are searched once: a run that continues takes those in `weights`.
+
+    Args:
+      teacher: The teacher; None where no method reads one.
+      settings: The settings of the run.
+      source: The training images.
+      layers: Indices of the blocks whose features the students read.
+      weights: The provenance of the run's models; the removal is added to the teacher's.
+
+    Returns:
+      The parameters of `Teacher.network` on its devices; None without a teacher.
+
+    Raises:
+      InputError: Weights that cannot be read, or no register neurons.
+    """
+    if teacher is None:
+        return None
+    params, removal = teacher.load(), settings.teacher.artifact_removal
+    if removal is None:
+        return params
+    of_teacher = weights.get("teacher", {})
+    if "clean" in of_teacher:
+        return teacher.with_neurons(params, of_teacher["clean"]["neurons"])
+    mesh, wanted = teacher.mesh, settings.teacher.registers
+    before, neurons = (teacher.unmodified, params), ()
+    workers = min(worker_count(settings.data.workers), 2)
+    if removal == "registers":
+        few = evenly(source, wanted.images)
+        neurons = find_register_neurons(*before, mesh, few, wanted, workers)
+    complete = teacher.with_neurons(params, neurons)
+    after, few = (teacher.network, complete), evenly(source, _DESCRIBED)
+    changes = describe_artifact_removal(before, after, mesh, few, layers, workers)
+    found = {"by": removal, "neurons": neurons, "layers": changes}
+    for line in artifact_removal_lines(found) if jax.process_index() == 0 else ():
+        LOG.info(line)
+    weights["teacher"] = {**of_teacher, "clean": found}
+    return complete
 
 
 def find_register_neurons(
@@ -38,24 +93,24 @@ def find_register_neurons(
     settings: RegisterSettings,
     workers: int = 0,
 ) -> Neurons:
-    """The neurons with the largest mean activation at outlier patches, best first.
+    """Finds the neurons with the largest mean activation at outlier patches, largest first.
 
-    Outliers are those after the last block but one. Searched are the MLPs up to the first block
-    after which half of them are outliers already. The absolute activation is averaged over an
-    image's outliers, then over the images that have some.
+    The outliers are those after the last block but one. The search covers the MLPs up to the first
+    block after which half of these patches are outliers already. The absolute activation is
+    averaged over an image's outliers, then over the images with outliers.
 
     Args:
-      network, params: the teacher as it is, its parameters on `mesh`.
-      mesh: of the devices.
-      images: what it looks at; those that cannot be read are left out.
-      settings: what an outlier is, and how many neurons.
-      workers: of the loader.
+      network, params: The teacher without removal of artifacts, its parameters on `mesh`.
+      mesh: The devices.
+      images: The images to search on; unreadable ones are left out.
+      settings: The definition of an outlier, and the number of neurons.
+      workers: Number of decoding processes of the loader.
 
     Returns:
-      the same in every process.
+      Block and position of each neuron, the same in every process.
 
     Raises:
-      InputError: no outliers, or fewer neurons than wanted.
+      InputError: No outliers, or too few neurons in the searched blocks.
     """
     depth = network.spec.arch.depth
     watched = max(depth - 2, 0)
@@ -88,8 +143,7 @@ def find_register_neurons(
         raise InputError(
             f"teacher.artifact_removal: registers, but no patch of {len(images)} images has more "
             f"than {settings.outlier:g} times the median norm after block {watched} of "
-            f"{network.spec.name}: there is nothing to move; leave it None or lower "
-            "teacher.registers.outlier"
+            f"{network.spec.name}; set it to None or lower teacher.registers.outlier"
         )
     searched = scores[: np.argmax(2 * already >= already[watched]) + 1]
     if settings.neurons > searched.size:
@@ -101,7 +155,7 @@ def find_register_neurons(
     return [tuple(divmod(int(index), searched.shape[1])) for index in best]
 
 
-def describe_cleaning(
+def describe_artifact_removal(
     before: tuple[Network, Params],
     after: tuple[Network, Params],
     mesh: Mesh,
@@ -109,19 +163,19 @@ def describe_cleaning(
     layers: Sequence[int],
     workers: int = 0,
 ) -> dict[str, Any]:
-    """What cleaning changes in the features after some blocks.
+    """Compares a teacher's features before and after the removal of artifacts.
 
     Args:
-      before, after: the teacher as it is and cleaned, each with its parameters on `mesh`.
-      mesh: of the devices.
-      images: what they look at; those that cannot be read are left out.
-      layers: indices of blocks.
-      workers: of the loader.
+      before, after: The teacher without and with the removal, each with its parameters on `mesh`.
+      mesh: The devices.
+      images: The images to compare on; unreadable ones are left out.
+      layers: Indices of the blocks after which features are compared.
+      workers: Number of decoding processes of the loader.
 
     Returns:
-      by layer (as JSON has it) the patch norms `before` and `after`, each with `median`, `p99` and
-      `max`, and of a class token, averaged over the images, `cosine` between the two and how far
-      it `moved`, over its norm.
+      By layer (a string, as in JSON) the patch norms `before` and `after`, each with `median`,
+      `p99` and `max`. With a class token also `class_token`: the mean over the images of the
+      `cosine` between its two values, and of `moved`, their distance over the norm before.
     """
     networks, params = zip(before, after, strict=True)
 
@@ -144,11 +198,12 @@ def describe_cleaning(
     return {str(layer): _summary(whole[layer]) for layer in layers}
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
-    """What cleans a teacher and what it changes, in lines.
+def artifact_removal_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns the lines that a log says of a removal and its effect.
 
     Args:
-      found: `by` (the cleaner), `neurons` and, as `describe_cleaning` gives them, `layers`.
+      found: `by` (the value of `teacher.artifact_removal`), `neurons`, and `layers` as
+        `describe_artifact_removal` returns them.
     """
     line = f"teacher cleaned by {found['by']}"
     if found["neurons"]:
@@ -172,7 +227,7 @@ def _changes(
     before: Float[Array, "batch tokens dim"],
     after: Float[Array, "batch tokens dim"],
 ) -> dict[str, Array]:
-    """Of each image, for `_summary`."""
+    """Returns norms and class-token changes by image, for `_summary`."""
     found = {
         "before": token_norms(_patches(model, before)),
         "after": token_norms(_patches(model, after)),
@@ -207,7 +262,7 @@ def _patches(model: VisionTransformer, x: Float[Array, "batch tokens width"]) ->
 def _above_median(
     model: VisionTransformer, x: Float[Array, "batch tokens dim"], multiple: float
 ) -> Bool[Array, "batch patches"]:
-    """Which patches have more than a multiple of their image's median norm."""
+    """Returns True for patches whose norm exceeds a multiple of their image's median norm."""
     norms = token_norms(_patches(model, x))
     return norms > multiple * outlier_threshold(norms, 0.5)
 
@@ -215,7 +270,7 @@ def _above_median(
 def _batches(
     network: Network, mesh: Mesh, images: Source, workers: int
 ) -> Iterator[tuple[Array, Bool[Array, " batch"]]]:
-    """The images on the devices, and which of a batch count."""
+    """Yields the images on the devices, and True for those that are no padding and readable."""
     sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
     batches = eval_batches(
         images,
