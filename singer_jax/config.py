@@ -9,6 +9,7 @@ A file in configs/ starts from one of these configurations, which hold every key
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import typing
 from collections.abc import Mapping
@@ -147,7 +148,7 @@ def settings_of(config: Any) -> Settings:
     """
     settings = defaults(str(config.get("job")))
     flat = settings_lib.flatten(config, empty=True)  # a section may hold nothing but students
-    settings_lib.check(settings_lib.leaves(settings), flat)
+    settings_lib.check(_keys(settings.job), flat)
     return settings_lib.from_flat(settings, flat)
 
 
@@ -163,12 +164,18 @@ def defaults(job: str) -> Settings:
     return typing.get_type_hints(function)["settings"]()
 
 
+@functools.cache
+def _keys(job: str) -> Mapping[str, Setting]:
+    """Returns every key of a job with its default."""
+    return settings_lib.leaves(defaults(job))
+
+
 def _of_job(job: str, protocol: str = "recommended") -> ConfigDict:
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     settings = defaults(job)
     config = ConfigDict(settings_lib.to_dict(settings))
-    for key, known in settings_lib.leaves(settings).items():
+    for key, known in _keys(job).items():
         if known.default is None:
             section, _, name = key.rpartition(".")
             within = config
@@ -210,7 +217,7 @@ def documentation() -> str:
     for job in JOBS:
         if job == "quickstart":
             continue
-        known = settings_lib.leaves(defaults(job))
+        known = _keys(job)
         if job == "study":
             runs = ("base.", "tuned.", "distilled.")
             known = {key: one for key, one in known.items() if not key.startswith(runs)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol, TypeVar
 
 from singer_jax.errors import InputError, unknown
@@ -140,8 +140,9 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
       known: by key; NAME in one stands for any name.
       flat: values by key, as of `flatten`.
     """
+    sections = {key.partition("NAME")[0] for key in known if "NAME." in key}
     for key, value in flat.items():
-        place = _place(key, known)
+        place = key if key in known else _place(key, sections)
         if value == {} and any(other.startswith(f"{place}.") for other in known):
             continue
         if place not in known and current_key(key) != key:
@@ -159,10 +160,10 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
         )
 
 
-def _place(key: str, known: Mapping[str, Setting]) -> str:
-    """The key with NAME in the place of a name, where the known keys have one there."""
-    for section in {other.partition("NAME")[0] for other in known if "NAME." in other}:
-        if key.startswith(section) and key not in known:
+def _place(key: str, sections: Set[str]) -> str:
+    """Returns the key with NAME in the place of a name, where a section has keys of any name."""
+    for section in sections:
+        if key.startswith(section):
             _, dot, rest = key.removeprefix(section).partition(".")
             return f"{section}NAME{dot}{rest}"
     return key

@@ -113,7 +113,7 @@ def test_one_distilled_layer_is_compared_with_itself(teacher, student, images):
     assert jnp.isfinite(terms["outlier"])
 
 
-@given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.01, 0.99))
+@given(st.integers(0, 10_000), st.sampled_from([2, 9, 30]), st.floats(0.01, 0.99))
 def test_outlier_loss_equals_its_definition(seed, patches, quantile):
     norms = np.random.default_rng(seed).gamma(2.0, size=(3, patches)).astype(np.float32)
     threshold = np.quantile(norms, quantile, axis=1, keepdims=True)
@@ -123,7 +123,7 @@ def test_outlier_loss_equals_its_definition(seed, patches, quantile):
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 40), st.floats(0.01, 0.99))
+@given(st.integers(0, 10_000), st.sampled_from([1, 9, 30]), st.floats(0.01, 0.99))
 def test_the_outlier_threshold_and_its_loss_are_those_of_the_sorted_quantile(seed, patches, q):
     norms = jnp.asarray(np.random.default_rng(seed).gamma(2.0, size=(3, patches)), jnp.float32)
     expected = jnp.quantile(norms, q, axis=1, keepdims=True)
@@ -140,7 +140,7 @@ def test_the_outlier_threshold_and_its_loss_are_those_of_the_sorted_quantile(see
     np.testing.assert_allclose(gradient, jax.grad(by_sorting)(norms), rtol=1e-3, atol=1e-3)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 300), st.floats(0.001, 1.0))
+@given(st.integers(0, 10_000), st.sampled_from([1, 40, 300]), st.floats(0.001, 1.0))
 def test_the_batch_quantile_is_a_number_of_the_batch_at_its_rank(seed, size, quantile):
     values = np.random.default_rng(seed).gamma(2.0, size=size).astype(np.float32)
     values[::7] = values[0]  # equal ones
@@ -170,7 +170,7 @@ def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, st
         )
         return sum(terms.values())
 
-    of_parts, of_student = jax.grad(loss, argnums=(0, 1))(parts, student_params)
+    of_parts, of_student = jax.jit(jax.grad(loss, argnums=(0, 1)))(parts, student_params)
     for leaf in jax.tree.leaves(of_parts):
         assert float(jnp.abs(leaf).max()) > 0
     assert float(jnp.abs(of_student["patch_embed"]["proj"]["kernel"][...]).max()) > 0
