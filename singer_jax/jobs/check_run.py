@@ -119,9 +119,7 @@ def _export(run: epath.Path, folder: epath.Path) -> Iterator[Finding]:
 
 
 def _sources(run: epath.Path) -> Iterator[Finding]:
-    """Yields the state of the weight files that the run was trained from, if they are on this
-    machine.
-    """
+    """Yields the state of the run's weight files that are on this machine."""
     if not (run / "weights.json").exists() or _json(run, "weights.json").damaged:
         return
     for role, described in json.loads((run / "weights.json").read_text()).items():
