@@ -1,5 +1,4 @@
-"""Checks installed data sets: counts, classes, unreadable images, and a contact sheet of each
-split.
+"""Checks data sets: counts, classes, unreadable images, and a contact sheet of each split.
 
   python -m singer_jax.main --config=configs/check_data.py --workdir=runs/data \
       --config.data.path=/data

@@ -1,5 +1,4 @@
-"""Quickstart: trains a teacher with a synthetic artifact and three students on scikit-learn's
-digits.
+"""Trains a teacher with a synthetic artifact and three students on scikit-learn's digits.
 
   bash launch/run.sh
 

@@ -1,6 +1,4 @@
-"""Tests of exported students: bit-exact weights for timm, and a program that runs without
-singer_jax.
-"""
+"""Tests of exported students: bit-exact timm weights, and a self-contained program."""
 
 import json
 import subprocess

@@ -142,9 +142,7 @@ class TestSlurm:
         [("tasks", False), ("all", False), pytest.param("tasks", True, marks=pytest.mark.slow)],
     )
     def test_time_is_up(self, tmp_path, environment, whom, real):
-        """SIGTERM reaches its tasks (time limit) or all processes (preemption): the run saves and
-        is requeued.
-        """
+        """SIGTERM reaches the tasks (time limit) or all (preemption); the run saves and is requeued."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         arguments = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.data=2"]
         if not real:
@@ -334,9 +332,7 @@ class TestJobSet:
         assert job["template"]["spec"]["restartPolicy"] == "Never"  # what the policy asks for
 
     def test_processes(self, given):
-        """The number of processes equals that of pods, and the first pod of the only job is the
-        coordinator.
-        """
+        """The job has one process per pod, and the first pod is the coordinator."""
         (hosts,) = given["spec"]["replicatedJobs"]
         job, set_name = hosts["template"]["spec"], given["metadata"]["name"]
         (container,) = job["template"]["spec"]["containers"]

@@ -1,6 +1,4 @@
-"""Tests of the command line: any invalid input gives one clear line and exit status 2, before any
-work.
-"""
+"""Tests of the command line: invalid input gives one line and exit status 2, before any work."""
 
 import json
 import subprocess
@@ -231,9 +229,7 @@ def test_a_work_directory_of_another_run_is_refused(config, tmp_path, capsys):
 
 
 def test_a_start_that_fails_binds_nothing(config, tmp_path, capsys):
-    """Before the first checkpoint, another start may change any setting, and nothing is
-    overwritten.
-    """
+    """Before the first checkpoint, another start may change any setting."""
     run, weights = tmp_path / "run", tmp_path / "teacher.safetensors"
     config.steps, config.teacher.weights = 1, str(weights)
     run.mkdir()

@@ -1,6 +1,4 @@
-"""Tests that shipped distillation configurations have the recorded settings, and that each one
-trains.
-"""
+"""Tests that shipped configurations have the recorded settings, and that each one trains."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Tests that a killed and resumed study is unchanged, and that its page depends on its results
-alone.
-"""
+"""Tests that a resumed study is unchanged, and that its page depends on its results alone."""
 
 import json
 import signal

@@ -61,8 +61,7 @@ def mean_iou(
     train_left_out: Bool[np.ndarray, "images patches"],
     test_left_out: Bool[np.ndarray, "tested patches"],
 ) -> float:
-    """Returns the mean intersection over union of the classes, in percent; one predicted class a
-    patch.
+    """Returns the mean intersection over union of the classes in percent, one class per patch.
 
     The probe predicts the share of each class among a patch's pixels. The class with the largest
     share is the prediction for all pixels of the patch. The fit gives every class the same weight,
@@ -88,9 +87,7 @@ def depth_rmse(
     train_left_out: Bool[np.ndarray, "images patches"],
     test_left_out: Bool[np.ndarray, "tested patches"],
 ) -> float:
-    """Returns the root mean squared error of each patch's mean depth, in metres; 0 marks missing
-    depth.
-    """
+    """Returns the root mean squared error of the patches' mean depth, in metres; 0 is missing."""
 
     def of_patches(depth: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         known = depth > 0

@@ -112,9 +112,7 @@ class SceneMeasures:
         return found
 
     def of_student(self, student: Backbone) -> dict[str, float | None]:
-        """Returns the scores of a student, and its similarity to the teacher without the planted
-        vector.
-        """
+        """Returns the scores of a student, and its similarity to the artifact-free teacher."""
         last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
         fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
         own = tokens_of(student, self.test, [last])[last][:, prefix:]

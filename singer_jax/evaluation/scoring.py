@@ -33,8 +33,7 @@ def score(
     examples: Examples,
     mesh: Mesh | None = None,
 ) -> list[dict[str, float]]:
-    """Returns the metrics of each of several stacked heads on a split, with every image counted
-    once.
+    """Returns the metrics of each of several stacked heads; every image counts once.
 
     Args:
       task: task of the heads.

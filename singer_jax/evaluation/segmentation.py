@@ -92,8 +92,7 @@ def confusion_matrix(
     known: Bool[Array, "*axes"],
     classes: int,
 ) -> Int[Array, "truth predicted"]:
-    """Counts the predictions of each class for each true class, over the pixels where `known` is
-    True.
+    """Counts the predictions of each class for each true class, where `known` is True.
 
     The last column, `predicted == classes`, counts the pixels without a prediction.
     """

@@ -111,9 +111,7 @@ def reserved(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
 
 
 class _OfFirstProcess:
-    """Array whose rows process 0 reads and broadcasts to all processes, which must read the same
-    rows.
-    """
+    """Array whose rows process 0 reads and broadcasts; all processes must read the same rows."""
 
     def __init__(self, rows: np.ndarray | None) -> None:
         self._rows = rows

@@ -191,8 +191,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
 def _verdict(
     summaries: list[norm_summary.NormSummary], layers: Sequence[int], rows: list[dict[str, Any]]
 ) -> str:
-    """Returns the verdict for the first source, with `distill`'s default threshold if it was
-    measured.
+    """Returns the verdict for the first source, preferably at `distill`'s default threshold.
 
     The share is the mean over distilled layers with artifacts.
     """

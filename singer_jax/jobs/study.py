@@ -208,9 +208,7 @@ def cells(settings: StudySettings) -> list[Cell]:
 
 
 def _check_planted(settings: StudySettings) -> None:
-    """Raises `InputError` if an image has too few patches, or SiNGER's outlier quantile is too
-    high.
-    """
+    """Raises `InputError` if too many patches are planted, or an outlier quantile is too high."""
     student = settings.tuned.student
     patches = lookup(student.model, dict(student.overrides)).arch.num_patches
     if settings.patches >= patches:
@@ -293,8 +291,7 @@ def _teacher(
 def plant(
     settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
 ) -> DistillSettings:
-    """Writes the base's weights with the vector of a teacher, and returns the run that fine-tunes
-    them.
+    """Writes the base's weights with a teacher's vector, and returns the fine-tuning run.
 
     Args:
       settings: settings of the study.
@@ -325,9 +322,7 @@ def plant(
 
 
 def _direction(model: Any, layer: int, name: str) -> np.ndarray:
-    """Returns a unit vector; `null` and `visible` refer to the paper's linear map of the next
-    block.
-    """
+    """Returns a unit vector; `null` and `visible` are those of the next block's linear map."""
     if name == "random":
         drawn = np.random.default_rng(0).standard_normal(model.arch.embed_dim)
         return drawn / np.linalg.norm(drawn)

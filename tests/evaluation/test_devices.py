@@ -1,6 +1,4 @@
-"""Tests of probes on eight devices: each device processes its own images, and results are
-unchanged.
-"""
+"""Tests that probes on eight devices divide the images and give unchanged results."""
 
 import re
 

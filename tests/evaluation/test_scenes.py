@@ -1,6 +1,4 @@
-"""Tests of generated scenes in the jobs: distillation, evaluation on three kinds of label,
-check_data.
-"""
+"""Tests of the jobs on generated scenes: distillation, three kinds of label, check_data."""
 
 import json
 from pathlib import Path
