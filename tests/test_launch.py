@@ -142,7 +142,7 @@ class TestSlurm:
         [("tasks", False), ("all", False), pytest.param("tasks", True, marks=pytest.mark.slow)],
     )
     def test_time_is_up(self, tmp_path, environment, whom, real):
-        """SIGTERM reaches the tasks (time limit) or all (preemption); the run saves and is requeued."""
+        """SIGTERM reaches the tasks (time limit) or all (preemption); the run is requeued."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         arguments = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.data=2"]
         if not real:

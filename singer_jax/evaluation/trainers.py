@@ -214,7 +214,7 @@ class FeatureTrainer(_Trainer):
         return run
 
     def _on_device(self, images: int, rates: Sequence[float]) -> Callable[..., Any]:
-        """Returns a function as `_streamed`, with all features on the devices and a jitted epoch."""
+        """Returns a function as `_streamed`, with features on the devices and a jitted epoch."""
         epoch = self.epoch(images, rates)
         arrays = [
             spread(self.mesh, rows, len(rows))
