@@ -235,7 +235,9 @@ def _table(known: Mapping[str, Setting], paper: Mapping[str, Any]) -> list[str]:
         default = "" if setting.default is ABSENT else f"`{setting.default!r}`"
         if key in paper:
             default += f", paper `{paper[key]!r}`"
-        meaning = f"{setting.meaning} Unit: {setting.unit}." if setting.unit else setting.meaning
+        meaning = setting.meaning.removesuffix(".") + "."
+        if setting.unit:
+            meaning += f" Unit: {setting.unit}."
         rows.append(f"| `{key}` | {default} | {meaning} | {setting.allowed} |")
     return rows
 
