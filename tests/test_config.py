@@ -1,4 +1,4 @@
-"""Every key of every job is checked, and its page is as the code."""
+"""Tests that every key of every job is checked, and that docs/configuration.md is current."""
 
 import contextlib
 import math
@@ -45,7 +45,7 @@ ALWAYS_WRONG = [math.nan, math.inf, -math.inf, 10**400, -(10**400), object(), {1
 
 
 def wrong_values(allowed: object) -> list[object]:
-    """Values next to what is allowed, and of other types."""
+    """Returns values just outside the allowed range, and values of other types."""
     match allowed:
         case Range(low, high, low_open, high_open, whole):
             wrong: list[object] = ["x", "1", True, None, (1,), [], ""]
@@ -85,7 +85,7 @@ def _admitted(kinds: tuple, value: object) -> bool:
 
 
 def right_values(allowed: object) -> list[object]:
-    """Two different values at the ends of what is allowed."""
+    """Returns two different values at the ends of the allowed range."""
     match allowed:
         case Range(low, high, low_open, high_open, whole):
             low, high = -1e9 if low is None else low, 1e9 if high is None else high
@@ -116,7 +116,7 @@ def right_values(allowed: object) -> list[object]:
 
 
 def keys() -> dict[str, Allowed]:
-    """Of all jobs; those of the quickstart are those of its parts."""
+    """Returns the keys of all jobs; those of the quickstart are those of its parts."""
     jobs = [leaves(config_lib.defaults(job)) for job in JOBS if job != "quickstart"]
     return {key: setting.allowed for known in jobs for key, setting in known.items()} | HUB_CONFIG
 
@@ -173,8 +173,8 @@ def with_value(config: ConfigDict, key: str, value: object) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_key_of_every_job_is_checked_at_the_front_door(job, capsys, tmp_path, monkeypatch):
-    """Before anything is started; each key with a wrong value of its own."""
+def test_every_key_of_every_job_is_checked_before_any_work(job, capsys, tmp_path, monkeypatch):
+    """Each key gets its own wrong value, and the error comes before any work starts."""
     from singer_jax.platform import parallel
 
     def started(*arguments):
@@ -243,7 +243,7 @@ def test_settings_come_back_from_their_keys(job):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_key_that_a_method_does_not_read_is_left_at_its_default(name):
-    """So that it makes no other run of it."""
+    """A key that the method does not read must not make a different run."""
     config = config_lib.default()
     config.method.name, config.method.rank, config.method.mask_ratio = name, 3, 0.25
     section = to_dict(config_lib.settings_of(config))["method"]
@@ -293,7 +293,7 @@ def test_summed_methods_share_their_keys():
 
 
 def test_the_page_of_all_keys_is_current():
-    """`python -m singer_jax.config > docs/configuration.md` writes it anew."""
+    """`python -m singer_jax.config > docs/configuration.md` updates the page."""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_lib.documentation()
 
 

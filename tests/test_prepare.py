@@ -1,4 +1,4 @@
-"""The job `prepare`: any images in, records out that train like them, whatever happens between."""
+"""Tests of the job `prepare`: records train as their images do, also after interruptions."""
 
 import json
 import os
@@ -144,7 +144,7 @@ def test_an_unreadable_image_keeps_its_place(tmp_path, capsys):
     (given / "train" / "a" / "3.jpg").unlink()
     os.mkfifo(given / "train" / "a" / "3.jpg")
     assert run(given, tmp_path / "records") == 0
-    assert "1 of them cannot be read" in capsys.readouterr().out
+    assert "unreadable images: 1 " in capsys.readouterr().out
     made = make_source(str(tmp_path / "records"), "", TRAIN)
     assert made[3].image == b"" and made[3].label == 0
     assert made[4].image == jpeg(4)

@@ -1,4 +1,4 @@
-"""The quickstart at a fraction of its length: everything that it leaves behind."""
+"""Test of the quickstart's output, at a fraction of its length."""
 
 import importlib.util
 import json

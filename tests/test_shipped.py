@@ -1,4 +1,4 @@
-"""The shipped distillation configurations: what they are, and that each one trains."""
+"""Tests that shipped configurations have the recorded settings, and that each one trains."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_each_has_a_text():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_what_its_text_says(name):
-    """`python -m tests.shipped` writes the texts anew."""
+    """`python -m tests.shipped` updates the recorded texts."""
     assert shipped.describe(CONFIGS[name]) == (shipped.TEXTS / f"{name}.txt").read_text()
 
 

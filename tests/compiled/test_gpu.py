@@ -65,5 +65,5 @@ def test_a_plan_for_a_node():
         "--config.topology=h100:8",
         "--config.batch_size=64",
     )
-    assert "h100:8: 8 x NVIDIA H100 80GB HBM3; batch 64, 8 images a chip" in printed
+    assert "h100:8: 8 x NVIDIA H100 80GB HBM3; batch 64, 8 images per chip" in printed
     assert "all-reduce" in printed and "images/s, MFU" in printed

@@ -1,4 +1,4 @@
-"""The linearised blocks against samples of the real ones, and what they amplify."""
+"""Tests of linearised blocks against samples of the real ones, and of their singular defects."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.methods.test_nullspace import MLPS, norm, plain
 
 @pytest.mark.parametrize("mlp", MLPS)
 def test_the_mlp_is_its_least_squares_map_of_normal_tokens(mlp):
-    """The sampled regression, as the paper does it; scale and centring by hand."""
+    """The sampled regression follows the paper; scale and centring are applied by hand."""
     block = plain(mlp).blocks[1]
     tokens = np.random.default_rng(0).standard_normal((20_000, 12)).astype(np.float32)
     tokens = np.concatenate([tokens, -tokens])  # the even part of the MLP adds no noise
