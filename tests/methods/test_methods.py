@@ -227,7 +227,7 @@ def test_bad_layers_are_named(layers, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("threshold", 1.5, r"1.5 is not in 0..1, the range of the rule quantile"),
+        ("threshold", 1.5, r"1.5 is not in 0..1, the range of threshold_type quantile"),
         ("rank", 25, "method.rank: 25 is not in 1..24"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
     assert {name: float(x) for name, x in terms.items()} == pytest.approx(
         {name: float(x) for name, x in expected.items()}
     )
-    assert any("fitnet: student blocks" in line for _, line in both.report(both.diagnose(seen[0])))
+    assert any("fitnet: layer mapping" in line for _, line in both.report(both.diagnose(seen[0])))
     assert set(both.student_layers) >= set(both.methods["fitnet"].student_layers)
 
 
