@@ -1,4 +1,4 @@
-"""What methods must know of a run's first batches before they are made."""
+"""Measurements of the teacher on a run's first batches, which methods need before they are made."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from singer_jax.training.setup import Setups
 from singer_jax.training.step import micro_batches
 
 BATCHES = 8
-"""How many of the run's first batches are looked at."""
+"""Number of the run's first batches that are measured."""
 
 
 def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, Any]:
-    """By student what its method needs, summed over batches; replicated on all devices.
+    """Measures the teacher for the method of each student that needs it.
 
     Args:
-      run: of the students.
-      teacher: its parameters.
-      batches: on the devices, as the step takes them.
+      run: Setups of the students.
+      teacher: Parameters of the teacher.
+      batches: Batches on the devices, as the step takes them.
+
+    Returns:
+      The measurements by student, summed over the batches and replicated on all devices.
     """
     add, everywhere = jit_add(run), parallel.replicated(run.any.mesh)
     empty = {name: own.measured for name, own in run.each.items() if own.measured}
@@ -37,9 +40,10 @@ def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, A
 
 
 def jit_add(run: Setups) -> Callable[[dict[str, Any], Params, Any], dict[str, Any]]:
-    """The program that adds a batch: of totals (donated), the teacher's parameters and the batch.
+    """Returns the jitted function that adds the measurements of a batch to the totals.
 
-    It goes through the batch in as many parts as the step does, so that it takes no more memory.
+    Its arguments are the totals (donated), the teacher's parameters and the batch. It splits the
+    batch into as many micro-batches as the step does, so that it needs no more memory.
     """
     network, students = run.teacher_model.network, run.students
 

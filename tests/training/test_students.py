@@ -167,12 +167,12 @@ def test_one_that_goes_wrong_keeps_its_state_and_the_others_learn_as_without_it(
 @pytest.mark.parametrize(
     ("memory", "prefers", "words"),
     [
-        (2**40, False, "2 students together, .* of a device's 1.02e\\+03 GiB$"),
-        (1, False, "2 students one by one, .*; together they would take"),
-        (2**40, True, "2 students one by one, [^;]* GiB$"),
+        (2**40, False, "2 students, parallel, peak memory .* of 1.02e\\+03 GiB per device$"),
+        (1, False, "2 students, sequential, peak memory .*; parallel execution needs .* GiB"),
+        (2**40, True, "2 students, sequential, peak memory [^;]* GiB$"),
     ],
 )
-def test_the_schedule_suits_the_device_and_is_said(
+def test_the_execution_suits_the_device_and_is_logged(
     teacher_file, monkeypatch, memory, prefers, words
 ):
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: memory)
@@ -187,7 +187,7 @@ def test_the_schedule_suits_the_device_and_is_said(
     assert not program.told
 
 
-def test_one_by_one_takes_less_memory(teacher_file):
+def test_sequential_execution_takes_less_memory(teacher_file):
     same = {name: {"method": {"name": "fitnet"}, "seed": seed} for seed, name in enumerate("abcd")}
     run = prepare(together(teacher_file, same))
     arguments = (run.students, run.any.mesh, run.states, run.teacher, batch_of(run, 0))
@@ -203,8 +203,8 @@ def test_one_by_one_takes_less_memory(teacher_file):
         ({"a": {"batch_size": 4}}, r"students\.a\.batch_size: 4; give it once for the run"),
         ({"a": {"rank": 4}}, r"unknown configuration key 'students\.a\.rank'"),
         ({"a": {"method": {"rank": 0}}}, r"students\.a\.method\.rank: 0; give"),
-        ({"a/b": {"seed": 1}}, r"students: 'a/b' is no file name"),
-        ({"-a": {"seed": 1}}, r"students: '-a' is no file name"),
+        ({"a/b": {"seed": 1}}, r"students: 'a/b' is not a valid name"),
+        ({"-a": {"seed": 1}}, r"students: '-a' is not a valid name"),
         ({"teacher": {"seed": 1}}, r"students: 'teacher' is also the name of the teacher"),
         ({"Tiny": {}, "tiny": {}}, r"students: 'tiny' is also the name of the student 'Tiny'"),
         ({"execution": "both"}, r"unknown students\.execution 'both'"),
