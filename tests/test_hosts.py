@@ -141,7 +141,7 @@ def test_a_killed_process_ends_the_other(environment, tmp_path, killed):
     processes[killed].kill()
     status, printed = finish_all(processes)[1 - killed]
     assert status == 1 and "Traceback" not in printed, printed
-    assert printed.splitlines()[-1].startswith("singer_jax: another process is gone, ")
+    assert printed.splitlines()[-1].startswith("singer_jax: another process died, ")
 
 
 def images(folder: Path, name: str, damaged: int) -> Path:
@@ -251,7 +251,7 @@ def test_processes_that_do_not_come_are_one_line_in_time(environment, process):
         )
     )
     assert status == 1
-    assert f"singer_jax: the other processes did not come at {address}" in printed
+    assert f"singer_jax: the other processes did not join at {address}" in printed
     assert len(printed.splitlines()) == 1, printed
 
 
@@ -263,7 +263,7 @@ def test_a_slurm_job_without_srun_runs_alone(monkeypatch, caplog):
         monkeypatch.setenv(name, value)
     hosts.join()
     assert jax.process_count() == 1
-    assert "one process for all" in caplog.text
+    assert "running as one process of the SLURM job" in caplog.text
 
 
 def test_processes_that_jax_cannot_find_are_one_line(environment):
