@@ -113,7 +113,7 @@ def test_a_half_written_file_is_noticed(saved, run):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
-        pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run says which"),
+        pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run lists the "),
     ):
         checkpoints.restore(3, run.state)
 

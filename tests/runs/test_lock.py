@@ -73,7 +73,7 @@ def test_a_number_of_a_process_that_is_used_again_is_another_process(folder):
     with lock.holding(folder) as held:
         held.check()
     left(folder, process=os.getpid(), machine=mine["machine"], born=mine["born"])
-    with pytest.raises(InputError, match="is held by"), lock.holding(folder):
+    with pytest.raises(InputError, match="is in use by"), lock.holding(folder):
         pass
 
 
@@ -86,7 +86,7 @@ def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog
     with lock.holding(folder) as held:
         held.check()
     assert time.monotonic() - start > lock.SILENCE
-    assert "which is silent" in caplog.text
+    assert "which has no heartbeat" in caplog.text
 
 
 def test_another_machine_that_lives_is_not(folder, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_run_that_was_taken_for_dead_saves_nothing_more(folder):
     (folder / lock.FILE).unlink()
     with lock.holding(folder) as held:
         (folder / lock.FILE).unlink()
-        with pytest.raises(RunError, match="is gone"):
+        with pytest.raises(RunError, match="is missing"):
             held.check()
 
 
@@ -264,5 +264,5 @@ def test_each_job_that_writes_is_refused_where_another_writes(run, tmp_path, cap
     with lock.holding(epath.Path(folder)):
         assert main.run(job(run), tmp_path / "out") == 2
     printed = capsys.readouterr().err
-    assert f"{folder} is held by process {os.getpid()}" in printed
+    assert f"{folder} is in use by process {os.getpid()}" in printed
     assert not any(folder.rglob("*.json")), "nothing was written"

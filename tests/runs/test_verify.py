@@ -86,9 +86,7 @@ def test_the_one_before_goes_on_and_nothing_is_deleted(two, tmp_path, abstract, 
     aside = tmp_path / "checkpoints.damaged"
     assert {file.name: file.read_bytes() for file in files(aside / "4")} == damaged
     reason = (aside / "4.txt").read_text().strip()
-    assert (
-        reason and f"checkpoint 4 is damaged ({reason}), set aside in {aside / '4'}" in caplog.text
-    )
+    assert reason and f"checkpoint 4 is damaged ({reason}), moved to {aside / '4'}" in caplog.text
     with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         assert checkpoints.newest_whole() == 4
 
