@@ -1,4 +1,4 @@
-"""Which tokens are compared, and how patches come onto another grid."""
+"""The tokens that are compared, and the interpolation of patches to another grid."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ def arch(img_size: int = 16, class_token: bool = True, reg_tokens: int = 0) -> A
 
 
 def numbered(of: Architecture) -> jnp.ndarray:
-    """Tokens that carry their position."""
+    """Returns tokens whose values are their positions."""
     count = of.num_prefix_tokens + of.num_patches
     return jnp.broadcast_to(jnp.arange(float(count))[None, :, None], (1, count, 2))
 
