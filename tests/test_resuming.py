@@ -51,7 +51,7 @@ def _overwrite(folder: Path) -> None:
             file.write_bytes(content.tobytes())
 
 
-# Each certainly changes the contents; changes of any bit of any file are tested in runs/test_verify.py.
+# Each certainly changes the contents; changes of any bit are tested in runs/test_verify.py.
 DAMAGES = {
     "overwritten": _overwrite,
     "emptied": lambda folder: (folder / "meta" / "metadata").write_bytes(b""),

@@ -63,8 +63,8 @@ class NullSpaceSettings(Settings):
     init: str | None = setting(
         None,
         optional(OneOf(("identity", "official"))),
-        "Initialisation of the refiner: `identity` starts with no update, `official` as the "
-        "official code. None: `official` for the modes `init` and `random`, else `identity`.",
+        "Initialisation of the refiner: `identity` starts without an update, `official` with that of "
+        "the official code. None: `official` for the modes `init` and `random`, else `identity`.",
     )
     direction_order: str = setting(
         "most_null",
