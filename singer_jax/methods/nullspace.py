@@ -63,7 +63,7 @@ class NullSpaceSettings(Settings):
     init: str | None = setting(
         None,
         optional(OneOf(("identity", "official"))),
-        "Initialisation of the refiner: `identity` starts without an update, `official` with that of "
+        "Initialisation of the refiner: `identity` starts without an update, `official` as in "
         "the official code. None: `official` for the modes `init` and `random`, else `identity`.",
     )
     direction_order: str = setting(
