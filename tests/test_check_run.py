@@ -48,7 +48,7 @@ def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
         assert {file: file.read_bytes() for file in files(run)} == before
         assert main.run(finished[0], run) == 2
         printed = capsys.readouterr().err
-        assert f"held by process {process.pid} of" in printed and len(printed.splitlines()) == 1
+        assert f"in use by process {process.pid} of" in printed and len(printed.splitlines()) == 1
     finally:
         process.kill()
         process.communicate()

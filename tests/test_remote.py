@@ -197,7 +197,7 @@ def test_a_run_on_a_store_is_held_by_one_process(environment, monkeypatch):
     with lock.holding(folder) as held:
         held.check()
         monkeypatch.setattr(lock, "_machine", lambda: "another one")
-        with pytest.raises(InputError, match="is held by process"), lock.holding(folder):
+        with pytest.raises(InputError, match="is in use by process"), lock.holding(folder):
             pass
         held.check()
     assert not (folder / lock.LOCK_FILE).exists()

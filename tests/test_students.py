@@ -48,7 +48,8 @@ def whole(config_file, tmp_path_factory) -> Path:
     arguments = (f"--config={config_file}", f"--workdir={workdir}")
     status, printed = cli.finish(cli.start(cli.environment(), *arguments))
     assert status == 0, printed
-    assert "2 students one by one, " in printed and "singer: teacher layer 1: " in printed
+    assert "2 students, sequential, peak memory " in printed
+    assert "singer: teacher layer 1: " in printed
     return workdir
 
 

@@ -1,4 +1,4 @@
-"""The algebra of the null space, over random maps."""
+"""Algebraic properties of the null space for random maps."""
 
 import functools
 
@@ -24,7 +24,7 @@ soft_filter = jax.jit(nullspace.soft_filter)
 
 
 def random_map(dim: int, seed: int, decay: float) -> jax.Array:
-    """A map with singular values that fall from 1 by `decay` each."""
+    """Returns a map with singular values that fall from 1 by the factor `decay` each."""
     u, v = (
         np.linalg.qr(np.random.default_rng(seed + i).standard_normal((dim, dim)))[0] for i in (0, 1)
     )
@@ -44,13 +44,13 @@ def norm(x: jax.Array) -> float:
 
 
 def product(a: jax.Array, b: jax.Array) -> np.ndarray:
-    """In float64, so that the check itself adds no rounding."""
+    """Multiplies in float64, so that the check itself adds no rounding error."""
     return np.asarray(a, np.float64) @ np.asarray(b, np.float64)
 
 
 @given(maps, st.integers(1, 4), st.floats(0, 1), st.integers(0, 100))
-def test_a_projected_update_is_seen_no_more_than_its_largest_direction(w, rank, quantile, seed):
-    """||D W|| <= (sigma_max(selected) + c eps sigma_1) ||D|| for D = F A B Q."""
+def test_a_projected_update_is_bounded_by_its_largest_singular_value(w, rank, quantile, seed):
+    """Bound: ||D W|| <= (sigma_max(selected) + c eps sigma_1) ||D|| for D = F A B Q."""
     space = decompose(w)
     tau = nullspace.threshold_value(space, "quantile", quantile)
     q = projector(space, tau, rank=rank)
@@ -63,8 +63,8 @@ def test_a_projected_update_is_seen_no_more_than_its_largest_direction(w, rank, 
 
 
 @given(maps, st.floats(0, 1), st.integers(0, 100))
-def test_a_softly_filtered_update_is_seen_at_most_half_tau(w, quantile, seed):
-    """||(F^ - F) W|| <= tau / 2 ||F A B||."""
+def test_a_softly_filtered_update_is_bounded_by_half_tau(w, quantile, seed):
+    """Bound: ||(F^ - F) W|| <= tau / 2 ||F A B||."""
     space = decompose(w)
     tau = nullspace.threshold_value(space, "quantile", quantile)
     raw = jax.random.normal(jax.random.key(seed), (7, w.shape[0]))
@@ -121,7 +121,7 @@ def test_energy_share_without_outliers_is_zero_and_not_nan():
 
 
 def model(mlp_layer: str, **changes: object) -> VisionTransformer:
-    """Two blocks with random norms and LayerScale, so that folding them in matters."""
+    """Returns two blocks with random norms and LayerScale, so that folding them in matters."""
     arch = Architecture(
         img_size=(8, 8),
         patch_size=4,
@@ -158,10 +158,8 @@ THRESHOLDS = [("absolute", 0.5), ("quantile", 0.3), ("relative", 0.2), ("rank", 
 @pytest.mark.parametrize(("rule", "threshold"), THRESHOLDS)
 @pytest.mark.parametrize("mlp", MLPS)
 @given(st.integers(0, 10_000))
-def test_no_input_map_of_the_next_block_sees_an_update_in_the_block_space(
-    mlp, rule, threshold, seed
-):
-    """||(F^ - F) W_k|| is bounded for the map of attention and for each of the MLP."""
+def test_an_update_in_the_block_space_is_bounded_for_every_input_map(mlp, rule, threshold, seed):
+    """Bound: ||(F^ - F) W_k|| for the input map of attention and for each of the MLP."""
     block = plain(mlp).blocks[1]
     space = decompose(nullspace.linear_map(plain(mlp), 0, "block"))
     tau = nullspace.threshold_value(space, rule, threshold)
@@ -194,7 +192,7 @@ def test_every_source_and_rule_keeps_its_guarantee(mlp, source, rule, threshold,
 
 @pytest.mark.parametrize("mlp", MLPS)
 def test_the_mlp_sources_are_the_mlp_without_its_activation(mlp):
-    """By hand: what a row vector becomes on its way through the linear maps."""
+    """Compares with applying the linear maps one after the other to a row vector."""
     block = plain(mlp).blocks[1].mlp
     scale, gamma = plain(mlp).blocks[1].norm2.scale[...], plain(mlp).blocks[1].ls2.gamma[...]
     a = np.random.default_rng(0).standard_normal((4, 12))
@@ -212,7 +210,7 @@ def test_the_mlp_sources_are_the_mlp_without_its_activation(mlp):
 
 
 def test_norms_inside_the_mlp_count_only_where_norms_do():
-    """EVA-02: the norm of the hidden layer is between W1 and W2."""
+    """In EVA-02 the norm of the hidden layer is between W1 and W2."""
     made = model("swiglu", scale_mlp_norm=True)
     block = made.blocks[1]
     inside, second = block.mlp.norm.scale[...][:, None], block.mlp.fc2.kernel[...]
@@ -226,8 +224,8 @@ def test_norms_inside_the_mlp_count_only_where_norms_do():
         np.testing.assert_allclose(found, np.concatenate(expected, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_without_norms_before_it_sees_nothing_in_its_null_space():
-    """With norms behind attention and MLP the guarantee is exact: no norm is in between."""
+def test_the_null_space_of_a_post_norm_block_is_exact():
+    """In post-norm models the guarantee is exact, because no norm precedes attention and MLP."""
     grouped = {"qkv_fused": False, "num_kv_heads": (2, 1)}
     made = model("mlp", post_norm=True, mlp_ratio=0.25, **grouped)
     block = made.blocks[1]
@@ -260,7 +258,7 @@ def test_the_last_layer_is_read_by_its_own_block():
         ("rank", 0, 0),
     ],
 )
-def test_threshold_rules_select_what_they_say(rule, threshold, expected):
+def test_threshold_types_select_the_expected_directions(rule, threshold, expected):
     space = nullspace.NullSpace(jnp.eye(4), jnp.array([4.0, 3.0, 2.0, 1.0]))
     tau = nullspace.threshold_value(space, rule, threshold)
     assert int(nullspace.null_dim(space, tau)) == expected

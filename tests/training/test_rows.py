@@ -1,4 +1,4 @@
-"""A step computes the same on any number of micro-batches, devices and processes."""
+"""A step computes the same with any number of micro-batches, devices and processes."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def teacher_file(tmp_path_factory) -> Path:
 
 
 def gradients(teacher_file: Path, grad_accum_steps: int, shape: tuple[int, int]) -> dict:
-    """Of a student of each method, and its losses, on one batch."""
+    """Returns gradients and losses of a student of each method on one batch."""
     config = tiny.config(teacher_file)
     for name in METHODS:
         method = {"name": name} | OWN.get(name, {})
