@@ -1,4 +1,4 @@
-"""Sources by name, and what a user says of his images."""
+"""Registry of image sources by name, and the data settings."""
 
 from __future__ import annotations
 
@@ -45,61 +45,66 @@ SOURCES = (
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings(Settings):
-    """Which images."""
+    """Settings that select a data set."""
 
     source: str = setting(
         "imagenet2012",
         NAME,
-        "`digits`, `scenes`, `folder` (or its path), a data set of docs/data.md or a TFDS name",
+        "Name of the data set: `digits`, `scenes`, `folder` (or the path of a folder), a data set "
+        "of docs/data.md or a TFDS name.",
     )
     path: str = setting(
-        "", TEXT, "the data set's own folder, or the folder that holds it (of TFDS: data directory)"
+        "",
+        TEXT,
+        "Folder of the data set, or its parent folder. For TFDS data sets: the TFDS data directory.",
     )
     workers: int | None = setting(
         None,
         optional(Range(0, 1024, whole=True)),
-        "decoding processes; None: one a spare core; 0: a thread",
+        "Number of decoding processes. None: all cores but one. 0: decode in a thread.",
     )
     normalisation: str = setting(
         "model",
         OneOf(("model", "imagenet")),
-        "mean and deviation of each model's own, or ImageNet's for all (official code)",
+        "Input mean and deviation: each model's own, or ImageNet's for all (official code).",
     )
     scenes: SceneSettings = section(SceneSettings())
 
 
 @dataclasses.dataclass(frozen=True)
 class SizedDataSettings(DataSettings):
-    """Which images, at which size."""
+    """Settings that select a data set and the input size."""
 
     image_size: int | None = setting(
-        None, optional(SIDE), "side of the models' input; None: each one's own", "pixels"
+        None, optional(SIDE), "Side length of the model input. None: each model's own.", "pixels"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDataSettings(SizedDataSettings):
-    """Which images, and how they are cropped for training."""
+    """Settings that select a data set and its training augmentation."""
 
     crop_area: tuple[float, float] = setting(
         (0.08, 1.0),
         Each(Range(0, 1, low_open=True), length=2, ascending=True),
-        "smallest and largest share of an image's area that a crop covers",
+        "Smallest and largest fraction of the image area that a random crop covers.",
     )
     crop_ratio: tuple[float, float] = setting(
         (3 / 4, 4 / 3),
         Each(Range(0, 100, low_open=True), length=2, ascending=True),
-        "smallest and largest width of a crop over its height",
+        "Smallest and largest aspect ratio (width / height) of a random crop.",
     )
-    flip: float = setting(0.5, SHARE, "probability that a crop is mirrored")
+    flip: float = setting(0.5, SHARE, "Probability of a horizontal flip.")
     decode: str = setting(
         "fast",
         OneOf(("fast", "exact")),
-        "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
+        "JPEG decoder: simplejpeg and OpenCV (`fast`), or Pillow as in torchvision (`exact`).",
     )
-    fail_on_unreadable: bool = setting(False, Flag(), "an unreadable image stops the run")
+    fail_on_unreadable: bool = setting(False, Flag(), "Stop the run at the first unreadable image.")
     max_unreadable: float = setting(
-        0.01, SHARE, "share of unreadable images above which a run stops; never for fewer than 20"
+        0.01,
+        SHARE,
+        "Largest fraction of unreadable images before the run stops. Fewer than 20 never stop it.",
     )
 
 

@@ -38,11 +38,15 @@ FARTHEST = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class SceneSettings(Settings):
-    """How many pictures the source `scenes` has, and how large."""
+    """Settings of the generated data set `scenes`."""
 
-    size: int = setting(64, Range(8, 2**12, whole=True), "side of a picture", "pixels")
-    train: int = setting(10000, COUNT, "pictures to train on")
-    test: int = setting(2000, COUNT, "pictures to test on, all of them others")
+    size: int = setting(
+        64, Range(8, 2**12, whole=True), "Side length of a generated image.", "pixels"
+    )
+    train: int = setting(10000, COUNT, "Number of training images.")
+    test: int = setting(
+        2000, COUNT, "Number of test images, which are disjoint from the training images."
+    )
 
 
 # The labels of the same pictures: a source each, and how many classes it has.

@@ -27,14 +27,20 @@ NAME = "register_neurons"
 
 @dataclasses.dataclass(frozen=True)
 class RegisterSettings(Settings):
-    """Which neurons are taken for register neurons (`evaluation.cleaning`)."""
+    """Settings of the search for register neurons (`evaluation.cleaning`)."""
 
-    images: int = setting(500, COUNT, "of the training split, to find them on")
+    images: int = setting(
+        500, COUNT, "Number of training images on which the register neurons are searched for."
+    )
     neurons: int = setting(
-        50, COUNT, "how many; the authors take 50 of DINOv2 ViT-L, 10 of OpenCLIP ViT-B"
+        50,
+        COUNT,
+        "Number of register neurons. The authors use 50 for DINOv2 ViT-L, 10 for OpenCLIP ViT-B.",
     )
     outlier: float = setting(
-        3.0, Range(1, low_open=True), "a patch is an outlier above this multiple of the median norm"
+        3.0,
+        Range(1, low_open=True),
+        "Norm, as a multiple of the median patch norm, above which a patch is an outlier.",
     )
 
 
