@@ -25,7 +25,7 @@ from singer_jax.settings.settings import Settings, section, setting
 
 _LOG = logging.getLogger("singer_jax")
 
-# Named in messages; any other TFDS name is read too.
+# Names shown in error messages; any other TFDS name can be read too.
 SOURCES = (
     "digits",
     *LABELS,
@@ -56,7 +56,7 @@ class DataSettings(Settings):
     path: str = setting(
         "",
         TEXT,
-        "Folder of the data set, or its parent folder. For TFDS data sets: the TFDS data directory.",
+        "Folder of the data set, or its parent. For a TFDS data set: the TFDS data directory.",
     )
     workers: int | None = setting(
         None,
@@ -109,18 +109,18 @@ class TrainingDataSettings(SizedDataSettings):
 
 
 def open_source(data: DataSettings, split: str) -> Source:
-    """The source that a user asks for, which is logged; raises as `make_source`."""
+    """Opens and logs the source that the settings select; raises the errors of `make_source`."""
     return announced(make_source(data.source, data.path, split, data.scenes), split)
 
 
 def announced(source: Source, split: str) -> Source:
-    """Logs what a source consists of, and returns it."""
+    """Logs the summary of a source, and returns the source."""
     _LOG.info("data %s: %s", split, summary(source))
     return source
 
 
 def summary(source: Source) -> str:
-    """Says how many images a source has, of how many classes, what was left out, and where."""
+    """Returns a line with a source's number of images and classes, its skipped files and folder."""
     text = f"{len(source):,} images"
     if source.num_classes:
         text += f" in {source.num_classes:,} classes"
@@ -130,7 +130,7 @@ def summary(source: Source) -> str:
 
 
 def where(source: Source) -> str:
-    """Says which files a source leaves out, and its folder, as the end of a line."""
+    """Returns the skipped files and the folder of a source, as the end of a line."""
     left_out, root = getattr(source, "left_out", ""), getattr(source, "root", None)
     text = f" ({left_out})" if left_out else ""
     return f"{text}, {shown(str(root))}" if root else text
@@ -139,18 +139,19 @@ def where(source: Source) -> str:
 def make_source(
     name: str, path: str, split: str, scenes: SceneSettings = SceneSettings()
 ) -> Source:
-    """The source of a name.
+    """Returns the source with a name.
 
     Args:
-      name: `digits`; a key of `scenes.LABELS`; `folder`, or itself the path of a folder; a data set
-        of `benchmarks`; else a TFDS name.
-      path: the set's own folder, in its official layout or with `train/` and `val/` of class
-        folders; or the folder that holds it; or TFDS's data directory.
+      name: `digits`, a key of `scenes.LABELS`, `folder`, the path of a folder, a data set of
+        `benchmarks`, or a TFDS name.
+      path: folder of the data set, in its official layout or with `train/` and `val/` of class
+        folders; or its parent folder; or the TFDS data directory.
       split: `train` or `test`.
-      scenes: how many generated pictures, how large.
+      scenes: settings of generated images.
 
     Raises:
-      InputError: unknown name, missing or empty folder, data that is not prepared.
+      InputError: the name is unknown, the folder is missing or empty, or the data set is not
+        prepared.
     """
     check_local("data.source", name)
     check_local("data.path", path)
@@ -161,7 +162,7 @@ def make_source(
     if os.sep in name or Path(name).is_dir():
         try:
             return open_path(name, split)
-        except InputError as error:  # the user gave no data.path
+        except InputError as error:  # data.path is not set
             raise type(error)(str(error).replace("data.path:", "data.source:", 1)) from error
     if name == "folder":
         if not path:
@@ -177,22 +178,22 @@ def make_source(
 
 
 def _is_folders(name: str, path: str) -> bool:
-    """Returns whether a folder with `train/` is read as class folders, whatever the set's name."""
+    """Returns whether a folder has `train/` and is read as class folders, for any data set name."""
     if name not in BENCHMARKS or name == "imagenet2012":
         return True
     return not (BENCHMARKS[name].test_only or find_folder(name, path))
 
 
 def open_path(path: str, split: str, exif: bool = True) -> Source:
-    """Returns what lies at a path: prepared records, a folder of images, or tar files.
+    """Opens the data at a path: prepared records, a folder of images, or tar files.
 
     Args:
       path: a folder, or a tar file.
       split: `train` or `test`.
-      exif: whether a folder's images are turned as their EXIF orientation says.
+      exif: True to apply the EXIF orientation of a folder's images.
 
     Raises:
-      InputError: nothing that can be read there, or Parquet shards, which must be prepared.
+      InputError: there is nothing to read, or there are Parquet shards, which must be prepared.
     """
     root = Path(path).expanduser()
     if (root / MANIFEST).is_file():

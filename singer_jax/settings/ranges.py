@@ -199,7 +199,7 @@ def optional(allowed: Allowed) -> Either:
 
 
 def check(name: str, value: Any, allowed: Allowed) -> None:
-    """Raises `InputError` with the setting, its value and the allowed values if it is not allowed."""
+    """Raises `InputError` with the setting, its value and the allowed values if it is invalid."""
     if allowed.admits(value):
         return
     kinds = allowed.kinds if isinstance(allowed, Either) else (allowed,)

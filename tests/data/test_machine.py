@@ -79,7 +79,7 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch, own, files, expec
         (64, 2, (2, False), "67 MB free, 771 MB needed"),  # 512 crops of 224 in Docker
         (2000, 2, (2, True), ""),
         (2000, 16, (16, False), "--shm-size=5g"),
-        (0, 2, (0, False), "decoded in a thread"),
+        (0, 2, (0, False), "using one decoding thread"),
     ],
 )
 def test_batches_go_through_shared_memory_where_they_fit(

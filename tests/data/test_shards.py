@@ -133,13 +133,13 @@ def _header(size: bytes, kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
     ("content", "message"),
     [
         (gzip.compress(tar_bytes({"1.jpg": jpeg(1)})), "compressed; decompress it first"),
-        (b"no tar" * 500, "no complete tar"),
-        (tar_bytes({"1.jpg": jpeg(1)})[:700], "no complete tar|reaches outside"),
-        (_header(b"77777777777\0") + b"x" * 512, "reaches outside"),
-        (_header(b"\xff" * 12) + b"x" * 512, "no complete tar"),  # a negative size
+        (b"no tar" * 500, "not a complete tar"),
+        (tar_bytes({"1.jpg": jpeg(1)})[:700], "not a complete tar|extends past the end"),
+        (_header(b"77777777777\0") + b"x" * 512, "extends past the end"),
+        (_header(b"\xff" * 12) + b"x" * 512, "not a complete tar"),  # a negative size
         (_header(b"00077777777\0", b"x") + b"x" * 2**25, "16,777,215|bytes, more than"),
-        (tar_bytes({"1.jpg": b"x", "1.cls": b"cat"}), "'1.cls' holds no class number"),
-        (tar_bytes({"1.jpg": b"x", "1.cls": b"-5"}), "-5 is no class number"),
+        (tar_bytes({"1.jpg": b"x", "1.cls": b"cat"}), "'1.cls' does not hold a class number"),
+        (tar_bytes({"1.jpg": b"x", "1.cls": b"-5"}), "-5 is not a class number"),
         (tar_bytes({"1.jpg": b"x", "1.cls": b"9" * 9}), "999,999,999|classes, more than"),
         (tar_bytes({"1.jpg": b"x", "1.cls": b"1", "2.jpg": b"y"}), "2.jpg has no label"),
         (tar_bytes({"train/1.jpg": b"x", "val/2.jpg": b"y"}), "unpack it"),
@@ -218,11 +218,11 @@ def test_columns_are_found_by_type_or_asked_for(tmp_path):
         with pytest.raises(InputError, match=message):
             ParquetSource(file, TRAIN, label=asked)
     file = write_table(tmp_path / "y.parquet", left=[b"1"], right=[b"2"], label=[0])
-    with pytest.raises(InputError, match=r"image: y\.parquet has left, right; say which"):
+    with pytest.raises(InputError, match=r"image: y\.parquet has left, right; name one"):
         ParquetSource(file, TRAIN)
     assert contents(ParquetSource(file, TRAIN, image="right")) == [(b"2", 0)]
     file = write_table(tmp_path / "z.parquet", text=["x"], label=[0])
-    with pytest.raises(InputError, match="no column of images; it has text, label"):
+    with pytest.raises(InputError, match="no column of images; its columns are text, label"):
         ParquetSource(file, TRAIN)
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, monkeypatch):
     honest = file.read_bytes()
     for end in (0, 10, len(honest) // 2, len(honest) - 1):
         file.write_bytes(honest[:end])
-        with pytest.raises(InputError, match=r"x\.parquet: no complete Parquet file"):
+        with pytest.raises(InputError, match=r"x\.parquet: not a complete Parquet file"):
             ParquetSource(file, TRAIN)
     file.write_bytes(honest)
     monkeypatch.setenv(limits.FACTOR, "1e-7")
@@ -240,5 +240,5 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, monkeypatch):
     for labels in ([0, -2], [2**40, 0], [2**22, 0]):
         file = write_table(tmp_path / "y.parquet", image=[b"a", b"b"], label=labels)
         monkeypatch.delenv(limits.FACTOR, raising=False)
-        with pytest.raises(InputError, match=r"is no class|classes"):
+        with pytest.raises(InputError, match=r"is not a class|classes"):
             contents(ParquetSource(file, TRAIN))

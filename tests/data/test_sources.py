@@ -277,12 +277,12 @@ def test_what_leaves_images_without_labels_is_a_warning(tmp_path, caplog):
     write_images(tmp_path / "train" / "b", 2)
     write_images(tmp_path / "val", 2)
     assert FolderSource(str(tmp_path), TRAIN).num_classes == 3
-    assert "1 of 3 classes have no image: empty" in caplog.text
+    assert "1 of 3 classes have no images: empty" in caplog.text
     assert FolderSource(str(tmp_path), TEST).num_classes == 0
-    assert "2 of 2 images lie in no class folder" in caplog.text
+    assert "2 of 2 images are in no class folder" in caplog.text
     write_images(tmp_path / "train", 1)
     assert FolderSource(str(tmp_path), TRAIN).num_classes == 0
-    assert "1 of 5 images lie in no class folder" in caplog.text
+    assert "1 of 5 images are in no class folder" in caplog.text
 
 
 def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
@@ -297,8 +297,8 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypat
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert labels_by_file(tmp_path, TRAIN) == {"a/000.jpg": 0, "c/000.jpg": 2}
-    assert "cannot read the folders b" in caplog.text
-    assert "1 of 3 classes have no image: b" in caplog.text
+    assert "skipping unreadable folders: b" in caplog.text
+    assert "1 of 3 classes have no images: b" in caplog.text
 
 
 def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp_path):
