@@ -22,7 +22,7 @@ from singer_jax.settings.ranges import (
 )
 from singer_jax.settings.settings import Settings, setting
 
-# Names of timm's arguments that have a meaning here.
+# Values of timm's arguments that are supported here.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 MLPS = ("mlp", "swiglu_packed", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
@@ -213,7 +213,7 @@ class Architecture(Settings):
             )
 
     def _contradictions(self) -> list[tuple[str, bool]]:
-        """Combinations that cannot be, and whether this is one."""
+        """Yields invalid combinations with a message, and whether this architecture has each."""
         dim, heads, kv_heads = self.embed_dim, self.num_heads, self.num_kv_heads or ()
         pool_heads = self.attn_pool_num_heads or heads
         return [
@@ -260,17 +260,17 @@ class Architecture(Settings):
 
     @property
     def hidden_dim(self) -> int:
-        """Width that `mlp_ratio` gives the hidden layer of an MLP."""
+        """Returns the hidden width of an MLP with a ratio."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def blocks_alike(self) -> bool:
-        """Whether all blocks have parameters of the same shapes."""
+        """Returns whether all blocks have parameters of the same shapes."""
         return self.num_kv_heads is None or len(set(self.num_kv_heads)) == 1
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Returns the numbers of rows and columns of patches."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
@@ -279,39 +279,40 @@ class Architecture(Settings):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: class token, distillation token and registers."""
+        """Returns the number of class, distillation and register tokens, which come first."""
         return self.class_token + self.distilled + self.reg_tokens
 
     @property
     def num_embedded_prefix_tokens(self) -> int:
-        """Prefix tokens that the learned position embedding covers."""
+        """Returns the number of prefix tokens that the learned position embedding covers."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputePolicy:
-    """How a model computes.
+    """Numerical policy of a model: dtypes, rematerialisation and quantisation.
 
     Attributes:
-      dtype: of activations and matrix products. LayerNorm statistics and the softmax stay float32.
-      param_dtype: in which parameters are stored.
+      dtype: dtype of activations and matmuls. LayerNorm statistics and softmax stay in float32.
+      param_dtype: dtype in which parameters are stored.
       remat: recompute each block in the backward pass instead of keeping its activations.
-      backend: platform of the devices that will compute; empty: the default device's.
-      stacked: the blocks' parameters are one tree with a leading axis over the blocks.
-      quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
-        dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
-        the tokens of huge norm, keeps its precision.
-      artifact_removal: how outlier tokens are taken out of the features, one of `CLEANERS`
-        (`models.registers`, `models.views`, or the subtraction of what was `planted`); None: not.
-      gathered: sharding of a block's parameters while it computes, of a model that is not trained
-        and whose parameters are split over devices; None leaves it to the compiler, which may
-        gather the larger activations.
+      backend: platform of the devices that compute; empty: that of the default device.
+      stacked: True if the blocks' parameters are stacked along a leading axis.
+      quantised: format of the matmuls that read normalised tokens (`quantised.FORMATS`); None:
+        `dtype`. A LayerNorm bounds their input. Matmuls that write into the residual stream,
+        which has outlier tokens, are not quantised.
+      artifact_removal: method that removes outlier tokens from the features, one of `CLEANERS`
+        (`models.registers`, `models.views`, or the subtraction of synthetic outliers); None: no
+        removal.
+      gathered: sharding of a block's parameters while it computes, for a model that is not trained
+        and whose parameters are sharded. None: the compiler decides, and may gather the larger
+        activations instead.
     """
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-    # Neither changes what is computed, so neither is part of what a model says of itself.
+    # Neither changes the result, so neither is part of the repr or of comparisons.
     backend: str = dataclasses.field(default="", repr=False)
     stacked: bool = dataclasses.field(default=False, repr=False)
     quantised: str | None = None
@@ -320,14 +321,14 @@ class ComputePolicy:
 
     @property
     def choices(self) -> backends.Choices:
-        """What is computed differently on this backend."""
+        """Returns the implementation choices for this backend."""
         return backends.choices(self.backend)
 
     @property
     def product(self) -> quantised.Product:
-        """Of normalised tokens and a kernel."""
+        """Returns the function for the matmul of normalised tokens and a kernel."""
         return quantised.product(self.quantised) if self.quantised else jax.lax.dot_general
 
 
-# What overrides of an architecture may be, by field.
+# The settings that can be overridden, by field.
 FIELDS = {field.name: field.metadata["setting"] for field in dataclasses.fields(Architecture)}

@@ -94,14 +94,14 @@ class StudentSettings(ModelSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model without its parameters, and how its input is normalised."""
+    """A model without its parameters, and the normalisation of its input."""
 
     spec: ModelSpec
     graph: nnx.GraphDef
 
     @property
     def image_size(self) -> int:
-        """Side of its square input, in pixels.
+        """Returns the side length of the square input in pixels.
 
         Raises:
           InputError: the input is not square.
@@ -112,7 +112,7 @@ class Network:
         return height
 
     def merge(self, *params: Params) -> Any:
-        """The model with its parameters."""
+        """Returns the model with its parameters."""
         return nnx.merge(self.graph, *params)
 
 
@@ -122,23 +122,23 @@ def resolve_model(
     image_size: int | None = None,
     normalisation: str = "model",
 ) -> tuple[ModelSpec, WeightsFile | None]:
-    """A model that a user names: what it is, and where its weights are.
+    """Returns the specification of the model that a user selects, and its weights file.
 
     Args:
       role: `teacher` or `student`, for messages.
-      settings: what the user says of it.
-      image_size: side of its input in pixels, where `overrides` do not say it; None: the model's.
-      normalisation: `imagenet` takes ImageNet's statistics, `model` its own.
+      settings: settings of the model.
+      image_size: side length of the input in pixels, unless `overrides` set it; None: the model's.
+      normalisation: `imagenet` for ImageNet's input statistics, `model` for the model's own.
 
     Raises:
-      InputError: unknown model or architecture field; weights that are not there or of another
-        architecture.
+      InputError: the model or an architecture field is unknown, or the weights are missing or have
+        another architecture.
     """
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
     if model:
-        zoo.lookup(model, fields)  # a mistyped name is refused before its weights are fetched
+        zoo.lookup(model, fields)  # reject a mistyped name before the weights are downloaded
     path = find_weights(settings.weights) if settings.weights else None
     file = WeightsFile(path, settings.weights_key) if path else None
     stated = read_hub_config(path.parent) if path else {}

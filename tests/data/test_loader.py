@@ -114,7 +114,8 @@ def test_an_unreadable_image_is_replaced_the_same_way_counted_and_named(tmp_path
         count.add(batch)
     assert count.unreadable == 2  # in each of the two epochs
     assert sorted(lines) == [
-        f"skipping unreadable image (replaced): {tmp_path / name}" for name in ("003.jpg", "004.jpg")
+        f"skipping unreadable image (replaced): {tmp_path / name}"
+        for name in ("003.jpg", "004.jpg")
     ]
     (clean,) = first(eval_batches(source, CentreCrop(8), batch_size=10), 1)
     readable = np.delete(clean["image"], [3, 4], axis=0)

@@ -81,9 +81,7 @@ def test_a_prefix_is_taken_off_in_safetensors_too(tmp_path):
     save_file(state(1, "module.visual.trunk.") | HEAD, tmp_path / "weights")
     found = open_weights(tmp_path / "weights")
     assert set(found) == set(KEYS)
-    assert str(found.taken) == (
-        "prefix module.visual.trunk. taken off, left out: head.mlp.0.weight"
-    )
+    assert str(found.taken) == ("prefix module.visual.trunk. removed, left out: head.mlp.0.weight")
 
 
 def test_weights_key_names_another_part(tmp_path):
@@ -197,11 +195,11 @@ def test_a_folder_of_shards_is_read_whole(tmp_path, kind):
     for wrong, words in (
         ({"w": "../part-0"}, "no file of its folder: refused"),
         ({"w": "/etc/passwd"}, "no file of its folder: refused"),
-        ({"w": "gone"}, "shards that are not there: gone"),
+        ({"w": "gone"}, "shards that do not exist: gone"),
         ({"w": f"part-0.{kind}"}, "does not hold w"),
         ({"w": index.name}, "names itself"),
         ({"w": 3}, "no file of its folder: refused"),
-        ({}, "no index of weights"),
+        ({}, "not an index of weights"),
     ):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(InputError, match=words):
@@ -220,7 +218,7 @@ UNREADABLE = {
     "gzip": (b"\x1f\x8b\x08\x00", "compressed with gzip"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     "tar": (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
-    "JSON": (b'{"a": 1}', "no index of weights"),
+    "JSON": (b'{"a": 1}', "not an index of weights"),
     "nothing": (b"", "is empty"),
     "text": (b"hello, world", "it begins with b'hello, w'"),
 }
@@ -263,7 +261,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(InputError, match=r"may not be read \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
         open_weights(tmp_path / "a.pth")
 
 
@@ -287,7 +285,7 @@ def test_a_tensor_that_is_not_finite_is_named_at_loading(tmp_path, bad):
     tensors["blocks.1.mlp.fc1.weight"][3, 2] = bad
     save_file(tensors, tmp_path / "a")
     spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
-    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.weight has 1 values that are NaN"):
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.weight has 1 NaN"):
         load_model(spec, tmp_path / "a")
 
 
@@ -312,7 +310,7 @@ def test_a_run_says_which_part_was_taken(tmp_path):
         *resolve_model("teacher", settings)[:1], settings.weights, tmp_path / "dino.pth"
     )
     assert found["taken"] == (
-        "part teacher, prefix backbone. taken off, left out: head.mlp.0.weight, not taken: "
+        "part teacher, prefix backbone. removed, left out: head.mlp.0.weight, not loaded: "
         "student.module.backbone"
     )
     assert found["taken"] in told(found) and json.loads(json.dumps(found)) == found

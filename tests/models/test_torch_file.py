@@ -209,7 +209,7 @@ def test_an_archive_is_what_torch_writes(tmp_path):
         assert "archive/data.pkl is compressed" in refused(path)
     with zipfile.ZipFile(_with(path), "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("archive/data/0", bytes(24))
-    assert "two entries of one name" in refused(path)
+    assert "two entries with the same name" in refused(path)
     assert "big-endian" in refused(_with(path, byteorder=b"big"))
     assert open_weights(_with(path, byteorder=b"little"))
     assert "2 entries data.pkl" in refused(_with(path, **{"more/data.pkl": b""}))

@@ -165,7 +165,7 @@ def test_a_position_embedding_of_a_rectangle_is_not_resampled(tmp_path):
         ("a.safetensors", b"\x00" * 40, "not a complete safetensors file"),
         ("a.pth", b"PK not really", "not a complete PyTorch file"),
         ("a.npz", b"", "is empty"),
-        ("a.npz", b"something else", "is no checkpoint: it begins with b'somethin'"),
+        ("a.npz", b"something else", "is not a checkpoint: it begins with b'somethin'"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
