@@ -1,4 +1,4 @@
-"""The data sets of Table 1, read from small files in their real formats."""
+"""The data sets of Table 1, read from small files in their original formats."""
 
 import io
 import os
@@ -104,7 +104,7 @@ def test_nyud_is_read_through_its_transposed_axes(root):
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth"])
 def test_training_crops_move_labels_with_their_pixels(kind):
-    """Labels that are a function of the colour stay one after crop, resize and flip."""
+    """Labels that are a function of the colour remain so after crop, resize and flip."""
     grey = np.repeat(np.arange(0, 140, 5, dtype=np.uint8), 5)
     image = np.broadcast_to(grey[None, :, None], (140, 140, 3))
     still = ColorJitter(probability=0.0)
@@ -192,7 +192,7 @@ def test_masks_and_depths_of_another_kind_are_named(tmp_path):
 
 @pytest.mark.parametrize("task", table1.TASKS)
 def test_the_paper_protocol_normalises_pixels_as_the_official_code(root, task):
-    """From the archive's file to what the model sees."""
+    """Compares the model input for a file of the archive."""
     benchmark = table1.TASKS[task]
     transform = {
         "segmentation": SegmentationTransform(16, train=False),
@@ -212,7 +212,7 @@ def test_the_paper_protocol_normalises_pixels_as_the_official_code(root, task):
 
 
 class SingerTestScenes(tfds.core.GeneratorBasedBuilder):
-    """The features of TFDS's set of that name, prepared for real."""
+    """A prepared data set with the features of TFDS's data set scene_parse150."""
 
     VERSION = tfds.core.Version("1.0.0")
     NAME = "singer_test_scenes"

@@ -73,7 +73,7 @@ def test_exif_orientation_is_applied_only_where_asked():
 
 
 def with_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
-    """A JPEG with the orientation 6 and further tags: number, kind, count, four bytes."""
+    """Returns a JPEG with orientation 6 and further tags: number, kind, count, four bytes."""
     entries = [(0x112, 3, 1, struct.pack("<H", 6)), *tags]
     table = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + bytes(4)
@@ -107,7 +107,7 @@ def test_every_orientation_is_undone():
 
 
 def test_text_and_profiles_of_a_png_count_under_our_limit(monkeypatch):
-    """Generators of images write workflows of megabytes into their text."""
+    """Image generators write workflows of several megabytes into the text chunks."""
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 2**21, zip=True)
     image = Image.fromarray(RGB)
@@ -140,7 +140,7 @@ def test_damaged_images_raise_what_the_loader_expects(stored):
 
 
 def test_an_error_in_a_transform_is_not_the_images(tmp_path):
-    """It would be reported as a hundred unreadable images."""
+    """An error in a transform must not be reported as a hundred unreadable images."""
     image = open_image(encoded(Image.fromarray(RGB), "PNG"))
     with pytest.raises(ValueError, match="high - low"):
         TrainTransform(8, scale=(1.0, 0.1))(image, np.random.default_rng(0))
@@ -203,7 +203,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(500, 375), (90, 120), (1601, 1203), (2200, 300)])
 def test_fast_crops_are_the_exact_ones_nearly(size):
-    """The same box and the same flip; enlarged, reduced, and halved by the decoder."""
+    """Covers the same box and flip: enlarged, reduced, and halved by the decoder."""
     stored = encoded(photo(*size), "JPEG", quality=90)
     for seed in range(8):
         rngs = [np.random.default_rng(seed) for _ in range(2)]

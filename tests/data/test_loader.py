@@ -123,7 +123,7 @@ def test_an_unreadable_image_is_replaced_the_same_way_counted_and_named(tmp_path
 
 
 def test_replacements_come_from_anywhere_and_follow_from_seed_epoch_and_index(tmp_path):
-    """Half of the folder in one stretch, as when a whole class is damaged."""
+    """Half of the folder is unreadable in one stretch, like a class that is damaged as a whole."""
     source = damaged_folder(tmp_path, 24, list(range(12)))
     options = {"batch_size": 24, "seed": 0}
     replaced = []
@@ -203,7 +203,7 @@ def test_automatic_workers_are_the_cores_but_one(monkeypatch):
 
 
 def run_loading(folder: Path, reports: Path, workers: int, *more: str) -> subprocess.Popen:
-    """tests/data/loading.py in a process of its own; it prints a digest of six batches."""
+    """Runs tests/data/loading.py in a separate process, which prints digests of six batches."""
     reports.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.data.loading", str(folder), str(reports), str(workers)]
     return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
@@ -257,7 +257,7 @@ batches.close()
 
 @pytest.mark.parametrize("how", ["script", "module", "command", "stdin"])
 def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
-    """The program parses no absl flags and has no guard around what it does."""
+    """The program neither parses absl flags nor has a main guard."""
     (tmp_path / "program.py").write_text(LOADING)
     arguments = {
         "script": [str(tmp_path / "program.py")],

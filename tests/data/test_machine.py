@@ -1,4 +1,4 @@
-"""What containers give: processors by control groups of both versions, and little shared memory."""
+"""Limits of containers: processors by control groups of both versions, and shared memory."""
 
 import os
 from collections import namedtuple
@@ -112,7 +112,7 @@ def test_without_shared_memory_batches_are_the_same(monkeypatch):
 
 @pytest.mark.parametrize("home", ["~", "{tmp}/file", "/proc/none"])
 def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch, home):
-    """`~` is what is left of it where the user is not known."""
+    """The home directory of an unknown user remains `~`."""
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home.format(tmp=tmp_path))

@@ -1,4 +1,4 @@
-"""Images in tar files and Parquet shards: what is found, in which order, with which labels."""
+"""Images in tar files and Parquet shards: their detection, order and labels."""
 
 import gzip
 import io
@@ -102,7 +102,7 @@ def test_a_tar_file_is_listed_once_and_again_where_it_changed(tmp_path, monkeypa
 
 
 def test_names_in_an_archive_never_lead_outside(tmp_path):
-    """They are never paths; links and devices are no images."""
+    """Names are never used as paths; links and devices are not images."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in ("../../evil.jpg", "/etc/passwd.jpg"):

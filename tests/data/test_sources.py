@@ -1,4 +1,4 @@
-"""Where images come from, in the formats that are really in use."""
+"""Image sources in the formats that are in common use."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_a_subset_keeps_order_and_names():
 
 
 class SingerTestShapes(tfds.core.GeneratorBasedBuilder):
-    """A small set that is prepared for real, without TensorFlow."""
+    """A small data set that TFDS prepares without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
     NAME = "singer_test_shapes"
@@ -142,7 +142,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path: Path):
 
 
 def prepared(folder: Path, features: dict, splits: list[str]) -> str:
-    """The name of a set with some features and splits, of two examples each."""
+    """Prepares a data set with two examples per split, and returns its name."""
     buffer = io.BytesIO()
     Image.new("RGB", (9, 8), (200, 0, 0)).save(buffer, "PNG")
     values = {tfds.features.Image: buffer.getvalue(), tfds.features.ClassLabel: 1}
@@ -322,7 +322,7 @@ def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp
 
 @pytest.fixture
 def no_cached_formats():
-    """Formats are looked for anew, before and after."""
+    """Clears the cache of installed formats before and after a test."""
     caches = (formats._available, formats.readers, formats.suffixes)
     for cache in caches:
         cache.cache_clear()

@@ -47,7 +47,7 @@ FORMATS = {
 
 
 def settings(folder: Path) -> ModelSettings:
-    """What a user gives for a recording."""
+    """Returns the settings of a recording."""
     recorded = json.loads((folder / "model.json").read_text())
     file = folder / recorded["file"] if recorded["file"] else folder
     return ModelSettings(recorded["model"], str(file), recorded["overrides"])
@@ -70,7 +70,7 @@ def test_features_equal_those_of_the_library(name):
 
 
 def copied(tmp_path: Path, name: str, **changed: np.ndarray | None) -> Path:
-    """A recording's folder with tensors changed or, for None, left out."""
+    """Copies a recording's folder with tensors changed or, if None, removed."""
     folder = tmp_path / name
     folder.mkdir()
     for file in ("config.json", "model.json"):
@@ -82,7 +82,7 @@ def copied(tmp_path: Path, name: str, **changed: np.ndarray | None) -> Path:
 
 
 def refused(given: ModelSettings) -> str:
-    """What is said of weights that do not fit."""
+    """Returns the error for weights that do not fit."""
     with pytest.raises(InputError) as caught:
         spec, file = resolve_model("teacher", given)
         load_model(spec, file)

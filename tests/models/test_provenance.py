@@ -1,4 +1,4 @@
-"""Where weights come from: what is said of a file is what is in it."""
+"""Provenance of weights, which must agree with the content of the file."""
 
 import hashlib
 import json

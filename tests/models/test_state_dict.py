@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is taken: nesting, averaged weights, prefixes and what lies beside."""
+"""Selection of the model in a checkpoint: nesting, averaged weights and prefixes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ KEYS = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "head.w
 
 
 def state(value: float = 1.0, prefix: str = "") -> dict[str, np.ndarray]:
-    """Enough of a model to be known as one; every tensor holds one value."""
+    """Returns enough tensors to be recognised as a model, each filled with one value."""
     return {prefix + key: np.full((2, 2), value, np.float32) for key in KEYS}
 
 
@@ -165,7 +165,7 @@ TINY = ModelSettings("vit_tiny_patch16_224", "", tiny.TEACHER)
 
 
 def complete(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a tiny teacher."""
+    """Returns all tensors of a tiny teacher."""
     tiny.write_teacher(path / "whole.safetensors")
     return {key: each.read() for key, each in open_weights(path / "whole.safetensors").items()}
 

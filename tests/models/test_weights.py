@@ -1,4 +1,4 @@
-"""Weights in and out, in the file formats that are really in use."""
+"""Loading and export of weights in the file formats that are in common use."""
 
 import collections
 import dataclasses
@@ -234,7 +234,7 @@ def test_a_safetensors_file_that_is_gone_is_named(tmp_path):
 
 
 def test_the_same_export_is_the_same_bytes(tmp_path):
-    """The library alone writes metadata in another order now and then."""
+    """Without sorting, the library sometimes writes metadata in another order."""
     model, origin = spec(), {"method": "singer", "steps": 3, "file": "/where/\u00e9"}
     weights = tensors(model)
     for number in range(8):
@@ -330,7 +330,7 @@ def test_empty_parts_of_a_config_json_are_as_if_absent(tmp_path):
 
 
 def fake_hub(cache: Path, repo: str, files: dict[str, bytes]) -> None:
-    """A Hugging Face cache that holds a repository."""
+    """Creates a Hugging Face cache that contains a repository."""
     folder = cache / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -369,7 +369,7 @@ def test_a_cached_hub_name_works_without_network(tmp_path):
 def test_weights_land_in_their_sharding_and_are_read_once(
     tmp_path, monkeypatch, name, kind, stacked
 ):
-    """Of a file that several hosts share, each takes what its devices hold."""
+    """Each of several hosts reads only the parts that its devices hold."""
     model, mesh, policy = spec(), parallel.make_mesh(2, 2), ComputePolicy(stacked=stacked)
     weights, parts, whole = tensors(model), [], kind.read
     if kind is SafetensorsTensor:
