@@ -176,7 +176,7 @@ def test_a_run_ends_above_the_share_of_different_unreadable_images():
         count.add(found(20))
 
 
-def test_a_few_unreadable_images_of_few_never_end_a_run():
+def test_fewer_than_twenty_unreadable_images_never_stop_a_run():
     source = Subset(DigitsSource(TRAIN), np.arange(28))
     count = UnreadableCount(source, lambda line: None)
     for _ in range(100):
@@ -284,7 +284,7 @@ def test_batches_of_one_image_are_those_of_larger_ones():
     np.testing.assert_array_equal(images, np.concatenate([batch["image"] for batch in whole]))
 
 
-def test_workers_leave_with_a_killed_parent_and_leave_nothing_behind(tmp_path):
+def test_workers_exit_when_their_parent_is_killed(tmp_path):
     write_images(tmp_path / "images", 10)
     before = set(os.listdir("/dev/shm"))
     process = run_loading(tmp_path / "images", tmp_path / "reports", 2, "wait")

@@ -169,7 +169,7 @@ def test_any_bytes_are_a_tar_file_or_one_line(tmp_path):
         os.unlink(file)
 
 
-def test_words_in_a_path_say_the_split(tmp_path):
+def test_split_is_the_last_split_word_in_the_path(tmp_path):
     names = {
         TRAIN: ["00000.tar", "x-train-1.tar", "train/0.tar", "val-like.d/train_2.tar"],
         TEST: ["imagenet-val-0.tar", "validation/0.tar"],
@@ -184,7 +184,7 @@ def test_words_in_a_path_say_the_split(tmp_path):
         assert {f.relative_to(tmp_path).as_posix() for f in found[split]} == set(names[split])
 
 
-def test_a_folder_of_images_beside_its_archive_is_a_folder(tmp_path):
+def test_image_folder_takes_precedence_over_an_archive_in_it(tmp_path):
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "1.jpg").write_bytes(jpeg(1))

@@ -253,7 +253,7 @@ def test_both_splits_number_their_classes_alike_whatever_lies_beside(tmp_path, m
         assert train == test and set(train.values()) == {0, 1}
 
 
-def test_what_people_call_their_splits_is_found(tmp_path):
+def test_common_names_of_split_folders_are_recognised(tmp_path):
     for number, (train, test) in enumerate((("Train", "Val"), ("training", "validation"))):
         root = tmp_path / str(number)
         for folder in (f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"):
@@ -270,7 +270,7 @@ def test_a_test_split_beside_the_classes_is_not_trained_on(tmp_path):
     assert labels_by_file(tmp_path, TEST) == {"b/000.jpg": 1, "b/001.jpg": 1}
 
 
-def test_what_leaves_images_without_labels_is_a_warning(tmp_path, caplog):
+def test_images_without_labels_cause_a_warning(tmp_path, caplog):
     for folder in ("train/a", "train/b", "train/empty", "val"):
         (tmp_path / folder).mkdir(parents=True)
     write_images(tmp_path / "train" / "a", 2)

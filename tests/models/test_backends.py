@@ -102,7 +102,7 @@ def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
     np.testing.assert_allclose(model(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_model_says_of_itself_does_not_depend_on_the_backend():
+def test_repr_of_a_model_does_not_depend_on_the_backend():
     plain = ComputePolicy()
     assert repr(dataclasses.replace(plain, backend="tpu", stacked=True)) == repr(plain)
 

@@ -52,7 +52,7 @@ def test_activations_move_from_the_patches_to_the_first_token():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_registers_are_a_token_more_that_nobody_sees(images):
+def test_registers_add_one_token_that_is_removed_from_features(images):
     """Compares with single blocks in which the hidden layer of each gated MLP is changed."""
     model, plain = build("registers", ROTARY), build(None, ROTARY)
     found = jax.jit(lambda: model.features(images))()

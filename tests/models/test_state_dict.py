@@ -67,7 +67,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_the_model_is_found_in_what_training_writes(tmp_path, name):
+def test_model_is_found_in_training_checkpoints(tmp_path, name):
     content, part, prefix, value = NESTED[name]
     write_torch_file(tmp_path / "a.ckpt", content)
     found = open_weights(tmp_path / "a.ckpt")
@@ -77,7 +77,7 @@ def test_the_model_is_found_in_what_training_writes(tmp_path, name):
     assert all((each.read() == value).all() for each in found.values())
 
 
-def test_a_prefix_is_taken_off_in_safetensors_too(tmp_path):
+def test_prefix_is_removed_in_safetensors_too(tmp_path):
     save_file(state(1, "module.visual.trunk.") | HEAD, tmp_path / "weights")
     found = open_weights(tmp_path / "weights")
     assert set(found) == set(KEYS)
@@ -226,7 +226,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
-def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, name, suffix):
+def test_error_for_other_files_names_their_kind(tmp_path, name, suffix):
     content, words = UNREADABLE[name]
     (tmp_path / f"a{suffix}").write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -254,7 +254,7 @@ def test_torchscript_and_whole_models_are_refused_by_name(tmp_path):
         check_weights(zoo.lookup(TINY.model, tiny.TEACHER), tmp_path / "a.pth")
 
 
-def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+def test_error_for_a_file_without_read_permission(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"PK")
 
     def denied(*_: object, **__: object) -> None:
@@ -298,7 +298,7 @@ def test_integers_are_no_weights(tmp_path):
         load_model(spec, tmp_path / "a")
 
 
-def test_a_run_says_which_part_was_taken(tmp_path):
+def test_run_logs_the_loaded_part(tmp_path):
     whole = complete(tmp_path)
     content = {
         "student": {f"module.backbone.{key}": value + 1 for key, value in whole.items()},

@@ -277,7 +277,7 @@ def test_the_input_that_a_config_json_states_is_exported_again(tmp_path):
     assert spec_of_weights(spec(), tmp_path / "model.safetensors") == model
 
 
-def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
+def test_classes_and_statistics_come_from_the_file(tmp_path):
     model = spec()
     export_timm(tmp_path, model, tensors(model))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -306,7 +306,7 @@ def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
         (b'{"pretrained_cfg": {"input_size": [3, 224]}}', "pretrained_cfg.input_size"),
     ],
 )
-def test_a_config_json_that_says_nonsense_is_one_line(tmp_path, content, words):
+def test_invalid_config_json_is_a_one_line_error(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_hub_config(tmp_path)
