@@ -68,8 +68,8 @@ class SegmentationTransform:
 
     Attributes:
       size: side of image and mask in pixels.
-      train: whether to crop, flip and jitter at random.
-      jitter: of training images.
+      train: True to crop, flip and jitter at random.
+      jitter: colour jitter of training images.
     """
 
     size: int
@@ -117,8 +117,8 @@ class DepthTransform:
 
     Attributes:
       size: side of image and depth map in pixels.
-      train: whether to crop, flip and jitter at random.
-      jitter: of training images.
+      train: True to crop, flip and jitter at random.
+      jitter: colour jitter of training images.
     """
 
     size: int

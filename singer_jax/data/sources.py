@@ -175,7 +175,9 @@ def _check_labels(
         return False
     if foreign:
         text = (
-            f"{few(foreign)} is no class" if len(foreign) == 1 else f"{few(foreign)} are no classes"
+            f"{few(foreign)} is not a class"
+            if len(foreign) == 1
+            else f"{few(foreign)} are not classes"
         )
         raise InputError(f"data.path: {root}: {text} of the training split")
     empty = [name for name in classes if name not in holding]

@@ -155,7 +155,7 @@ def _labels(
     for name in found:
         if name not in index:
             raise InputError(
-                f"{root}: {shown(str(name))} of {split} is no class of the training split"
+                f"{root}: {shown(str(name))} of {split} is not a class of the training split"
             )
     return np.array([index[name] for name in found], np.int32), names, len(names)
 

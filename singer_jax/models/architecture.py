@@ -43,7 +43,7 @@ class Architecture(Settings):
 
     Raises:
       InputError: a value that its field may not have.
-      ValueError: the image size is no multiple of the patch size, or the width none of the heads.
+      ValueError: sizes do not match, such as img_size and patch_size.
     """
 
     img_size: tuple[int, int] = setting(

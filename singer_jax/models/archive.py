@@ -65,7 +65,7 @@ def check_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         raise zipfile.BadZipFile(f"{name} is compressed; save it without compression")
     whole = Path(archive.filename).stat().st_size
     if entry.header_offset + entry.file_size > whole:
-        raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
+        raise zipfile.BadZipFile(f"{name} extends past the end of the file")
     return entry
 
 
@@ -87,8 +87,8 @@ def entry_start(archive: zipfile.ZipFile, name: str) -> int:
         file.seek(entry.header_offset)
         magic, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         if magic != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"{name} does not begin where the directory says")
+            raise zipfile.BadZipFile(f"{name} does not begin at the position in the directory")
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + entry.file_size > file.seek(0, 2):
-            raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
+            raise zipfile.BadZipFile(f"{name} extends past the end of the file")
     return start

@@ -134,7 +134,7 @@ class Attention(nnx.Module):
 
     Args:
       arch: sizes and variants.
-      policy: how it computes.
+      policy: numerical policy.
       rngs: random streams for the parameters.
       num_kv_heads: number of key and value heads, each shared by equally many query heads.
     """
@@ -386,7 +386,7 @@ class Block(nnx.Module):
 
     Args:
       arch: sizes and variants.
-      policy: how it computes.
+      policy: numerical policy.
       rngs: random streams for the parameters.
       index: index of the block.
     """

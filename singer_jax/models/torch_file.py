@@ -474,7 +474,7 @@ def _starts(
         size = found.elements * found.dtype.itemsize
         if elements != found.elements or position + 8 + size > whole:
             raise pickle.UnpicklingError(
-                f"storage {excerpt(key)} has not the {found.elements:,} elements it should have"
+                f"storage {excerpt(key)} does not have its {found.elements:,} elements"
             )
         yield key, position + 8
         position += 8 + size

@@ -218,7 +218,7 @@ def test_the_test_split_numbers_the_classes_of_the_training_split(tmp_path):
     assert [test[i].label for i in range(4)] == [0, 0, 2, 2]
     assert train.num_classes == test.num_classes == 3
     write_images(tmp_path / "val" / "d", 1)
-    with pytest.raises(InputError, match="d is no class of"):
+    with pytest.raises(InputError, match="d is not a class of"):
         make_source("folder", str(tmp_path), TEST)
 
 

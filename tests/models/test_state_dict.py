@@ -151,7 +151,7 @@ def test_the_old_torch_format_is_read_by_content(tmp_path, name):
 def test_a_damaged_file_of_the_old_format_is_one_line(tmp_path):
     arrays = {"w": np.arange(6, dtype=np.float32)}
     path = write_legacy_file(tmp_path / "a.pth", arrays, elements=1)
-    with pytest.raises(InputError, match="storage 0 has not the 6 elements"):
+    with pytest.raises(InputError, match="storage 0 does not have its 6 elements"):
         open_weights(path)
     whole = write_legacy_file(path, arrays).read_bytes()
     for size in (len(whole) - 1, len(whole) - 30, 40):
