@@ -21,7 +21,7 @@ def config_of(folder: Path):
 
 
 def damage(folder: Path) -> set[str]:
-    """Damages three of twelve images: one truncated, one empty, one not an image."""
+    """Damages three of twelve images: truncated, empty, and not an image."""
     contents = (folder / "003.jpg").read_bytes()
     for name, content in (("003", contents[:200]), ("004", b""), ("011", b"text")):
         (folder / f"{name}.jpg").write_bytes(content)

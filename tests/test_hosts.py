@@ -200,8 +200,8 @@ def test_unreadable_images_of_all_processes_are_counted(config_file, environment
     # Four epochs of eight images, of which process 1 reads one half: not those of process 0.
     counted = json.loads(rows[-1])["train/unreadable_images"]
     assert 1 <= counted <= 8
-    assert found[1][1].count("unreadable image, replaced") in (1, 2)
-    assert "unreadable image, replaced" not in found[0][1]
+    assert found[1][1].count("skipping unreadable image (replaced)") in (1, 2)
+    assert "skipping unreadable image (replaced)" not in found[0][1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every backend's way of computing gives the same numbers as the CPU's, tried on the CPU."""
+"""The implementation choices of every backend give equal results on the CPU."""
 
 import dataclasses
 
@@ -112,13 +112,13 @@ def test_stacked_parameters_are_read_from_the_same_file(tmp_path, images):
     np.testing.assert_allclose(model(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_model_says_of_itself_does_not_depend_on_the_backend():
+def test_repr_of_a_model_does_not_depend_on_the_backend():
     plain = ComputePolicy()
     assert repr(dataclasses.replace(plain, backend="tpu", stacked=True)) == repr(plain)
 
 
 def test_attention_of_an_odd_number_of_tokens_is_that_of_the_padded_one():
-    """As cuDNN's gradient needs it: the added token is seen by nobody and sees nobody."""
+    """The token that cuDNN's gradient needs is masked, as query and as key."""
     heads = jax.random.normal(jax.random.key(0), (3, 2, 17, 3, 8))
 
     def total(attention, *heads):
