@@ -120,7 +120,7 @@ def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch, ho
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        parallel.start("bfloat16")
+        parallel.start()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
