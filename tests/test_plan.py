@@ -52,7 +52,7 @@ def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
                 "    config.students.b = {}\n"
                 "    return config\n"
             )
-    settings = PlanSettings(plan=str(file), change="steps=1 mesh.data=4")
+    settings = PlanSettings(plan=str(file), overrides="steps=1 mesh.data=4")
     trained = []
 
     def record(students, mesh, states, teacher, batch, schedule=None):
