@@ -189,7 +189,7 @@ def _empty_folder(config, folder) -> None:
         (_break("method", 3), ["unknown configuration key 'method'"]),
         (_break("teacher.overrides.num_classes", 5), ["num_classes 5", "has 0"]),
         (_break("log.wandb", True), ["log.wandb", "pip install wandb"]),
-        (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "expected [1, 1, 32]"]),
+        (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "is [24], expected [32]"]),
         (_missing_folder, ["data.path: no folder at", "nowhere"]),
         (_empty_folder, ["no image", "empty"]),
     ],
