@@ -106,6 +106,8 @@ _NOT_THE_METHOD = (
     "seed",
     "data.path",
     "data.workers",
+    "data.fail_on_unreadable",
+    "data.max_unreadable",
     "mesh.",
     "log.",
     "checkpoint.",
