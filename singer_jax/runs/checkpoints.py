@@ -124,15 +124,14 @@ class Checkpoints:
         self.read_only = read_only
         self.watch = verify.Watch(self.manager.directory)
 
-    def latest_step(self) -> int | None:
-        """Steps done in the latest finished checkpoint; None where there is none."""
-        return self.manager.latest_step()
-
-    def newest_whole(self) -> int | None:
+    def newest_whole(self, before: int | None = None) -> int | None:
         """Steps done in the latest finished checkpoint that is what was saved; None: there is none.
 
         Those after it are damaged, and stay where they are until `set_aside`. The first process
         reads them, for all.
+
+        Args:
+          before: Only checkpoints of earlier steps than this are looked at; None: all.
 
         Raises:
           RunError: there are checkpoints, but none is whole.
@@ -141,6 +140,8 @@ class Checkpoints:
         def look() -> int | None:
             found = self.watch.damaged
             for step in reversed(self.manager.all_steps()):
+                if before is not None and step >= before:
+                    continue
                 folder = self.manager.directory / str(step)
                 reason = verify.find_corruption(folder, record=not self.read_only)
                 if reason is None:
@@ -157,11 +158,15 @@ class Checkpoints:
 
         return parallel.of_first_process(look() if jax.process_index() == 0 else None)
 
-    def step_to_read(self, step: int | None = None) -> int:
+    def step_to_read(self, step: int | None = None, *, before: int | None = None) -> int:
         """Returns the step of the checkpoint that a reader takes; for all processes together.
 
         It is `step` where that is given, and else that of the newest checkpoint without corruption,
         as for training. A warning names the newer ones that are passed over.
+
+        Args:
+          step: The step that is asked for.
+          before: Without a `step`, only checkpoints of earlier steps than this are taken.
 
         Raises:
           InputError: no checkpoint is finished, or none of the given step.
@@ -174,9 +179,10 @@ class Checkpoints:
             if step not in finished:
                 raise InputError(f"step: {run} holds checkpoints {finished}, not {step}")
             return step
-        found = self.newest_whole()
+        found = self.newest_whole(before)
         if found is None:
-            raise InputError(f"run: {run} has no finished checkpoint any more")
+            which = "any more" if before is None else f"before step {before}"
+            raise InputError(f"run: {run} has no finished checkpoint {which}")
         for other, reason in self.watch.damaged.items():
             LOG.warning("checkpoint %d is damaged (%s); %d is read instead", other, reason, found)
         return found
