@@ -63,6 +63,12 @@ def file_size(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
+def check_size(path: epath.Path | Path, limit: int = LARGEST_TEXT) -> None:
+    """Raises `InputError` for a file, local or behind a URL, that is larger than its limit."""
+    remote = "://" in os.fspath(path)
+    check(path, path.stat().length if remote else file_size(path), limit, "bytes")
+
+
 def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "text") -> str:
     """A whole file, local or behind a URL.
 
@@ -71,8 +77,7 @@ def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "t
       OSError: it cannot be read.
     """
     try:
-        remote = "://" in os.fspath(path)
-        check(path, path.stat().length if remote else file_size(path), limit, "bytes")
+        check_size(path, limit)
         return path.read_text()
     except InputError:
         raise

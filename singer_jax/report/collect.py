@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.metrics import read_rows
 from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.restore import restore_states
@@ -131,15 +131,18 @@ def restore(
 def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl; none where there is no such file.
 
-    What is no row, such as a last line that is being written, and no number is left out.
+    What is no row, such as a last line that is being written, and no number is left out. Metrics
+    that were renamed have their current names.
 
     Args:
       run: the work directory.
       student: one of several, whose metrics get the names of a single one's, without the others'.
     """
     file = metrics_file(run)
-    lines = limits.read_text(file).splitlines() if file.is_file() else []
-    rows = [row for line in lines if "step" in (row := _numbers(line))]
+    if not file.is_file():
+        return []
+    limits.check_size(file)
+    rows = [row for found in read_rows(file)[0] if "step" in (row := _numbers(found))]
     if not student:
         return rows
     common = {"step", "time"}
@@ -153,15 +156,11 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
     ]
 
 
-def _numbers(line: str) -> dict[str, float]:
-    """Of a line of metrics.jsonl; none where it is no JSON object."""
-    try:
-        row = json.loads(line)
-    except (RecursionError, ValueError):
-        return {}
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Returns what is a number of a row."""
     return {
         name: value
-        for name, value in (row.items() if isinstance(row, dict) else ())
+        for name, value in row.items()
         if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
     }
 
