@@ -183,7 +183,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Measures the time of a save for the next row; it does not count as time of training."""
+        """Measures how long a save holds the loop up.
+
+        The next row that states a throughput has it as `train/save_seconds`; after the last save
+        there is none. It does not count as time of training. A save may still be writing then.
+        """
         start = time.perf_counter()
         try:
             yield
