@@ -303,8 +303,12 @@ class UnreadableCount:
         """Number of different images that could not be read so far, in any process."""
         return len(self.found)
 
-    def add(self, batch: ImageBatch) -> None:
+    def add(self, batch: ImageBatch, last: bool = False) -> None:
         """Counts a batch.
+
+        Args:
+          batch: of this process.
+          last: no other follows, so that this one is counted at once, also of other processes.
 
         Raises:
           RunError: more than the share `most` of the images read, and at least 20.
@@ -314,7 +318,7 @@ class UnreadableCount:
             self.named.add(index)
             self.log(f"unreadable image, replaced: {self.source.describe(index)}")
         self._pending.append(self.gather(indices) if self.gather else indices)
-        while len(self._pending) > (self._LAG if self.gather else 0):
+        while len(self._pending) > (self._LAG if self.gather and not last else 0):
             of_all = np.asarray(self._pending.pop(0))
             self.images += len(of_all)
             self.found.update(of_all[of_all >= 0].tolist())

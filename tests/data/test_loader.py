@@ -192,6 +192,8 @@ def test_unreadable_images_of_several_processes_are_counted_once():
     for _ in range(6):
         count.add(found(7))
     assert count.unreadable == 2 and count.named == {7}
+    count.add(found(9), last=True)
+    assert count.unreadable == 3 and count.images == 7 * 502
 
 
 def test_automatic_workers_are_the_cores_but_one(monkeypatch):
