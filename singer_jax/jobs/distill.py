@@ -295,7 +295,7 @@ def _export_students(job: _Job, states: Mapping[str, TrainState]) -> None:
         trained, frozen = map(to_timm, parts)
         spec = trained_here(run.each[name].distillation.student.spec)
         make_workdir(folder)
-        with holding(folder):  # the job `export` writes there too
+        with holding(folder):  # the job `export` also writes there
             export_timm(folder, spec, trained | frozen, made_from)
             write_card(folder, spec, made_from)
     parallel.of_first_process(None)  # no process ends before everything is written

@@ -183,10 +183,10 @@ class Recorder:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Measures how long a save holds the loop up.
+        """Measures how long the training loop waits for a save, which may write on afterwards.
 
-        The next row that states a throughput has it as `train/save_seconds`; after the last save
-        there is none. It does not count as time of training. A save may still be writing then.
+        The time does not count as time of training. The next row with a throughput states it as
+        `train/save_seconds`; no row follows the save after the last step.
         """
         start = time.perf_counter()
         try:

@@ -1,4 +1,4 @@
-"""What is read of a run: its settings, and its students' states from the checkpoints."""
+"""Reads the settings of a run, and the states of its students from checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several processes tell each other."""
+"""Values that several processes exchange."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Which settings make a run another one: for a continued run, and in a comparison."""
+"""Settings that make a run another one, when it is continued and when it is compared."""
 
 import dataclasses
 import json
