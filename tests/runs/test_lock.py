@@ -276,7 +276,7 @@ def test_a_run_exports_no_student_while_the_job_export_writes_it(run, tmp_path, 
     settings.steps = 2  # all of them are done
     with lock.holding(epath.Path(student)):
         assert main.run(settings, tmp_path / "run") == 2
-    assert f"{student} is held by process {os.getpid()}" in capsys.readouterr().err
+    assert f"{student} is in use by process {os.getpid()}" in capsys.readouterr().err
     assert not (student / "model.safetensors").exists()
     assert main.run(settings, tmp_path / "run") == 0
     exported = {path.name for path in student.iterdir()}
