@@ -326,7 +326,8 @@ def _files_of_a_run(folder: Path) -> Entry:
     from singer_jax.jobs.report import results_of
     from singer_jax.report.collect import read_metrics
     from singer_jax.settings.settings import to_dict
-    from singer_jax.training.settings import DistillSettings, read_settings
+    from singer_jax.training.restore import read_settings
+    from singer_jax.training.settings import DistillSettings
 
     run, settings = epath.Path(folder), DistillSettings()
     (folder / "evaluation").mkdir()

@@ -135,8 +135,6 @@ def loaded(folder: Path, batches: int, which: str) -> float:
             start=0,
             workers=1,
             strict=True,
-            process_index=0,
-            process_count=1,
         )
         with contextlib.closing(loader):
             for _, _ in zip(range(count), loader, strict=False):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import load_backbone
-from singer_jax.io.files import as_path
+from singer_jax.io.files import as_path, working_disks
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
 from singer_jax.models.architecture import PRECISIONS, ComputePolicy
@@ -115,8 +115,11 @@ def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None
 def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
     """Trains a student as the command does; `load_model(workdir)` then loads it.
 
-    Arguments and errors are those of `singer_jax.jobs.distill.distill`. The function restores JAX's
-    matmul precision and other numeric settings before it returns.
+    Arguments and errors are those of `singer_jax.jobs.distill.distill`; a full disk raises
+    `RunError` too. The function restores JAX's matmul precision and other numeric settings before
+    it returns.
     """
-    parallel.start()
-    job.distill(settings, as_path(workdir))
+    folder = as_path(workdir)
+    with working_disks(folder):
+        parallel.start()
+        job.distill(settings, folder)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.jobs import distill, validation
+from singer_jax.platform import parallel
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import setup_students
 from tests import tiny
@@ -118,3 +120,11 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
     config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0
     assert made == [config.batch_size // 4]
+
+
+def test_unreadable_images_of_every_process_are_counted(monkeypatch):
+    own = validation.Validation.__new__(validation.Validation)
+    own.test = own.bank = types.SimpleNamespace(num_classes=0)
+    own.held_out, own.stopped, own.unreadable = lambda states, teacher: {}, {}, {"a", "b"}
+    monkeypatch.setattr(parallel, "of_each_process", lambda found: [found, {"b", "c"}])
+    assert own({}, None) == {"eval/images/unreadable": 3}

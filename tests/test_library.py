@@ -1,7 +1,9 @@
 """Tests that the code blocks of docs/library.md run, and that all public names exist."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,9 +16,9 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 import singer_jax
-from singer_jax import main
+from singer_jax import library, main
 from singer_jax.config import settings_of
-from singer_jax.errors import InputError
+from singer_jax.errors import InputError, RunError
 from singer_jax.models.weights import to_timm
 from tests import cli, tiny
 from tests.models.test_weights import fake_hub
@@ -130,6 +132,15 @@ def test_what_is_offered_is_there_and_nothing_is_imported_before():
         "for name in singer_jax.__all__: getattr(singer_jax, name)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_full_disk_is_a_run_error_in_the_library_too(tmp_path, monkeypatch):
+    def fill(settings: object, workdir: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "config.json"))
+
+    monkeypatch.setattr(library.job, "distill", fill)
+    with pytest.raises(RunError, match=r"cannot write .*config\.json \(No space left on device\)"):
+        library.distill(singer_jax.DistillSettings(), tmp_path)
 
 
 def test_what_a_model_cannot_be_is_said(tmp_path):

@@ -298,6 +298,7 @@ def test_the_command_line_starts_no_job_when_imported():
             ["singer_jax.models.weights", "singer_jax.methods"],
             ["grain", "tensorflow_datasets", "clu", "ml_collections", "singer_jax.data"],
         ),
+        (["singer_jax.training.settings", "singer_jax.training.setup"], ["orbax"]),
         (
             ["singer_jax.data.sources", "singer_jax.data.images"],
             ["jax", "singer_jax.models", "singer_jax.methods"],

@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_on_a_store_is_moved_and_none_of_it_lost(environmen
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
         assert checkpoints.newest_whole() == 2
         checkpoints.set_aside()
-        assert checkpoints.latest_step() == 2
+        assert checkpoints.manager.latest_step() == 2
         checkpoints.save({"a": jnp.arange(5000)}, 4, {"data": "abc"})
     assert verify.finished(folder / "checkpoints") == [2, 4]
     assert verify.find_corruption(newest) is None

@@ -376,3 +376,5 @@ def test_rows_of_metrics_are_numbers(tmp_path):
     lines = ['{"step": 1, "a": 2.5, "b": "<script>", "c": [1]}', "[1]", '"step"', '{"step": 2, "a']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 10**5]))
     assert read_metrics(epath.Path(tmp_path)) == [{"step": 1, "a": 2.5}]
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1, "eval/held_out/loss": 2.5}')
+    assert read_metrics(epath.Path(tmp_path)) == [{"step": 1, "eval/val/loss": 2.5}]

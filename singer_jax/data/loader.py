@@ -102,30 +102,26 @@ def train_batches(
     start: int = 0,
     workers: int = 0,
     strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
-    """Yields this process's part of the batches of steps `start`, `start` + 1, ... without end.
+    """Yields this process's rows of the batches of steps `start`, `start` + 1, ... without end.
 
     Args:
       source: the training split.
       transform: transform such as `TrainTransform`.
-      batch_size: global batch size, a multiple of `process_count`.
+      batch_size: global batch size.
       seed: seed of the order and the crops.
       start: index of the first step.
       workers: number of decoding processes; 0: decode in a thread of this process.
       strict: raise at an unreadable image instead of replacing it.
-      process_index, process_count: index and number of the parts of each batch.
-      rows: rows of each batch to read, instead of a part; the batch may have any size. Rows from
-        `batch_size` on are padding, which `valid` marks.
+      rows: rows of each batch to read; None: all. Rows from `batch_size` on are padding, which
+        `valid` marks.
     """
     examples = _order(source, seed).random_map(LoadExample(source, transform, strict))
     # Slice after random_map, because slices of its input would all draw the same random numbers.
     if rows is None:
-        shard = examples.slice(slice(process_index, None, process_count))
-        own = batch_size // process_count
-        dataset = shard.batch(own)
+        own = batch_size
+        dataset = examples.batch(own)
     else:
         own = len(rows)
         dataset = _rows_of_batches(examples, batch_size, rows)
@@ -302,8 +298,13 @@ class UnreadableCount:
         """Returns the number of distinct images that no process could read so far."""
         return len(self.found)
 
-    def add(self, batch: ImageBatch) -> None:
+    def add(self, batch: ImageBatch, last: bool = False) -> None:
         """Counts a batch.
+
+        Args:
+          batch: batch of this process.
+          last: whether the run ends with this batch; if so, the images of the other processes are
+            counted at once.
 
         Raises:
           RunError: more than the fraction `most` of the images is unreadable, and at least 20 are.
@@ -313,7 +314,7 @@ class UnreadableCount:
             self.named.add(index)
             self.log(f"skipping unreadable image (replaced): {self.source.describe(index)}")
         self._pending.append(self.gather(indices) if self.gather else indices)
-        while len(self._pending) > (self._LAG if self.gather else 0):
+        while len(self._pending) > (self._LAG if self.gather and not last else 0):
             of_all = np.asarray(self._pending.pop(0))
             self.images += len(of_all)
             self.found.update(of_all[of_all >= 0].tolist())

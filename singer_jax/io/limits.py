@@ -67,6 +67,12 @@ def file_size(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
+def check_size(path: epath.Path | Path, limit: int = LARGEST_TEXT) -> None:
+    """Raises `InputError` for a file, local or behind a URL, that is larger than its limit."""
+    remote = "://" in os.fspath(path)
+    check(path, path.stat().length if remote else file_size(path), limit, "bytes")
+
+
 def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "text") -> str:
     """Returns the text of a local file or a URL.
 
@@ -75,8 +81,7 @@ def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "t
       OSError: the file cannot be read.
     """
     try:
-        remote = "://" in os.fspath(path)
-        check(path, path.stat().length if remote else file_size(path), limit, "bytes")
+        check_size(path, limit)
         return path.read_text()
     except InputError:
         raise

@@ -26,7 +26,7 @@ from singer_jax.runs.workdir import (
 )
 from singer_jax.settings.ranges import NAME, Each, OneOf
 from singer_jax.settings.settings import Settings, flatten, setting, to_dict
-from singer_jax.training.settings import read_settings
+from singer_jax.training.restore import read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,8 @@ _NOT_THE_METHOD = (
     "seed",
     "data.path",
     "data.workers",
+    "data.fail_on_unreadable",
+    "data.max_unreadable",
     "mesh.",
     "log.",
     "checkpoint.",

@@ -294,6 +294,8 @@ def _export_students(job: _Job, states: Mapping[str, TrainState]) -> None:
         folder = export_folder(job.workdir, name)
         trained, frozen = map(to_timm, parts)
         spec = trained_here(run.each[name].distillation.student.spec)
-        export_timm(folder, spec, trained | frozen, made_from)
-        write_card(folder, spec, made_from)
+        make_workdir(folder)
+        with holding(folder):  # the job `export` also writes there
+            export_timm(folder, spec, trained | frozen, made_from)
+            write_card(folder, spec, made_from)
     parallel.of_first_process(None)  # no process ends before everything is written

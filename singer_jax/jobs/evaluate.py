@@ -50,7 +50,8 @@ from singer_jax.runs.workdir import (
 )
 from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting, to_dict
-from singer_jax.training.settings import DistillSettings, read_settings
+from singer_jax.training.restore import read_settings
+from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)

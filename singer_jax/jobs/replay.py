@@ -100,13 +100,11 @@ def _state_before(
         return run.init_states(teacher, measured)[name]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         # A student that was stopped among several keeps its state in all later checkpoints.
-        usable = [n for n in checkpoints.manager.all_steps() if name or n < step]
-        if usable:
-            wanted = {name: run.each[name].state}
-            state = restore_states(checkpoints, max(usable), wanted)[name]
-            if int(state.step) < step:
-                return state
-    raise InputError(f"run: no checkpoint of {folder} holds a state before step {step}")
+        found = checkpoints.step_to_read(before=None if name else step)
+        state = restore_states(checkpoints, found, {name: run.each[name].state})[name]
+    if int(state.step) >= step:
+        raise InputError(f"run: no checkpoint of {folder} holds a state before step {step}")
+    return state
 
 
 @contextlib.contextmanager

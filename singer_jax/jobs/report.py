@@ -21,7 +21,8 @@ from singer_jax.runs.metrics import LOG
 from singer_jax.runs.workdir import report_page, student_results_file
 from singer_jax.settings.ranges import COUNT, NAME, TEXT, Each, OneOf, optional
 from singer_jax.settings.settings import Settings, setting, to_dict
-from singer_jax.training.settings import DistillSettings, read_config, read_settings
+from singer_jax.training.restore import read_config, read_settings
+from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)

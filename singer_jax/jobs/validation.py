@@ -15,6 +15,7 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.models.params import Params, join
+from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG, metric_name
 from singer_jax.training.held_out import HeldOut
 from singer_jax.training.settings import DistillSettings
@@ -86,7 +87,7 @@ class Validation:
         Returns:
           `eval/val/loss`, `eval/val/loss_<term>` and `eval/knn/top1`, of several students with the
           prefix `eval/NAME/`, and `eval/images/unreadable`, the number of images of both splits
-          that could not be read so far.
+          that could not be read since the start, by any process.
         """
         losses = self.held_out(states, teacher)
         active = {name: state for name, state in states.items() if name not in self.stopped}
@@ -98,7 +99,9 @@ class Validation:
         if self.test.num_classes and self.bank.num_classes:
             for name, top1 in self._knn(active).items():
                 metrics[metric_name("eval", name, "knn/top1")] = top1
-        metrics["eval/images/unreadable"] = len(self.unreadable)
+        # Each process reads a part of the images.
+        of_all = set().union(*parallel.of_each_process(self.unreadable))
+        metrics["eval/images/unreadable"] = len(of_all)
         return metrics
 
     def _knn(self, states: Mapping[str, TrainState]) -> dict[str, float]:

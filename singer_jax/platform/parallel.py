@@ -226,6 +226,21 @@ def of_first_process(value: Any) -> Any:
     return pickle.loads(mine)
 
 
+def of_each_process(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order; all processes must call the function.
+
+    Args:
+      value: value of this process; it must be possible to pickle it.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(content))).tolist()
+    padded = np.pad(content, (0, max(sizes) - len(content)))
+    parts = multihost_utils.process_allgather(padded)
+    return [pickle.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     """Puts this process's part of a global batch (NumPy arrays) onto its devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from singer_jax.methods.weighted_sum import WeightedSum
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
+from singer_jax.runs.metrics import read_rows
 from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.restore import restore_states
@@ -132,7 +132,7 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
     """Returns the rows of a run's metrics.jsonl; empty if there is no such file.
 
     Lines that are not JSON objects, such as a line that is still being written, and values that are
-    not numbers are skipped.
+    not numbers are skipped. Renamed metrics have their current names.
 
     Args:
       run: work directory.
@@ -140,8 +140,10 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
         the other students' metrics are left out.
     """
     file = metrics_file(run)
-    lines = limits.read_text(file).splitlines() if file.is_file() else []
-    rows = [row for line in lines if "step" in (row := _numbers(line))]
+    if not file.is_file():
+        return []
+    limits.check_size(file)
+    rows = [row for found in read_rows(file)[0] if "step" in (row := _numbers(found))]
     if not student:
         return rows
     common = {"step", "time"}
@@ -155,15 +157,11 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
     ]
 
 
-def _numbers(line: str) -> dict[str, float]:
-    """Returns the numbers of a line of metrics.jsonl; empty if it is not a JSON object."""
-    try:
-        row = json.loads(line)
-    except (RecursionError, ValueError):
-        return {}
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Returns the values of a row that are numbers."""
     return {
         name: value
-        for name, value in (row.items() if isinstance(row, dict) else ())
+        for name, value in row.items()
         if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
     }
 

@@ -127,15 +127,14 @@ class Checkpoints:
         self.read_only = read_only
         self.watch = verify.Watch(self.manager.directory)
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the latest finished checkpoint; None if there is none."""
-        return self.manager.latest_step()
-
-    def newest_whole(self) -> int | None:
+    def newest_whole(self, before: int | None = None) -> int | None:
         """Returns the step of the latest finished checkpoint without corruption; None without any.
 
         Later checkpoints are damaged and stay in place until `set_aside`. The first process reads
         them for all processes.
+
+        Args:
+          before: Only checkpoints of steps before this one are read; None: all.
 
         Raises:
           RunError: There are checkpoints, but all are damaged.
@@ -144,6 +143,8 @@ class Checkpoints:
         def look() -> int | None:
             found = self.watch.damaged
             for step in reversed(self.manager.all_steps()):
+                if before is not None and step >= before:
+                    continue
                 folder = self.manager.directory / str(step)
                 reason = verify.find_corruption(folder, record=not self.read_only)
                 if reason is None:
@@ -160,11 +161,15 @@ class Checkpoints:
 
         return parallel.of_first_process(look() if jax.process_index() == 0 else None)
 
-    def step_to_read(self, step: int | None = None) -> int:
+    def step_to_read(self, step: int | None = None, *, before: int | None = None) -> int:
         """Returns the step of the checkpoint that a reader takes; for all processes together.
 
         It is `step` if it is given, and otherwise that of the newest checkpoint without corruption,
         as for training. A warning names newer checkpoints that are skipped.
+
+        Args:
+          step: The step to read; None: the newest without corruption.
+          before: Without `step`, only checkpoints of steps before this one are read; None: all.
 
         Raises:
           InputError: No checkpoint is finished, or there is none of the given step.
@@ -177,9 +182,10 @@ class Checkpoints:
             if step not in finished:
                 raise InputError(f"step: {run} holds checkpoints {finished}, not {step}")
             return step
-        found = self.newest_whole()
+        found = self.newest_whole(before)
         if found is None:
-            raise InputError(f"run: {run} has no finished checkpoint any more")
+            which = "any more" if before is None else f"before step {before}"
+            raise InputError(f"run: {run} has no finished checkpoint {which}")
         for other, reason in self.watch.damaged.items():
             LOG.warning("checkpoint %d is damaged (%s); %d is read instead", other, reason, found)
         return found

@@ -183,7 +183,7 @@ def read_rows(file: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     for line in file.read_bytes().decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (RecursionError, ValueError):
             row = None
         whole = isinstance(row, dict) and isinstance(row.get("step"), int)
         if whole:

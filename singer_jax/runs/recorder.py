@@ -183,7 +183,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Measures the time of a save for the next row; it does not count as time of training."""
+        """Measures how long the training loop waits for a save, which may write on afterwards.
+
+        The time does not count as time of training. The next row with a throughput states it as
+        `train/save_seconds`; no row follows the save after the last step.
+        """
         start = time.perf_counter()
         try:
             yield

@@ -50,7 +50,7 @@ def device_batches(
         rows=parallel.local_rows(sharding, size),
     )
     with contextlib.closing(batches):
-        for batch in batches:
-            unreadable.add(batch)
+        for step, batch in enumerate(batches, start + 1):
+            unreadable.add(batch, last=step == run.any.steps)
             examples = {key: batch[key] for key in ("image", "label")}
             yield parallel.put_rows(examples, sharding, size), unreadable.unreadable

@@ -44,6 +44,7 @@ _RESUMABLE = (
     "data.decode",
     "data.workers",
     "data.fail_on_unreadable",
+    "data.max_unreadable",
     "mesh.",
     "checkpoint.",
     "log.",

@@ -48,7 +48,7 @@ def assert_same(one: object, other: object) -> None:
 def test_a_state_comes_back_as_it_was(saved, run):
     folder, state = saved
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.manager.latest_step() == 3
         assert checkpoints.meta(3)["data"] == "abc"
         assert_same(checkpoints.restore(3, run.any.state), state)
 
@@ -186,5 +186,5 @@ def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
     half_written = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
     half_written.mkdir(parents=True)
     with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.manager.latest_step() is None
     assert half_written.is_dir()

@@ -266,3 +266,18 @@ def test_each_job_that_writes_is_refused_where_another_writes(run, tmp_path, cap
     printed = capsys.readouterr().err
     assert f"{folder} is in use by process {os.getpid()}" in printed
     assert not any(folder.rglob("*.json")), "nothing was written"
+
+
+def test_a_run_exports_no_student_while_the_job_export_writes_it(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    student = tmp_path / "run" / "student"
+    (student / "model.safetensors").unlink()
+    settings = tiny.config(run.parent / "teacher.safetensors", "fitnet")
+    settings.steps = 2  # all of them are done
+    with lock.holding(epath.Path(student)):
+        assert main.run(settings, tmp_path / "run") == 2
+    assert f"{student} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert not (student / "model.safetensors").exists()
+    assert main.run(settings, tmp_path / "run") == 0
+    exported = {path.name for path in student.iterdir()}
+    assert exported == {"config.json", "model.safetensors", "README.md"}

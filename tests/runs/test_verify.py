@@ -4,6 +4,7 @@ import contextlib
 import errno
 import shutil
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -14,11 +15,13 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singer_jax.errors import RunError
+from singer_jax.errors import InputError, RunError
 from singer_jax.io.files import working_disks
+from singer_jax.jobs import replay
 from singer_jax.platform import parallel
 from singer_jax.runs import manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints, checksum
+from singer_jax.training.capture import Captured
 from tests.damage import files, flip, largest, warned
 
 META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
@@ -80,7 +83,7 @@ def test_the_previous_one_is_used_and_nothing_is_deleted(two, tmp_path, abstract
         assert checkpoints.newest_whole() == 2
         assert (tmp_path / "checkpoints" / "4").is_dir()  # until it is known whose run this is
         checkpoints.set_aside()
-        assert checkpoints.latest_step() == 2
+        assert checkpoints.manager.latest_step() == 2
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, abstract), state(2))
         checkpoints.save(state(4), 4, META)
     aside = tmp_path / "checkpoints.damaged"
@@ -97,6 +100,29 @@ def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(two, tmp_path):
         verify.set_aside(epath.Path(tmp_path / "checkpoints" / "4"), "tried")
     names = sorted(path.name for path in (tmp_path / "checkpoints.damaged").iterdir())
     assert names == ["4", "4.2", "4.2.txt", "4.txt"]
+
+
+def test_a_replay_starts_from_the_newest_valid_checkpoint_before_its_step(
+    two, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+
+    def restored(checkpoints: Checkpoints, step: int, wanted: object) -> dict:
+        return {"": types.SimpleNamespace(step=step)}
+
+    def first(step: int) -> int:
+        """Returns the step of the state from which a replay of `step` starts."""
+        captured = Captured(step, "", "loss is nan", [], [], {})
+        return replay._state_before(epath.Path(tmp_path), run, None, captured, None).step
+
+    monkeypatch.setattr(replay, "restore_states", restored)
+    run = types.SimpleNamespace(each={"": types.SimpleNamespace(state=None)})
+    assert (first(6), first(4)) == (4, 2)
+    with pytest.raises(InputError, match="no finished checkpoint before step 2"):
+        first(2)
+    (tmp_path / "checkpoints" / "4" / "meta" / "metadata").write_bytes(b"")
+    assert first(6) == 2
+    assert "checkpoint 4 is damaged" in caplog.text and "2 is read instead" in caplog.text
 
 
 def test_without_a_valid_checkpoint_the_run_fails_with_one_line(two, tmp_path):
