@@ -9,6 +9,7 @@ import pytest
 
 from singer_jax import main
 from singer_jax.config import report, settings_of
+from singer_jax.data.checking import readable
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Subset
@@ -59,7 +60,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     model = load_backbone(mesh, run=str(tmp_path / "run"))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
-    patches = collect_patches(model.network, model.params, mesh, test, [0])[0]
+    patches = collect_patches(model.network, model.params, mesh, readable(test), [0])[0]
     assert len(patches) == 15 and len(np.unique(patches[:, 0], axis=0)) == 8  # none counts twice
     told = []
     kept = model.extract(test, task, transform, left_out=told.extend)
