@@ -64,6 +64,7 @@ def test_records_are_what_they_were_made_of(tmp_path, kind):
         made = pickle.loads(pickle.dumps(made))
         assert contents(made) == contents(source)
         assert (made.num_classes, made.exif) == (source.num_classes, source.exif)
+        assert made.class_names == source.class_names
         assert made.describe(0).startswith(f"{tmp_path}/records record 0 (")
     digests = {make_source(str(tmp_path / "records"), "", s).fingerprint() for s in (TRAIN, TEST)}
     assert len(digests) == 2

@@ -23,7 +23,7 @@ from singer_jax.data.parquet import ParquetSource
 from singer_jax.data.records import FORMAT, MANIFEST, Shard
 from singer_jax.data.registry import DataSettings, make_source
 from singer_jax.data.shard_files import find_shards
-from singer_jax.data.sources import TEST, TRAIN, NoSplit, Source
+from singer_jax.data.sources import TEST, TRAIN, NoSplit, Source, check_same_classes
 from singer_jax.errors import InputError, Stopped, shown
 from singer_jax.io import limits
 from singer_jax.io.files import check_local, make_workdir, write_text
@@ -72,6 +72,8 @@ def prepare(settings: PrepareSettings, workdir: epath.Path) -> None:
     classes = {source.num_classes for source in sources.values()}
     if len(classes) > 1:
         raise InputError(f"data: the splits have different numbers of classes, {sorted(classes)}")
+    if len(sources) == 2:
+        check_same_classes(sources[TRAIN], sources[TEST])
     make_workdir(workdir)
     with holding(workdir), signals.deferred():
         _prepare(sources, Path(workdir), max(1, worker_count(settings.data.workers)))

@@ -192,6 +192,30 @@ def test_a_folder_of_images_beside_its_archive_is_a_folder(tmp_path):
     assert len(make_source(str(tmp_path), "", TRAIN)) == 2
 
 
+def test_both_splits_come_from_one_kind_of_source(tmp_path):
+    """A split in folders and one in a tar file number their classes by different rules."""
+    for n, name in enumerate(("cat", "dog", "emu")):
+        (tmp_path / "a" / "train" / name).mkdir(parents=True)
+        (tmp_path / "a" / "train" / name / "1.jpg").write_bytes(jpeg(n))
+    archive = tar_bytes({"dog/1.jpg": jpeg(1), "emu/1.jpg": jpeg(2)})
+    (tmp_path / "a" / "val.tar").write_bytes(archive)
+    assert make_source(str(tmp_path / "a"), "", TRAIN).num_classes == 3
+    with pytest.raises(InputError, match=r"in folders, but its test split in val\.tar") as found:
+        make_source(str(tmp_path / "a"), "", TEST)
+    assert not isinstance(found.value, NoSplit)
+    (tmp_path / "a" / "val.tar").rename(tmp_path / "a" / "train.tar")
+    with pytest.raises(NoSplit, match="has no test split"):
+        make_source(str(tmp_path / "a"), "", TEST)
+    (tmp_path / "a" / "train").rename(tmp_path / "a" / "val")
+    with pytest.raises(InputError, match=r"its train split in train\.tar"):
+        make_source(str(tmp_path / "a"), "", TRAIN)
+    (tmp_path / "b").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "b" / f"{split}.tar").write_bytes(archive)
+    both = [make_source(str(tmp_path / "b"), "", split) for split in (TRAIN, TEST)]
+    assert both[0].class_names == both[1].class_names == ("dog", "emu")
+
+
 def test_parquet_shards_of_the_hub(tmp_path):
     folder = write_parquet(tmp_path / "data")
     train, test = ParquetSource(folder, TRAIN), ParquetSource(folder, TEST)

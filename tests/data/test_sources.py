@@ -16,7 +16,15 @@ from singer_jax.data import formats
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.images import open_image, to_rgb
 from singer_jax.data.registry import make_source, summary
-from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, evenly
+from singer_jax.data.sources import (
+    TEST,
+    TRAIN,
+    DigitsSource,
+    FolderSource,
+    Subset,
+    check_same_classes,
+    evenly,
+)
 from singer_jax.errors import InputError
 from tests.tiny import write_images
 
@@ -373,6 +381,19 @@ def test_the_path_is_the_sets_own_folder_or_the_one_that_holds_it(tmp_path):
         )
     ]
     assert all(files == found[0] for files in found)
+
+
+def test_splits_of_different_classes_are_refused():
+    def split(names: str, classes: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(num_classes=classes, class_names=tuple(names))
+
+    for fine in (("ab", 2), ("", 2), ("", 0)):
+        check_same_classes(split("ab", 2), split(*fine))
+        check_same_classes(split(*fine), split("ab", 2))
+    with pytest.raises(InputError, match="training split has 2 classes, the test split 3"):
+        check_same_classes(split("ab", 2), split("", 3))
+    with pytest.raises(InputError, match="class 1 is b in the training split, c in the test split"):
+        check_same_classes(split("ab", 2), split("ac", 2))
 
 
 def test_evenly_chosen_records_cover_all_classes(tmp_path):
