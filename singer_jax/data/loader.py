@@ -153,15 +153,18 @@ def eval_batches(
     workers: int = 0,
     strict: bool = False,
     seed: int = 0,
+    part: range | None = None,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
     """Every record once in order; the last batch is padded, and `valid` [batch] says where.
 
-    Args as `train_batches`; `seed` matters where the transform draws from its generator. `rows`
-    are those of each batch that this process reads; None: all.
+    Args as `train_batches`; `seed` matters where the transform draws from its generator. `part`
+    says which records; what replaces one that cannot be read is drawn from the whole source.
+    `rows` are those of each batch that this process reads; None: all.
     """
+    part = range(len(source)) if part is None else part
     examples = (
-        grain.MapDataset.range(len(source))
+        grain.MapDataset.range(part.start, part.stop)
         .seed(seed)
         .random_map(LoadExample(source, transform, strict))
     )
