@@ -142,7 +142,20 @@ class FolderSource:
         return shown(str(self._path(index)))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
+        digest = self._digest_of_paths()
+        if self.num_classes:
+            digest.update(self.labels.astype("<i4").tobytes())
+            digest.update(os.fsencode("\0".join(self.class_names)))
+        return digest.hexdigest()
+
+    def former_fingerprint(self) -> str:
+        """Returns the digest that runs of older versions saved where their labels were these."""
+        if len(np.unique(self.labels)) < self.num_classes:
+            return self.fingerprint()  # they did not count an empty class folder
+        return self._digest_of_paths().hexdigest()
+
+    def _digest_of_paths(self) -> Any:
+        return hashlib.sha256(b"\0".join(self.paths.tolist()))
 
 
 def _check_labels(

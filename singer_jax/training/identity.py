@@ -13,9 +13,16 @@ from singer_jax.training.settings import DistillSettings, of_saved
 
 
 def check_same_run(
-    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+    settings: DistillSettings,
+    workdir: epath.Path,
+    meta: dict[str, Any],
+    saved: dict[str, Any],
+    former_data: str = "",
 ) -> None:
-    """Compares a start with the checkpoint that it continues: only that binds a work directory."""
+    """Compares a start with the checkpoint that it continues: only that binds a work directory.
+
+    `former_data` is the digest that older versions gave the same images, where it was another one.
+    """
     changed = _differences(settings, saved["config"])
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -23,7 +30,7 @@ def check_same_run(
             f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
             "; use a new --workdir"
         )
-    if saved["data"] != meta["data"]:
+    if saved["data"] not in (meta["data"], former_data):
         raise InputError(
             f"{workdir} was trained on other images than {settings.data.source} "
             f"{settings.data.path} now holds; use a new --workdir or the same images"

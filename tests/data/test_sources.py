@@ -1,5 +1,6 @@
 """Where images come from, in the formats that are really in use."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -26,6 +27,9 @@ from singer_jax.data.sources import (
     evenly,
 )
 from singer_jax.errors import InputError
+from singer_jax.settings.settings import to_dict
+from singer_jax.training.identity import check_same_run
+from singer_jax.training.settings import DistillSettings
 from tests.tiny import write_images
 
 
@@ -83,6 +87,32 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path):
     before = FolderSource(str(tmp_path), TRAIN).fingerprint()
     write_images(tmp_path / "more", 1)
     assert FolderSource(str(tmp_path), TRAIN).fingerprint() != before
+
+
+def test_equal_fingerprints_mean_equal_labels(tmp_path):
+    """Also of the same paths; the former digest counts where the labels are as before."""
+    for name in "bc":
+        write_images(tmp_path / "train" / name, 1)
+    before = FolderSource(str(tmp_path), TRAIN)
+    of_paths = hashlib.sha256(b"b/000.jpg\0c/000.jpg").hexdigest()
+    assert before.former_fingerprint() == of_paths != before.fingerprint()
+    (tmp_path / "train" / "a").mkdir()
+    shifted = FolderSource(str(tmp_path), TRAIN)
+    assert (shifted.paths == before.paths).all() and (shifted.labels != before.labels).all()
+    assert shifted.fingerprint() != before.fingerprint()
+    assert shifted.former_fingerprint() == shifted.fingerprint()
+    (tmp_path / "train" / "a").rmdir()
+    write_images(tmp_path / "train", 1)  # in no class folder: no labels
+    flat = FolderSource(str(tmp_path), TRAIN)
+    assert flat.former_fingerprint() == flat.fingerprint()
+
+
+def test_a_run_on_a_labelled_folder_continues_from_its_former_digest():
+    settings = DistillSettings()
+    meta = {"data": "new", "config": to_dict(settings)}
+    check_same_run(settings, Path("run"), meta, meta | {"data": "former"}, "former")
+    with pytest.raises(InputError, match="trained on other images"):
+        check_same_run(settings, Path("run"), meta, meta | {"data": "another"}, "former")
 
 
 @pytest.mark.parametrize(
