@@ -1,10 +1,11 @@
-"""Whether everything in a work directory is still what was written.
+"""Verifies every checkpoint and file of a work directory.
 
   python -m singer_jax.main --config=configs/check_run.py --config.run=runs/singer_vitl_vitt
 
-reads every checkpoint back and compares each leaf with its checksum, reads config.json,
-metrics.jsonl and the exports, and compares weights with their recorded sha256. One line each;
-status 1 where something is damaged. Nothing is changed, and the run may be going on.
+The job reads every checkpoint back and compares each leaf with its checksum. It reads config.json,
+metrics.jsonl and the exports, and compares weights with their recorded sha256. It prints one line
+for each of them; the exit status is 1 if one is corrupt. It changes nothing, and the run may be
+active.
 """
 
 from ml_collections import ConfigDict
@@ -13,5 +14,5 @@ from singer_jax.config import check_run
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """The work directory `run`."""
+    """Returns the job's keys; set `run`."""
     return check_run()

@@ -1,4 +1,4 @@
-"""The table of all models: name, parameters, GFLOPs, input size and statistics, use.
+"""Prints a table of all models: name, parameters, GFLOPs, input size and statistics, use.
 
 python -m singer_jax.main --config=configs/models.py
 """
@@ -9,5 +9,5 @@ from singer_jax.config import models
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Nothing to choose."""
+    """Returns the job's keys; there is nothing to set."""
     return models()

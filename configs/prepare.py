@@ -1,12 +1,12 @@
-"""Turns images into records that are read in any order, fast, also from shared disks.
+"""Converts images into records for fast random access, also from shared disks.
 
   python -m singer_jax.main --config=configs/prepare.py --workdir=/data/imagenet_records \
       --config.data.source=/data/imagenet_download
 
-`data.source` is a folder of images, ImageNet's tar files as they are downloaded, WebDataset shards
-(.tar), or a Hugging Face data set's Parquet shards. The records lie in the work directory; a run
-reads them with `--config.data.source=/data/imagenet_records`. The same command continues a run that
-was stopped, and checks the records of one that is done.
+`data.source` is a folder of images, ImageNet's tar files as downloaded, WebDataset shards (.tar),
+or the Parquet shards of a Hugging Face data set. The job writes the records into the work
+directory; a run reads them with `--config.data.source=/data/imagenet_records`. The same command
+resumes a stopped job, and verifies the records of a finished one.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +15,5 @@ from singer_jax.config import prepare
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Returns the job's keys; `data.source` is to be given."""
+    """Returns the job's keys; set `data.source`."""
     return prepare()

@@ -1,16 +1,15 @@
-"""The quickstart: a teacher with planted artifacts and three students, on scikit-learn's digits.
+"""Trains a teacher with a synthetic artifact and three students on scikit-learn's digits.
 
   bash launch/run.sh
 
-While the teacher is trained, one patch of every image gets a vector of huge norm
-(`models.planted`): what large transformers do by themselves is planted here, because a small one
-does not do it. FitNet learns it, too; behind the teacher's last norm it is gone; SiNGER takes most
-of it out of the features.
+During the teacher's training, a vector of huge norm is added to one patch of every image
+(`models.planted`), because a model this small does not develop high-norm tokens on its own. FitNet
+learns the artifact. After the teacher's final LayerNorm the artifact disappears. SiNGER removes
+most of it from the features.
 
-About 100 CPU seconds. Linear top-1 on the 360 held-out digits was 97 % of the teacher and 36 %
-(FitNet), 94 % (FitNet behind the last norm) and 63 % (SiNGER) of the students: one seed, and an
-artifact much longer than those of most real teachers. benchmarks/STUDY.md is the comparison with
-error bars.
+About 100 CPU seconds. Linear top-1 on the 360 held-out digits: teacher 97 %, FitNet 36 %, FitNet
+after the final LayerNorm 94 %, SiNGER 63 %. These are results of one seed, with an artifact much
+longer than those of most real teachers. benchmarks/STUDY.md compares methods with error bars.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +31,7 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
     config.precision = "float32"
     config.data.source = "digits"
     config.data.workers = 0
-    config.data.flip = 0.0  # a mirrored digit is none
+    config.data.flip = 0.0  # a mirrored digit is not a digit
     config.data.crop_area = (0.6, 1.0)
     config.data.crop_ratio = (0.8, 1.25)
     config.epochs = 15
@@ -41,12 +40,12 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_epochs = 2
     config.checkpoint.every_steps = 500
-    config.evals.every_steps = 345  # the end
+    config.evals.every_steps = 345  # at the end of the run
     return config
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """A `teacher`, its students `distilled` from it in one run, and one `probe` for all."""
+    """Returns a `teacher`, its students `distilled` from it in one run, and one `probe` for all."""
     config = quickstart(protocol)
     config.teacher = _run(protocol, embed_dim=64, depth=4)
     config.teacher.method.name = "supervised"
@@ -58,9 +57,9 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
     config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()
-    config.distilled.method.match.norm_clip_quantile = 1.0  # FitNet as it is published
+    config.distilled.method.match.norm_clip_quantile = 1.0  # FitNet as published
     config.distilled.method.rank = 16
-    config.distilled.method.outlier_quantile = 0.85  # of 16 patches, so that two are above
+    config.distilled.method.outlier_quantile = 0.85  # two of 16 patches are above
     config.distilled.students.fitnet = {"method": {"name": "fitnet"}}
     config.distilled.students.final_norm = {
         "method": {"name": "fitnet", "match": {"target_space": "final_norm"}}

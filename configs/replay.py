@@ -1,10 +1,11 @@
-"""The step of a run in which a loss or gradient first was no finite number, once more.
+"""Repeats the step in which a run first had a non-finite loss or gradient.
 
   python -m singer_jax.main --config=configs/replay.py --config.run=runs/mine
 
-goes on from the last good checkpoint to the step before, runs that step with `jax_debug_nans`, and
-says which operation, in which line, made the first number that is none. One process, on the
-devices that are here; nothing is written. Of several students `--config.student=NAME` says which.
+The job resumes from the last good checkpoint up to the preceding step, repeats the failed step with
+`jax_debug_nans`, and reports the operation and source line that made the first non-finite value. It
+runs in one process on the local devices and writes nothing. If the run has several students,
+`--config.student=NAME` selects one.
 """
 
 from ml_collections import ConfigDict
@@ -13,5 +14,5 @@ from singer_jax.config import replay
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """What `run` recorded in its folder nan/."""
+    """Returns the job's keys; `run` must hold a record in its folder nan/."""
     return replay()

@@ -1,9 +1,10 @@
-"""The page of a run, report/index.html: training, norms, maps of patches, null space, results.
+"""Writes the page of a run, report/index.html: training, norms, maps of patches, results.
 
   python -m singer_jax.main --config=configs/report.py --workdir=runs/singer_vitl_vitt \
       --config.baselines="('runs/fitnet_vitl_vitt',)"
 
-Results are those of `evaluate` in RUN/evaluation. The page needs no network and no other file.
+The results are those that `evaluate` wrote into RUN/evaluation. The page needs no network and no
+other file.
 """
 
 from ml_collections import ConfigDict
@@ -12,5 +13,5 @@ from singer_jax.config import report
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """The run in the work directory."""
+    """Returns the job's keys; the run is the work directory."""
     return report()

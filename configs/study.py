@@ -1,4 +1,4 @@
-"""Does it work, and when: methods and cleaners on teachers whose artifacts were planted.
+"""Compares methods and artifact removal on teachers with synthetic artifacts.
 
   python -m singer_jax.main --config=configs/study.py --workdir=runs/study
   python -m benchmarks.study runs/study/results.jsonl
@@ -6,10 +6,10 @@
   python -m singer_jax.main --config=configs/study.py:real --workdir=runs/study_real \
       --config.given.weights=vit_small_patch14_dinov2.safetensors
 
-Everything on generated scenes and from scratch, but for the teacher of `:real`, which is as it is
-given (to one of other than 12 blocks FitNet needs the `method.layers` of SiNGER). `:small`, the
-default, takes about an hour of CPU time on each of two cores; `:full` is for an accelerator. The
-same command goes on where it was stopped. What came out is in benchmarks/STUDY.md.
+All models are trained from scratch on generated scenes, except the teacher of `:real`, which is
+used without modification. If it does not have 12 blocks, FitNet needs the `method.layers` of
+SiNGER. `:small`, the default, takes about an hour of CPU time on each of two cores; `:full` is for
+an accelerator. The same command resumes a stopped study. The results are in benchmarks/STUDY.md.
 """
 
 from __future__ import annotations
@@ -26,18 +26,26 @@ from singer_jax.models.zoo import lookup
 
 
 class Size(NamedTuple):
-    """Of a study.
+    """Size of a study.
 
     Attributes:
-      image_size, patch_size: in pixels.
-      teacher, student: width, depth and heads.
-      train, test: scenes.
-      base_epochs, tuned_epochs, steps: of the three kinds of run.
-      teacher_batch, student_batch: images of a step.
-      rank, quantile: of SiNGER; the quantile is at most 1 - (planted + 1) / patches.
-      patches: planted.
-      seeds, variant_seeds: of the main students and of the others.
-      teachers: as the job takes them; the first planted one has the other students too.
+      image_size: side of the images, in pixels.
+      patch_size: side of the patches, in pixels.
+      teacher: width, depth and number of heads of the teacher.
+      student: width, depth and number of heads of the students.
+      train: number of training scenes.
+      test: number of test scenes.
+      base_epochs: number of epochs of the base teacher.
+      tuned_epochs: number of epochs of the fine-tuned teachers.
+      steps: number of steps of the students.
+      teacher_batch: batch size of the teachers.
+      student_batch: batch size of the students.
+      rank: rank of SiNGER's refiner.
+      quantile: outlier quantile of SiNGER, at most 1 - (planted + 1) / patches.
+      patches: number of patches with the planted vector.
+      seeds: number of seeds of the main students.
+      variant_seeds: number of seeds of the other students.
+      teachers: names as the job takes them; the first planted one also trains the other students.
     """
 
     image_size: int
@@ -116,7 +124,7 @@ SIZES = {
     ),
 }
 
-# The given teacher is asked for the features of as many patches as the small ones have.
+# With this image size, the given teacher has as many patches as the small ones.
 SIZES["real"] = SIZES["small"]._replace(
     image_size=84,
     patch_size=14,
@@ -124,7 +132,7 @@ SIZES["real"] = SIZES["small"]._replace(
     teachers=("given",),
 )
 
-# What differs from each method's own settings; FitNet gets the blocks of SiNGER, too.
+# Settings that differ from each method's defaults; FitNet also gets the blocks of SiNGER.
 MAIN: dict[str, dict[str, Any]] = {
     "fitnet": {"name": "fitnet"},
     "fitnet_final_norm": {"name": "fitnet", "match": {"target_space": "final_norm"}},
@@ -197,10 +205,10 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    """The study of a size: `small`, `full` or `real`.
+    """Returns the configuration of a size: `small`, `full` or `real`.
 
     Raises:
-      InputError: another size.
+      InputError: the size is unknown.
     """
     if size not in SIZES:
         raise unknown("size of the study", size, SIZES)
@@ -232,7 +240,7 @@ def get_config(size: str = "small") -> ConfigDict:
         )
     arch = lookup(teacher.model, teacher.overrides.to_dict()).arch
     for name in MAIN | VARIANTS:
-        # Its own blocks are one more, before the planted vector.
+        # FitNet's default has one more block, which precedes the planted vector.
         if students[name].method["name"] == "fitnet" and name != "fitnet_own_blocks":
             students[name].method["layers"] = teacher_layers(None, False, DEPTHS, arch)
     config.patches = chosen.patches
@@ -240,7 +248,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.main = tuple(MAIN)
     config.variants_on = chosen.teachers[:1]
     config.cleaners, config.cleaned = ("planted", "shift_average", "registers"), ("fitnet",)
-    if size == "real":  # it has nothing that is planted and no outliers
+    if size == "real":  # this teacher has neither a planted vector nor outliers
         config.cleaners = ("shift_average",)
     config.distilled.teacher.registers.images, config.distilled.teacher.registers.neurons = 300, 4
     return config

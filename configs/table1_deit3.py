@@ -1,9 +1,9 @@
-"""The paper's rows with a DeiT-III teacher as one run: three methods, one teacher pass.
+"""Trains the paper's rows with a DeiT-III teacher in one run: three methods, one teacher pass.
 
   python -m singer_jax.main --config=configs/table1_deit3.py --workdir=runs/table1_deit3l
   python -m singer_jax.main --config=configs/table1_deit3.py:small --workdir=runs/table1_deit3s
 
-The paper's Table 1 (quoted, not measured here), DeiT-III-L to B, and with `:small` S to Ti:
+The paper's Table 1 (quoted, not measured here): DeiT-III-L to B, and S to Ti with `:small`:
 
                     ImageNet  ADE20K   NYUd  iNaturalist  domain shift  fine-grained
   FitNet, L to B       60.00   26.79  1.1625       50.04         31.53         74.78
@@ -23,7 +23,7 @@ from singer_jax.config import default
 
 
 def get_config(which: str = "recommended") -> ConfigDict:
-    """Each student as `configs/METHOD_deit3*.py` trains it alone.
+    """Returns a run whose students are trained as in `configs/METHOD_deit3*.py`.
 
     Args:
       which: a protocol, `small`, or both as `small,PROTOCOL`.

@@ -1,4 +1,4 @@
-"""The paper's rows with the teacher ViT-L/16 (augreg) as one run: five students, one teacher pass.
+"""Trains the paper's rows with teacher ViT-L/16 in one run: five students, one teacher pass.
 
   python -m singer_jax.main --config=configs/table1_vitl.py --workdir=runs/table1_vitl
 
@@ -29,7 +29,7 @@ STUDENTS = {
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Each student as `configs/METHOD_vitl_MODEL.py` trains it alone."""
+    """Returns a run whose students are trained as in `configs/METHOD_vitl_MODEL.py`."""
     config = default(protocol)
     config.teacher.model = "vit_large_patch16_224"
     config.teacher.weights = "timm/vit_large_patch16_224.augreg_in21k_ft_in1k"

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
 # Sourced by run.sh and test.sh: makes .venv and installs into it, once.
 #
-# PYTHON names the interpreter (default: python3, at least 3.11). A .venv of another interpreter is
-# made again, changed requirements are installed again.
+# PYTHON selects the interpreter (default: python3, at least 3.11). A .venv of another interpreter is
+# replaced, and changed requirements are installed again.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# prepare WHAT: . or .[extra], as pip takes it.
+# prepare WHAT: installs WHAT, which is . or .[extra], as for pip.
 prepare() {
   local what=$1 python=${PYTHON:-python3} version
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "$python is not Python 3.11 or newer; set PYTHON to one that is" >&2
+    echo "$python is not Python 3.11 or newer; set PYTHON to a newer interpreter" >&2
     exit 2
   fi
   version=$("$python" --version)
@@ -27,8 +27,8 @@ prepare() {
   fi
 }
 
-# The compiler for NVIDIA GPUs, which needs none, beside the environment and not in it: jax would look
-# for a device in every process.
+# Installs the compiler for NVIDIA GPUs, which works without a GPU. It lies outside the environment,
+# because jax would otherwise look for a GPU in every process.
 prepare_gpu_compiler() {
   local folder=.venv/gpu_compiler version
   version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')

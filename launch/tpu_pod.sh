@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs a job on a Cloud TPU slice: asks for it, installs this checkout on every host, starts the job
-# on all of them, again after a preemption, and gives the slice back when the job is done.
+# Runs a job on a Cloud TPU slice. It requests the slice, installs this checkout on every host and
+# starts the job on all hosts. It restarts the job after a preemption, and deletes the slice at the end.
 #
 #   TPU=v5litepod-64 ZONE=us-west4-a bash launch/tpu_pod.sh NAME \
 #       --config=configs/singer_vitl_vitt.py --workdir=gs://BUCKET/RUN [--config.key=value ...]
 #
-# RUNTIME: the hosts' image. SPOT=1: cheaper and preemptible. SETUP: a command that each host runs
-# before the job, in the folder of this checkout. See docs/hosts.md.
+# RUNTIME: image of the hosts. SPOT=1: requests a cheaper, preemptible slice. SETUP: command that each
+# host runs before the job, in the folder of this checkout. See docs/hosts.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +24,7 @@ zone=${ZONE:-} type=${TPU:-} runtime=${RUNTIME:-v2-alpha-tpuv5-lite} poll=${POLL
 
 queue() { gcloud compute tpus queued-resources "$@" --zone="$zone"; }
 on() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
-# Ends a job that runs there, which saves first. Brackets keep the pattern from finding itself.
+# Stops a running job, which saves first. The brackets keep the pattern from matching itself.
 end_job() { on all 'pkill -f "[b]in/singer-jax"; while pgrep -f "[b]in/singer-jax"; do sleep 1; done'; }
 give_back() { queue delete "$name" --force --quiet; }
 
@@ -43,10 +43,10 @@ ask() {
 
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
-trap 'end_job; echo "$name: stopped; the slice is kept, and the same command goes on" >&2; exit 75' INT TERM
+trap 'end_job; echo "$name: stopped; the slice is kept, and the same command resumes" >&2; exit 75' INT TERM
 tar -czf "$archive" --exclude=__pycache__ singer_jax configs launch pyproject.toml requirements.txt README.md LICENSE
-# The hosts' own Python may be too old; uv brings one.
-# shellcheck disable=SC2016 # expanded there
+# The hosts' Python may be too old; uv installs a newer one.
+# shellcheck disable=SC2016 # expanded on the hosts
 install='rm -rf job_status && mkdir -p singer_jax && tar -xzf singer_jax.tar.gz -C singer_jax && cd singer_jax &&
   python3 -m pip install --quiet --user uv && ~/.local/bin/uv python install --quiet 3.12 &&
   export PYTHON="$(~/.local/bin/uv python find 3.12)" && source launch/common.sh && prepare ".[tpu,gcs]"'
@@ -57,7 +57,7 @@ while :; do
   ask
   if end_job && gcloud compute tpus tpu-vm scp "$archive" "$name:singer_jax.tar.gz" --zone="$zone" --worker=all &&
     on all "$install"; then
-    on all "$job" || true # a lost connection looks the same
+    on all "$job" || true # a lost connection has the same status
     status=$(on 0 'cat job_status' || echo lost)
   else
     status=lost
@@ -67,10 +67,10 @@ while :; do
       give_back
       exit 0
       ;;
-    75 | lost) # preempted, or about to be: the state tells
+    75 | lost) # preempted, or about to be; the next state shows which
       if [ "$status" = 75 ]; then lost=0; else lost=$((lost + 1)); fi
       if [ "$lost" = 5 ]; then
-        echo "$name: five times in a row nothing could be installed or no job ended; the slice is kept" >&2
+        echo "$name: installation or job failed five times in a row; the slice is kept" >&2
         exit 1
       fi
       sleep "$poll"

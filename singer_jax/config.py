@@ -1,7 +1,7 @@
-"""The user's interface: a job's settings as an ml_collections `ConfigDict`, and back.
+"""Converts a job's settings into an ml_collections `ConfigDict`, and back.
 
-A file in configs/ starts from one of these, which have every key with its default (all of them in
-docs/configuration.md), and sets what its run needs.
+A file in configs/ starts from one of these configurations, which hold every key with its default
+(docs/configuration.md lists them), and sets the keys that its run needs.
 
   python -m singer_jax.config > docs/configuration.md
 """
@@ -9,6 +9,7 @@ docs/configuration.md), and sets what its run needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import typing
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from singer_jax.settings.settings import ABSENT, Setting, Settings
 
 PROTOCOLS = ("recommended", "paper")
 
-# What the official code does, except where it is plainly broken (docs/differences.md).
+# Settings of the official code, except where it is plainly broken (docs/differences.md).
 _PAPER: dict[str, dict[str, Any]] = {
     "distill": {
         "precision": "float32",
@@ -56,106 +57,106 @@ _PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_satur
 
 
 def default(protocol: str = "recommended") -> ConfigDict:
-    """The keys of the job `distill`.
+    """Returns the configuration of the job `distill`.
 
     Args:
-      protocol: `recommended`, or `paper`: what the official code does, except where it is plainly
-        broken (docs/differences.md).
+      protocol: `recommended`, or `paper` for the settings of the official code, except where it is
+        plainly broken (docs/differences.md).
 
     Raises:
-      InputError: another protocol.
+      InputError: the protocol is unknown.
     """
     return _of_job("distill", protocol)
 
 
 def evaluation(protocol: str = "recommended") -> ConfigDict:
-    """The keys of the job `evaluate`; raises as `default`."""
+    """Returns the configuration of the job `evaluate`; raises as `default`."""
     return _of_job("evaluate", protocol)
 
 
 def probe(protocol: str = "recommended") -> ConfigDict:
-    """The keys of a probe; raises as `default`."""
+    """Returns the configuration of a probe; raises as `default`."""
     return evaluation(protocol).probe
 
 
 def export() -> ConfigDict:
-    """The keys of the job `export`."""
+    """Returns the configuration of the job `export`."""
     return _of_job("export")
 
 
 def report() -> ConfigDict:
-    """The keys of the job `report`."""
+    """Returns the configuration of the job `report`."""
     return _of_job("report")
 
 
 def compare() -> ConfigDict:
-    """The keys of the job `compare`."""
+    """Returns the configuration of the job `compare`."""
     return _of_job("compare")
 
 
 def prepare() -> ConfigDict:
-    """The keys of the job `prepare`."""
+    """Returns the configuration of the job `prepare`."""
     return _of_job("prepare")
 
 
 def check_data() -> ConfigDict:
-    """The keys of the job `check_data`."""
+    """Returns the configuration of the job `check_data`."""
     return _of_job("check_data")
 
 
 def check_run() -> ConfigDict:
-    """The keys of the job `check_run`."""
+    """Returns the configuration of the job `check_run`."""
     return _of_job("check_run")
 
 
 def replay() -> ConfigDict:
-    """The keys of the job `replay`."""
+    """Returns the configuration of the job `replay`."""
     return _of_job("replay")
 
 
 def models() -> ConfigDict:
-    """The keys of the job `models`."""
+    """Returns the configuration of the job `models`."""
     return _of_job("models")
 
 
 def null_spaces(protocol: str = "recommended") -> ConfigDict:
-    """The keys of the job `nullspace`; raises as `default`."""
+    """Returns the configuration of the job `nullspace`; raises as `default`."""
     return _of_job("nullspace", protocol)
 
 
 def plan() -> ConfigDict:
-    """The keys of the job `plan`."""
+    """Returns the configuration of the job `plan`."""
     return _of_job("plan")
 
 
 def quickstart(protocol: str = "recommended") -> ConfigDict:
-    """The keys of the job `quickstart`; raises as `default`."""
+    """Returns the configuration of the job `quickstart`; raises as `default`."""
     return _of_job("quickstart", protocol)
 
 
 def study() -> ConfigDict:
-    """The keys of the job `study`."""
+    """Returns the configuration of the job `study`."""
     return _of_job("study")
 
 
 def settings_of(config: Any) -> Settings:
-    """The settings of a configuration, checked.
+    """Checks a configuration and returns its settings.
 
     Raises:
-      InputError: the first key that is unknown, missing or has a value that it may not have; its
-        name, the value and what is allowed.
+      InputError: a key is unknown, missing or has an invalid value. The message states the first
+        such key, its value and the allowed values.
     """
     settings = defaults(str(config.get("job")))
-    flat = settings_lib.flatten(config, empty=True)  # a student may be all that the run says
-    settings_lib.check(settings_lib.leaves(settings), flat)
+    flat = settings_lib.flatten(config, empty=True)  # a section may hold nothing but students
+    settings_lib.check(_keys(settings.job), flat)
     return settings_lib.from_flat(settings, flat)
 
 
 def defaults(job: str) -> Settings:
-    """The settings of a job with their defaults.
+    """Returns the settings of a job with their defaults.
 
     Raises:
-      InputError: an unknown job.
+      InputError: the job is unknown.
     """
     if job not in JOBS:
         raise unknown("job", job, JOBS)
@@ -163,12 +164,18 @@ def defaults(job: str) -> Settings:
     return typing.get_type_hints(function)["settings"]()
 
 
+@functools.cache
+def _keys(job: str) -> Mapping[str, Setting]:
+    """Returns every key of a job with its default."""
+    return settings_lib.leaves(defaults(job))
+
+
 def _of_job(job: str, protocol: str = "recommended") -> ConfigDict:
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     settings = defaults(job)
     config = ConfigDict(settings_lib.to_dict(settings))
-    for key, known in settings_lib.leaves(settings).items():
+    for key, known in _keys(job).items():
         if known.default is None:
             section, _, name = key.rpartition(".")
             within = config
@@ -181,7 +188,7 @@ def _of_job(job: str, protocol: str = "recommended") -> ConfigDict:
 
 
 def _type(allowed: Allowed) -> type:
-    """Of the values that a key may have beside None."""
+    """Returns the type of a key's values other than None."""
     match allowed:
         case Either(kinds):
             return _type(kinds[0])
@@ -193,42 +200,44 @@ def _type(allowed: Allowed) -> type:
 
 
 def documentation() -> str:
-    """docs/configuration.md."""
+    """Returns the text of docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
-        "Every key of every command. A value is given as `--config.key=value`, or set in a file",
-        "like those in `configs/`. Where the protocol `:paper` has another default, it stands",
-        "behind. The runs of `quickstart` (`teacher` and `distilled`) and of `study` (`base`,",
-        "`tuned` and `distilled`) are sections with the keys of `distill`; `probe` of `quickstart`",
-        "is as in `evaluate`. A student of several, `students.NAME`, has the keys of `student`",
-        "(`students.NAME.model`), and `seed`, `method` and `optimizer`; what it does not say is as",
-        "the run says.",
+        "This page lists every key of every command. Set a key with `--config.key=value`, or in a",
+        "file like those in `configs/`. If the protocol `:paper` has another default, it follows",
+        "the recommended one. The runs of `quickstart` (`teacher` and `distilled`) and of `study`",
+        "(`base`, `tuned` and `distilled`) are sections with the keys of `distill`. The section",
+        "`probe` of `quickstart` has the keys of `evaluate`'s. One of several students,",
+        "`students.NAME`, has the keys of `student` (`students.NAME.model`), and `seed`, `method`",
+        "and `optimizer`. Keys that it does not set have the run's values.",
         "",
-        "This page is made: `python -m singer_jax.config > docs/configuration.md`.",
+        "This page is generated: `python -m singer_jax.config > docs/configuration.md`.",
     ]
     for job in JOBS:
         if job == "quickstart":
             continue
-        known = settings_lib.leaves(defaults(job))
+        known = _keys(job)
         if job == "study":
             runs = ("base.", "tuned.", "distilled.")
             known = {key: one for key, one in known.items() if not key.startswith(runs)}
         shown = {key: setting for key, setting in known.items() if setting.default is not ABSENT}
         lines += ["", f"## {job}", "", *_table(shown, _PAPER.get(job, {}))]
     lines += ["", "## teacher.overrides, student.overrides", ""]
-    lines += ["The model's own where they are not given.", ""]
+    lines += ["Fields that are not given keep the values of the timm model.", ""]
     fields = {key: dataclasses.replace(field, default=ABSENT) for key, field in FIELDS.items()}
     return "\n".join([*lines, *_table(fields, {})]) + "\n"
 
 
 def _table(known: Mapping[str, Setting], paper: Mapping[str, Any]) -> list[str]:
-    rows = ["| key | default | what it is | allowed |", "|---|---|---|---|"]
+    rows = ["| key | default | description | allowed values |", "|---|---|---|---|"]
     for key, setting in known.items():
         default = "" if setting.default is ABSENT else f"`{setting.default!r}`"
         if key in paper:
             default += f", paper `{paper[key]!r}`"
-        meaning = f"{setting.meaning} ({setting.unit})" if setting.unit else setting.meaning
+        meaning = setting.meaning.removesuffix(".") + "."
+        if setting.unit:
+            meaning += f" Unit: {setting.unit}."
         rows.append(f"| `{key}` | {default} | {meaning} | {setting.allowed} |")
     return rows
 

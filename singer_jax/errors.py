@@ -1,34 +1,35 @@
-"""The errors that a command reports in one line, by their exit status."""
+"""Errors that a command reports in one line, each with its exit status."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 
-_LONGEST = 200  # characters of a name that is looked for among others
+_LONGEST = 200  # largest number of characters of a name that is compared with the known names
 
 
 class InputError(ValueError):
-    """Something given (a key, value, file or folder) is wrong: exit status 2.
+    """Invalid configuration or input (a key, value, file or folder): exit status 2.
 
-    The message is one line that says what, where and what to do; raised before any long work.
+    The message is one line that says what is wrong, where, and what to do. The error is raised
+    before any long work starts.
     """
 
     status = 2
 
 
 class RunError(RuntimeError):
-    """A run failed for a reason that its message names: exit status 1, checkpoints are kept."""
+    """Failure of a run for a reason that the message names: exit status 1; checkpoints are kept."""
 
     status = 1
 
 
 class StudentsStopped(RunError):
-    """Some students of a run, or all, met a number that is none; the others are done.
+    """Non-finite loss or gradient in some or all students of a run; the other students are done.
 
     Args:
-      message: of the error.
-      students: what each of them met.
+      message: message of the error.
+      students: reason why each of these students stopped, by name.
     """
 
     def __init__(self, message: str, students: Mapping[str, str]) -> None:
@@ -37,13 +38,13 @@ class StudentsStopped(RunError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, has saved, and can be started again: exit status 75."""
+    """Stop on request: the run has saved and the same command resumes it; exit status 75."""
 
     status = 75
 
 
 def shown(text: str) -> str:
-    """A stranger's text for a terminal: what would move its cursor or break the line is escaped."""
+    """Returns untrusted text with control characters escaped, so that it is safe in a terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -61,7 +62,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """An `InputError` for a name that is not in `known`, with the closest names."""
+    """Returns an `InputError` for a name that is not in `known`, with the closest known names."""
     known, name = sorted(known), name[:_LONGEST]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"closest: {', '.join(close)}; " if close else ""

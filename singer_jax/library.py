@@ -1,4 +1,4 @@
-"""What `import singer_jax` offers beside classes: models in and out, and a distillation."""
+"""Functions that `import singer_jax` offers: load, create and save models, and distil."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def _numerics(precision: str) -> ComputePolicy:
 
 
 def list_models() -> list[str]:
-    """The timm names that are known, in alphabetical order."""
+    """Returns the known timm names in alphabetical order."""
     return sorted(zoo.MODELS)
 
 
 def create_model(
     name: str, *, rngs: nnx.Rngs | None = None, precision: str = "float32", **overrides: Any
 ) -> VisionTransformer:
-    """A model with random weights, as timm initialises it.
+    """Creates a model with random weights, initialised as in timm.
 
     Args:
-      name: of timm, such as `vit_tiny_patch16_224`.
-      rngs: stream `params`; default: seed 0.
-      precision: of activations, `float32` or `bfloat16`.
+      name: timm name, such as `vit_tiny_patch16_224`.
+      rngs: random streams, of which `params` is used; default: seed 0.
+      precision: dtype of the activations, `float32` or `bfloat16`.
       **overrides: fields of `Architecture`, such as `img_size=96, num_classes=0`.
 
     Raises:
-      InputError: unknown name, field or precision, or sizes that do not fit together.
+      InputError: the name, a field or the precision is unknown, or sizes do not fit together.
     """
     spec = zoo.lookup(name, overrides)
     model = VisionTransformer(spec.arch, _numerics(precision), rngs=rngs or nnx.Rngs(0))
@@ -61,21 +61,23 @@ def load_model(
     step: int | None = None,
     precision: str = "float32",
 ) -> VisionTransformer:
-    """A pretrained or distilled model.
+    """Loads a pretrained or distilled model.
 
-    `model.features(model.spec.prepare(images))` are the raw residual streams after its blocks,
-    [batch, tokens, dim]; `model(...)` of the same what timm's model returns.
+    `model.features(model.spec.prepare(images))` returns the raw residual streams after each block,
+    [batch, tokens, dim]; `model(...)` of the same input returns the output of timm's model.
 
     Args:
-      name: a work directory, whose student it is; a file of weights, or a folder with
-        model.safetensors; or a hub name such as `timm/vit_tiny_patch16_224.augreg_in21k`.
-      model: its timm name, where neither the hub name nor a config.json beside the weights says it.
-      student: the name of one of several students of a work directory.
-      step: the step of the work directory's checkpoint; None: the newest without corruption.
-      precision: of activations, `float32` or `bfloat16`.
+      name: work directory, whose student is loaded; weight file or folder with model.safetensors;
+        or Hub repository such as `timm/vit_tiny_patch16_224.augreg_in21k`.
+      model: timm name; needed if neither the Hub name nor a config.json beside the weights states
+        it.
+      student: name of the student, if the work directory holds several.
+      step: step of the work directory's checkpoint; None: the newest one without corruption.
+      precision: dtype of the activations, `float32` or `bfloat16`.
 
     Raises:
-      InputError: nothing there, weights of another architecture, or an unknown precision.
+      InputError: nothing was found, the weights are of another architecture, or the precision is
+        unknown.
     """
     given = os.fspath(name)
     of_run = checkpoints_folder(as_path(given)).is_dir()
@@ -94,27 +96,27 @@ def load_model(
 
 
 def save_model(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
-    """Writes `model.safetensors`, `config.json` and a `README.md`, which timm and the hub open.
+    """Writes `model.safetensors`, `config.json` and `README.md`, as timm and the Hub read them.
 
     Args:
-      model: of `create_model` or `load_model`, trained further or not.
-      folder: is made if it is not there.
+      model: model from `create_model` or `load_model`, possibly trained further.
+      folder: target folder; it is created if it does not exist.
 
     Raises:
-      InputError: a model that does not say what it is, or that timm could not load.
+      InputError: the model has no `spec`, or timm cannot load it.
     """
     if model.spec is None:
-        raise InputError("the model does not say which timm model it is; make it by create_model")
+        raise InputError("model.spec: missing; make the model with create_model or load_model")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     export_timm(as_path(folder), model.spec, to_timm(params))
     write_card(as_path(folder), model.spec, {})
 
 
 def distill(settings: DistillSettings, workdir: str | os.PathLike[str]) -> None:
-    """Trains a student, as the command does; `load_model(workdir)` is it then.
+    """Trains a student as the command does; `load_model(workdir)` then loads it.
 
-    Arguments and errors are those of `singer_jax.jobs.distill.distill`. Precision and other numeric
-    settings of JAX are as before when it returns.
+    Arguments and errors are those of `singer_jax.jobs.distill.distill`. The function restores JAX's
+    matmul precision and other numeric settings before it returns.
     """
     parallel.start()
     job.distill(settings, as_path(workdir))

@@ -1,11 +1,13 @@
-"""The front door: flags, configuration, hosts, one job.
+"""Command line of singer_jax: train, evaluate and export distilled ViTs.
 
   python -m singer_jax.main --config=configs/NAME.py[:protocol] --workdir=DIR [--config.key=value]
 
-or, where it is installed, `singer-jax --config=NAME[:protocol] ...` with a shipped configuration.
+or, if the package is installed, `singer-jax --config=NAME[:protocol] ...` with a shipped
+configuration.
 
-Exit status: 0 done; 1 failed, finished checkpoints are kept; 2 something given is wrong, one line
-says what; 75 stopped on request and saved, the same command continues.
+Exit status: 0: done. 1: the run failed; finished checkpoints are kept. 2: invalid configuration
+or input; a one-line message names the setting. 75: stopped on request and saved; the same command
+resumes the run.
 """
 
 from __future__ import annotations
@@ -31,17 +33,25 @@ from singer_jax.platform import signals
 from singer_jax.settings.renamed import current_key
 from singer_jax.settings.settings import flatten
 
-# Neither jobs nor settings are imported before a job is to run: a loader's worker imports this file
-# again, and must not start an accelerator.
+# Jobs and settings are imported only when a job runs: the data loader's worker processes import
+# this file again and must not initialise an accelerator.
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="Configuration file, :protocol behind it.", lock_config=True
+    "config",
+    help_string="Config name or file, optionally followed by :paper or :recommended (default).",
+    lock_config=True,
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept and continued; also gs://.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes run this job together.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the others.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Work directory of the run, also gs://; an existing run is resumed."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, for several processes."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of this job.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process (0-based).")
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds to wait for the other processes."
+)
 
 
 _WITHOUT_WORKDIR = ("models", "plan", "check_run", "replay")
@@ -51,8 +61,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
     """Runs the job of a configuration and returns the exit status.
 
     Args:
-      config: its configuration.
-      workdir: its work directory: a local path, or a URL such as gs://bucket/folder.
+      config: configuration of the job.
+      workdir: work directory, a local path or a URL such as gs://bucket/folder.
       **joining: arguments of `singer_jax.platform.hosts.join`.
     """
     try:
@@ -74,7 +84,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **joining: Any) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the flags say."""
+    """Runs the job that the flags describe and returns the exit status."""
     if len(argv) > 1:
         return _refuse(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
     if not _WORKDIR.value and _CONFIG.value.get("job") not in _WITHOUT_WORKDIR:
@@ -98,11 +108,11 @@ def main(argv: list[str]) -> int:
 
 
 def _quieten_libraries() -> None:
-    """What fails on a disk is told in one line; not again by each thread and coroutine."""
+    """Filters library messages about an error that is already reported in one line."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        # What orbax's threads raise is raised again where the save is waited for; and whoever only
-        # reads checkpoints knows it.
+        # Errors of orbax's threads are raised again by the code that waits for the save, and its
+        # warning about read-only access is expected.
         return not record.exc_info and not re.search("read.only=", record.getMessage())
 
     absl_logging.get_absl_handler().addFilter(is_news)
@@ -116,8 +126,8 @@ def _quieten_libraries() -> None:
             raised(kind, error, where)
 
     def on_raised_in_thread(given: Any) -> None:
-        if isinstance(given.exc_value, OSError):  # TensorBoard's, whose file is full
-            logging.getLogger("singer_jax").error("a thread ended: %s", given.exc_value)
+        if isinstance(given.exc_value, OSError):  # TensorBoard's writer thread, if the disk is full
+            logging.getLogger("singer_jax").error("background thread failed: %s", given.exc_value)
         else:
             in_thread(given)
 
@@ -135,7 +145,10 @@ def _refuse(message: str) -> int:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The positional arguments; exits with status 2 and one line where a flag is wrong."""
+    """Parses the flags and returns the positional arguments.
+
+    If a flag is invalid, it prints one line and exits with status 2.
+    """
     try:
         settings = [argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")]
         if {"help", "helpshort"} & set(settings):
@@ -155,20 +168,20 @@ def parse_flags(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError):
-            # An override of a key that is not there.
+            # The command line overrides a key that the configuration does not have.
             known = flatten(flags.FLAGS["config"].parser.parse(files[-1]), empty=True)
             keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
             raise _unknown_key([key for key in keys if key not in known], known) from None
     except InputError as error:
         message = str(error)
     except flags.Error as error:
-        # The last line: the library puts a traceback of the configuration file before it.
+        # The last line is the message; the traceback of the configuration file precedes it.
         message = str(error).strip().splitlines()[-1].removeprefix("singer_jax.errors.InputError: ")
     sys.exit(_refuse(message))
 
 
 def _unknown_key(keys: list[str], known: Mapping[str, Any]) -> InputError:
-    """Returns what is wrong with the first of some keys that a configuration does not have."""
+    """Returns the error for the first of some keys that a configuration does not have."""
     for key in keys:
         new = current_key(key)
         if new != key:
@@ -181,15 +194,19 @@ def _unknown_key(keys: list[str], known: Mapping[str, Any]) -> InputError:
             )
         inside = [other for other in known if other.startswith(f"{key}.")]
         if inside:
-            return InputError(f"{key}: a section of keys; set one of them, such as {inside[0]}")
+            return InputError(
+                f"{key}: is a section, not a key; set one of its keys, such as {inside[0]}"
+            )
         parent = key.rpartition(".")[0]
         beside = [other for other in known if parent and other.startswith(f"{parent}.")]
         return unknown("configuration key", key, beside or known)
-    return InputError("--config: a key cannot be set as it was given")
+    return InputError(
+        "--config: an override is invalid; write --config.key=value (docs/configuration.md)"
+    )
 
 
 def _help() -> str:
-    """Returns how the command is used: flags, commands, and configurations."""
+    """Returns the usage: flags, commands, and configurations."""
     commands, others = {}, {}
     for name, file in shipped_configs().items():
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
@@ -208,7 +225,7 @@ def _help() -> str:
 
 
 def console() -> None:
-    """The command `singer-jax`."""
+    """Runs the command `singer-jax`."""
     with signals.handled():
         app.run(main, flags_parser=parse_flags)
 

@@ -79,7 +79,7 @@ def _step(state: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tuple[Any
 
 
 def run(flags: dict[str, Any], workdir: epath.Path) -> None:
-    """What `distill` does around its step."""
+    """Runs the loop with checkpoints, lock and signals as `distill` does."""
     mesh = parallel.make_mesh(flags["config.mesh.data"], flags["config.mesh.fsdp"])
     every = parallel.replicated(mesh)
     state = {"sum": np.zeros(4, np.float32), "step": np.int32(0)}
@@ -154,7 +154,7 @@ def _train(
 
 
 def main(arguments: list[str]) -> int:
-    """As `singer_jax.main` does it: statuses, one line for an error, log lines on stderr."""
+    """Runs as `singer_jax.main`: exit status, one line for an error, log lines on stderr."""
     given = dict(argument.lstrip("-").split("=", 1) for argument in arguments)
     flags = {name: type(value)(given.get(name, value)) for name, value in FLAGS.items()}
     handler = logging.StreamHandler()

@@ -17,7 +17,7 @@ from singer_jax.platform import backends, chips
 from tests import tiny
 
 
-@pytest.fixture(params=["gpu", "tpu"])
+@pytest.fixture(params=["gpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def accelerator(request, monkeypatch):
     """The CPU as PJRT's C interface shows a GPU or TPU.
 

@@ -1,4 +1,4 @@
-"""The job `check_data` finds every image of a folder that cannot be read, in one pass."""
+"""Tests that the job `check_data` finds every unreadable image of a folder in one pass."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def config_of(folder: Path):
 
 
 def damage(folder: Path) -> set[str]:
-    """Three of twelve images: cut off, empty, and no image."""
+    """Damages three of twelve images: truncated, empty, and not an image."""
     contents = (folder / "003.jpg").read_bytes()
     for name, content in (("003", contents[:200]), ("004", b""), ("011", b"text")):
         (folder / f"{name}.jpg").write_bytes(content)

@@ -1,4 +1,4 @@
-"""A work directory on demand: whole, damaged, held by another process, and continued."""
+"""Tests of `check_run` on work directories: intact, corrupt, in use by a process, and resumed."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.damage import files, flip, largest
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[ConfigDict, Path]:
-    """A configuration, and a run of it to its end with the checkpoints 2 and 4."""
+    """Returns a configuration and a finished run of it with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("finished")
     config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     config.steps = 4
@@ -30,7 +30,7 @@ def run(finished, tmp_path) -> Path:
 
 
 def check(run: Path, capsys) -> tuple[int, dict[str, str], str]:
-    """Status, what is said of each thing, and the line on stderr."""
+    """Returns the exit status, the text of each finding, and the line on stderr."""
     config = check_run()
     config.run = str(run)
     capsys.readouterr()
@@ -48,14 +48,14 @@ def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
         assert {file: file.read_bytes() for file in files(run)} == before
         assert main.run(finished[0], run) == 2
         printed = capsys.readouterr().err
-        assert f"held by process {process.pid} of" in printed and len(printed.splitlines()) == 1
+        assert f"in use by process {process.pid} of" in printed and len(printed.splitlines()) == 1
     finally:
         process.kill()
         process.communicate()
     assert told["checkpoints/2"] == told["checkpoints/4"] == "every checksum matches"
     assert told["metrics.jsonl"] == "3 rows"
-    assert "the recorded sha256" in told["student/model.safetensors"]
-    assert "the recorded sha256" in told["weights of teacher"]
+    assert "sha256 matches" in told["student/model.safetensors"]
+    assert "sha256 matches" in told["weights of teacher"]
     assert told["config.json"] == told["weights.json"] == "readable"
 
 
@@ -86,8 +86,8 @@ def test_what_is_damaged_is_named(run, capsys, name):
     status, told, error = check(run, capsys)
     name = name.split(",")[0]
     assert status == 1
-    assert [key for key, line in told.items() if line.startswith("DAMAGED: ")] == [name]
-    assert error.endswith(f"damaged: {name}\n") and len(error.splitlines()) == 1
+    assert [key for key, line in told.items() if line.startswith("CORRUPT: ")] == [name]
+    assert error.endswith(f"corrupt: {name}\n") and len(error.splitlines()) == 1
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -120,4 +120,4 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3, 4]
     status, told, _ = check(run, capsys)
     assert status == 0
-    assert told["checkpoints.damaged/4"].startswith("set aside earlier: ")
+    assert told["checkpoints.damaged/4"].startswith("moved here earlier: ")

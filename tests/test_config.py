@@ -1,9 +1,11 @@
-"""Every key of every job is checked, and its page is as the code."""
+"""Tests that every key of every job is checked, and that docs/configuration.md is current."""
 
+import contextlib
 import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -43,7 +45,7 @@ ALWAYS_WRONG = [math.nan, math.inf, -math.inf, 10**400, -(10**400), object(), {1
 
 
 def wrong_values(allowed: object) -> list[object]:
-    """Values next to what is allowed, and of other types."""
+    """Returns values just outside the allowed range, and values of other types."""
     match allowed:
         case Range(low, high, low_open, high_open, whole):
             wrong: list[object] = ["x", "1", True, None, (1,), [], ""]
@@ -83,7 +85,7 @@ def _admitted(kinds: tuple, value: object) -> bool:
 
 
 def right_values(allowed: object) -> list[object]:
-    """Two different values at the ends of what is allowed."""
+    """Returns two different values at the ends of the allowed range."""
     match allowed:
         case Range(low, high, low_open, high_open, whole):
             low, high = -1e9 if low is None else low, 1e9 if high is None else high
@@ -114,24 +116,31 @@ def right_values(allowed: object) -> list[object]:
 
 
 def keys() -> dict[str, Allowed]:
-    """Of all jobs; those of the quickstart are those of its parts."""
+    """Returns the keys of all jobs; those of the quickstart are those of its parts."""
     jobs = [leaves(config_lib.defaults(job)) for job in JOBS if job != "quickstart"]
     return {key: setting.allowed for known in jobs for key, setting in known.items()} | HUB_CONFIG
 
 
-TABLES = keys()
+KEYS = keys()
+KINDS = sorted({type(allowed).__name__ for allowed in KEYS.values()})
 
 
-@pytest.mark.parametrize("key", TABLES)
-def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(key):
-    for value in [*wrong_values(TABLES[key]), *ALWAYS_WRONG]:
-        with pytest.raises(InputError) as caught:
-            check(key, value, TABLES[key])
-        message = str(caught.value)
-        assert key in message and len(message.splitlines()) == 1, message
-        assert "; give " in message or "; known: " in message or "; closest: " in message, message
-    for value in right_values(TABLES[key]):
-        check(key, value, TABLES[key])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(kind):
+    """Every key of every job, by the kind of its range."""
+    for key, allowed in KEYS.items():
+        if type(allowed).__name__ != kind:
+            continue
+        for value in [*wrong_values(allowed), *ALWAYS_WRONG]:
+            with pytest.raises(InputError) as caught:
+                check(key, value, allowed)
+            message = str(caught.value)
+            assert key in message and len(message.splitlines()) == 1, message
+            assert any(f"; {word}" in message for word in ("give ", "known: ", "closest: ")), (
+                message
+            )
+        for value in right_values(allowed):
+            check(key, value, allowed)
 
 
 def config_of(job: str) -> ConfigDict:
@@ -139,19 +148,33 @@ def config_of(job: str) -> ConfigDict:
     return getattr(config_lib, names.get(job, job))()
 
 
-def set_key(config, key: str, value: object) -> None:
+@contextlib.contextmanager
+def with_value(config: ConfigDict, key: str, value: object) -> Iterator[None]:
+    """Sets one key, and puts the configuration back as it was."""
     *sections, name = key.split(".")
+    made = None
     for section in sections:
-        if section not in config:  # of a student
+        if section not in config:  # a student's, which is made only for this key
+            made = made or (config, section)
             config[section] = {}
         config = config[section]
+    before = config.get(name, ABSENT)
     with config.ignore_type():
         config[name] = value
+    yield
+    if made:
+        parent, section = made
+        del parent[section]
+    elif before is ABSENT:
+        del config[name]
+    else:
+        with config.ignore_type():
+            config[name] = before
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_key_of_every_job_is_checked_at_the_front_door(job, capsys, tmp_path, monkeypatch):
-    """Before anything is started; each key with a wrong value of its own."""
+def test_every_key_of_every_job_is_checked_before_any_work(job, capsys, tmp_path, monkeypatch):
+    """Each key gets its own wrong value, and the error comes before any work starts."""
     from singer_jax.platform import parallel
 
     def started(*arguments):
@@ -159,15 +182,17 @@ def test_every_key_of_every_job_is_checked_at_the_front_door(job, capsys, tmp_pa
 
     monkeypatch.setattr(parallel, "start", started)
     known = leaves(config_lib.defaults(job))
-    assert set(flatten(config_of(job))) == {k for k, s in known.items() if s.default is not ABSENT}
+    config = config_of(job)
+    whole = flatten(config, empty=True)
+    assert set(flatten(config)) == {k for k, s in known.items() if s.default is not ABSENT}
     for key, setting in known.items():
         if key.endswith("job"):
             continue
-        config = config_of(job)
-        set_key(config, key, wrong_values(setting.allowed)[0])
-        assert main.run(config, tmp_path) == 2, key
+        with with_value(config, key, wrong_values(setting.allowed)[0]):
+            assert main.run(config, tmp_path) == 2, key
         printed = capsys.readouterr().err
         assert key in printed and len(printed.splitlines()) == 1
+    assert flatten(config, empty=True) == whole  # one key at a time was wrong
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +243,7 @@ def test_settings_come_back_from_their_keys(job):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_key_that_a_method_does_not_read_is_left_at_its_default(name):
-    """So that it makes no other run of it."""
+    """A key that the method does not read must not make a different run."""
     config = config_lib.default()
     config.method.name, config.method.rank, config.method.mask_ratio = name, 3, 0.25
     section = to_dict(config_lib.settings_of(config))["method"]
@@ -231,11 +256,11 @@ def test_each_method_has_its_own_default_where_they_differ():
     config = config_lib.default()
     config.method.method_weights.singer, config.method.method_weights.fitnet = 1.0, 0.5
     (_, singer), (_, fitnet) = config_lib.settings_of(config).method.methods
-    assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 10.0)
+    assert (singer.loss_weights.kd, fitnet.loss_weights.kd) == (1.0, 10.0)
     config.method.loss_weights.kd = 1.0
     settings = config_lib.settings_of(config)
     (_, singer), (_, fitnet) = settings.method.methods
-    assert (singer.weights.kd, fitnet.weights.kd) == (1.0, 1.0)
+    assert (singer.loss_weights.kd, fitnet.loss_weights.kd) == (1.0, 1.0)
     assert to_dict(settings)["method"]["loss_weights"]["kd"] == 1.0
 
 
@@ -268,7 +293,7 @@ def test_summed_methods_share_their_keys():
 
 
 def test_the_page_of_all_keys_is_current():
-    """`python -m singer_jax.config > docs/configuration.md` writes it anew."""
+    """`python -m singer_jax.config > docs/configuration.md` updates the page."""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_lib.documentation()
 
 

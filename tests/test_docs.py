@@ -1,4 +1,4 @@
-"""README and its pages: short enough, and everything they point to is there."""
+"""Tests of README and docs: the README is short, and all links and named files exist."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 
 
 def links(page: Path) -> list[Path]:
-    """Files that a page links to."""
+    """Returns the files that a page links to."""
     found = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     return [(page.parent / link).resolve() for link in found if "://" not in link]
 

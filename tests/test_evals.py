@@ -1,4 +1,4 @@
-"""Evaluation while training goes on where an image cannot be read; Table 1 does not."""
+"""Tests of unreadable images: evaluation during training continues, Table 1 stops."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Two classes of eight images in each split, one of each split damaged."""
+    """Creates two classes of eight images in each split, with one corrupt image per split."""
     folder = tmp_path_factory.mktemp("images")
     for split in ("train", "val"):
         for label in ("cat", "dog"):
@@ -74,7 +74,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
 
 @pytest.mark.parametrize(("devices", "batch_size", "images"), [(1, 4, 10), (4, 8, 15)])
 def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size, images):
-    """Also of a last batch that is not full, and of one with fewer images than devices."""
+    """Covers a last batch that is not full, and one with fewer images than devices."""
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), "fitnet")
     config.mesh.data = devices
     run = setup_students(settings_of(config), 64, 10)
@@ -133,7 +133,7 @@ def test_a_run_that_ends_within_its_warm_up_is_a_warning(tmp_path, caplog):
 
 
 def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
-    """So that an evaluation never needs more memory than a step."""
+    """An evaluation must never need more memory than a step."""
     made = []
 
     class Recorded(HeldOut):

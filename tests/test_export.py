@@ -1,4 +1,4 @@
-"""Students that leave: for timm, bit for bit, and as a program that needs nothing of ours."""
+"""Tests of exported students: bit-exact timm weights, and a self-contained program."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Files are written whole, by any number of processes, on disks that get full."""
+"""Files are written atomically by several processes, also on a full disk."""
 
 import errno
 import os
@@ -67,7 +67,7 @@ def test_partial_files_of_killed_processes_are_removed_after_a_day(tmp_path):
 
 
 def test_the_room_of_a_memory_map_is_reserved_before_it_is_written(tmp_path):
-    """A hole in it, for which a full disk has no room, would end the process with SIGBUS."""
+    """A write to a hole in the file on a full disk would end the process with SIGBUS."""
     array = store.reserved(tmp_path / "features.npy", np.dtype(np.float16), (1000, 384))
     found = os.stat(tmp_path / "features.npy")
     assert found.st_blocks * 512 >= found.st_size > array.nbytes

@@ -49,7 +49,7 @@ def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> lis
 
 @pytest.fixture(scope="module")
 def reference(folder, config_file, environment) -> Path:
-    """One process on one device, with the same global batch."""
+    """Returns the run of one process on one device with the same global batch."""
     workdir = folder / "reference"
     status, printed = cli.finish(cli.start(environment, *arguments(config_file, workdir, 1)))
     assert status == 0, printed
@@ -69,7 +69,7 @@ def finish_all(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def end_of(processes: list[subprocess.Popen], status: int, *words: str) -> None:
-    """All end soon with this status, one line with these words, and no traceback."""
+    """Checks that all processes end soon with a status, one line with words and no traceback."""
     for code, printed in finish_all(processes):
         assert code == status, printed
         assert "Traceback" not in printed and "Aborted" not in printed, printed
@@ -89,7 +89,7 @@ def test_two_processes_do_what_one_does(config_file, environment, tmp_path, refe
 
 
 def loop(workdir: Path, data: int, fsdp: int = 1, steps: int = STEPS) -> list[str]:
-    """Arguments of `tests.loop`, a run without a model."""
+    """Returns the arguments of `tests.loop`, a run without a model."""
     return [
         f"--workdir={workdir}",
         f"--config.steps={steps}",
@@ -141,7 +141,7 @@ def test_a_killed_process_ends_the_other(environment, tmp_path, killed):
     processes[killed].kill()
     status, printed = finish_all(processes)[1 - killed]
     assert status == 1 and "Traceback" not in printed, printed
-    assert printed.splitlines()[-1].startswith("singer_jax: another process is gone, ")
+    assert printed.splitlines()[-1].startswith("singer_jax: another process died, ")
 
 
 def images(folder: Path, name: str, damaged: int) -> Path:
@@ -164,7 +164,7 @@ def images(folder: Path, name: str, damaged: int) -> Path:
         ),
     ],
 )
-def test_what_fails_on_one_fails_on_all(config_file, environment, tmp_path, last, status, words):
+def test_a_failure_of_one_process_ends_all(config_file, environment, tmp_path, last, status, words):
     broken = images(tmp_path, "broken", IMAGES)
     run = arguments(config_file, tmp_path / "run", 2)
     data = ["--config.data.source=folder", f"--config.data.path={images(tmp_path, 'whole', 0)}"]
@@ -200,8 +200,8 @@ def test_unreadable_images_of_all_processes_are_counted(config_file, environment
     # Four epochs of eight images, of which process 1 reads one half: not those of process 0.
     counted = json.loads(rows[-1])["train/unreadable_images"]
     assert 1 <= counted <= 8
-    assert found[1][1].count("unreadable image, replaced") in (1, 2)
-    assert "unreadable image, replaced" not in found[0][1]
+    assert found[1][1].count("skipping unreadable image (replaced)") in (1, 2)
+    assert "skipping unreadable image (replaced)" not in found[0][1]
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,14 @@ def test_unreadable_images_of_all_processes_are_counted(config_file, environment
         ({"coordinator": "host:1", "processes": 0, "process": 0}, ["--processes 0"]),
     ],
 )
-def test_flags_that_do_not_fit_together_are_one_line(given, words):
+def test_inconsistent_flags_are_a_one_line_error(given, words):
     with pytest.raises(InputError) as raised:
         hosts.join(**given)
     assert all(word in str(raised.value) for word in words)
     assert "\n" not in str(raised.value)
 
 
-def test_a_variable_that_is_no_number_is_named(monkeypatch):
+def test_a_variable_that_is_not_a_number_is_named(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(InputError, match="JAX_NUM_PROCESSES: 'two' is not a number"):
@@ -237,7 +237,7 @@ def test_an_occupied_port_is_named():
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_processes_that_do_not_come_are_one_line_in_time(environment, process):
+def test_missing_processes_are_a_one_line_error_in_time(environment, process):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         address = f"127.0.0.1:{server.server_port}"
     status, printed = cli.finish(
@@ -251,22 +251,22 @@ def test_processes_that_do_not_come_are_one_line_in_time(environment, process):
         )
     )
     assert status == 1
-    assert f"singer_jax: the other processes did not come at {address}" in printed
+    assert f"singer_jax: the other processes did not join at {address}" in printed
     assert len(printed.splitlines()) == 1, printed
 
 
 def test_a_slurm_job_without_srun_runs_alone(monkeypatch, caplog):
-    """As in the shell of salloc, or in a script of sbatch that calls Python itself."""
+    """It happens in the shell of salloc, or in an sbatch script that calls Python directly."""
     slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     nodes = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "1"}
     for name, value in (slurm | nodes).items():
         monkeypatch.setenv(name, value)
     hosts.join()
     assert jax.process_count() == 1
-    assert "one process for all" in caplog.text
+    assert "running as one process of the SLURM job" in caplog.text
 
 
-def test_processes_that_jax_cannot_find_are_one_line(environment):
+def test_undetected_processes_are_a_one_line_error(environment):
     process = cli.start(environment | {"OMPI_COMM_WORLD_SIZE": "4"}, "--config=configs/models.py")
     status, printed = cli.finish(process)
     assert status == 2
@@ -289,7 +289,7 @@ with hosts.together():
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """What the metadata server says to a TPU VM whose environment says nothing."""
+    """A metadata server for a TPU VM without TPU variables in its environment."""
 
     def do_GET(self):
         values = {

@@ -1,4 +1,4 @@
-"""The launch files, with stand-ins for the commands of clusters that run what they are given."""
+"""Tests of the launch files, with stand-ins for cluster commands that run what they are given."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubeflow_trainer_api import models
 
 from tests import cli
 
@@ -89,7 +88,7 @@ def write(path: Path, text: str, **values: object) -> Path:
 
 
 def stand_ins(folder: Path, **commands: str) -> dict[str, str]:
-    """An environment in which these commands come first."""
+    """Returns an environment in which these commands come first in PATH."""
     for name, text in commands.items():
         write(folder / "bin" / name, text, python=sys.executable)
     environment = cli.environment()
@@ -139,10 +138,14 @@ class TestSlurm:
 
     @pytest.mark.parametrize(
         ("whom", "real"),
-        [("tasks", False), ("all", False), pytest.param("tasks", True, marks=pytest.mark.slow)],
+        [
+            ("tasks", False),
+            pytest.param("all", False, marks=pytest.mark.slow),
+            pytest.param("tasks", True, marks=pytest.mark.slow),
+        ],
     )
     def test_time_is_up(self, tmp_path, environment, whom, real):
-        """Its tasks (time is up) or all (the nodes are taken) get SIGTERM: saved, queued again."""
+        """SIGTERM reaches the tasks (time limit) or all (preemption); the run is requeued."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         arguments = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.data=2"]
         if not real:
@@ -182,7 +185,7 @@ class TestTpuPod:
     WORKDIR = "--workdir=gs://bucket/my run"
 
     def run(self, folder, job, *arguments, states="NONE PROVISIONING ACTIVE", **variables):
-        """The script with hosts whose `singer-jax` is the shell script `job`."""
+        """Runs the script on hosts whose `singer-jax` is the shell script `job`."""
         shutil.copytree(LAUNCH, folder / "checkout" / "launch")
         for name in ("singer_jax", "configs", "tests"):
             (folder / "checkout" / name).symlink_to(ROOT / name)
@@ -210,7 +213,7 @@ class TestTpuPod:
         )
 
     def asked(self, folder):
-        """What the service was asked, without installing and looking."""
+        """Returns the requests to the service, without those for installation and state."""
         log = lines(folder / "checkout" / "gcloud.log")
         return [re.sub(" --zone=here| --format.*", "", line) for line in log]
 
@@ -242,7 +245,7 @@ class TestTpuPod:
             assert "--user uv" in installed and "--editable .[tpu,gcs]" in installed
 
     def test_again_after_a_preemption(self, tmp_path):
-        """The first start ends with 75, and the slice is gone when it is looked at."""
+        """The first start ends with 75, and the slice no longer exists at the next query."""
         job = 'echo x >>"$HOME/starts"; [ "$(wc -l <"$HOME/starts")" = 2 ] || exit 75'
         done = self.run(tmp_path, job, "a", self.WORKDIR, states="ACTIVE SUSPENDED NONE ACTIVE")
         assert done.returncode == 0, done.stderr
@@ -263,7 +266,7 @@ class TestTpuPod:
         assert "status 1; the slice is kept" in done.stderr
 
     def test_an_installation_that_fails(self, tmp_path):
-        """Or a connection that is lost time and again."""
+        """A connection that is lost repeatedly has the same effect."""
         done = self.run(tmp_path, "true", "a", self.WORKDIR, states="ACTIVE", FAILING="1")
         assert done.returncode == 1
         assert "five times in a row" in done.stderr
@@ -294,7 +297,7 @@ class TestTpuPod:
         "program", [cli.LOOP, pytest.param(cli.PROGRAM, marks=pytest.mark.slow)]
     )
     def test_two_hosts_train_together(self, tmp_path, program):
-        """The bucket of the job is a folder."""
+        """A folder stands in for the job's bucket."""
         config, workdir = cli.write_config(tmp_path), tmp_path / "run"
         flags = f'"--workdir={workdir}" --config={config} --config.mesh.data=2 --config.steps=2'
         job = f'cd {ROOT} && {sys.executable} {" ".join(program)} {flags} 2>"$HOME/log"'
@@ -310,14 +313,17 @@ class TestJobSet:
     def given(self):
         return yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
 
+    @pytest.mark.slow
     def test_schema(self, given):
-        """Equal after reading and writing: nothing is unknown to the schema, nothing wrong."""
+        """The objects are equal after reading and writing, so that the schema knows all fields."""
+        from kubeflow_trainer_api import models  # thousands of classes
+
         read = models.JobsetV1alpha2JobSet.from_dict(given)
         written = json.loads(json.dumps(read.to_dict(), default=str))
         assert without_empty(written) == without_empty(given)
 
     def test_restarts(self, given):
-        """75 makes the job fail with the reason that the set restarts on without counting."""
+        """Status 75 fails the job with the reason for which the set restarts without counting."""
         policy = given["spec"]["failurePolicy"]
         (job,) = given["spec"]["replicatedJobs"]
         job = job["template"]["spec"]
@@ -332,7 +338,7 @@ class TestJobSet:
         assert job["template"]["spec"]["restartPolicy"] == "Never"  # what the policy asks for
 
     def test_processes(self, given):
-        """As many as pods, and the first pod of the only job is where they meet."""
+        """The job has one process per pod, and the first pod is the coordinator."""
         (hosts,) = given["spec"]["replicatedJobs"]
         job, set_name = hosts["template"]["spec"], given["metadata"]["name"]
         (container,) = job["template"]["spec"]["containers"]
@@ -348,7 +354,7 @@ class TestJobSet:
 
 
 def without_empty(tree):
-    """Mappings without what is None or empty; a quantity is read as a float."""
+    """Returns mappings without values that are None or empty; quantities become floats."""
     if isinstance(tree, dict):
         kept = {key: without_empty(value) for key, value in tree.items()}
         return {key: value for key, value in kept.items() if value not in (None, {}, [])}
@@ -358,7 +364,7 @@ def without_empty(tree):
 
 
 def test_dockerfile():
-    """It copies what is there and installs extras that exist; its program gets the signals."""
+    """It copies existing files and installs existing extras; its program receives the signals."""
     import tomllib
 
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()

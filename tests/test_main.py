@@ -1,4 +1,4 @@
-"""The front door: whatever is wrong is one clear line and exit status 2, before any long work."""
+"""Tests of the command line: invalid input gives one line and exit status 2, before any work."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def config(teacher):
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    """Exit status and what was printed, of the real command."""
+    """Returns exit status and output of the real command."""
     done = subprocess.run(
         [sys.executable, "-m", "singer_jax.main", *arguments],
         cwd=ROOT,
@@ -189,7 +189,7 @@ def _empty_folder(config, folder) -> None:
         (_break("method", 3), ["unknown configuration key 'method'"]),
         (_break("teacher.overrides.num_classes", 5), ["num_classes 5", "has 0"]),
         (_break("log.wandb", True), ["log.wandb", "pip install wandb"]),
-        (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "expected [1, 1, 32]"]),
+        (_other_architecture, ["vit_tiny_patch16_224", "mis-shaped: ", "is [24], expected [32]"]),
         (_missing_folder, ["data.path: no folder at", "nowhere"]),
         (_empty_folder, ["no image", "empty"]),
     ],
@@ -229,7 +229,7 @@ def test_a_work_directory_of_another_run_is_refused(config, tmp_path, capsys):
 
 
 def test_a_start_that_fails_binds_nothing(config, tmp_path, capsys):
-    """Before the first checkpoint another start may be anything, and nothing is overwritten."""
+    """Before the first checkpoint, another start may change any setting."""
     run, weights = tmp_path / "run", tmp_path / "teacher.safetensors"
     config.steps, config.teacher.weights = 1, str(weights)
     run.mkdir()
@@ -285,8 +285,8 @@ def test_a_checkpoint_that_says_nothing_of_its_teacher_is_continued(config, tmp_
     assert main.run(config, tmp_path) == 0
 
 
-def test_the_front_door_starts_no_job_when_imported():
-    """A loader's worker imports `main` again: it must not bring an accelerator up."""
+def test_the_command_line_starts_no_job_when_imported():
+    """A data loader's worker imports `main` again, which must not initialise an accelerator."""
     code = "import sys, singer_jax.main; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -304,8 +304,8 @@ def test_the_front_door_starts_no_job_when_imported():
         ),
     ],
 )
-def test_rooms_know_only_what_they_may(packages, forbidden):
-    """models and methods run where grain, TFDS, clu and ml_collections are not installed."""
+def test_packages_import_only_what_they_may(packages, forbidden):
+    """Models and methods import without grain, TFDS, clu and ml_collections."""
     block = "\n".join(
         [
             "import sys",
@@ -362,4 +362,4 @@ thread.join()
 
 def test_a_disk_that_fails_in_a_library_s_thread_is_one_line():
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
-    assert done.stderr == "a thread ended: [Errno 28] No space left on device: 'events'\n"
+    assert done.stderr == "background thread failed: [Errno 28] No space left on device: 'events'\n"

@@ -43,6 +43,7 @@ def run(installed: Path, workdir: Path, *arguments: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_a_shipped_configuration_runs_by_its_name(installed, tmp_path):
     teacher = tiny.write_teacher(tmp_path / "t.safetensors", "vit_large_patch16_224")
     done = run(

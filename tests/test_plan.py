@@ -1,4 +1,4 @@
-"""The job `plan`: the trainer's own step, compiled for chips that are not here."""
+"""Tests of the job `plan`: the trainer's own step, compiled for chips that are not attached."""
 
 import dataclasses
 import subprocess
@@ -36,9 +36,12 @@ def jaxpr(function, *args) -> str:
     return str(jax.make_jaxpr(function)(*args))
 
 
-@pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "students",
+    [pytest.param(False, id="one"), pytest.param(True, id="several", marks=pytest.mark.slow)],
+)
 def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
-    """The program that the job `distill` compiles and the planned one have equal jaxprs."""
+    """The programs of the jobs `distill` and `plan` have equal jaxprs."""
     file = cli.write_config(tmp_path)
     if students:
         with file.open("a") as out:
@@ -49,7 +52,7 @@ def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
                 "    config.students.b = {}\n"
                 "    return config\n"
             )
-    settings = PlanSettings(plan=str(file), change="steps=1 mesh.data=4")
+    settings = PlanSettings(plan=str(file), overrides="steps=1 mesh.data=4")
     trained = []
 
     def record(students, mesh, states, teacher, batch, schedule=None):
@@ -74,6 +77,7 @@ def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
     assert compiled == trained
 
 
+@pytest.mark.slow
 class TestCommand:
     @pytest.fixture
     def printed(self):
@@ -98,7 +102,7 @@ class TestCommand:
         return done.stdout
 
     def test_it_says_all(self, printed):
-        assert "v5e:2x2: 4 x TPU v5 lite; batch 64, 16 images a chip" in printed
+        assert "v5e:2x2: 4 x TPU v5 lite; batch 64, 16 images per chip" in printed
         for words in (
             "of 16 GiB",
             "arguments",
@@ -106,18 +110,19 @@ class TestCommand:
             "TFLOP",
             "memory traffic",
             "all-reduce",
-            "ms a step, bound by",
+            "ms per step, bound by",
             "images/s, MFU",
             "10,000 steps",  # 100 epochs of 6,400 images
             "chip hours",
             "at 2",
-            "cores a chip",
+            "cores per chip",
         ):
             assert words in printed, words
 
 
+@pytest.mark.slow
 def test_one_reduction_of_what_is_trained(tmp_path):
-    """With pure data parallelism nothing large crosses the network but the gradients."""
+    """With pure data parallelism, only gradients cross the network in large amounts."""
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=TINY)
     found = planned(settings, chips.described("v5e:2x2"))
     assert set(found.collectives) == {"all-reduce"}
@@ -130,6 +135,7 @@ def test_one_reduction_of_what_is_trained(tmp_path):
     assert count <= 4
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_the_teacher():
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=f"{TINY} mesh.fsdp=4")
     found = planned(settings, chips.described("v5e:2x2"))
@@ -152,7 +158,7 @@ def stand_in(peak, memory=16 * 2**30):
     ("fixed", "image", "largest"), [(1, 0.05, 296), (4, 0.3, 32), (10, 1, 4), (15, 0.9, 1)]
 )
 def test_the_largest_batch(monkeypatch, fixed, image, largest):
-    """Memory in GiB, `fixed` + `image` for each; 16 there are."""
+    """A step needs `fixed` + `image` per image, in GiB; the chip has 16."""
     tried = []
 
     def cost(run, batch_size, schedule):
@@ -171,7 +177,7 @@ def test_the_largest_batch(monkeypatch, fixed, image, largest):
 
 
 def test_the_roofline():
-    """By hand: 197 TFLOP take a second, 820 GB as long, and 2 x 100 GB of reductions two."""
+    """By hand: 197 TFLOP take 1 s, 820 GB take 1 s, and 2 x 100 GB of reductions take 2 s."""
     found = Cost(
         kind="TPU v5e", count=4, images=1000, arguments=0, temporaries=0, peak=2**30,
         flops=394e12, fast_flops=0, traffic=820e9, collectives={"all-reduce": (0, 100e9)}, parts={},
@@ -190,7 +196,7 @@ def test_the_roofline():
     alone = dataclasses.replace(found, count=1)
     assert alone.seconds["collectives"] == 0
     text = as_text(found, PlanSettings(plan="singer_vitl_vitt", overrides="steps=3600"))
-    assert "4000.0 ms a step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
+    assert "4000.0 ms per step" in text and "3,600 steps: 4.0 hours, 16.0 chip hours" in text
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_the_roofline():
     [
         ({}, "plan: empty"),
         ({"plan": "nothing.py"}, "no file nothing.py"),
-        ({"plan": "evaluate"}, "of the job 'evaluate'"),
+        ({"plan": "evaluate"}, "has job 'evaluate'"),
         ({"plan": "singer_vitl_vitt", "overrides": "steps"}, "overrides: 'steps'; write key=value"),
         ({"plan": "singer_vitl_vitt", "overrides": "stepz=1"}, "stepz"),
         ({"plan": "singer_vitl_vitt", "overrides": "steps=-1"}, "steps: -1"),
@@ -224,7 +230,7 @@ def test_without_the_compiler(monkeypatch):
 
 
 def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
-    """Its compiler takes any size."""
+    """The GPU compiler accepts programs of any size."""
     taken = program.Program(None, 10**12, "")
     monkeypatch.setattr(roofline, "compile_step", lambda *arguments: taken)
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["NVIDIA H100"])
@@ -233,7 +239,7 @@ def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
 
 
 def test_products_are_planned_as_they_run():
-    """Of float32 the plan is exact, of bfloat16 not: the job asks for what is planned."""
+    """The job plans with the precision of the distillation: exact for float32, not for bfloat16."""
     config = plan_config()
     config.plan = "singer_vitl_vitt"
     assert settings_of(config).precision == "bfloat16"

@@ -1,4 +1,4 @@
-"""The job `prepare`: any images in, records out that train like them, whatever happens between."""
+"""Tests of the job `prepare`: records train as their images do, also after interruptions."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_an_unreadable_image_keeps_its_place(tmp_path, capsys):
     (given / "train" / "a" / "3.jpg").unlink()
     os.mkfifo(given / "train" / "a" / "3.jpg")
     assert run(given, tmp_path / "records") == 0
-    assert "1 of them cannot be read" in capsys.readouterr().out
+    assert "unreadable images: 1 " in capsys.readouterr().out
     made = make_source(str(tmp_path / "records"), "", TRAIN)
     assert made[3].image == b"" and made[3].label == 0
     assert made[4].image == jpeg(4)
@@ -227,13 +227,13 @@ class TestManifest:
         [
             (lambda c: [1], "not in the format"),
             (lambda c: c.update(format="other"), "not in the format"),
-            (lambda c: c.update(classes="3"), "'3' is no number of classes"),
+            (lambda c: c.update(classes="3"), "'3' is not a valid number of classes"),
             (lambda c: c.update(classes=2**40), "classes, more than"),
             (lambda c: c.update(splits=[]), "damaged"),
             (lambda c: c.update(splits={"train": [3]}), "damaged"),
-            (lambda c: c["splits"]["train"][0].update(file="../x"), "no shard beside it"),
-            (lambda c: c["splits"]["train"][0].update(file="/etc/passwd"), "no shard beside it"),
-            (lambda c: c["splits"]["train"][0].update(images=-1), "no shard beside it"),
+            (lambda c: c["splits"]["train"][0].update(file="../x"), "not describe a shard"),
+            (lambda c: c["splits"]["train"][0].update(file="/etc/passwd"), "not describe a shard"),
+            (lambda c: c["splits"]["train"][0].update(images=-1), "not describe a shard"),
             (lambda c: c["splits"]["train"][0].update(file="none"), "No such file"),
             (lambda c: c["splits"]["train"][0].update(size=7), "says 7; prepare again"),
         ],
@@ -272,5 +272,5 @@ def test_a_class_beyond_the_manifest_is_no_label(tmp_path):
     assert run(write_webdataset(tmp_path / "given"), tmp_path / "records") == 0
     manifest = tmp_path / "records" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"classes": 3', '"classes": 2'))
-    with pytest.raises(UnreadableImage, match="label 2 is none of 2 classes"):
+    with pytest.raises(UnreadableImage, match="label 2 is not one of 2 classes"):
         RecordSource(tmp_path / "records", TRAIN)[2]

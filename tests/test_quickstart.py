@@ -1,9 +1,10 @@
-"""The quickstart at a fraction of its length: everything that it leaves behind."""
+"""Test of the quickstart's output, at a fraction of its length."""
 
 import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from singer_jax import main
@@ -11,6 +12,7 @@ from singer_jax import main
 FILE = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
+@pytest.mark.slow
 def test_it_trains_measures_and_draws_and_does_nothing_twice(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("quickstart_config", FILE)
     module = importlib.util.module_from_spec(spec)

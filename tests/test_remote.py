@@ -1,4 +1,4 @@
-"""Work directories behind gs://: an emulated store, reached by each library's own client."""
+"""Work directories at gs:// URLs: an emulated store, accessed by the original clients."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from tests.object_store import BUCKET, object_store
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of this process and of those that it starts: one device, caches of their own, the store."""
+    """Sets the environment of this process and its children: one device, own caches, the store."""
     with object_store() as store, pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         for name, value in (store | {"XDG_CACHE_HOME": str(cache)}).items():
@@ -78,7 +78,7 @@ def rows(workdir: epath.Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def run(distil) -> epath.Path:
-    """A run on the store, killed after some checkpoints and continued to its end."""
+    """Returns the work directory of a run on the store that was killed and resumed to the end."""
     workdir = epath.Path(f"gs://{BUCKET}/runs/killed")
     process = distil(workdir, program=("-c", VANISHING))
     _, printed = process.communicate(timeout=600)
@@ -144,7 +144,7 @@ def test_everything_that_reads_a_run_reads_it_from_a_store(run, tmp_path, capsys
 
 
 def test_weights_on_a_store_are_those_of_now(run, mesh):
-    """A file that an earlier start has copied is not taken for the one that is there."""
+    """An older copy in the cache is not used in place of the current file."""
     copied = epath.Path(f"gs://{BUCKET}/copied")
     for name in ("model.safetensors", "config.json"):
         (copied / name).write_bytes((run / "student" / name).read_bytes())
@@ -197,7 +197,7 @@ def test_a_run_on_a_store_is_held_by_one_process(environment, monkeypatch):
     with lock.holding(folder) as held:
         held.check()
         monkeypatch.setattr(lock, "_machine", lambda: "another one")
-        with pytest.raises(InputError, match="is held by process"), lock.holding(folder):
+        with pytest.raises(InputError, match="is in use by process"), lock.holding(folder):
             pass
         held.check()
     assert not (folder / lock.LOCK_FILE).exists()

@@ -1,4 +1,4 @@
-"""The page of a run, in a real browser; several runs side by side; evaluation while training."""
+"""Tests of a run's page in a real browser, of comparisons, and of evaluation during training."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Two seeds of SiNGER and one of FitNet, evaluated while training and afterwards."""
+    """Creates two seeds of SiNGER and one of FitNet, evaluated during and after training."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
     for name, method, seed in (("a", "singer", 0), ("b", "singer", 1), ("c", "fitnet", 0)):
@@ -95,7 +95,7 @@ def test_the_page_needs_nothing_else(page):
 )
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_click_on_a_patch_redraws_the_maps(page, scheme):
-    """In headless Chromium, at the width of a phone, without an error on the console."""
+    """Headless Chromium at the width of a phone must log no error to the console."""
     from playwright.sync_api import sync_playwright
 
     errors: list[str] = []
@@ -159,7 +159,7 @@ NAMES = (
     CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
 )
 def test_a_page_runs_no_script_from_a_name(tmp_path):
-    """Wherever a name can stand: title, columns, rows, settings, models, layers and metrics."""
+    """Names occur in title, columns, rows, settings, models, layers and metrics."""
     from playwright.sync_api import sync_playwright
 
     page, other = tmp_path / "index.html", tmp_path / "other.html"
@@ -286,7 +286,7 @@ def test_a_run_of_other_devices_can_be_shown(runs, tmp_path):
 
 
 def evaluated(source: Path, run: Path, **changes: object) -> Path:
-    """A copy of a run whose results.json has other values, by dotted key; None removes a key."""
+    """Copies a run and changes values of its results.json by dotted key; None removes a key."""
     shutil.copytree(source, run, ignore=shutil.ignore_patterns("checkpoints", "report"))
     file = run / "evaluation" / "results.json"
     content = json.loads(file.read_text())

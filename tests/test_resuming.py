@@ -1,4 +1,4 @@
-"""Saves, kills, damage and restarts in any order, compared with a model of a few lines."""
+"""Saves, kills, corruption and restarts in any order, compared with a simple reference model."""
 
 import shutil
 import tempfile
@@ -24,7 +24,7 @@ MESHES = [(1, 1), (4, 2), (2, 1)]
 
 
 def values(step: int, run: int) -> dict[str, np.ndarray]:
-    """What a run with nothing but a number for its name holds after a step."""
+    """Returns the state after a step of a run that is identified by a number."""
     rng = np.random.default_rng([step, run])
     return {
         "step": np.int32(step),
@@ -43,7 +43,7 @@ def shardings(mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
 
 
 def _overwrite(folder: Path) -> None:
-    """Changes half of each file that may hold arrays: some are left over and never read."""
+    """Changes half of each file that may hold arrays; some of these files are never read."""
     for file in files(folder / "state"):
         if file.parent.name == "d":
             content = np.frombuffer(file.read_bytes(), np.uint8).copy()
@@ -51,7 +51,7 @@ def _overwrite(folder: Path) -> None:
             file.write_bytes(content.tobytes())
 
 
-# Each changes the contents for certain; what any bit of any file does is tested in test_stored.py.
+# Each certainly changes the contents; changes of any bit are tested in runs/test_verify.py.
 DAMAGES = {
     "overwritten": _overwrite,
     "emptied": lambda folder: (folder / "meta" / "metadata").write_bytes(b""),
@@ -85,7 +85,7 @@ class Resuming(RuleBasedStateMachine):
     @precondition(lambda self: not self.checkpoints)
     @rule(devices=st.sampled_from(MESHES))
     def start(self, devices: tuple[int, int]) -> None:
-        """As `distill` does it, on any devices."""
+        """Starts the run as `distill` does, on any devices."""
         self.mesh = parallel.make_mesh(*devices)
         self.checkpoints = Checkpoints(self.folder, KEEP)
         self.checkpoints.watch.started = lambda step: None  # `verify` does it at a known time
@@ -120,7 +120,7 @@ class Resuming(RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoints)
     @rule(steps=st.lists(st.integers(1, 3), min_size=1, max_size=3))
     def save(self, steps: list[int]) -> None:
-        """Each save may still go on when the next thing happens."""
+        """Saves steps; a save may not be finished when the next one starts."""
         for count in steps:
             self.step += count
             self.saves += 1
@@ -139,7 +139,7 @@ class Resuming(RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoints and self.kept)
     @rule()
     def verify(self) -> None:
-        """What the thread beside a training does after a save."""
+        """Verifies a checkpoint as the thread does after a save during training."""
         self.checkpoints.wait()
         for step in (max(self.kept), min(self.kept)):
             if self.kept[step] and step not in self.changed:
@@ -150,7 +150,7 @@ class Resuming(RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoints and self.kept)
     @rule(how=st.sampled_from(["stopped", "killed", "killed during a save"]))
     def end(self, how: str) -> None:
-        """Killed: nothing is closed, and what was being written stays behind in part."""
+        """Ends the run; if it is killed, nothing is closed and partly written files remain."""
         if how == "stopped":
             self.checkpoints.close()
         else:
@@ -191,7 +191,7 @@ class Resuming(RuleBasedStateMachine):
         assert len(found) == self.aside
 
 
-TestResuming = Resuming.TestCase
+TestResuming = pytest.mark.slow(Resuming.TestCase)
 TestResuming.settings = hypothesis.settings(
     deadline=None, max_examples=20, stateful_step_count=15, print_blob=True
 )

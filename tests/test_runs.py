@@ -43,7 +43,9 @@ def test_a_work_directory_holds_what_the_readme_says(uninterrupted):
     assert 0 <= last["train/layer_2/outlier_energy_share"] <= 1
 
 
-@pytest.mark.parametrize("step", [1, 7, 20])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_ends_with_the_same_bits(
     config_file, environment, tmp_path, uninterrupted, step
 ):
@@ -60,7 +62,9 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert set(steps(uninterrupted)) <= set(steps(tmp_path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_saves_says_so_and_continues(
     config_file, environment, tmp_path, uninterrupted, number
 ):
@@ -76,6 +80,7 @@ def test_a_stopped_run_saves_says_so_and_continues(
     assert_same_student(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(config_file, environment, tmp_path):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
     assert finish(start(environment, *arguments, "--config.steps=3"))[0] == 0
@@ -111,6 +116,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
     assert {file: file.read_bytes() for file in files(tmp_path)} == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_only_checkpoint_is_damaged_fails_in_one_line(
     config_file, environment, tmp_path
 ):

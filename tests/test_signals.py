@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C to a command and its children at any moment: it saves, or ends in one line."""
+"""After SIGTERM or Ctrl-C at any moment a command saves its state, or ends with one line."""
 
 import functools
 import signal
@@ -40,7 +40,7 @@ def uninterrupted(config_file, environment, tmp_path_factory) -> Path:
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    """The decoding processes that a command has started."""
+    """Returns the decoding processes that a command has started."""
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(pid) for thread in threads for pid in thread.read_text().split()]
     return [pid for pid in children if "spawn_main" in command_line(pid)]
@@ -52,7 +52,7 @@ def command_line(pid: int) -> str:
 
 
 def stop(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Sends a signal to a run that waits after step 6; it saves and says so."""
+    """Sends a signal to a run that waits after step 6, and checks that it saves."""
     cli.signal_group(process, number)
     status, printed = cli.finish(process)
     assert status == 75, printed
@@ -158,7 +158,7 @@ with signals.handled():
 """
 
 
-def test_another_thread_s_signal_does_not_break_off_what_is_shielded():
+def test_a_signal_to_another_thread_does_not_interrupt_a_shielded_block():
     process = subprocess.run([sys.executable, "-c", SHIELDED], capture_output=True, text=True)
     assert process.returncode == 75 and process.stdout == "not broken off\n", process.stderr
     assert process.stderr.startswith("singer_jax: stopped by SIGTERM; ")
@@ -209,7 +209,7 @@ with signals.handled():
     ("program", "ends"), [(WAITING, {(75, 1)}), (DONE, {(0, 0), (75, 1)})], ids=["stopped", "done"]
 )
 def test_signals_until_the_end_do_not_change_the_status(program, ends):
-    """One that comes before the end is answered in one line, one after it is not heard."""
+    """A signal before the end is answered with one line; a signal after it has no effect."""
     process = subprocess.Popen([sys.executable, "-c", program], **PIPES)
     assert process.stdout.readline() in ("ready\n", "done\n")
     while process.poll() is None:
@@ -253,7 +253,7 @@ with signals.handled():
 """
 
 
-def test_a_thread_that_waits_for_ever_does_not_keep_what_has_failed():
+def test_a_hanging_thread_does_not_delay_a_failed_command():
     process = subprocess.run(
         [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=cli.PATIENCE
     )

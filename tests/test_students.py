@@ -48,7 +48,8 @@ def whole(config_file, tmp_path_factory) -> Path:
     arguments = (f"--config={config_file}", f"--workdir={workdir}")
     status, printed = cli.finish(cli.start(cli.environment(), *arguments))
     assert status == 0, printed
-    assert "2 students one by one, " in printed and "singer: teacher layer 1: " in printed
+    assert "2 students, sequential, peak memory " in printed
+    assert "singer: teacher layer 1: " in printed
     return workdir
 
 
@@ -75,7 +76,9 @@ def test_each_student_has_its_metrics_and_its_export(whole):
     assert described["model_args"]["depth"] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
     process = cli.start(cli.environment(), *arguments)
@@ -91,6 +94,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path
             np.testing.assert_array_equal(found[name][key], value, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(config_file, whole, tmp_path):
     started = cli.start_together(
         cli.environment(),
@@ -134,6 +138,7 @@ def test_other_students_are_another_run(config_file, whole, capsys):
     assert "students.fitnet." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_schedule_continues_the_same_run(config_file, whole, tmp_path):
     config = configuration(config_file)
     config.students.execution = "parallel"
@@ -146,6 +151,7 @@ def test_another_schedule_continues_the_same_run(config_file, whole, tmp_path):
             np.testing.assert_allclose(value, tensors[key], atol=1e-4, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, tmp_path, capsys):
     config = configuration(config_file)
     config.students.bad = {"optimizer": {"name": "sgd", "learning_rate": 1e30}}

@@ -1,4 +1,4 @@
-"""The study: killed and resumed it is the same, and its page follows from its results alone."""
+"""Tests that a resumed study is unchanged, and that its page depends on its results alone."""
 
 import json
 import signal
@@ -40,6 +40,7 @@ def file(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     environment = cli.environment()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -70,6 +71,7 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert status == 2 and "distilled.steps: 3" in printed
 
 
+@pytest.mark.slow
 def test_a_given_teacher_is_not_trained_and_a_student_that_is_stopped_stops_no_study(tmp_path):
     import configs.study
 
@@ -109,24 +111,24 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
 
     config = configs.study.get_config()
     config.patches = 36
-    with pytest.raises(InputError, match="patches: 36 are planted, but an image has 36"):
+    with pytest.raises(InputError, match="patches: 36, but an image has 36"):
         cells(settings_of(config))
     config.patches = 4
-    with pytest.raises(InputError, match=r"students\.singer.*quantile: 0.9, .* at most 0.861"):
+    with pytest.raises(InputError, match=r"students\.singer.*quantile: 0.9; .* at most 0.861"):
         cells(settings_of(config))
     config.patches = 2
     config.main = ("fitnet", "fitnett")
-    with pytest.raises(InputError, match="main: 'fitnett' is none of fitnet, "):
+    with pytest.raises(InputError, match="main: unknown name 'fitnett'; allowed: fitnet, "):
         cells(settings_of(config))
     assert main.run(config, tmp_path / "study") == 2
     config.main, config.teachers, config.variants_on = ("fitnet",), ("null-random-1.0",), ()
-    with pytest.raises(InputError, match=r"teachers: null-random-1.0; .* give a ratio above 1"):
+    with pytest.raises(InputError, match=r"teachers: null-random-1.0 .* give one above 1"):
         cells(settings_of(config))
     assert not (tmp_path / "study").exists()
 
 
 def test_all_sizes_hold_their_own_rule():
-    """The quantile leaves room for the planted patches (and every configuration is allowed)."""
+    """The quantile leaves room for the planted patches, and every configuration is valid."""
     import configs.study
 
     for name, size in configs.study.SIZES.items():

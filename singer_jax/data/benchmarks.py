@@ -1,8 +1,7 @@
-"""The data sets of the paper's Table 1: their official layouts on disk, and their TFDS form.
+"""Data sets of the paper's Table 1, in their official layout on disk or prepared by TFDS.
 
-`open_benchmark(name, root, split)` looks below `root` for the folder that the official archive
-unpacks to, then for a prepared TFDS set. Images are read as the archives hold them (no EXIF
-rotation, as torchvision).
+`open_benchmark(name, root, split)` searches `root` for the folder of the unpacked official archive,
+then for a prepared TFDS data set. No EXIF rotation is applied, as in torchvision.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from singer_jax.errors import InputError, shown, unknown
 from singer_jax.io import limits
 
 _LOG = logging.getLogger("singer_jax")
-_LONGEST_NAME = 1024  # characters; names are stored at the length of the longest
+_LONGEST_NAME = 1024  # characters; all names are stored with the length of the longest
 
 
 class NotInstalled(InputError):
-    """A data set is not there at all."""
+    """Raised if a data set is not found."""
 
 
 class ListedSource:
@@ -50,12 +49,12 @@ class ListedSource:
 
     Args:
       root: folder of the data set.
-      files: paths below it.
-      labels: a class for each, or the path of a mask below the root.
-      num_classes: of the task.
+      files: paths relative to `root`.
+      labels: class of each file, or path of its mask relative to `root`.
+      num_classes: number of classes of the task.
 
     Raises:
-      InputError: a file outside the root, a label that is no class, or absurdly many classes.
+      InputError: a file is outside the root, a label is not a class, or there are too many classes.
     """
 
     exif = False
@@ -70,7 +69,7 @@ class ListedSource:
             _check_below(root, labels)
         for label in labels if not dense else ():
             if type(label) is not int or not 0 <= label < num_classes:
-                raise InputError(f"{root}: label {label!r} is none of its {num_classes} classes")
+                raise InputError(f"{root}: label {label!r} is not one of its {num_classes} classes")
         self.root, self.num_classes = root, num_classes
         self.files = np.array([file.encode() for file in files])
         self.labels = np.array([label.encode() for label in labels] if dense else labels)
@@ -95,9 +94,9 @@ class ListedSource:
 
 
 class NyuSource:
-    """NYU Depth v2's labelled frames: `nyu_depth_v2_labeled.mat` (HDF5) and `splits.mat`.
+    """Labelled frames of NYU Depth v2: `nyu_depth_v2_labeled.mat` (HDF5) and `splits.mat`.
 
-    The arrays in the file are stored transposed, [frame, (3,) width, height]; depths are metres.
+    The arrays in the file are transposed, [frame, (3,) width, height]; depths are in metres.
     """
 
     exif = False
@@ -113,7 +112,7 @@ class NyuSource:
         outside = self.frames[(self.frames < 0) | (self.frames >= stored)]
         if outside.size:
             raise InputError(
-                f"{self.path} holds {stored} frames, {root / 'splits.mat'} asks for "
+                f"{self.path} has {stored} frames, but {root / 'splits.mat'} lists "
                 f"frame {outside[-1] + 1}"
             )
         self._file: Any = None
@@ -130,7 +129,7 @@ class NyuSource:
         frame = int(self.frames[index])
         try:
             image, depth = (self._file[name][frame] for name in ("images", "depths"))
-        except Exception as error:  # h5py raises anything at a damaged file
+        except Exception as error:  # h5py raises exceptions of many types for a damaged file
             raise UnreadableImage(str(error)) from error
         return Record(np.ascontiguousarray(image.transpose(2, 1, 0)), np.ascontiguousarray(depth.T))
 
@@ -151,7 +150,7 @@ def _require(root: Path, names: Sequence[str]) -> None:
 
 
 def _check_below(root: Path, files: Sequence[str]) -> None:
-    """Raises `InputError` for a name in a list that leaves its folder, or is no name."""
+    """Raises `InputError` for a listed name that is outside its folder or is not a file name."""
     for file in files:
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or len(file) > _LONGEST_NAME or "\0" in file:
@@ -164,7 +163,7 @@ def _lines(path: Path) -> list[list[str]]:
 
 
 def _require_images(root: Path, files: Sequence[str]) -> None:
-    """Raises `InputError` unless every listed file is there, below the root."""
+    """Raises `InputError` unless every listed file exists below the root."""
     _check_below(root, files)
     present: dict[str, set[str]] = {}
     missing = []
@@ -190,7 +189,7 @@ def _imagenet(root: Path, split: str) -> Source:
 def _imagenet_v2(root: Path, split: str) -> Source:
     folders = class_folders(root)
     names = sorted(filter(str.isdigit, folders), key=int)
-    if not names and len(folders) == 1:  # the archive's own folder inside
+    if not names and len(folders) == 1:  # a folder inside, with the name of the archive
         return _imagenet_v2(root / folders[0], split)
     if not names:
         raise InputError(f"{root} is not completely unpacked: missing the folders 0 to 999")
@@ -204,7 +203,7 @@ def _imagenet_r(root: Path, split: str) -> Source:
 
 
 def _wnid_folders(root: Path) -> Source:
-    """Class folders named by WordNet id; a label is its place among ImageNet's 1,000."""
+    """Reads class folders named by WordNet ids; labels are the ids' positions in ImageNet-1k."""
     index = {wnid: number for number, wnid in enumerate(imagenet_wnids())}
     names = class_folders(root)
     foreign = [name for name in names if name not in index]
@@ -213,7 +212,7 @@ def _wnid_folders(root: Path) -> Source:
         raise InputError(f"{root}: {found} named by a WordNet id of ImageNet-1k's classes")
     images = {name: _images(root / name) for name in names}
     if empty := [name for name, found in images.items() if not found]:
-        _LOG.warning("%s: %d class folders hold no image: %s", root, len(empty), few(empty))
+        _LOG.warning("%s: %d class folders without images: %s", root, len(empty), few(empty))
     files = [(f"{name}/{file}", index[name]) for name in names for file in images[name]]
     return ListedSource(root, *_columns(files), num_classes=len(index))
 
@@ -300,11 +299,11 @@ class Benchmark:
     """A data set of Table 1.
 
     Attributes:
-      folders: what its official archive may unpack to, below the root of all data.
-      read: from such a folder and a split to a source.
-      tfds: its TFDS name; empty where there is none.
-      test_only: whether it has no training split.
-      marks: files or folders, one of which is in its own folder and in no other set's.
+      folders: names that the folder of the unpacked archive may have.
+      read: function from such a folder and a split to a source.
+      tfds: TFDS name; empty if TFDS does not have the data set.
+      test_only: True if there is no training split.
+      marks: files or folders, any of which identifies the folder of this data set.
     """
 
     folders: tuple[str, ...]
@@ -357,19 +356,19 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def _of_tfds(folder: Path) -> bool:
-    """Returns whether TFDS prepared a folder, whose name may be that of an official archive's."""
+    """Returns whether TFDS prepared a folder, which can have the name of an official archive."""
     return any(any(folder.glob(f"{depth}dataset_info.json")) for depth in ("*/", "*/*/"))
 
 
 def find_folder(name: str, path: str) -> Path | None:
-    """Finds the official layout of a data set.
+    """Finds the folder of a data set in its official layout.
 
     Args:
       name: a key of `BENCHMARKS`.
-      path: folder that holds the data set's own folder, or this folder itself.
+      path: the folder of the data set, or its parent folder.
 
     Returns:
-      its own folder; None where it is not there.
+      the folder of the data set, or None if it is not found.
     """
     benchmark, root = BENCHMARKS[name], Path(path).expanduser()
     own = root.resolve().name in benchmark.folders or any(
@@ -383,7 +382,7 @@ def find_folder(name: str, path: str) -> Path | None:
 
 
 def tfds_directory(name: str, path: str) -> str:
-    """Returns TFDS's data directory, where `path` is this or a data set's own folder in it."""
+    """Returns the TFDS data directory, given this directory or the folder of a data set in it."""
     folder = Path(path).expanduser()
     if path and ((folder / "dataset_info.json").is_file() or _of_tfds(folder)):
         for parent in (folder, *folder.parents)[:3]:
@@ -393,21 +392,21 @@ def tfds_directory(name: str, path: str) -> str:
 
 
 def open_benchmark(name: str, root: str, split: str) -> Source:
-    """A split of a data set of Table 1.
+    """Opens a split of a data set of Table 1.
 
     Args:
       name: a key of `BENCHMARKS`.
-      root: folder that holds the data sets' own folders, or TFDS's, or the set's own folder; empty:
-        TFDS's default.
+      root: folder of the data set, its parent folder, or the TFDS data directory; empty: the
+        default of TFDS.
       split: `train` or `test`.
 
     Raises:
-      NotInstalled: nothing there; the message says where it was looked for.
-      InputError: unknown name, or a data set that is there in part.
+      NotInstalled: the data set is not found; the message names the searched folders.
+      InputError: the name is unknown, or the data set is incomplete.
     """
     if name not in BENCHMARKS:
         raise unknown("data set", name, BENCHMARKS)
-    from singer_jax.io.files import check_local  # not in a loader's worker
+    from singer_jax.io.files import check_local  # not imported in loader workers
 
     check_local("data.path", root)
     benchmark = BENCHMARKS[name]
@@ -419,9 +418,9 @@ def open_benchmark(name: str, root: str, split: str) -> Source:
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder} holds a damaged list or file: {error}") from error
+            raise InputError(f"{folder} contains a damaged list or file: {error}") from error
         if not len(source):
-            raise InputError(f"{folder} holds no image of the {split} split")
+            raise InputError(f"{folder} has no images of the {split} split")
         return source
     candidates = [Path(root).expanduser() / folder for folder in benchmark.folders] if root else []
     looked = f"no folder {' or '.join(map(str, candidates))}" if candidates else "no data.path"

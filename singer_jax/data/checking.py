@@ -16,19 +16,19 @@ from singer_jax.data.sources import Source, Subset
 from singer_jax.errors import InputError, shown
 
 _LOG = logging.getLogger("singer_jax")
-_LONGEST = 120  # bytes of a reason
+_LONGEST = 120  # bytes of a reported reason
 
 
 def why_unreadable(source: Source, index: int) -> str:
-    """Decodes a record's image, and its label where that is an image.
+    """Decodes a record's image, and its label if the label is an image.
 
     Returns:
-      why they cannot be read; empty: they can.
+      The reason why they cannot be read, or an empty string.
     """
     try:
         record = source[index]
         image = open_image(record.image, source.exif)
-        image.draft("RGB", (1, 1))  # a JPEG's decoder reads all of it, and makes an eighth of it
+        image.draft("RGB", (1, 1))  # the decoder reads all data at an eighth of the size
         to_rgb(image)
         if isinstance(record.label, bytes | Path):
             decode(open_image(record.label))
@@ -39,7 +39,7 @@ def why_unreadable(source: Source, index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Reason:
-    """`why_unreadable` as an array of bytes, which a loader's worker can hand over."""
+    """Returns `why_unreadable` as an array of bytes, which a loader worker can return."""
 
     source: Source
 
@@ -52,12 +52,12 @@ def unreadable_images(source: Source, workers: int = 0) -> Iterator[list[tuple[i
     """Reads every image of a source once.
 
     Args:
-      source: of the images.
-      workers: processes that decode; 0: a thread.
+      source: source of the images.
+      workers: number of decoding processes; 0: decode in a thread.
 
     Yields:
-      for each of the images in order a pair of its index and why it cannot be read, in lists of up
-      to 32; the reason is empty where it can.
+      Lists of up to 32 pairs of an image's index and the reason why it cannot be read, in order.
+      The reason of a readable image is empty.
     """
     first = 0
     with contextlib.closing(map_batches(source, _Reason(source), 32, workers)) as batches:
@@ -68,17 +68,17 @@ def unreadable_images(source: Source, workers: int = 0) -> Iterator[list[tuple[i
 
 
 def readable(source: Source) -> Subset:
-    """The images of a source that can be read; each is decoded here, so it is for few of them.
+    """Returns the readable images of a small source, each of which is decoded here.
 
-    The others are named in the log.
+    Unreadable images are named in the log.
 
     Raises:
-      InputError: none can be read.
+      InputError: no image can be read.
     """
     reasons = [why_unreadable(source, index) for index in range(len(source))]
     for index, reason in enumerate(reasons):
         if reason:
-            _LOG.warning("unreadable image, left out: %s", source.describe(index))
+            _LOG.warning("skipping unreadable image: %s", source.describe(index))
     if all(reasons):
-        raise InputError(f"none of {len(source)} images can be read, such as {source.describe(0)}")
+        raise InputError(f"none of {len(source)} images can be read; first: {source.describe(0)}")
     return Subset(source, np.flatnonzero([not reason for reason in reasons]))

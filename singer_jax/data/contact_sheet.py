@@ -1,4 +1,4 @@
-"""Some examples of a source in one picture."""
+"""A contact sheet: some examples of a source in one image."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SIDE = 128
 
 
 def contact_sheet(source: Source, count: int) -> Image.Image:
-    """Images at even distances, each under its label where labels are pictures.
+    """Returns evenly spaced images of a source; a mask or depth map is shown below its image.
 
-    Images that cannot be read are left out.
+    Unreadable images are skipped.
 
     Raises:
-      UnreadableImage: none can be read.
-      InputError: a label is not what it should be.
+      UnreadableImage: no image can be read.
+      InputError: a label is invalid.
     """
     cells = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
@@ -35,7 +35,7 @@ def contact_sheet(source: Source, count: int) -> Image.Image:
         except InputError as error:
             raise InputError(f"{source.describe(int(index))}: {error}") from error
     if not cells:
-        raise UnreadableImage(f"no image can be read, such as {source.describe(0)}")
+        raise UnreadableImage(f"no image can be read; first: {source.describe(0)}")
     columns = math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)
     height, width, _ = cells[0].shape

@@ -1,4 +1,4 @@
-"""Transforms of images together with a label for each pixel: segmentation masks, depth maps."""
+"""Joint transforms of images and per-pixel labels: segmentation masks and depth maps."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from singer_jax.errors import InputError
 ADE20K_CLASSES = 150
 ADE20K_MEAN = (0.48897059, 0.46548275, 0.4294)
 ADE20K_STD = (0.22861765, 0.22948039, 0.24054667)
-# The official loader's; the last value differs from ImageNet's.
+# Values of the official loader; the last one differs from ImageNet's.
 NYUD_MEAN = (0.485, 0.425, 0.385)
 _ADE20K_SCALE, _ADE20K_RATIO = (0.7, 1.0), (3 / 4, 4 / 3)
 _NYUD_CROP = 0.8
-# NYUd's sensor ends at 10 m; a larger value than this is in another unit.
+# The sensor of NYUd reaches 10 m; a value above this limit is in another unit.
 _FARTHEST_METRES = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ColorJitter:
-    """Random brightness, contrast, saturation and hue in random order, with some probability.
+    """Random changes of brightness, contrast, saturation and hue, in random order.
 
     Attributes:
-      probability: of any change.
-      brightness, contrast, saturation: factors are drawn from 1 -+ these.
-      hue: shifts are drawn from -+ this share of the colour circle.
+      probability: probability that an image is changed at all.
+      brightness, contrast, saturation: largest deviation of the factors from 1.
+      hue: largest shift, as a fraction of the colour circle.
     """
 
     probability: float = 0.7
@@ -64,12 +64,12 @@ def _shift_hue(image: Image.Image, by: float) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTransform:
-    """ADE20K: training crops, flips and jitter; testing resizes to a square.
+    """Transform of ADE20K: random crop, flip and jitter in training, resize to a square in testing.
 
     Attributes:
       size: side of image and mask in pixels.
-      train: whether to crop, flip and jitter at random.
-      jitter: of training images.
+      train: True to crop, flip and jitter at random.
+      jitter: colour jitter of training images.
     """
 
     size: int
@@ -81,10 +81,10 @@ class SegmentationTransform:
     def __call__(
         self, image: Image.Image, label: bytes | Path, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 pixels [size, size, 3] and int16 labels [size, size]: mask - 1, so -1 is ignored.
+        """Returns uint8 pixels [size, size, 3] and int16 labels [size, size] (mask - 1; ignore -1).
 
         Raises:
-          InputError: a mask of another size than its image, or values outside 0..150.
+          InputError: mask and image differ in size, or the mask has values outside 0..150.
         """
         mask = decode(open_image(label))
         if mask.size != image.size:
@@ -113,12 +113,12 @@ class SegmentationTransform:
 
 @dataclasses.dataclass(frozen=True)
 class DepthTransform:
-    """NYUd v2: the centre square; training takes 0.8 of it at random, flips and jitters.
+    """Transform of NYUd v2: the centre square; training crops 0.8 of it, flips and jitters.
 
     Attributes:
       size: side of image and depth map in pixels.
-      train: whether to crop, flip and jitter at random.
-      jitter: of training images.
+      train: True to crop, flip and jitter at random.
+      jitter: colour jitter of training images.
     """
 
     size: int
@@ -130,10 +130,10 @@ class DepthTransform:
     def __call__(
         self, image: Image.Image, label: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 pixels [size, size, 3] and float32 metres [size, size]; 0 is unknown.
+        """Returns uint8 pixels [size, size, 3] and float32 metres [size, size]; 0 is unknown.
 
         Raises:
-          InputError: a depth map of another size than its image, or not in metres.
+          InputError: depth map and image differ in size, or depths are not in metres.
         """
         if label.shape != image.size[::-1]:
             raise InputError(f"the depth map is {label.shape}, the image {image.size[::-1]}")
@@ -151,7 +151,7 @@ class DepthTransform:
             side = inner
         box, size = (left, top, left + side, top + side), (self.size, self.size)
         image = to_rgb(image).resize(size, Image.Resampling.BILINEAR, box)
-        # Nearest: an interpolated value between a known depth and 0 (unknown) would be neither.
+        # Nearest neighbour: interpolation between a depth and 0 (unknown) gives wrong depths.
         depth = Image.fromarray(np.asarray(label, np.float32)).crop(box)
         depth = depth.resize(size, Image.Resampling.NEAREST)
         flip = self.train and rng.random() < 0.5

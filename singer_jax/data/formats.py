@@ -1,4 +1,4 @@
-"""The image formats that are read: one table for the search of folders and for the decoder."""
+"""The supported image formats: one table for the search of folders and for the decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib
 import os
 
 EXTRA = "photos"
-"""The extra of this package that brings the decoders that Pillow has not."""
+"""The extra of this package that installs decoders missing in Pillow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Format:
     Attributes:
       readers: names of Pillow's readers.
       suffixes: endings of file names, in lower case.
-      plugin: module of `EXTRA` that adds the reader; empty: Pillow has it.
+      plugin: module of `EXTRA` that adds the reader; empty: Pillow includes the reader.
     """
 
     readers: tuple[str, ...]
@@ -26,7 +26,7 @@ class Format:
     plugin: str = ""
 
 
-# Pillow's other readers are of formats that no photo has; that of EPS starts Ghostscript.
+# Pillow's other readers are for formats not used for photos; the EPS reader starts Ghostscript.
 FORMATS = (
     Format(("JPEG",), (".jpg", ".jpeg", ".jpe", ".jfif")),
     Format(("PNG",), (".png",)),
@@ -47,7 +47,7 @@ WITH_EXTRA = frozenset(suffix for one in FORMATS if one.plugin for suffix in one
 
 @functools.cache
 def _available() -> tuple[Format, ...]:
-    """The formats whose decoders are installed; adds those of `EXTRA` to Pillow."""
+    """Returns the formats with an installed decoder, and adds those of `EXTRA` to Pillow."""
     found = []
     for one in FORMATS:
         if one.plugin:
@@ -63,21 +63,21 @@ def _available() -> tuple[Format, ...]:
 
 @functools.cache
 def readers() -> tuple[str, ...]:
-    """Names of the Pillow readers that a file is tried with."""
+    """Returns the names of the Pillow readers that are tried on a file."""
     return tuple(reader for one in _available() for reader in one.readers)
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Endings of the names of files that can be read, in lower case."""
+    """Returns the suffixes of files that can be read, in lower case."""
     return frozenset(suffix for one in _available() for suffix in one.suffixes)
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name in lower case, with its dot; empty: none."""
+    """Returns the suffix of a file name in lower case, with its dot; empty: no suffix."""
     return os.path.splitext(name)[1].lower()
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file of this name is an image: a known suffix, not hidden."""
+    """Returns whether a file name is that of an image: it has a known suffix and is not hidden."""
     return not name.startswith(".") and suffix_of(name) in suffixes()

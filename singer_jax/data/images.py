@@ -1,4 +1,4 @@
-"""Decoding and cropping of images: bytes in, uint8 [size, size, 3] out, without an accelerator."""
+"""Decoding and cropping of images on the CPU, from bytes to uint8 [size, size, 3]."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from singer_jax.data import formats
 from singer_jax.errors import InputError
 from singer_jax.io import limits
 
-# A process takes up to 16 bytes a pixel of an image, decoded or resized.
+# A process needs up to 16 bytes per pixel of an image, decoded or resized.
 _MOST_PIXELS = 2**27
 LARGEST_FILE = 2**30
-# A progressive JPEG may have any number of scans, each of which goes through all of its pixels.
+# A progressive JPEG may have any number of scans, each of which passes over all pixels.
 _MOST_SCANNED = 2**31
 _LEAST_SCAN = 10  # bytes
 
-# Bytes of a PNG's decompressed text or colour profile, each and all together. Pillow's own limit of
-# one MiB is below what editors and generators of images write.
+# Bytes of a PNG's decompressed text or colour profile, each and in total. Pillow's own limit of
+# one MiB is less than image editors and generators write.
 _LARGEST_PNG_CHUNK, _LARGEST_PNG_TEXT = 2**25, 2**27
 
-Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own, which can be raised
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has its own limit, which can be raised
 
 _ORIENTATION = 0x0112  # EXIF tag
-# How Pillow undoes each orientation.
+# The Pillow operation that undoes each orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,10 +42,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Formats whose readers leave the turning to the caller; those of TIFF, HEIF and JPEG XL do it.
+# Formats whose readers do not apply the orientation; those of TIFF, HEIF and JPEG XL apply it.
 _TURNED_HERE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF")
 
-# Pillow's own rule (`reducing_gap`): halving below twice the wanted size is not visible.
+# Pillow's rule (`reducing_gap`): reducing to no less than twice the final size is not visible.
 _REDUCING_GAP = 2.0
 
 
@@ -54,12 +54,12 @@ Box = tuple[int, int, int, int]
 
 
 class UnreadableImage(Exception):
-    """A file that cannot be decoded; an error in what is then done with its pixels is none."""
+    """Raised for a file that cannot be decoded, but not for errors in later steps."""
 
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
-    """Around Pillow alone, whose readers raise anything at a damaged file."""
+    """Turns every exception of Pillow's readers, which differ for damaged files, into one type."""
     try:
         yield
     except InputError:
@@ -79,14 +79,14 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.Image:
-    """An image as Pillow sees it, not yet decoded.
+    """Opens an image with Pillow without decoding it.
 
     Args:
       stored: an encoded file, its path, or uint8 pixels [height, width, 3].
-      exif: turn it as its EXIF orientation says.
+      exif: True to apply the EXIF orientation.
 
     Raises:
-      UnreadableImage: not an image, or one beyond a limit of `singer_jax.io.limits`.
+      UnreadableImage: it is not an image, or it exceeds a limit of `singer_jax.io.limits`.
     """
     if isinstance(stored, np.ndarray):
         return Image.fromarray(stored)
@@ -101,27 +101,27 @@ def open_image(stored: bytes | Path | np.ndarray, exif: bool = False) -> Image.I
         _check_pixels(*image.size)
         if image.format in ("JPEG", "MPO"):
             _check_scans(image, size)
-        # A JPEG in a JPEG XL file is decoded as it was.
+        # A JPEG inside a JPEG XL file is decoded like the original JPEG.
         if exif and (image.format in _TURNED_HERE or getattr(image, "jpeg", False)):
             turn = _TURNS.get(_orientation(image))
             image = image if turn is None else image.transpose(turn)
         if 0 in image.size:
-            raise ValueError("an image without pixels")
+            raise ValueError("the image has no pixels")
         return image
 
 
 def _orientation(image: Image.Image) -> Any:
-    """Returns the EXIF orientation alone, as other tags may be damaged; 1 where there is none."""
+    """Returns the EXIF orientation, or 1 without one; other tags may be damaged."""
     if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # EXIF may follow the pixels; raises where these are damaged
+        image.load()  # EXIF may follow the pixels; raises if these are damaged
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow's reader of EXIF raises anything
+    except Exception:  # Pillow's EXIF reader raises many types
         return 1
 
 
 def _check_scans(image: Image.Image, size: int) -> None:
-    """Raises `UnreadableImage` for a JPEG that would be decoded for minutes."""
+    """Raises `UnreadableImage` for a JPEG that would take minutes to decode."""
     pixels = image.width * image.height
     if pixels * (size // _LEAST_SCAN) <= _MOST_SCANNED:
         return
@@ -134,17 +134,17 @@ def _check_scans(image: Image.Image, size: int) -> None:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """The image with its pixels; raises `UnreadableImage` where they are damaged."""
+    """Decodes an image; raises `UnreadableImage` if the pixels are damaged."""
     with _decoding():
         image.load()
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, CMYK, palette, alpha and 16-bit images as 8-bit RGB; alpha is dropped.
+    """Converts grey, CMYK, palette, alpha and 16-bit images to 8-bit RGB; alpha is dropped.
 
     Raises:
-      UnreadableImage: damaged pixels, or of a kind that Pillow does not convert.
+      UnreadableImage: the pixels are damaged, or Pillow cannot convert them.
     """
     with _decoding():
         return _to_rgb(decode(image))
@@ -162,16 +162,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop and horizontal flip, as torchvision's of the same names.
+    """Random resized crop and horizontal flip, equal to torchvision's transforms of these names.
 
     Attributes:
       size: side of the result in pixels.
-      scale: range of the crop's share of the image's area.
-      ratio: range of the crop's width over height.
+      scale: range of the fraction of the image area that the crop covers.
+      ratio: range of the crop's aspect ratio, width / height.
       flip: probability of a horizontal flip.
-      fast: JPEGs by simplejpeg and OpenCV; other images, and those that they do not take, by
-        Pillow. The crop is interpolated to a multiple of `size`, which is then averaged: about half
-        a grey level from Pillow's, which is torchvision's (benchmarks/RESULTS.md).
+      fast: decode JPEGs with simplejpeg and OpenCV, and all other images with Pillow. The crop is
+        interpolated to a multiple of `size` and then averaged. The result differs by about half a
+        grey level from Pillow's, which equals torchvision's (benchmarks/RESULTS.md).
     """
 
     size: int
@@ -187,7 +187,7 @@ class TrainTransform:
             pixels = _crop(image, box, self.size)
         if rng.random() >= self.flip:
             return pixels
-        # A view would be copied pixel by pixel when batches are put together.
+        # A view would be copied pixel by pixel when a batch is assembled.
         return _opencv().flip(pixels, 1) if self.fast else pixels[:, ::-1]
 
 
@@ -202,7 +202,7 @@ def _crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
 @functools.cache
 def _opencv() -> Any:
-    """OpenCV in one thread: a loader has a process for each core."""
+    """Returns OpenCV, set to one thread because the loader has one process per core."""
     import cv2
 
     cv2.setNumThreads(0)
@@ -210,13 +210,13 @@ def _opencv() -> Any:
 
 
 def _fast_crop(image: Image.Image, box: Box, size: int) -> np.ndarray | None:
-    """None: not a JPEG in colours, or one that Pillow is to judge."""
+    """Returns the crop, or None if Pillow must decode the image: not a colour JPEG, or damaged."""
     if image.format != "JPEG" or image.mode != "RGB":
         return None
     import simplejpeg
 
     left, top, width, height = box
-    halved = 1  # times; the decoder does it, as `_draft` asks Pillow's to
+    halved = 1  # factor; the decoder reduces the image, as `_draft` does with Pillow
     while halved < 8 and min(width, height) >= 2 * halved * _REDUCING_GAP * size:
         halved *= 2
     image.fp.seek(0)
@@ -230,7 +230,7 @@ def _fast_crop(image: Image.Image, box: Box, size: int) -> np.ndarray | None:
             min_width=-(-image.width // halved),
             min_height=-(-image.height // halved),
         )
-    except ValueError:  # damaged, perhaps harmlessly
+    except ValueError:  # damaged, possibly without visible effect
         return None
     down, across = decoded.shape[0] / image.height, decoded.shape[1] / image.width
     rows = slice(round(top * down), round((top + height) * down))
@@ -240,10 +240,10 @@ def _fast_crop(image: Image.Image, box: Box, size: int) -> np.ndarray | None:
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """To a square, smoothed like Pillow's triangle, whose sides are one pixel of the result.
+    """Resizes to a square with the smoothing of Pillow's triangle filter.
 
-    Interpolated to a multiple of the size, averaged, and blurred by what the triangle's variance is
-    more than that of these two.
+    The crop is interpolated to a multiple of the size, averaged, and blurred. The blur adds the
+    variance by which the triangle filter exceeds the first two steps.
     """
     cv2 = _opencv()
     times = math.ceil(max(image.shape[:2]) / size)
@@ -268,14 +268,14 @@ def random_crop(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """Left, top, width, height of a random crop (torchvision `RandomResizedCrop.get_params`).
+    """Draws left, top, width, height of a crop (torchvision `RandomResizedCrop.get_params`).
 
     Args:
       image_size: width and height.
-      scale: range of the crop's share of the area.
-      ratio: range of its width over height; the largest central crop of a legal ratio after ten
-        misses.
-      rng: of the draw.
+      scale: range of the fraction of the area that the crop covers.
+      ratio: range of the aspect ratio, width / height. After ten rejected draws, the largest
+        central crop with an allowed ratio is returned.
+      rng: random generator.
     """
     image_width, image_height = image_size
     for _ in range(10):
@@ -294,7 +294,7 @@ def random_crop(
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to int(size x 256 / 224), then the centre crop; `rng` is not used."""
+    """Resize of the shorter side to int(size x 256 / 224), then a centre crop; `rng` is unused."""
 
     size: int
 
@@ -310,7 +310,7 @@ class EvalTransform:
 
 
 def resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """Width and height after the shorter side becomes `shorter` (torchvision `Resize`)."""
+    """Returns width and height after resizing the shorter side to `shorter` (as torchvision)."""
     width, height = size
     if width <= height:
         return shorter, int(shorter * height / width)
@@ -318,10 +318,10 @@ def resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
 
 
 def _draft(image: Image.Image, used: int, wanted: int) -> tuple[float, float]:
-    """Lets the JPEG decoder halve an image of which far more pixels are used than wanted.
+    """Lets the JPEG decoder reduce an image that is much larger than needed.
 
     Returns:
-      the factors by which width and height have shrunk.
+      The factors by which width and height were reduced.
     """
     width, height = image.size
     if image.format == "JPEG" and used > _REDUCING_GAP * wanted:

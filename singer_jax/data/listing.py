@@ -1,4 +1,4 @@
-"""The search of a folder for images: what is found, and what is left out."""
+"""Search of a folder for images, with a count of the skipped files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from singer_jax.data import formats
 from singer_jax.errors import InputError, shown
 
-# Folders that operating systems and storage devices make beside the user's own.
+# Folders that operating systems and storage devices create.
 _SYSTEM_FOLDERS = (
     "__macosx",
     "__pycache__",
@@ -29,12 +29,12 @@ _LONGEST_SUFFIX = 12
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-      images: paths below the folder, sorted.
-      others: how many other files there are, by kind: a suffix, `hidden` or `no suffix`.
-      unreadable: folders below it that cannot be read.
+      images: paths relative to the folder, sorted.
+      others: number of other files by kind: a suffix, `hidden` or `no suffix`.
+      unreadable: subfolders that cannot be read.
     """
 
     images: list[str]
@@ -43,7 +43,7 @@ class Listing:
 
     @property
     def left_out(self) -> str:
-        """The other files in words; empty where there are none."""
+        """Returns a description of the other files; empty if there are none."""
         total = sum(self.others.values())
         if not total:
             return ""
@@ -55,7 +55,7 @@ class Listing:
 
 
 def few(names: Iterable[str]) -> str:
-    """At most five names, fit for a terminal, and how many more there are."""
+    """Returns at most five names, escaped for a terminal, and the number of the others."""
     names = list(names)
     more = len(names) - _MOST_NAMES
     text = ", ".join(map(shown, names[:_MOST_NAMES]))
@@ -63,12 +63,12 @@ def few(names: Iterable[str]) -> str:
 
 
 def is_hidden_folder(name: str) -> bool:
-    """Returns whether a folder is hidden or a system's own, and so holds no images of the user."""
+    """Returns whether a folder is hidden or belongs to the system, so that it is not searched."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders directly below a folder, without hidden ones, sorted.
+    """Returns the sorted names of the folders directly below a folder, except hidden ones.
 
     Raises:
       InputError: the folder cannot be read.
@@ -100,12 +100,12 @@ def _entries(root: str | Path) -> list[os.DirEntry[str]]:
 def list_images(root: Path, skip: Collection[str] = ()) -> Listing:
     """Searches a folder and all folders below it.
 
-    Links to folders are followed after all else, and each real folder is searched once, so that a
-    link to a parent adds nothing.
+    Links to folders are followed last, and each real folder is searched once, so that a link to a
+    parent folder adds nothing.
 
     Args:
       root: the folder.
-      skip: names of folders directly below it that are left out.
+      skip: names of folders directly below `root` that are skipped.
 
     Raises:
       InputError: the folder itself cannot be read.

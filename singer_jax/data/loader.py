@@ -1,7 +1,7 @@
-"""Batches through grain: what is in a batch depends only on (seed, epoch, index).
+"""Data loading with grain; the content of a batch depends only on (seed, epoch, index).
 
-Training draws from `MapDataset.shuffle().repeat().random_map()`, which is random access: the data
-of step s are found from s alone, on any number of workers, processes and devices.
+Training reads `MapDataset.shuffle().repeat().random_map()`, which has random access: the data of
+step s follow from s alone, for any number of workers, processes and devices.
 """
 
 from __future__ import annotations
@@ -28,26 +28,25 @@ from singer_jax.errors import InputError, RunError
 from singer_jax.platform import signals
 
 ImageBatch = dict[str, np.ndarray]
-"""`image` uint8 [batch, size, size, 3], `label` int32 [batch] (or [batch, size, size] where each
-pixel has one), and of the same length `unreadable`: the index of the record that could not be read
-and was replaced, or -1."""
+"""`image` uint8 [batch, size, size, 3], `label` int32 [batch] (per pixel: [batch, size, size]), and
+`unreadable` [batch]: the index of the unreadable record that was replaced, or -1."""
 
 _MOST_REPLACEMENTS = 100
-_START = 30  # seconds until a worker's process exists at the latest
-_MOST_EXAMPLES = 2**53  # of a run; grain divides their number as a float
+_START = 30  # seconds to wait for the worker processes
+_MOST_EXAMPLES = 2**53  # of a run; grain computes with their number as a float
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadExample:
-    """Reads, decodes and transforms one record; runs in a loader's worker.
+    """Reads, decodes and transforms one record; runs in a loader worker.
 
-    An unreadable image is replaced by another of the source, drawn from the example's own random
-    numbers: the replacement depends on (seed, epoch, index) alone.
+    An unreadable image is replaced by another image of the source, drawn with the random numbers of
+    the example. The replacement therefore depends on (seed, epoch, index) alone.
 
     Attributes:
-      source: of the records.
-      transform: from a Pillow image and a generator to uint8 pixels; with `takes_label` from
-        image, label and generator to pixels and label.
+      source: source of the records.
+      transform: function from a Pillow image and a generator to uint8 pixels; with `takes_label`
+        from image, label and generator to pixels and label.
       strict: raise instead of replacing.
     """
 
@@ -74,21 +73,21 @@ class LoadExample:
             return {"image": pixels, "label": label, "unreadable": np.int32(unreadable)}
         raise RunError(
             f"{_MOST_REPLACEMENTS} images in a row cannot be read: {self.source.describe(index)} "
-            "and those drawn in its place; list them with the job check_data"
+            "and its replacements; list unreadable images with the job check_data"
         )
 
     def _load(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
         record = self.source[index]
         image = open_image(record.image, self.source.exif)
         if getattr(self.transform, "takes_label", False):
-            # A label for each pixel, which is cropped with the image.
+            # Labels per pixel are cropped with the image.
             return self.transform(image, record.label, rng)
         number = record.label if isinstance(record.label, int) else -1
         return self.transform(image, rng), np.int32(number)
 
 
 def worker_count(workers: int | None) -> int:
-    """Decoding processes: as asked, or one a core but for the one that feeds the device."""
+    """Returns the number of decoding processes; the default leaves one core to the main process."""
     if workers is not None:
         return workers
     return machine.processors() - 1
@@ -107,22 +106,22 @@ def train_batches(
     process_count: int = 1,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
-    """This process's part of the batches of step `start`, `start` + 1, ... without end.
+    """Yields this process's part of the batches of steps `start`, `start` + 1, ... without end.
 
     Args:
       source: the training split.
-      transform: as `TrainTransform`.
-      batch_size: global; a multiple of `process_count`.
-      seed: of order and crops.
-      start: the first step.
-      workers: processes that decode; 0 decodes in a thread of this one.
-      strict: an unreadable image raises instead of being replaced.
-      process_index, process_count: which part of each batch.
-      rows: instead of these, which rows of each batch, for batches of any size: rows from
-        `batch_size` on are padding, and `valid` says so.
+      transform: transform such as `TrainTransform`.
+      batch_size: global batch size, a multiple of `process_count`.
+      seed: seed of the order and the crops.
+      start: index of the first step.
+      workers: number of decoding processes; 0: decode in a thread of this process.
+      strict: raise at an unreadable image instead of replacing it.
+      process_index, process_count: index and number of the parts of each batch.
+      rows: rows of each batch to read, instead of a part; the batch may have any size. Rows from
+        `batch_size` on are padding, which `valid` marks.
     """
     examples = _order(source, seed).random_map(LoadExample(source, transform, strict))
-    # After random_map: shards of its input would all draw the same random numbers.
+    # Slice after random_map, because slices of its input would all draw the same random numbers.
     if rows is None:
         shard = examples.slice(slice(process_index, None, process_count))
         own = batch_size // process_count
@@ -134,13 +133,13 @@ def train_batches(
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
-    """Indices of the training split's records, epoch after epoch."""
+    """Returns the shuffled indices of the training split's records, epoch after epoch."""
     epochs = max(1, _MOST_EXAMPLES // max(1, len(source)))
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
 
 
 def batch_records(source: Source, seed: int, batch_size: int, step: int) -> list[int]:
-    """Which records are in the global batch of the step `step` (the first is 0)."""
+    """Returns the indices of the records in the global batch of step `step` (the first is 0)."""
     order = _order(source, seed)
     return [int(order[index]) for index in range(step * batch_size, (step + 1) * batch_size)]
 
@@ -156,11 +155,11 @@ def eval_batches(
     part: range | None = None,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
-    """Every record once in order; the last batch is padded, and `valid` [batch] says where.
+    """Yields every record once in order; the last batch is padded, which `valid` [batch] marks.
 
-    Args as `train_batches`; `seed` matters where the transform draws from its generator. `part`
-    says which records; what replaces one that cannot be read is drawn from the whole source.
-    `rows` are those of each batch that this process reads; None: all.
+    The arguments are those of `train_batches`. `seed` matters if the transform uses its generator.
+    `part` are the indices of the records; None: all. An unreadable image is replaced by one of the
+    whole source. `rows` are the rows of each batch that this process reads; None: all rows.
     """
     part = range(len(source)) if part is None else part
     examples = (
@@ -174,14 +173,14 @@ def eval_batches(
 
 
 def _example_bytes(transform: Callable[..., Any]) -> int:
-    """Returns about how many bytes an example has: three of a pixel, four of its label."""
+    """Returns the approximate bytes of an example: three per pixel, and four per pixel label."""
     size = getattr(transform, "size", 224)
     return size**2 * (7 if getattr(transform, "takes_label", False) else 3) + 64
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some rows of consecutive batches, one after the other; the last example is the padding."""
+    """Selected rows of consecutive batches; the last example serves as padding."""
 
     examples: grain.MapDataset
     batch_size: int
@@ -228,13 +227,13 @@ def _iterate(
         through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    if not flags.FLAGS.is_parsed():  # grain reads flags of its own; a library has none
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, which a library does not parse
         flags.FLAGS.mark_as_parsed()
     batches = iter(dataset.mp_prefetch(processes, worker_init_fn=_enter_worker))
-    batches.get_state()  # makes the workers here, and not in threads of its own at the first batch
+    batches.get_state()  # creates the workers now, not in threads at the first batch
     with signals.shielded(), _main_module_hidden():
         before = set(multiprocessing.active_children())
-        batches.start_prefetch()  # in threads, which a process that leaves must not break off
+        batches.start_prefetch()  # starts threads, which must not be interrupted
         _wait_for_started(workers, before)
     return batches
 
@@ -243,8 +242,8 @@ def _iterate(
 def _main_module_hidden() -> Iterator[None]:
     """Keeps workers that start inside from importing the program's main module again.
 
-    Python's `spawn` would run a script that has no `if __name__ == "__main__":` once more in each
-    worker. Workers need nothing of it: what they get of a main module is pickled by value.
+    Python's `spawn` would run a script without `if __name__ == "__main__":` again in each worker.
+    Workers do not need the main module, because its objects are pickled by value.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -256,15 +255,15 @@ def _main_module_hidden() -> Iterator[None]:
 
 def _wait_for_started(workers: int, before: set[multiprocessing.process.BaseProcess]) -> None:
     started: set[multiprocessing.process.BaseProcess] = set()
-    latest = time.monotonic() + _START  # one that cannot start says so with the first batch
+    latest = time.monotonic() + _START  # a worker that cannot start raises at the first batch
     while len(started) < workers and time.monotonic() < latest:
         time.sleep(0.01)
         started.update(set(multiprocessing.active_children()) - before)
 
 
 def _enter_worker(worker: int, workers: int) -> None:
-    """Keeps a worker off the accelerator, and ends it with its parent."""
-    if "jax" in sys.modules:  # grain imports it; a backend would take a part of the accelerator
+    """Restricts a worker to the CPU, and ends it when its parent ends."""
+    if "jax" in sys.modules:  # imported by grain; an accelerator backend would reserve memory
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
     def leave_with_parent() -> None:
@@ -275,18 +274,18 @@ def _enter_worker(worker: int, workers: int) -> None:
 
 
 class UnreadableCount:
-    """Names each unreadable image once, and stops a run that has too many.
+    """Logs each unreadable image once, and stops a run that has too many.
 
     Args:
-      source: of the images.
-      log: called with a line for each image that this process could not read.
-      most: largest share of the images read that may be unreadable.
-      gather: of several processes: from the indices of this one's images to those of all, which are
-        read two batches later; else None.
+      source: source of the images.
+      log: function that is called with a line for each image that this process could not read.
+      most: largest allowed fraction of unreadable images among the images read.
+      gather: function from this process's indices to those of all processes, whose result is read
+        two batches later; None for a single process.
     """
 
-    _LAG = 2  # batches, so that reading what others found never waits for a device
-    _FEWEST = 20  # images; fewer say little of a share
+    _LAG = 2  # batches; reading the gathered indices later avoids waiting for a device
+    _FEWEST = 20  # images; with fewer, a fraction means little
 
     def __init__(
         self,
@@ -303,28 +302,28 @@ class UnreadableCount:
 
     @property
     def unreadable(self) -> int:
-        """Number of different images that could not be read so far, in any process."""
+        """Returns the number of distinct images that no process could read so far."""
         return len(self.found)
 
     def add(self, batch: ImageBatch) -> None:
         """Counts a batch.
 
         Raises:
-          RunError: more than the share `most` of the images read, and at least 20.
+          RunError: more than the fraction `most` of the images is unreadable, and at least 20 are.
         """
         indices = batch["unreadable"]
         for index in sorted(set(indices[indices >= 0].tolist()) - self.named):
             self.named.add(index)
-            self.log(f"unreadable image, replaced: {self.source.describe(index)}")
+            self.log(f"skipping unreadable image (replaced): {self.source.describe(index)}")
         self._pending.append(self.gather(indices) if self.gather else indices)
         while len(self._pending) > (self._LAG if self.gather else 0):
             of_all = np.asarray(self._pending.pop(0))
             self.images += len(of_all)
             self.found.update(of_all[of_all >= 0].tolist())
-        read = min(self.images, len(self.source))  # each image once an epoch
+        read = min(self.images, len(self.source))  # each image is read once per epoch
         if len(self.found) >= self._FEWEST and len(self.found) > self.most * read:
             allowed = f"data.max_unreadable={self.most:g}"
             raise RunError(
-                f"{len(self.found)} of {read} images cannot be read, more than {allowed}, such as "
+                f"{len(self.found)} of {read} images cannot be read, more than {allowed}; first: "
                 f"{self.source.describe(min(self.found))}; list them with the job check_data"
             )

@@ -1,4 +1,4 @@
-"""What a machine, or the container on it, gives the loader: processors and shared memory."""
+"""Processors and shared memory that a machine or container provides to the loader."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LOG = logging.getLogger("singer_jax")
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _SHARED = Path("/dev/shm")
-_LEAST = 2**20  # bytes of shared memory for the locks of decoding processes
-# Batches that each decoding process has in shared memory at the same time: two that wait, one that
-# is written and one that is taken over; and those that the main process holds.
+_LEAST = 2**20  # bytes of shared memory, for the locks of the decoding processes
+# Batches in shared memory at the same time. Each decoding process has two finished batches, one
+# being written and one being transferred; the main process holds two.
 _OF_WORKER, _OF_MAIN = 4, 2
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # SLURM's number of tasks on a node, or on several
 _MOST_NODES = 10**5
@@ -24,18 +24,18 @@ _warned: set[str] = set()  # what this process has said
 
 
 def processors(own_groups: Path = _OWN_GROUPS, groups: Path = _GROUPS) -> int:
-    """Returns how many processors this process may use, by its affinity and its control groups.
+    """Returns the number of processors that affinity and control groups allow this process.
 
     Args:
-      own_groups: the file that names the control groups of this process.
-      groups: where control groups (version 1 or 2) are mounted.
+      own_groups: file that lists the control groups of this process.
+      groups: mount point of control groups (version 1 or 2).
     """
     affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, math.floor(min(affine or 1, _quota(own_groups, groups))))
 
 
 def _quota(own_groups: Path, groups: Path) -> float:
-    """Returns the processors that `docker run --cpus` or a Kubernetes limit leaves; inf: all."""
+    """Returns the processor limit of `docker run --cpus` or Kubernetes; inf: no limit."""
     found = [math.inf]
     for line in _read(own_groups).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -43,7 +43,7 @@ def _quota(own_groups: Path, groups: Path) -> float:
         if controllers and "cpu" not in names:
             continue
         mounts = ("", "unified") if not controllers else ("cpu", controllers)
-        # A container may show a path of the host, of which it sees only the last part as root.
+        # A container may show the path on the host, only the last part of which is mounted.
         within = Path("/", path).parts[1:]
         for mount in mounts:
             for depth in range(len(within) + 1):
@@ -57,10 +57,10 @@ def _quota(own_groups: Path, groups: Path) -> float:
 
 
 def _ratio(quota: list[str]) -> float:
-    """Returns the processors of a quota and a period; inf where it is no limit."""
+    """Returns the number of processors of a quota and a period; inf: no limit."""
     try:
         limit, period = (int(part) for part in quota)
-    except ValueError:  # "max", or no such file
+    except ValueError:  # "max", or the file does not exist
         return math.inf
     return limit / period if limit > 0 and period > 0 else math.inf
 
@@ -75,14 +75,14 @@ def _read(file: Path) -> str:
 def sharing(workers: int, batch_bytes: int, folder: Path = _SHARED) -> tuple[int, bool]:
     """Returns how many decoding processes can run, and whether they may use shared memory.
 
-    Without enough of it batches go through pipes, which takes the main process a copy more. What is
-    missing is said in one line, once in a process. Processes of one job on this machine have equal
-    parts of the memory.
+    Without enough shared memory, batches are sent through pipes, which costs the main process one
+    more copy. One warning in each process states the missing memory. The processes of a job on this
+    machine have equal parts of the memory.
 
     Args:
-      workers: decoding processes that are wanted.
-      batch_bytes: bytes of a batch of this process.
-      folder: where shared memory is mounted.
+      workers: requested number of decoding processes.
+      batch_bytes: size of this process's part of a batch, in bytes.
+      folder: mount point of shared memory.
     """
     if workers == 0 or os.name != "posix" or not Path("/proc").is_dir():
         return workers, True
@@ -93,14 +93,16 @@ def sharing(workers: int, batch_bytes: int, folder: Path = _SHARED) -> tuple[int
         free = 0
     free //= processes_here(os.environ)
     if free < _LEAST:
-        _warn_once("%s: no room for decoding processes; images are decoded in a thread", folder)
+        _warn_once(
+            "%s: too little shared memory for decoding processes; using one decoding thread", folder
+        )
         return 0, False
     needed = batch_bytes * (_OF_WORKER * workers + _OF_MAIN)
     if needed <= free:
         return workers, True
     _warn_once(
-        "%s: %d MB free, %d MB needed; batches go through pipes, which is slower: start the "
-        "container with --shm-size=%dg, or lower data.workers (%d)",
+        "%s: %d MB free, %d MB needed; batches are sent through slower pipes: start the container "
+        "with --shm-size=%dg, or lower data.workers (%d)",
         folder,
         free // 10**6,
         math.ceil(needed / 10**6),

@@ -1,7 +1,7 @@
-"""Images and labels in Parquet shards, as the Hugging Face hub distributes data sets.
+"""Images and labels in Parquet shards, the format of data sets on the Hugging Face Hub.
 
-A row group is read as a whole, so that this source is for reading in order: `prepare` turns it into
-records, which are read in any order.
+A row group is read as a whole, so this source is efficient only when read in order. The job
+`prepare` converts it into records, which can be read in any order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from singer_jax.data.sources import Record, check_classes
 from singer_jax.errors import InputError, shown
 from singer_jax.io import limits
 
-_LARGEST_GROUP = 2**33  # bytes of a row group; the hub's have a hundredth
+_LARGEST_GROUP = 2**33  # bytes of a row group; those on the Hub have a hundredth of it
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABELS = ("label", "labels", "cls")
 
@@ -31,9 +31,9 @@ class Columns:
     """The columns of images and labels.
 
     Attributes:
-      image: of encoded bytes, or of structures with a field `bytes`.
-      label: of class numbers; None: there are none.
-      names: of the classes, where the file says them.
+      image: column of encoded bytes, or of structures with a field `bytes`.
+      label: column of class numbers; None: no labels.
+      names: class names, if the file lists them.
     """
 
     image: str
@@ -47,14 +47,14 @@ class ParquetSource:
     Args:
       root: a Parquet file, or a folder of them.
       split: `train` or `test`.
-      image, label: columns; None: found by their names and types.
+      image, label: column names; None: detected by names and types.
 
     Raises:
-      InputError: no Parquet file, a damaged one, or no or several columns that may be meant.
-      NoSplit: no file is named as one of the split.
+      InputError: there is no Parquet file, a file is damaged, or the columns are ambiguous.
+      NoSplit: no file name contains the name of the split.
     """
 
-    exif = True  # as the library `datasets` shows them
+    exif = True  # as in the library `datasets`
 
     def __init__(
         self, root: Path, split: str, image: str | None = None, label: str | None = None
@@ -78,7 +78,7 @@ class ParquetSource:
         self.groups = np.array(groups, np.int64).reshape(-1, 3)
         self.ends = np.cumsum(self.groups[:, 2])
         if not len(self):
-            raise InputError(f"data: no row in the Parquet files of {root}")
+            raise InputError(f"data: the Parquet files of {root} have no rows")
         self.class_names = self.columns.names
         self.num_classes = len(self.class_names)
         if self.columns.label and not self.num_classes:
@@ -100,11 +100,11 @@ class ParquetSource:
         if label is None:
             label = -1
         if type(label) is not int or not -1 <= label < max(1, self.num_classes):
-            raise InputError(f"{self.describe(index)}: label {str(label)[:50]!a} is no class")
+            raise InputError(f"{self.describe(index)}: label {str(label)[:50]!a} is not a class")
         value = table[self.columns.image][within].as_py()
         image = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(image, bytes):
-            raise UnreadableImage("the row holds no image, perhaps the path of one")
+            raise UnreadableImage("the row holds no encoded image, only a path or another value")
         return Record(image, label)
 
     def _table(self, group: int) -> Any:
@@ -113,7 +113,7 @@ class ParquetSource:
         path = self.files[number]
         try:
             return _open(path).read_row_group(int(within), columns=wanted, use_threads=False)
-        except Exception as error:  # pyarrow raises anything at a damaged file
+        except Exception as error:  # pyarrow raises many types
             raise InputError(f"{path}: damaged: {' '.join(str(error).split())[:100]}") from error
 
     def name(self, index: int) -> bytes:
@@ -139,20 +139,20 @@ def _open(path: Path) -> Any:
         limits.file_size(path)
         return pyarrow.parquet.ParquetFile(path)
     except Exception as error:  # as above
-        raise InputError(f"{path}: no complete Parquet file: {str(error)[:100]}") from error
+        raise InputError(f"{path}: not a complete Parquet file: {str(error)[:100]}") from error
 
 
 def find_columns(where: Path, schema: Any, image: str | None, label: str | None) -> Columns:
-    """Returns which columns hold images and labels.
+    """Returns the columns that hold images and labels.
 
     Args:
-      where: for errors.
-      schema: pyarrow's.
-      image, label: asked for; None: the features that the hub's metadata call images and class
-        labels, or else the types say it; of several the usual name.
+      where: file that is named in errors.
+      schema: pyarrow schema of the file.
+      image, label: requested column names. None: the images and class labels of the Hub's metadata,
+        otherwise columns of a suitable type; of several columns, the one with a usual name.
 
     Raises:
-      InputError: no such column, or several that may be meant.
+      InputError: there is no such column, or there are several candidates.
     """
     import pyarrow.types
 
@@ -175,7 +175,9 @@ def find_columns(where: Path, schema: Any, image: str | None, label: str | None)
     labels = labels or [name for name in _LABELS if name in numbers][:1]
     chosen = _choose(where, "image", image, images, _IMAGES)
     if chosen is None:
-        raise InputError(f"{where}: no column of images; it has {', '.join(schema.names)[:100]}")
+        raise InputError(
+            f"{where}: no column of images; its columns are {', '.join(schema.names)[:100]}"
+        )
     given = _choose(where, "label", label, labels if label is None else numbers, _LABELS)
     names = features.get(given, {}).get("names", ()) if given else ()
     return Columns(chosen, given, tuple(map(str, names or ())))
@@ -186,12 +188,12 @@ def _choose(
 ) -> str | None:
     if asked is not None:
         if asked not in found:
-            raise InputError(f"{key}: {asked!r} is none of {where.name}'s: {', '.join(found)}")
+            raise InputError(f"{key}: {asked!r} is not one of {where.name}'s: {', '.join(found)}")
         return asked
     if len(found) > 1:
         found = [name for name in usual if name in found][:1] or found
     if len(found) > 1:
-        raise InputError(f"{key}: {where.name} has {', '.join(found)[:100]}; say which is meant")
+        raise InputError(f"{key}: {where.name} has {', '.join(found)[:100]}; name one of them")
     return found[0] if found else None
 
 

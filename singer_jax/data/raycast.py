@@ -1,8 +1,9 @@
-"""Casts the rays of a camera at convex bodies on a ground, in the sun: colour, surface and depth.
+"""Ray casting of convex bodies on a ground in sunlight: colour, surface and depth images.
 
-Lengths are metres; y points up; the camera stands at (0, height, 0), looks along z and down by its
-pitch. Directions of view have length 1 along the optical axis, so that how far a ray goes is the
-depth of what it meets, as a depth camera measures it, to about 1e-4 (float32) unless it grazes.
+Lengths are in metres and y points up. The camera is at (0, height, 0) and looks along z, tilted
+down by its pitch. View directions have length 1 along the optical axis, so the distance along a ray
+is the depth that a depth camera measures. It is accurate to about 1e-4 (float32) except where a ray
+grazes a surface.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-GROUND, SKY = 0, 1  # as a picture names them; a body says its own name
+GROUND, SKY = 0, 1  # values in the surface image; each body has its own value
 
 
 class Shape(NamedTuple):
-    """The convex body of the points on the inner side of each of its surfaces.
+    """A convex body: the points on the inner side of all its surfaces.
 
     Attributes:
-      normals: of its planes: normal . p <= 1.
-      quadric: (a, b, c): x^2 + z^2 + a y^2 + b y + c <= 0; None: there is none.
+      normals: normals of the planes, normal . p <= 1.
+      quadric: (a, b, c): x^2 + z^2 + a y^2 + b y + c <= 0; None: no quadric.
     """
 
     normals: Float[np.ndarray, "planes 3"]
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 
 _TOP, _BOTTOM = np.float32([[0, 1, 0]]), np.float32([[0, -1, 0]])
 _SIDES = np.float32([[1, 0, 0], [-1, 0, 0], [0, 0, 1], [0, 0, -1]])
-# Each fills [-1, 1]^3 and stands on its lower side.
+# Each shape fills [-1, 1]^3 and stands on its lower side.
 SHAPES = {
     "ball": Shape(_TOP[:0], (1.0, 0.0, -1.0)),
     "cylinder": Shape(np.concatenate([_TOP, _BOTTOM]), (0.0, 0.0, -1.0)),
@@ -42,13 +43,13 @@ SHAPES = {
 
 
 class Texture(NamedTuple):
-    """Two colours, and the waves that choose between them.
+    """Two colours, and waves that blend them.
 
     Attributes:
       colours: red, green, blue in 0..1.
-      waves: of each its direction, as long as its radians a unit of length.
-      product: whether the waves are multiplied (checks) or added (stripes, blotches).
-      sharpness: 1: as soft as the wave; more: with sharper edges.
+      waves: wave vectors, in radians per unit of length.
+      product: True to multiply the waves (checks), False to add them (stripes, blotches).
+      sharpness: 1 for soft transitions; larger values give sharper edges.
     """
 
     colours: Float[np.ndarray, "2 3"]
@@ -58,14 +59,14 @@ class Texture(NamedTuple):
 
 
 class Body(NamedTuple):
-    """A shape somewhere.
+    """A shape at a position in the scene.
 
     Attributes:
       shape: a key of `SHAPES`.
-      surface: how a picture names it; above `SKY`.
-      centre, half: of its box, before it is turned.
-      yaw: how it is turned, in radians about the vertical.
-      texture: in its own coordinates.
+      surface: value in the surface image, above `SKY`.
+      centre, half: centre and half sizes of its box before the rotation.
+      yaw: rotation about the vertical axis, in radians.
+      texture: texture in the body's coordinates.
     """
 
     shape: str
@@ -76,34 +77,34 @@ class Body(NamedTuple):
     texture: Texture
 
     def inward(self, vectors: Float[np.ndarray, "3 ..."]) -> Float[np.ndarray, "3 ..."]:
-        """Vectors of the world in its own coordinates, in which it fills [-1, 1]^3."""
+        """Returns world vectors in the body's coordinates, in which it fills [-1, 1]^3."""
         (x, y, z), (wide, high, deep) = vectors, self.half
         cos, sin = math.cos(self.yaw), math.sin(self.yaw)
         return np.stack([(cos * x - sin * z) / wide, y / high, (sin * x + cos * z) / deep])
 
     def outward(self, own: Float[np.ndarray, "3 ..."]) -> Float[np.ndarray, "3 ..."]:
-        """The inverse of `inward`."""
+        """Returns vectors of the body's coordinates in the world; the inverse of `inward`."""
         x, y, z = (part * half for part, half in zip(own, self.half, strict=True))
         cos, sin = math.cos(self.yaw), math.sin(self.yaw)
         return np.stack([cos * x + sin * z, y, cos * z - sin * x])
 
     def normals(self, own: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, "3 n"]:
-        """Unit normals in the world, of gradients in its own coordinates."""
+        """Returns the unit normals in the world for gradients in the body's coordinates."""
         found = self.outward(own / np.square(self.half)[:, None].astype(np.float32))
         return found / np.sqrt((found * found).sum(axis=0))
 
 
 class Scene(NamedTuple):
-    """What there is to see, and from where.
+    """A scene and its camera.
 
     Attributes:
-      height: of the camera above the ground.
-      pitch: radians that it looks down.
-      spread: half the picture's width at a depth of 1.
-      bodies: on the ground.
-      ground: its texture.
-      sky: its colours, at the horizon and in the clouds, and these.
-      sun: unit vector towards it.
+      height: height of the camera above the ground.
+      pitch: downward tilt of the camera in radians.
+      spread: half the image width at a depth of 1.
+      bodies: bodies on the ground.
+      ground: texture of the ground.
+      sky: texture of the sky: the colours of horizon and clouds, and the waves of the clouds.
+      sun: unit vector towards the sun.
     """
 
     height: float
@@ -116,11 +117,11 @@ class Scene(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A scene as the camera sees it.
+    """The rendered image of a scene.
 
     Attributes:
-      image: the picture.
-      surface: what each pixel's centre shows: `GROUND`, `SKY` or a body's.
+      image: RGB pixels.
+      surface: surface at each pixel's centre: `GROUND`, `SKY` or the value of a body.
       depth: metres along the optical axis; infinite for the sky.
     """
 
@@ -130,7 +131,7 @@ class Picture(NamedTuple):
 
 
 class _Canvas(NamedTuple):
-    """Of each pixel: where it looks, and what of the nearest thing there is known."""
+    """The view direction of each pixel, and the nearest surface found so far."""
 
     view: Float[np.ndarray, "3 size size"]
     colour: Float[np.ndarray, "3 size size"]
@@ -140,8 +141,8 @@ class _Canvas(NamedTuple):
 
 
 def render(scene: Scene, size: int) -> Picture:
-    """The picture of a scene, `size` pixels wide and high."""
-    # Rays that miss, or look at the sky, come out infinite or as NaN, which no comparison takes.
+    """Renders a scene as an image that is `size` pixels wide and high."""
+    # Rays that miss a body or hit the sky give inf or NaN, for which all comparisons are false.
     with np.errstate(divide="ignore", invalid="ignore"):
         canvas = _empty(scene, size)
         for body in scene.bodies:
@@ -153,19 +154,19 @@ def render(scene: Scene, size: int) -> Picture:
 
 @functools.cache
 def _grid(size: int) -> Float[np.ndarray, "2 size size"]:
-    """Where the pixels' centres are in -1..1, to the right and up."""
+    """Returns the coordinates of the pixel centres in -1..1, to the right and up."""
     right = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     return np.stack(np.broadcast_arrays(right, -right[:, None]))
 
 
 def _empty(scene: Scene, size: int) -> _Canvas:
-    """Ground and sky."""
+    """Returns a canvas with ground and sky."""
     x, y = _grid(size) * np.float32(scene.spread)
     cos, sin = math.cos(scene.pitch), math.sin(scene.pitch)
     view = np.stack([x, cos * y - sin, cos + sin * y])
     colour, normal = np.empty_like(view), np.zeros_like(view)
     normal[1] = 1
-    horizon = np.count_nonzero(view[1, :, 0] >= 0)  # rows: the camera is not tilted
+    horizon = np.count_nonzero(view[1, :, 0] >= 0)  # rows; the camera has no roll
     surface = np.full((size, size), GROUND, np.uint8)
     surface[:horizon] = SKY
     depth = np.full((size, size), np.inf, np.float32)
@@ -178,7 +179,7 @@ def _empty(scene: Scene, size: int) -> _Canvas:
 
     ground = view[:, horizon:]
     far = depth[horizon:] = scene.height / -ground[1]
-    # What is finer than a pixel, whose length on the ground grows so with the depth, is even.
+    # Texture finer than a pixel, whose length on the ground grows with the depth, is averaged out.
     length = far * far * np.float32(2 * scene.spread / size / scene.height)
     contrast = 1 / (1 + (length * np.abs(scene.ground.waves).max()) ** 2)
     near = _paint(scene.ground, ground * far, contrast)
@@ -201,9 +202,10 @@ def _paint(
 def cast(
     shape: Shape, start: Float[np.ndarray, "3 ..."], way: Float[np.ndarray, "3 n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Where rays enter and leave a body, in multiples of `way`, and by which plane (-1: none).
+    """Returns where rays enter and leave a body in multiples of `way`, and the entered plane.
 
-    A ray that would enter after it leaves misses; NaN where it misses a quadric.
+    The plane is -1 where a ray enters through the quadric. A ray misses if it enters after it
+    leaves; a ray that misses the quadric gives NaN.
     """
     near, far = np.float32(-np.inf), np.float32(np.inf)
     by = np.full(way.shape[1], -1)
@@ -215,7 +217,7 @@ def cast(
         rest = np.einsum("c,cn,cn->n", weights, start, start) + b * start[1] + c
         root = np.sqrt(half * half - square * rest)
         near, far = (-half - root) / square, (-half + root) / square
-        if a < 0:  # a ray steeper than the cone's side leaves its mirror image, or goes into it
+        if a < 0:  # a ray steeper than the cone's side also meets the mirrored cone
             steep = square < 0
             near[steep & (way[1] > 0)] = -np.inf
             far[steep & (way[1] < 0)] = np.inf
@@ -231,7 +233,7 @@ def cast(
 
 
 def _draw(body: Body, scene: Scene, canvas: _Canvas) -> None:
-    """Draws a body over what is farther."""
+    """Draws a body over the surfaces behind it."""
     window = _window(body, scene, len(canvas.depth))
     view, colour, normal = (part[:, *window] for part in canvas[:3])
     surface, depth = (part[window] for part in canvas[3:])
@@ -256,7 +258,7 @@ def _draw(body: Body, scene: Scene, canvas: _Canvas) -> None:
 
 
 def _window(body: Body, scene: Scene, size: int) -> tuple[slice, slice]:
-    """Rows and columns outside which a body is not seen."""
+    """Returns the rows and columns outside of which a body is not visible."""
     corners = np.stack(np.meshgrid(*[(-1.0, 1.0)] * 3)).reshape(3, -1)
     eye = np.array([0, scene.height, 0])
     x, y, z = body.outward(corners) + (np.array(body.centre) - eye)[:, None]
@@ -271,7 +273,7 @@ def _window(body: Body, scene: Scene, size: int) -> tuple[slice, slice]:
 
 
 def _light(scene: Scene, canvas: _Canvas) -> Float[np.ndarray, "size size"]:
-    """How bright each pixel's surface is: from the sky, and from the sun where it shines."""
+    """Returns the brightness of each pixel's surface: light from the sky and direct sunlight."""
     solid = canvas.surface != SKY
     top = int(solid.any(axis=1).argmax())
     points = (canvas.view * canvas.depth)[:, top:].reshape(3, -1)
@@ -287,7 +289,7 @@ def _light(scene: Scene, canvas: _Canvas) -> Float[np.ndarray, "size size"]:
 def _shaded(
     body: Body, points: Float[np.ndarray, "3 n"], sun: Float[np.ndarray, " 3"]
 ) -> Int[np.ndarray, " shaded"]:
-    """Which points a body hides from the sun."""
+    """Returns the indices of the points that a body hides from the sun."""
     between = np.float32(body.centre)[:, None] - points
     along = np.einsum("c,cn->n", sun, between)
     reach = math.hypot(*body.half)

@@ -1,8 +1,8 @@
 """Prepared records: ArrayRecord shards with a manifest, written once and read in any order.
 
-A folder of records holds `records.json` and the shards that it names. A record is a label (int32,
--1: none), the length of a name (uint16), the name, and the image's encoded bytes; the numbers are
-little-endian.
+A folder of records contains `records.json` and the shards that it lists. A record consists of a
+label (int32, -1: none), the length of a name (uint16), the name, and the image's encoded bytes.
+Numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANIFEST = "records.json"
 FORMAT = "singer_jax records 1"
 _HEADER = struct.Struct("<iH")
 _LONGEST_NAME = 1024  # bytes
-_WRITER = "group_size:1,uncompressed"  # images are compressed already; one record is one read
+_WRITER = "group_size:1,uncompressed"  # images are compressed; each record is read separately
 _FILE = re.compile(r"\w[\w.-]*")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -37,8 +37,8 @@ class Shard:
     Attributes:
       file: its name in the folder.
       images: number of records.
-      size: of the file, in bytes.
-      sha256: of the file.
+      size: size of the file in bytes.
+      sha256: SHA-256 of the file.
     """
 
     file: str
@@ -48,10 +48,10 @@ class Shard:
 
 
 def read_shard(where: object, entry: Any) -> Shard:
-    """Returns a shard as a JSON object describes it; `where` is named in errors.
+    """Returns the shard that a JSON object describes; `where` is named in errors.
 
     Raises:
-      InputError: not the description of a shard.
+      InputError: the object does not describe a shard.
     """
     try:
         shard = Shard(**entry)
@@ -65,7 +65,7 @@ def read_shard(where: object, entry: Any) -> Shard:
         and _DIGEST.fullmatch(shard.sha256)
         and all(type(number) is int and number > 0 for number in numbers)
     ):
-        raise InputError(f"{where}: damaged: {str(entry)[:100]!a} describes no shard beside it")
+        raise InputError(f"{where}: damaged: {str(entry)[:100]!a} does not describe a shard")
     return shard
 
 
@@ -73,12 +73,12 @@ class RecordSource:
     """A split of prepared records.
 
     Args:
-      folder: of the records.
+      folder: folder of the records.
       split: `train` or `test`.
 
     Raises:
-      InputError: a damaged manifest, or a shard that is missing or incomplete.
-      NoSplit: the records have no such split.
+      InputError: the manifest is damaged, or a shard is missing or incomplete.
+      NoSplit: the records do not have the split.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -90,7 +90,7 @@ class RecordSource:
         check_classes(manifest, content.get("classes"))
         splits = content.get("splits")
         if not isinstance(splits, dict) or not isinstance(splits.get(split, []), list):
-            raise InputError(f"{manifest}: damaged: its splits are no lists of shards")
+            raise InputError(f"{manifest}: damaged: its splits are not lists of shards")
         if split not in splits:
             raise NoSplit(f"data: {self.root} has no {split} split; it has {', '.join(splits)}")
         self.num_classes, self.exif = content["classes"], bool(content.get("exif"))
@@ -107,7 +107,7 @@ class RecordSource:
         from array_record.python import array_record_data_source
 
         return array_record_data_source.ArrayRecordDataSource(
-            # With the ranges of records no file is opened before it is read.
+            # With explicit ranges of records, a file is opened only when it is first read.
             [f"{self.root / shard.file}[0:{shard.images}]" for shard in self.shards],
             {"max_parallelism": "0"},
         )
@@ -118,13 +118,13 @@ class RecordSource:
     def _read(self, index: int) -> tuple[int, bytes, bytes]:
         try:
             return decode_record(self._records[index])
-        except Exception as error:  # ArrayRecord raises anything at a damaged file
+        except Exception as error:  # ArrayRecord raises many types
             raise UnreadableImage(str(error).strip() or type(error).__name__) from error
 
     def __getitem__(self, index: int) -> Record:
         label, _, image = self._read(index)
         if not -1 <= label < max(self.num_classes, 1):
-            raise UnreadableImage(f"label {label} is none of {self.num_classes} classes")
+            raise UnreadableImage(f"label {label} is not one of {self.num_classes} classes")
         return Record(image, label)
 
     def describe(self, index: int) -> str:
@@ -163,7 +163,7 @@ def encode_record(label: int, name: bytes, image: bytes) -> bytes:
 
 
 def decode_record(record: bytes) -> tuple[int, bytes, bytes]:
-    """Returns label, name and image of a record; raises `UnreadableImage` where it is cut."""
+    """Returns label, name and image of a record; raises `UnreadableImage` if it is truncated."""
     if len(record) < _HEADER.size:
         raise UnreadableImage("an incomplete record")
     label, length = _HEADER.unpack_from(record)
@@ -174,7 +174,7 @@ def decode_record(record: bytes) -> tuple[int, bytes, bytes]:
 
 
 def stored_bytes(image: Any) -> bytes:
-    """Returns the encoded image of a record: bytes as they are, or the file's.
+    """Returns the encoded image of a record, which holds the bytes or the path of a file.
 
     Raises:
       UnreadableImage: the file cannot be read or is too large.
@@ -196,18 +196,18 @@ def write_shard(
     indices: range,
     unreadable: Callable[[int, str], None],
 ) -> Iterator[int]:
-    """Writes some records of a source to a file that appears when it is complete.
+    """Writes some records of a source to a file that gets its name when it is complete.
 
-    An image that cannot be read becomes a record without an image, so that no index moves.
+    An unreadable image becomes a record without an image, so that no index changes.
 
     Args:
-      path: of the shard; beside it `path.partial` is used.
-      source: of images with classes or without labels.
-      indices: of its records.
-      unreadable: called with the index and the reason for each image that cannot be read.
+      path: path of the shard, which is first written as `path.partial`.
+      source: source of images with classes or without labels.
+      indices: indices of the records to write.
+      unreadable: function that is called with the index and the reason for each unreadable image.
 
     Yields:
-      an index after its record was written; the file is complete when the iterator ends.
+      The index of each written record; the file is complete when the iterator ends.
 
     Raises:
       RunError: the disk is full or fails.
@@ -234,7 +234,7 @@ def write_shard(
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError at a full disk
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError on a full disk
         if isinstance(error, RunError):
             raise
         reason = getattr(error, "strerror", None) or str(error).split(";")[0]

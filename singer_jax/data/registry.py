@@ -1,4 +1,4 @@
-"""Sources by name, and what a user says of his images."""
+"""Registry of image sources by name, and the data settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from singer_jax.settings.settings import Settings, section, setting
 
 _LOG = logging.getLogger("singer_jax")
 
-# Named in messages; any other TFDS name is read too.
+# Names shown in error messages; any other TFDS name can be read too.
 SOURCES = (
     "digits",
     *LABELS,
@@ -46,77 +46,82 @@ SOURCES = (
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings(Settings):
-    """Which images."""
+    """Settings that select a data set."""
 
     source: str = setting(
         "imagenet2012",
         NAME,
-        "`digits`, `scenes`, `folder` (or its path), a data set of docs/data.md or a TFDS name",
+        "Name of the data set: `digits`, `scenes`, `folder` (or the path of a folder), a data set "
+        "of docs/data.md or a TFDS name.",
     )
     path: str = setting(
-        "", TEXT, "the data set's own folder, or the folder that holds it (of TFDS: data directory)"
+        "",
+        TEXT,
+        "Folder of the data set, or its parent. For a TFDS data set: the TFDS data directory.",
     )
     workers: int | None = setting(
         None,
         optional(Range(0, 1024, whole=True)),
-        "decoding processes; None: one a spare core; 0: a thread",
+        "Number of decoding processes. None: all cores but one. 0: decode in a thread.",
     )
     normalisation: str = setting(
         "model",
         OneOf(("model", "imagenet")),
-        "mean and deviation of each model's own, or ImageNet's for all (official code)",
+        "Input mean and deviation: each model's own, or ImageNet's for all (official code).",
     )
     scenes: SceneSettings = section(SceneSettings())
 
 
 @dataclasses.dataclass(frozen=True)
 class SizedDataSettings(DataSettings):
-    """Which images, at which size."""
+    """Settings that select a data set and the input size."""
 
     image_size: int | None = setting(
-        None, optional(SIDE), "side of the models' input; None: each one's own", "pixels"
+        None, optional(SIDE), "Side length of the model input. None: each model's own.", "pixels"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDataSettings(SizedDataSettings):
-    """Which images, and how they are cropped for training."""
+    """Settings that select a data set and its training augmentation."""
 
     crop_area: tuple[float, float] = setting(
         (0.08, 1.0),
         Each(Range(0, 1, low_open=True), length=2, ascending=True),
-        "smallest and largest share of an image's area that a crop covers",
+        "Smallest and largest fraction of the image area that a random crop covers.",
     )
     crop_ratio: tuple[float, float] = setting(
         (3 / 4, 4 / 3),
         Each(Range(0, 100, low_open=True), length=2, ascending=True),
-        "smallest and largest width of a crop over its height",
+        "Smallest and largest aspect ratio (width / height) of a random crop.",
     )
-    flip: float = setting(0.5, SHARE, "probability that a crop is mirrored")
+    flip: float = setting(0.5, SHARE, "Probability of a horizontal flip.")
     decode: str = setting(
         "fast",
         OneOf(("fast", "exact")),
-        "JPEGs by simplejpeg and OpenCV, or by Pillow as torchvision",
+        "JPEG decoder: simplejpeg and OpenCV (`fast`), or Pillow as in torchvision (`exact`).",
     )
-    fail_on_unreadable: bool = setting(False, Flag(), "an unreadable image stops the run")
+    fail_on_unreadable: bool = setting(False, Flag(), "Stop the run at the first unreadable image.")
     max_unreadable: float = setting(
-        0.01, SHARE, "share of unreadable images above which a run stops; never for fewer than 20"
+        0.01,
+        SHARE,
+        "Largest fraction of unreadable images before the run stops. Fewer than 20 never stop it.",
     )
 
 
 def open_source(data: DataSettings, split: str) -> Source:
-    """The source that a user asks for, which is logged; raises as `make_source`."""
+    """Opens and logs the source that the settings select; raises the errors of `make_source`."""
     return announced(make_source(data.source, data.path, split, data.scenes), split)
 
 
 def announced(source: Source, split: str) -> Source:
-    """Logs what a source consists of, and returns it."""
+    """Logs the summary of a source, and returns the source."""
     _LOG.info("data %s: %s", split, summary(source))
     return source
 
 
 def summary(source: Source) -> str:
-    """Says how many images a source has, of how many classes, what was left out, and where."""
+    """Returns a line with a source's number of images and classes, its skipped files and folder."""
     text = f"{len(source):,} images"
     if source.num_classes:
         text += f" in {source.num_classes:,} classes"
@@ -126,7 +131,7 @@ def summary(source: Source) -> str:
 
 
 def where(source: Source) -> str:
-    """Says which files a source leaves out, and its folder, as the end of a line."""
+    """Returns the skipped files and the folder of a source, as the end of a line."""
     left_out, root = getattr(source, "left_out", ""), getattr(source, "root", None)
     text = f" ({left_out})" if left_out else ""
     return f"{text}, {shown(str(root))}" if root else text
@@ -135,18 +140,19 @@ def where(source: Source) -> str:
 def make_source(
     name: str, path: str, split: str, scenes: SceneSettings = SceneSettings()
 ) -> Source:
-    """The source of a name.
+    """Returns the source with a name.
 
     Args:
-      name: `digits`; a key of `scenes.LABELS`; `folder`, or itself the path of a folder; a data set
-        of `benchmarks`; else a TFDS name.
-      path: the set's own folder, in its official layout or with `train/` and `val/` of class
-        folders; or the folder that holds it; or TFDS's data directory.
+      name: `digits`, a key of `scenes.LABELS`, `folder`, the path of a folder, a data set of
+        `benchmarks`, or a TFDS name.
+      path: folder of the data set, in its official layout or with `train/` and `val/` of class
+        folders; or its parent folder; or the TFDS data directory.
       split: `train` or `test`.
-      scenes: how many generated pictures, how large.
+      scenes: settings of generated images.
 
     Raises:
-      InputError: unknown name, missing or empty folder, data that is not prepared.
+      InputError: the name is unknown, the folder is missing or empty, or the data set is not
+        prepared.
     """
     check_local("data.source", name)
     check_local("data.path", path)
@@ -157,7 +163,7 @@ def make_source(
     if os.sep in name or Path(name).is_dir():
         try:
             return open_path(name, split)
-        except InputError as error:  # the user gave no data.path
+        except InputError as error:  # data.path is not set
             raise type(error)(str(error).replace("data.path:", "data.source:", 1)) from error
     if name == "folder":
         if not path:
@@ -173,22 +179,22 @@ def make_source(
 
 
 def _is_folders(name: str, path: str) -> bool:
-    """Returns whether a folder with `train/` is read as class folders, whatever the set's name."""
+    """Returns whether a folder has `train/` and is read as class folders, for any data set name."""
     if name not in BENCHMARKS or name == "imagenet2012":
         return True
     return not (BENCHMARKS[name].test_only or find_folder(name, path))
 
 
 def open_path(path: str, split: str, exif: bool = True) -> Source:
-    """Returns what lies at a path: prepared records, a folder of images, or tar files.
+    """Opens the data at a path: prepared records, a folder of images, or tar files.
 
     Args:
       path: a folder, or a tar file.
       split: `train` or `test`.
-      exif: whether a folder's images are turned as their EXIF orientation says.
+      exif: True to apply the EXIF orientation of a folder's images.
 
     Raises:
-      InputError: nothing that can be read there, or Parquet shards, which must be prepared.
+      InputError: there is nothing to read, or there are Parquet shards, which must be prepared.
     """
     root = Path(path).expanduser()
     if (root / MANIFEST).is_file():

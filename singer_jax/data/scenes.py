@@ -1,8 +1,8 @@
-"""Generated pictures whose class, mask and depth are known exactly: the source `scenes`.
+"""Generated images with exact class, mask and depth: the source `scenes`.
 
-A picture shows one large body, whose shape and pattern are its class, and up to five smaller ones
-on a patterned ground. Colours, light, camera and places say nothing about the class. Picture i of a
-split follows from the split and i, whatever the number and size of the pictures.
+An image shows one large body, whose shape and pattern define the class, and up to five smaller
+bodies on a patterned ground. Colours, light, camera and positions are independent of the class.
+Image i of a split depends on the split and i only, not on the number or size of the images.
 """
 
 from __future__ import annotations
@@ -21,44 +21,48 @@ from singer_jax.data.sources import TRAIN, Record
 from singer_jax.settings.ranges import COUNT, Range
 from singer_jax.settings.settings import Settings, setting
 
-# Raised with every change of a picture: a run is not continued on other ones.
+# Incremented whenever an image changes, so that no run is resumed on other images.
 VERSION = 1
 
 PATTERNS = ("striped", "checked")
 CLASSES = tuple(f"{pattern} {shape}" for shape in SHAPES for pattern in PATTERNS)
 SURFACES = ("ground", "sky", *CLASSES)
-"""What a pixel can show."""
+"""Surfaces that a pixel can show."""
 
-# A split of at most so many pixels is drawn once in a process and kept: 4,000 pictures of 64 x 64.
+# A split of at most this many pixels is drawn once per process and kept: 4,000 images of 64 x 64.
 _KEPT_PIXELS = 2**24
 
-# Metres; what is farther has no depth, as for the sensor of NYUd.
+# Metres; more distant surfaces have no depth, as with the sensor of NYUd.
 FARTHEST = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneSettings(Settings):
-    """How many pictures the source `scenes` has, and how large."""
+    """Settings of the generated data set `scenes`."""
 
-    size: int = setting(64, Range(8, 2**12, whole=True), "side of a picture", "pixels")
-    train: int = setting(10000, COUNT, "pictures to train on")
-    test: int = setting(2000, COUNT, "pictures to test on, all of them others")
+    size: int = setting(
+        64, Range(8, 2**12, whole=True), "Side length of a generated image.", "pixels"
+    )
+    train: int = setting(10000, COUNT, "Number of training images.")
+    test: int = setting(
+        2000, COUNT, "Number of test images, which are disjoint from the training images."
+    )
 
 
-# The labels of the same pictures: a source each, and how many classes it has.
+# Sources of the same images with different labels, and their numbers of classes.
 LABELS = {"scenes": len(CLASSES), "scenes_masks": len(SURFACES), "scenes_depth": 0}
 
 
 class ScenesSource:
-    """Generated pictures with their class, mask or depth map.
+    """Generated images with their class, mask or depth map.
 
-    A mask holds the place in `SURFACES` + 1 (0, which is ignored, does not occur). A depth map
+    A mask holds the index in `SURFACES` + 1 (0, which is ignored, does not occur). A depth map
     holds metres along the optical axis, and 0 for the sky and beyond `FARTHEST`.
 
     Args:
-      name: which label: a key of `LABELS`.
+      name: a key of `LABELS`, which selects the kind of label.
       split: `train` or `test`.
-      settings: how many, how large.
+      settings: number and size of the images.
     """
 
     exif = False
@@ -69,7 +73,7 @@ class ScenesSource:
         self._drawn = _drawn(name, split, settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": {}}  # each process draws for itself
+        return self.__dict__ | {"_drawn": {}}  # each process draws its own images
 
     def __len__(self) -> int:
         return self.settings.train if self.split == TRAIN else self.settings.test
@@ -101,17 +105,17 @@ class ScenesSource:
 
 @functools.lru_cache(maxsize=4)
 def _drawn(name: str, split: str, settings: SceneSettings) -> dict[int, Record]:
-    """Pictures that are kept, by index: those of one run, and of the next in the same process."""
+    """Returns a cache of images by index, which later runs in the same process share."""
     return {}
 
 
 def label_of(index: int) -> int:
-    """The class of a picture: of ten in a row each one's, and no distance keeps to one."""
+    """Returns the class of an image; classes are balanced, and no fixed stride selects only one."""
     return (index + index // 10 * 7) % len(CLASSES)
 
 
 def compose(split: str, index: int) -> Scene:
-    """The scene of a picture; its first body is the one that the picture is of."""
+    """Returns the scene of an image; its first body defines the class."""
     rng = np.random.default_rng([VERSION, split == TRAIN, index])
     spread, height = rng.uniform(0.42, 0.62), rng.uniform(0.7, 2.2)
     place = rng.uniform((-0.25, 2), (0.25, 5))
@@ -135,14 +139,14 @@ def _body(
     share: float,
     spread: float,
 ) -> Body:
-    """A body of a class.
+    """Returns a body of a class.
 
     Args:
-      rng: of its proportions and looks.
+      rng: generator of its proportions and appearance.
       label: the class.
-      place: how far to the right of the picture's middle, in -1..1, and how deep in the scene.
-      share: of the picture's height that it fills, about.
-      spread: the camera's.
+      place: horizontal offset from the image centre, in -1..1, and depth in the scene.
+      share: approximate fraction of the image height that the body fills.
+      spread: spread of the camera.
     """
     pattern, shape = CLASSES[label].split()
     high = share * spread * place[1]
@@ -151,7 +155,7 @@ def _body(
     colours = np.float32([colour, (colour + 0.5) % 1])
     if pattern == "striped":
         texture = Texture(colours, _waves(rng, 1, 5.3, 7.5), False, 4.0)
-    else:  # the waves are not near zero on a whole face of a box, which would be grey
+    else:  # avoids waves near zero over a whole face of a box, which would be grey
         waves = np.diag(rng.uniform(3.9, 5.5, 3)).astype(np.float32)
         texture = Texture(colours, waves, True, 4.0)
     centre = (place[0] * spread * place[1], high, place[1])
@@ -173,7 +177,7 @@ def _waves(
 
 
 def _ground(rng: np.random.Generator) -> Texture:
-    """Tiles, planks or blotches, in duller colours than the bodies'."""
+    """Returns a texture of tiles, planks or blotches, with duller colours than the bodies."""
     colour = rng.uniform(0.25, 0.75) + rng.uniform(-0.15, 0.15, 3)
     colours = np.float32([colour, colour * rng.uniform(0.45, 0.8)])
     kind = ("tiles", "planks", "blotches")[rng.integers(3)]

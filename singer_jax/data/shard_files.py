@@ -1,4 +1,4 @@
-"""Data sets of a few large files: which of them belong to which split, by their names."""
+"""Data sets in a few large files, which are assigned to splits by their names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SPLITS = {
     "testing": TEST,
     "eval": TEST,
 }
-_EXTRA = re.compile(r"ILSVRC2012_img_train_t3\.tar")  # dogs that are in the other file, too
+_EXTRA = re.compile(r"ILSVRC2012_img_train_t3\.tar")  # dog images that the other file contains too
 _MOST_FILES = 10**5
 
 
 def find_shards(root: Path, suffix: str) -> list[Path]:
-    """Returns the files with a suffix in a folder and in those directly below it, sorted.
+    """Returns the sorted files with a suffix in a folder and its direct subfolders.
 
     Args:
-      root: a folder, or itself such a file.
-      suffix: with its dot.
+      root: a folder, or a single file with the suffix.
+      suffix: suffix with its dot.
 
     Raises:
-      InputError: absurdly many files.
+      InputError: there are too many files.
     """
     if root.is_file():
         return [root] if root.suffix.lower() == suffix else []
@@ -50,11 +50,11 @@ def find_shards(root: Path, suffix: str) -> list[Path]:
 
 
 def by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
-    """Returns the files of the splits `train` and `test`, of which one may be missing.
+    """Returns the files of the splits `train` and `test`, one of which may be missing.
 
-    The last word in a path that names a split decides (`imagenet-train-0001.tar`, `val/00.tar`);
-    without one a file is for training. A validation split is preferred to a test split, whose
-    labels are often not published.
+    The last word in a path that names a split decides (`imagenet-train-0001.tar`, `val/00.tar`). A
+    file without such a word belongs to the training split. A validation split is preferred to a
+    test split, whose labels are often unpublished.
     """
     found: dict[str, list[Path]] = {}
     for file in find_shards(root, suffix):
@@ -67,8 +67,8 @@ def by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
 
 
 def of_split(files: dict[str, list[Path]], root: Path, split: str) -> list[Path]:
-    """Returns the files of one split; raises `NoSplit` where there are none."""
+    """Returns the files of one split; raises `NoSplit` if there are none."""
     if split not in files:
         kind = "training" if split == TRAIN else "test"
-        raise NoSplit(f"data: no file of {root} is named as one of a {kind} split")
+        raise NoSplit(f"data: no file name in {root} contains the name of a {kind} split")
     return files[split]

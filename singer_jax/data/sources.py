@@ -1,4 +1,4 @@
-"""Where images come from: digits, folders, TFDS; random access by index, picklable."""
+"""Image sources: digits, folders, TFDS; picklable, with random access by index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from singer_jax.errors import InputError, excerpt, shown, unknown
 from singer_jax.io import limits
 
 TRAIN, TEST = "train", "test"
-# In the order in which they are looked for, in any case.
+# Names in the order of the search, which ignores case.
 SPLIT_FOLDERS = {
     TRAIN: ("train", "training"),
     TEST: ("val", "validation", "valid", "test", "testing"),
@@ -27,13 +27,13 @@ SPLIT_FOLDERS = {
 _LOG = logging.getLogger("singer_jax")
 _MOST_CLASSES = 2**20
 _OF_TFDS = "tensorflow_datasets.core."
-_LARGEST_DESCRIPTION = 2**24  # bytes of TFDS's JSON files
+_LARGEST_DESCRIPTION = 2**24  # bytes of a JSON file of TFDS
 
 
 class Record(NamedTuple):
-    """An image as stored (encoded bytes, a path, or uint8 pixels) and its label.
+    """A stored image (encoded bytes, a path, or uint8 pixels) and its label.
 
-    The label is a class (-1: none), or for dense tasks a stored mask or a depth map in metres.
+    The label is a class (-1: none), or in dense tasks a stored mask or a depth map in metres.
     """
 
     image: bytes | Path | np.ndarray
@@ -44,8 +44,8 @@ class Source(Protocol):
     """A split of a data set.
 
     Attributes:
-      num_classes: 0 where there are no labels.
-      exif: whether images are to be turned as their EXIF orientation says.
+      num_classes: number of classes; 0: no labels.
+      exif: True if the EXIF orientation of the images is to be applied.
     """
 
     num_classes: int
@@ -56,10 +56,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def describe(self, index: int) -> str:
-        """Where record `index` lies, for messages."""
+        """Returns the location of record `index`, for messages."""
 
     def fingerprint(self) -> str:
-        """A digest of what the split consists of; equal digests mean the same order of records."""
+        """Returns a digest of the split; equal digests mean equal records in the same order."""
 
 
 class DigitsSource:
@@ -92,20 +92,20 @@ class DigitsSource:
 
 
 class FolderSource:
-    """Every image below a folder, in the order of their paths.
+    """All images below a folder, in the order of their paths.
 
-    The folders directly below are the classes, if each image lies in one and there are several;
-    otherwise there are no labels. `train/` and `val/` (or another name of `SPLIT_FOLDERS`) below
-    the folder are its splits; without a folder for training all other images are in that split.
-    Both splits number the classes by one list: the folders of the training split. Hidden folders
-    and those of a system are no classes.
+    The direct subfolders are the classes if there are several and each image is in one of them;
+    otherwise there are no labels. Subfolders `train/` and `val/` (or another name of
+    `SPLIT_FOLDERS`) are the splits; without a training folder, all other images are the training
+    split. Both splits number the classes by the sorted folders of the training split. Hidden
+    folders and system folders are not classes.
 
     Attributes:
-      left_out: the files that are no images, in words; empty where there are none.
+      left_out: description of the files that are not images; empty if there are none.
 
     Raises:
-      InputError: no such folder, no image in it, no test split, or a test class that the training
-        split lacks.
+      InputError: the folder does not exist, has no images or no test split, or the test split has
+        a class that the training split lacks.
     """
 
     def __init__(self, path: str, split: str, exif: bool = True) -> None:
@@ -117,13 +117,13 @@ class FolderSource:
         if not found:
             more = f"; {self.left_out}" if self.left_out else ""
             raise InputError(f"data.path: no image (.jpg, .png, ...) below {self.root}{more}")
-        # One block of bytes, so that a million paths are cheap to hand to each worker.
+        # A single block of bytes, so that a million paths can be sent to each worker cheaply.
         self.paths = np.array([os.fsencode(file) for file in found])
         folders = [file.split(os.sep)[0] if os.sep in file else None for file in found]
         classes = [name for name in class_folders(train) if train != top or name not in tests]
         labelled = _check_labels(self.root, classes, folders, split)
         if listing.unreadable:
-            _LOG.warning("%s: cannot read the folders %s", self.root, few(listing.unreadable))
+            _LOG.warning("%s: skipping unreadable folders: %s", self.root, few(listing.unreadable))
         self.num_classes = len(classes) if labelled else 0
         index = {name: number for number, name in enumerate(classes)}
         self.labels = np.array([index[name] if labelled else -1 for name in folders], np.int32)
@@ -161,52 +161,54 @@ class FolderSource:
 def _check_labels(
     root: Path, classes: Sequence[str], folders: Sequence[str | None], split: str
 ) -> bool:
-    """Decides whether the images of a split have labels, and warns where that may be a surprise.
+    """Decides whether the images of a split have labels, and warns if that may be unexpected.
 
     Args:
       root: folder of the split.
       classes: the class folders of the training split.
-      folders: of each image the folder directly below `root`; None: there is none.
+      folders: direct subfolder of `root` that each image is in; None: no subfolder.
       split: `train` or `test`.
 
     Raises:
-      InputError: a test class that the training split lacks.
+      InputError: the test split has a class that the training split lacks.
     """
     holding = set(folders) - {None}
     several = len(holding if split == TRAIN else classes) > 1
     if not several or None in folders:
         flat = folders.count(None)
-        reason = f"{flat} of {len(folders)} images lie in no class folder"
+        reason = f"{flat} of {len(folders)} images are in no class folder"
         if not flat:
-            reason = f"one of its {len(classes)} class folders holds all images"
+            reason = f"one of its {len(classes)} class folders contains all images"
         if len(classes) > 1:
             _LOG.warning("%s: no labels, since %s", root, reason)
         return False
     foreign = sorted(holding - set(classes))
     if foreign and len(holding) == 1:
-        _LOG.warning("%s: no labels, since its only folder %s is no class", root, foreign[0])
+        _LOG.warning("%s: no labels, since its only folder %s is not a class", root, foreign[0])
         return False
     if foreign:
         text = (
-            f"{few(foreign)} is no class" if len(foreign) == 1 else f"{few(foreign)} are no classes"
+            f"{few(foreign)} is not a class"
+            if len(foreign) == 1
+            else f"{few(foreign)} are not classes"
         )
         raise InputError(f"data.path: {root}: {text} of the training split")
     empty = [name for name in classes if name not in holding]
     if empty:
         _LOG.warning(
-            "%s: %d of %d classes have no image: %s", root, len(empty), len(classes), few(empty)
+            "%s: %d of %d classes have no images: %s", root, len(empty), len(classes), few(empty)
         )
     return True
 
 
 class NoSplit(InputError):
-    """A data set is there, but it has no such split."""
+    """Raised if a data set exists but does not have the requested split."""
 
 
 def check_classes(where: object, number: Any) -> None:
-    """Raises `InputError` where a data set has more classes than a head should have."""
+    """Raises `InputError` if a data set has more classes than a head may have."""
     if not isinstance(number, int):
-        raise InputError(f"{where}: {number!r} is no number of classes")
+        raise InputError(f"{where}: {number!r} is not a valid number of classes")
     limits.check(where, number, _MOST_CLASSES, "classes")
 
 
@@ -235,8 +237,8 @@ def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:
     """Finds the folders of a split.
 
     Returns:
-      the folder of the split, that of the training split, and the names of the folders of test
-      splits.
+      The folder of the split, the folder of the training split, and the names of the folders of
+      test splits.
     """
     if not root.is_dir():
         raise InputError(f"data.path: no folder at {root}")
@@ -254,16 +256,16 @@ def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:
 
 
 class TfdsSource:
-    """A split of a prepared TensorFlow Datasets set in ArrayRecord format, without TensorFlow.
+    """A split of a TFDS data set in ArrayRecord format, read without TensorFlow.
 
     Args:
-      name: of the set.
-      path: the data directory; empty: TFDS's own.
+      name: name of the data set.
+      path: the data directory; empty: the default of TFDS.
       split: `train` or `test`.
-      known: names for the message about an unknown one.
+      known: names to suggest if `name` is unknown.
 
     Raises:
-      InputError: unknown name, or not prepared in ArrayRecord format.
+      InputError: the name is unknown, or the data set is not prepared in ArrayRecord format.
     """
 
     exif = False
@@ -286,7 +288,7 @@ class TfdsSource:
             raise unknown("data.source", name, known) from error
         except InputError:
             raise
-        except Exception as error:  # TFDS raises anything at a damaged description
+        except Exception as error:  # TFDS raises many types for a damaged description
             raise InputError(
                 f"data.source: {name} is not prepared in ArrayRecord format below "
                 f"{path or 'the TFDS data directory'}; give a folder of images, tar files or "
@@ -304,7 +306,7 @@ class TfdsSource:
             record = self.records[index]
             label = record[self.label] if self.label else -1
             return Record(record[self.image], label if isinstance(label, bytes) else int(label))
-        except Exception as error:  # whatever TFDS and its readers in C++ raise
+        except Exception as error:  # TFDS and its C++ readers raise many types
             raise UnreadableImage(str(error).strip() or type(error).__name__) from error
 
     def describe(self, index: int) -> str:
@@ -314,7 +316,7 @@ class TfdsSource:
         return self._fingerprint
 
 
-# The first of these that a set has.
+# The first of these splits that a data set has is used.
 _TFDS_SPLITS = {
     TRAIN: ("train", "training", "trainval", "full"),
     TEST: ("validation", "val", "valid", "test", "testing", "dev"),
@@ -322,9 +324,9 @@ _TFDS_SPLITS = {
 
 
 def _tfds_split(name: str, there: Sequence[str], split: str) -> str:
-    """Returns the name of a split; raises `NoSplit` where the set has none like it, or none."""
+    """Returns the data set's name of a split; raises `NoSplit` if there is no such split."""
     if not there:
-        raise LookupError("no splits: it is not prepared")
+        raise LookupError("no splits: the data set is not prepared")
     for known in _TFDS_SPLITS[split]:
         if known in there:
             return known
@@ -335,11 +337,11 @@ def _tfds_split(name: str, there: Sequence[str], split: str) -> str:
 def _tfds_features(name: str, features: Any) -> tuple[list[str], str, str, int]:
     """Returns all images of an example, the one to read, the label, and the number of classes.
 
-    Of several images that is `image`; of several class labels `label`. The label is empty where
-    there is none.
+    Of several images, `image` is read; of several class labels, `label`. The label's name is empty
+    if there is no label.
 
     Raises:
-      InputError: no image, or several of which none is called `image`.
+      InputError: there is no image, or none of several images is called `image`.
     """
     import tensorflow_datasets as tfds
 
@@ -350,16 +352,16 @@ def _tfds_features(name: str, features: Any) -> tuple[list[str], str, str, int]:
         found = f"several images, {', '.join(images)}; one" if images else "no image; a feature"
         others = "" if images else f", it has {', '.join(features)}"
         raise InputError(f"data.source: {name} has {found} must be called image{others[:100]}")
-    if "annotation" in images:  # scene_parse150 is the only one with masks
+    if "annotation" in images:  # scene_parse150 is the only data set with masks
         return images, image, "annotation", 150
     label = "label" if "label" in labels else labels[0] if len(labels) == 1 else ""
     return images, image, label, features[label].num_classes if label else 0
 
 
 def _check_descriptions(root: Path, name: str) -> None:
-    """Raises `InputError` for a prepared set with a feature of a class that is not TFDS's own.
+    """Raises `InputError` for a data set with a feature class from outside TFDS.
 
-    TFDS would import the module that the class is said to be in.
+    TFDS would import the module that the data set names for the class.
     """
     folder = root / re.split("[:/]", name)[0]
     for depth in ("*", "*/*"):
@@ -379,15 +381,15 @@ def _check_descriptions(root: Path, name: str) -> None:
 
 
 def _check_shards(builder: Any, split: str) -> None:
-    """Raises `InputError` for a set whose records are said to lie outside its folder."""
+    """Raises `InputError` for a data set whose record files are outside its folder."""
     folder = os.path.abspath(builder.data_dir)
     for file in builder.info.splits[split].filepaths:
-        if not os.path.abspath(file).startswith(folder + os.sep):  # links in it are its owner's
-            raise InputError(f"{folder} takes its records from {file}, outside it: refused")
+        if not os.path.abspath(file).startswith(folder + os.sep):  # the owner's links are allowed
+            raise InputError(f"{folder} refers to records in {file}, outside it: refused")
 
 
 class Subset:
-    """Some records of a source, in a given order."""
+    """Selected records of a source, in a given order."""
 
     def __init__(self, source: Source, chosen: np.ndarray) -> None:
         self.source, self.chosen = source, chosen
@@ -407,6 +409,6 @@ class Subset:
 
 
 def evenly(source: Source, count: int) -> Subset:
-    """`count` records at even distances (all, if there are fewer): sources are sorted by class."""
+    """Returns up to `count` evenly spaced records; even spacing covers sources sorted by class."""
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
     return Subset(source, np.unique(chosen))

@@ -1,7 +1,7 @@
-"""Images in uncompressed tar files, read where they lie: WebDataset shards, ImageNet's archives.
+"""Images in uncompressed tar files, read in place: WebDataset shards, ImageNet's archives.
 
-Each file is listed once; where its images begin is kept in the user's cache. Names in an archive
-are never used as paths.
+Each file is scanned once; the positions of its images are kept in the user's cache. Names in an
+archive are never used as paths.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from singer_jax.io import limits
 from singer_jax.io.files import cache_folder
 
 _LOG = logging.getLogger("singer_jax")
-_LARGEST_READ = 2**20  # bytes of a header: of names and attributes before a member
+_LARGEST_READ = 2**20  # bytes of a header: names and attributes before a member
 _LARGEST_LABEL = 2**20  # bytes of a .cls or .json member
 _MOST_MEMBERS = 2**27
 _LONGEST_NAME = 1024  # characters
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _SPLIT_FOLDERS = {"train", "val", "validation", "test"}
 NO_LABEL = -1
-_VERSION = 1  # of the lists in the cache
+_VERSION = 1  # version of the lists in the cache
 
 
 class Members(NamedTuple):
-    """The images of one tar file, in their order.
+    """The images of one tar file, in the order of the file.
 
     Attributes:
-      names: of the members, bytes; those of an archive within it follow its name and a slash.
-      offsets, sizes: where the images lie, in bytes.
-      labels: from `.cls` or `.json` members; -1 where there is none.
+      names: names of the members as bytes; names in a nested archive follow its name and a slash.
+      offsets, sizes: positions and sizes of the images in bytes.
+      labels: classes from `.cls` or `.json` members; -1: no label.
     """
 
     names: np.ndarray
@@ -58,10 +58,10 @@ class Members(NamedTuple):
 class TarSource:
     """A split of a data set in tar files.
 
-    Labels are those of `.cls` or `.json` members (WebDataset); otherwise the first folders in the
-    archives, or the archives within an archive (ImageNet's training images), are the classes, in
-    the order of their names, or in ImageNet's where all are its WordNet ids. ImageNet's validation
-    images are labelled by their numbers.
+    Labels come from `.cls` or `.json` members (WebDataset). Otherwise the classes are the first
+    folders in the archives, or the nested archives (ImageNet's training images). They are sorted by
+    name, or in ImageNet's order if all are WordNet ids of ImageNet. ImageNet's validation images
+    are labelled by their numbers.
 
     Args:
       root: a tar file, or a folder of them.
@@ -69,7 +69,7 @@ class TarSource:
 
     Raises:
       InputError: no tar file, a damaged or compressed one, or labels for some images only.
-      NoSplit: no file is named as one of the split.
+      NoSplit: no file name contains the name of the split.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -83,9 +83,9 @@ class TarSource:
         columns = [np.concatenate(column) for column in zip(*listed, strict=True)]
         self.names, self.offsets, self.sizes, _ = columns
         if not len(self.names):
-            raise InputError(f"data: no image in the tar files of {root}")
+            raise InputError(f"data: the tar files of {root} contain no images")
         self.labels, self.class_names, self.num_classes = _labels(root, both, split)
-        # Readers of ImageNet and torchvision leave its images as they are stored.
+        # torchvision and other readers of ImageNet ignore the EXIF orientation.
         self.exif = not is_imagenet(self.class_names)
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class TarSource:
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
         if len(image) < size:
-            raise UnreadableImage("the tar file ends within it")
+            raise UnreadableImage("the tar file ends inside the image")
         return Record(image, int(self.labels[index]))
 
     def name(self, index: int) -> bytes:
@@ -121,7 +121,7 @@ class TarSource:
 def _labels(
     root: Path, both: dict[str, list[Members]], split: str
 ) -> tuple[np.ndarray, tuple[str, ...], int]:
-    """Returns the labels of a split, the classes' names if they have some, and their number."""
+    """Returns the labels of a split, the class names if known, and the number of classes."""
     numbers = {
         name: np.concatenate([one.labels for one in listed]) for name, listed in both.items()
     }
@@ -129,7 +129,7 @@ def _labels(
         for one in both[split]:
             for index in np.flatnonzero(one.labels == NO_LABEL)[:1]:
                 name = shown(os.fsdecode(bytes(one.names[index])))
-                raise InputError(f"{root}: {name} has no label (.cls or .json), others have one")
+                raise InputError(f"{root}: {name} has no label (.cls or .json), but others do")
         classes = int(max(labels.max(initial=0) for labels in numbers.values())) + 1
         check_classes(root, classes)
         return numbers[split].astype(np.int32), (), classes
@@ -145,7 +145,7 @@ def _labels(
             )
         return np.full(len(found), NO_LABEL, np.int32), (), 0
     if trained <= _SPLIT_FOLDERS:
-        raise InputError(f"{root}: the tar file holds {', '.join(sorted(trained))}; unpack it")
+        raise InputError(f"{root}: the tar file contains {', '.join(sorted(trained))}; unpack it")
     wnids = imagenet_wnids()
     names = tuple(wnids if trained <= set(wnids) else sorted(trained))
     check_classes(root, len(names))
@@ -153,16 +153,16 @@ def _labels(
     for name in found:
         if name not in index:
             raise InputError(
-                f"{root}: {shown(str(name))} of {split} is no class of the training split"
+                f"{root}: {shown(str(name))} of {split} is not a class of the training split"
             )
     return np.array([index[name] for name in found], np.int32), names, len(names)
 
 
 def _classes(listed: list[Members]) -> list[str | None]:
-    """Returns the name of the class of each image of a split; None: it lies in no folder.
+    """Returns the class name of each image of a split; None: the image is in no folder.
 
-    It is the first folder below those that all share; of ImageNet's validation images the WordNet
-    id of their number.
+    The class is the first folder below the folders that all images share. For ImageNet's validation
+    images it is the WordNet id that belongs to the image's number.
     """
     paths = [os.fsdecode(bytes(name)).split("/") for one in listed for name in one.names]
     matched = [_VALIDATION.fullmatch(path[-1]) for path in paths]
@@ -178,10 +178,10 @@ def _classes(listed: list[Members]) -> list[str | None]:
 
 
 def list_members(file: Path) -> Members:
-    """Returns the images of a tar file, from the cache where it has not changed since.
+    """Returns the images of a tar file, from the cache if the file has not changed.
 
     Raises:
-      InputError: damaged, compressed, or beyond a limit.
+      InputError: the file is damaged or compressed, or exceeds a limit.
     """
     status = file.stat()
     identity = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
@@ -192,7 +192,7 @@ def list_members(file: Path) -> Members:
     with contextlib.suppress(OSError, InputError, TypeError, KeyError):
         return _checked(Members(**limits.read_arrays(cached)), status.st_size)
     members = scan(file, status.st_size)
-    with contextlib.suppress(OSError):  # a cache that cannot be written: listed again next time
+    with contextlib.suppress(OSError):  # without a writable cache, the next run scans again
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as partial:
             np.savez(partial, **members._asdict())
@@ -201,7 +201,7 @@ def list_members(file: Path) -> Members:
 
 
 def _checked(members: Members, size: int) -> Members:
-    """Raises `KeyError` where a list of the cache is not of the file."""
+    """Returns a list from the cache; raises `KeyError` if it cannot belong to the file."""
     lengths = {len(part) for part in members}
     kinds = "".join(part.dtype.kind for part in members)
     if len(lengths) != 1 or kinds != "Siii":
@@ -214,10 +214,10 @@ def _checked(members: Members, size: int) -> Members:
 
 
 class _Window:
-    """A part of a file as a file of its own, of which only headers are read.
+    """A file-like view of a part of a file, of which only headers are read.
 
     Raises:
-      InputError: more bytes are asked for than a header should have.
+      InputError: a read requests more bytes than a header may have.
     """
 
     def __init__(self, file: Any, start: int, size: int) -> None:
@@ -240,10 +240,10 @@ class _Window:
 
 
 def scan(file: Path, size: int) -> Members:
-    """Returns the images of a tar file of `size` bytes; shows a bar, as there may be millions.
+    """Returns the images of a tar file of `size` bytes; shows a progress bar for large files.
 
     Raises:
-      InputError: damaged, compressed, or beyond a limit.
+      InputError: the file is damaged or compressed, or exceeds a limit.
     """
     from tqdm.auto import tqdm
 
@@ -261,7 +261,9 @@ def scan(file: Path, size: int) -> Members:
             raise InputError(f"{file}: {error}") from error
         except _DAMAGE as error:
             packed = os.pread(opened.fileno(), 6, 0).startswith(_PACKED)
-            reason = "compressed; decompress it first" if packed else f"no complete tar: {error}"
+            reason = (
+                "compressed; decompress it first" if packed else f"not a complete tar file: {error}"
+            )
             raise InputError(f"{file}: {reason}") from error
     names, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Members(
@@ -269,7 +271,7 @@ def scan(file: Path, size: int) -> Members:
     )
 
 
-# What Python's reader raises at a damaged file.
+# Exceptions of Python's tar reader for a damaged file.
 _DAMAGE = (tarfile.TarError, ValueError, OSError, LookupError, OverflowError, RecursionError)
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
@@ -284,23 +286,24 @@ class _Image(NamedTuple):
 
 
 def _images(window: _Window, within: str = "") -> Iterator[_Image]:
-    """Lists the images of an archive, and of the archives in it.
+    """Yields the images of an archive and of its nested archives.
 
-    Members of one key, which is the name up to the first dot of the file, stand together
-    (WebDataset). A label of the key is that of its first image; without a label each image counts.
+    Members with the same key, the path up to the first dot of the file name, are adjacent
+    (WebDataset). The label of a key applies to its first image, and its other images are dropped;
+    without a label, each image is yielded.
     """
     key, images, label = None, [], NO_LABEL
     with tarfile.open(fileobj=window, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # or it would keep a million
+            archive.members = []  # tarfile would keep all members in memory
             start = member.offset_data
             if member.size < 0 or start + member.size > window.size:
-                raise ValueError(f"{member.name[:100]!a} reaches outside")
+                raise ValueError(f"{member.name[:100]!a} extends past the end of the file")
             folder, _, file = member.name.removeprefix("./").rpartition("/")
             if not member.isreg() or member.issparse() or file.startswith("."):
                 continue
             if len(member.name) > _LONGEST_NAME:
-                raise ValueError("a name is too long")
+                raise ValueError("a member's name is too long")
             suffix = os.path.splitext(file)[1].lower()
             if suffix == ".tar" and not within:
                 inner = _Window(window.file, window.start + start, member.size)
@@ -320,7 +323,7 @@ def _images(window: _Window, within: str = "") -> Iterator[_Image]:
 
 
 def _labelled(images: list[_Image], label: int) -> list[_Image]:
-    """Returns the images of one key: with a label the first, `x.jpg` before `x.depth.jpg`."""
+    """Returns the images of one key; with a label only the first (`x.jpg`, not `x.depth.jpg`)."""
     if label == NO_LABEL or not images:
         return images
     first = min(images, key=lambda image: image.name.rpartition(b"/")[2].count(b"."))
@@ -328,15 +331,15 @@ def _labelled(images: list[_Image], label: int) -> list[_Image]:
 
 
 def _label(content: bytes, suffix: str, name: str) -> int:
-    """Returns the class that a `.cls` or `.json` member says; -1: a JSON object without one."""
+    """Returns the class in a `.cls` or `.json` member; -1: a JSON object without a class."""
     try:
         label: Any = int(content) if suffix == ".cls" else json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name[:100]!a} holds no class number") from error
+        raise ValueError(f"{name[:100]!a} does not hold a class number") from error
     if isinstance(label, dict):
         label = label.get("label", label.get("cls", NO_LABEL))
     if suffix == ".json" and type(label) is not int:
         return NO_LABEL
     if not NO_LABEL <= label < 2**31:
-        raise ValueError(f"{name[:100]!a}: {label} is no class number")
+        raise ValueError(f"{name[:100]!a}: {label} is not a class number")
     return label

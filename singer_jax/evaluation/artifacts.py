@@ -1,4 +1,4 @@
-"""What became of a planted artifact: its size, how much of it is removed, and who saw that."""
+"""Measures of a synthetic artifact: its size, and how much of it a method removes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from singer_jax.evaluation.patches import PatchTokens
 
 
 def planted_length(medians: Float[np.ndarray, " layers"], ratio: float) -> float:
-    """Of a vector that makes the norm of a patch `ratio` times the median, about.
+    """Returns the length of a vector that makes a patch's norm about `ratio` times the median.
 
-    A vector at right angles to a token of median length adds its square; the mean over the layers.
+    The vector is taken to be orthogonal to a token of median norm. The result is the mean over
+    layers.
 
     Args:
-      medians: of the patch norms at each distilled layer.
-      ratio: above 1.
+      medians: median patch norm at each distilled layer.
+      ratio: target ratio, above 1.
     """
     return float(np.mean(medians) * np.sqrt(ratio**2 - 1))
 
@@ -26,10 +27,11 @@ def removed_share(
     planted: Float[np.ndarray, " dim"],
     marked: Bool[np.ndarray, "images patches"],
 ) -> float:
-    """The share of the planted vector's energy that is gone from the marked patches.
+    """Returns the share of the planted vector's energy that is removed from the marked patches.
 
-    1 - mean |v + d|^2 / |v|^2 with v the vector and d the change of a patch: all else that the
-    change does to it counts against it. 0: it is as it was; below 0: it is worse.
+    The share is 1 - mean |v + d|^2 / |v|^2, where v is the vector and d the change of a patch. Any
+    other change of the patch lowers it. It is 0 if nothing changed, and negative if the change
+    added energy.
     """
     left = (after - before)[marked] + planted
     return float(1 - np.mean(np.sum(np.square(left), axis=-1)) / np.sum(np.square(planted)))
@@ -38,10 +40,10 @@ def removed_share(
 def energy_within(
     planted: Float[np.ndarray, " dim"], projection: Float[np.ndarray, "dim dim"]
 ) -> float:
-    """The share of the vector's energy in a subspace, from its projector."""
+    """Returns the share of the vector's energy in a subspace, given the subspace's projector."""
     return float(np.sum(np.square(planted @ projection)) / np.sum(np.square(planted)))
 
 
 def relative_change(before: np.ndarray, after: np.ndarray) -> float:
-    """||after - before|| / ||before||, of all elements together."""
+    """Returns ||after - before|| / ||before|| over all elements."""
     return float(np.linalg.norm(after - before) / np.linalg.norm(before))

@@ -1,4 +1,4 @@
-"""A frozen model to be measured: from a run's checkpoint or from any timm weights, alike."""
+"""Frozen models for evaluation, loaded from a run's checkpoint or from any timm weights."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
 from singer_jax.runs.workdir import checkpoints_folder
 
-_MOST_IMAGES = 64  # a device, at once: enough to keep it busy
+_MOST_IMAGES = 64  # per device and pass; enough to keep a device busy
 
 
 class Examples(NamedTuple):
-    """Features and labels of a split, in its order: arrays, or memory-mapped files.
+    """Features and labels of a split in its order, as arrays or memory-mapped files.
 
-    With several views, view v of image i is at v x images + i; view 0 is the centre crop.
+    With several views, row v x images + i holds view v of image i; view 0 is the centre crop.
     """
 
     features: Any
@@ -57,17 +57,20 @@ class Examples(NamedTuple):
         return len(self.labels) // self.views
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some rows, features in float32."""
+        """Returns some rows, with the features in float32."""
         return np.asarray(self.features[index], np.float32), np.asarray(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A network with its parameters on a mesh.
+    """Network with its parameters on a mesh.
 
     Attributes:
-      network, params, mesh: these.
-      before_batch: called before each batch of an extraction, which ends with what it raises.
+      network: the network.
+      params: its parameters.
+      mesh: the devices that hold them.
+      before_batch: called before each batch of an extraction; an exception that it raises ends the
+        extraction.
     """
 
     network: Network
@@ -77,60 +80,61 @@ class Backbone:
 
     @property
     def image_size(self) -> int:
-        """Side of the images it takes, in pixels."""
+        """Side of the input images, in pixels."""
         return self.network.image_size
 
     @property
     def arch(self) -> Architecture:
-        """What it is."""
+        """Architecture of the network."""
         return self.network.spec.arch
 
     def digest(self) -> str:
-        """Of its parameters, of what it is and of how it computes."""
+        """Returns a digest of the parameters, the architecture and the compute policy."""
         described = repr((self.network.spec, self.network.merge(self.params).policy))
         sums = jax.device_get(_checksums(self.params))
         described = described + repr([int(value) for value in sums])
         return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
     def classification(self, classes: int, token: str | None) -> Classification:
-        """The task of classifying its features.
+        """Returns the task of classifying the model's features.
 
         Args:
           classes: number of labels.
-          token: `cls`, `avg` or `pooled`; None: the class token where there is one, else `pooled`.
+          token: `cls`, `avg` or `pooled`; None: the class token if the model has one, else
+            `pooled`.
 
         Raises:
-          InputError: the class token of a model that has none.
+          InputError: `token` is `cls` and the model has no class token.
         """
         token = token or ("cls" if self.arch.class_token else "pooled")
         if token == "cls" and not self.arch.class_token:
             raise InputError(
-                f"probe.pooling: {self.network.spec.name} has no class token; take avg or pooled"
+                f"probe.pooling: {self.network.spec.name} has no class token; set avg or pooled"
             )
         return Classification(classes, token)
 
     def features(
         self, params: Params, images: UInt8[Array, "batch height width 3"], task: Task
     ) -> Float[Array, "batch ..."]:
-        """What the head of a task reads, in float32; traceable."""
+        """Returns the input of a task's head in float32; traceable."""
         model = self.network.merge(params)
         tokens = model.features(self.network.spec.prepare(images))[-1].astype(jnp.float32)
         return task.features(model, tokens).astype(jnp.float32)
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a batch that this process reads."""
+        """Returns the rows of a batch that this process reads."""
         return parallel.local_rows(parallel.batch_sharding(self.mesh), batch_size)
 
     def put(self, batch: ImageBatch, batch_size: int) -> dict[str, jax.Array]:
-        """Images, labels and `valid` of this process's `rows` of a batch, onto the mesh."""
+        """Puts images, labels and `valid` of this process's `rows` of a batch onto the mesh."""
         given = {key: batch[key] for key in ("image", "label", "valid")}
         return parallel.put_rows(given, parallel.batch_sharding(self.mesh), batch_size)
 
     def images_at_once(self, task: Task) -> int:
-        """Images a device that its memory takes, in a pass without gradients.
+        """Returns the number of images per device that fit into memory in a pass without gradients.
 
-        Counted are the widest activations of a block, float32, and the features, which every
-        device holds of all images where several processes read them.
+        The estimate counts the widest activations of a block in float32, and the features. If
+        several processes read the features, every device holds those of all images.
         """
         arch = self.arch
         tokens = arch.num_prefix_tokens + math.prod(arch.grid)
@@ -150,16 +154,20 @@ class Backbone:
         seed: int = 0,
         left_out: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Features and labels of every image of a split in order, each exactly once, in batches.
+        """Yields features and labels of every image of a split, in order and each exactly once.
 
         Args:
-          source, task, transform, workers, seed: what is computed of which images, and how.
-          left_out: is told the indices of images that cannot be read, which are left out; None: the
-            first of them raises.
+          source: images of the split.
+          task: task whose features are computed.
+          transform: transform from an image to the model's input.
+          workers: number of decoding processes.
+          seed: seed of a random transform.
+          left_out: called with the indices of unreadable images, which are left out; None: the
+            first unreadable image raises.
 
         Raises:
           RunError: an image cannot be read.
-          Exception: what `before_batch` raises.
+          Exception: any exception of `before_batch`.
         """
         each = _batches_of_each([self], source, [task], transform, workers, seed, left_out)
         return (batch for (batch,) in each)
@@ -173,7 +181,7 @@ class Backbone:
         seed: int = 0,
         left_out: Callable[[np.ndarray], None] | None = None,
     ) -> Examples:
-        """All of `batches` in memory."""
+        """Returns all of `batches` in memory."""
         batches = self.batches(source, task, transform, workers, seed, left_out)
         features, labels = zip(*batches, strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
@@ -187,14 +195,17 @@ def extract_each(
     workers: int = 0,
     left_out: Callable[[np.ndarray], None] | None = None,
 ) -> dict[str, Examples]:
-    """`Backbone.extract` of several, by name; those of one image size read each image once.
+    """Returns `Backbone.extract` of several models by name.
+
+    Models with the same image size share the decoded images.
 
     Args:
-      backbones: on one mesh.
-      source: the images.
-      tasks: of each backbone.
-      transform: from the side of an image to what makes it.
-      workers, left_out: as for `Backbone.batches`.
+      backbones: models by name, on one mesh.
+      source: images of the split.
+      tasks: task of each model.
+      transform: function from an image size to the transform for it.
+      workers: as for `Backbone.batches`.
+      left_out: as for `Backbone.batches`.
 
     Raises:
       RunError: as `Backbone.batches`.
@@ -225,7 +236,7 @@ def _batches_of_each(
     seed: int = 0,
     left_out: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """As `Backbone.batches`, a list of one for each of several that see the same images."""
+    """Yields, for each batch, one pair of features and labels per model, as `Backbone.batches`."""
     first = backbones[0]
     sizes = [own.images_at_once(task) for own, task in zip(backbones, tasks, strict=True)]
     batch_size = min(sizes) * first.mesh.size
@@ -238,11 +249,11 @@ def _batches_of_each(
         seed=seed,
         rows=first.rows(batch_size),
     )
-    pending: list[Any] = []  # the devices work on a batch while the one before is taken away
+    pending: list[Any] = []  # batch on the devices while the previous one is copied to the host
     with contextlib.closing(batches):
         for batch in batches:
             first.before_batch()
-            replaced = batch["unreadable"] >= 0  # it would be scored as another
+            replaced = batch["unreadable"] >= 0  # a replacement would be scored as this image
             if replaced.any():
                 left_out(batch["unreadable"][batch["valid"] & replaced])
                 batch = batch | {"valid": batch["valid"] & ~replaced}
@@ -259,7 +270,7 @@ def _batches_of_each(
 
 @jax.jit
 def _checksums(params: Params) -> list[UInt32[Array, ""]]:
-    """Of each leaf, on the devices: one process may hold only a part of it."""
+    """Returns a checksum of each leaf, computed on the devices that hold it."""
     return [checksum(leaf) for leaf in jax.tree.leaves(params)]
 
 
@@ -267,9 +278,9 @@ def _checksums(params: Params) -> list[UInt32[Array, ""]]:
 def _examples(
     network: Network, task: Task, mesh: Mesh, params: Params, batch: dict[str, Array]
 ) -> tuple[Float[Array, "batch ..."], Array, Bool[Array, " batch"]]:
-    """Features, labels and `valid`, compiled once for all backbones of a network.
+    """Computes features, labels and `valid`, compiled once for all backbones of a network.
 
-    Each device has its own images; of several processes every one gets the results of all.
+    Each device processes its own images. With several processes, every process gets all results.
     """
     features = Backbone(network, params, mesh).features(params, batch["image"], task)
     several = jax.process_count() > 1
@@ -293,25 +304,29 @@ def load_backbone(
     step: int | None = None,
     policy: ComputePolicy = ComputePolicy(),
 ) -> Backbone:
-    """Loads the model to measure.
+    """Loads a model for evaluation, from either a run or weights.
 
     Args:
-      mesh: the devices that hold it.
-      run: a work directory, whose student is loaded; or else
-      weights: a hub name or file, and
-      model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
-      student: the name of one of several students of the run.
-      step: the step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
+      mesh: devices that hold the model.
+      run: work directory whose student is loaded.
+      weights: Hub repository or weight file; used if `run` is empty.
+      model: timm name of `weights`; needed if neither the Hub name nor a `config.json` beside the
+        file states it.
+      student: name of the student, if the run has several.
+      step: step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
       policy: dtypes of the model.
 
     Raises:
-      InputError: nothing given, nothing there, or weights of another architecture.
-      RunError: no checkpoint of the run is without corruption.
+      InputError: neither `run` nor `weights` is given, nothing was found, or the weights are of
+        another architecture.
+      RunError: every checkpoint of the run is corrupt.
     """
     if run:
         return _of_run(mesh, as_path(run), student, step, policy)
     if step is not None:
-        raise InputError("step: only a run has checkpoints; give --config.run=DIR with it")
+        raise InputError(
+            "step: needs a run, since only a run has checkpoints; give --config.run=DIR"
+        )
     if not weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
@@ -335,16 +350,17 @@ def load_teacher(
     normalisation: str = "model",
     policy: ComputePolicy = ComputePolicy(),
 ) -> Backbone:
-    """The teacher of a run, as the run took it.
+    """Loads the teacher of a run with the run's settings.
 
     Args:
-      mesh: where it lives.
-      settings: what the run says of it.
-      image_size, normalisation: as for `models.network.resolve_model`.
+      mesh: devices that hold the teacher.
+      settings: settings of the run's teacher.
+      image_size: as for `models.network.resolve_model`.
+      normalisation: as for `models.network.resolve_model`.
       policy: dtypes of the model.
 
     Raises:
-      InputError: weights that are not there or of another architecture.
+      InputError: the weights are missing or of another architecture.
     """
     spec, path = resolve_model("teacher", settings, image_size, normalisation)
     place = functools.partial(parallel.tree_shardings, mesh)
@@ -356,7 +372,7 @@ def _of_run(
     mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
 ) -> Backbone:
     if not checkpoints_folder(run).is_dir():
-        raise InputError(f"run: {run} holds no checkpoints")
+        raise InputError(f"run: {run} holds no checkpoints; give a work directory that does")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         step = checkpoints.step_to_read(step)
         meta = checkpoints.meta(step)

@@ -1,4 +1,4 @@
-"""The probe of classification: one class an image, from one token."""
+"""Classification probe: one class per image, predicted from one token."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from singer_jax.models.vit import VisionTransformer
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """One class an image.
+    """Classification of images.
 
     Attributes:
       classes: number of labels.
-      token: `cls`: the raw class token; `avg`: the mean of the raw patches; `pooled`: what the
-        model's own head reads.
+      token: input of the head. `cls`: the raw class token; `avg`: the mean of the raw patch tokens;
+        `pooled`: the input of the model's own head.
     """
 
     classes: int
@@ -86,9 +86,8 @@ def in_top_k(
 ) -> Float[Array, " batch"]:
     """Returns the probability that each label is among the `k` largest logits.
 
-    It is 0 or 1 where no other logit equals that of the label. Equal logits are ranked at random,
-    so that constant logits are right in `k` of `classes` cases. Logits that are not all finite
-    predict nothing.
+    It is 0 or 1 if no other logit equals that of the label. Ties are broken at random, so that
+    constant logits score `k` / `classes`. Logits that are not all finite score 0.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     above, equal = (jnp.sum(of, axis=1) for of in (logits > own, logits == own))

@@ -1,4 +1,4 @@
-"""The probe of depth: metres of each pixel, from [patch token; class token]."""
+"""Depth probe: metres per pixel, predicted from [patch token; class token]."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ TEMPERATURES = (0.03, 0.6)
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """One depth a pixel, as the expectation over bins, from [patch token; class token].
+    """Depth estimation as the expectation over bins, from [patch token; class token].
 
     Attributes:
-      bins: from 0 to `max_depth`, both included.
-      max_depth: in metres.
-      ignore_missing: whether pixels without depth (0) are left out of the loss; the official code
-        trains them as the first bin.
-      drop_saturated: whether pixels that are predicted at exactly 0 or `max_depth` are left out of
-        the metrics, as in the official code.
+      bins: number of bins from 0 to `max_depth`, both included.
+      max_depth: largest depth, in metres.
+      ignore_missing: excludes pixels without depth (0) from the loss; the official code trains them
+        as the first bin.
+      drop_saturated: excludes pixels with a prediction of exactly 0 or `max_depth` from the
+        metrics, as the official code does.
     """
 
     bins: int = 256
@@ -127,14 +127,15 @@ def depth_counts(
 ) -> Counts:
     """Sums errors over the valid pixels with 0 < truth < max_depth.
 
-    A prediction that is not finite counts as the limit, 0 or `max_depth`, that is farther from the
-    truth, so that no finite prediction has a larger error.
+    A non-finite prediction counts as the limit, 0 or `max_depth`, that is farther from the truth,
+    so that no finite prediction has a larger error.
 
     Args:
-      predicted, truth: metres.
-      valid: which pixels may count.
-      max_depth: metres.
-      drop_saturated: whether pixels that are predicted at exactly 0 or `max_depth` are left out.
+      predicted: predicted depth, in metres.
+      truth: true depth, in metres.
+      valid: True for the pixels that may count.
+      max_depth: largest depth, in metres.
+      drop_saturated: excludes pixels with a prediction of exactly 0 or `max_depth`.
     """
     known = valid & (truth > 0) & (truth < max_depth)
     finite = jnp.isfinite(predicted)
@@ -157,7 +158,7 @@ def depth_counts(
 def depth_metrics(counts: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Returns `rmse` and `mae` in metres, `abs_rel`, and the shares `delta1`, `delta2`, `delta3`.
 
-    They are NaN where `drop_saturated` has left no pixel.
+    The metrics are NaN if `drop_saturated` excluded every pixel.
 
     Raises:
       RunError: no pixel has a valid depth.

@@ -1,8 +1,8 @@
-"""Linear heads on frozen features: what every task of a probe shares.
+"""Linear heads on frozen features: functions and types that all tasks of a probe share.
 
 A head is one linear map, `{"kernel": [in, out], "bias": [out]}`. A task (`classification`,
 `segmentation`, `depth`) turns the raw tokens of the last block into features, gives the loss of a
-head, and counts what its metrics need, so that the counts of any batches of a split add up to the
+head, and counts the inputs of its metrics. The counts of all batches of a split add up to the
 metrics of the whole split.
 """
 
@@ -34,10 +34,10 @@ Losses = tuple[Float[Array, ""], Num[Array, ""]]
 
 
 class Task(Protocol):
-    """A probe's features, loss and metrics.
+    """Features, loss and metrics of a probe.
 
     Attributes:
-      score: the metric by which learning rates are compared; higher is better.
+      score: name of the metric by which learning rates are compared; higher is better.
     """
 
     score: ClassVar[str]
@@ -72,7 +72,7 @@ def apply_head(head: Head, features: Float[Array, "*axes in"]) -> Float[Array, "
 def pooled(
     arch: Architecture, tokens: Float[Array, "batch tokens dim"]
 ) -> Float[Array, "batch dim"]:
-    """Returns the class token, or the mean of the patches where there is none."""
+    """Returns the class token, or the mean of the patches if the model has none."""
     return tokens[:, 0] if arch.class_token else tokens.mean(axis=1)
 
 
@@ -93,10 +93,10 @@ def upsample(
 
 
 def by_image(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Applies `function` to one image at a time: full-size logits of a batch would not fit.
+    """Applies `function` to one image at a time, because full-size logits of a batch would not fit.
 
-    The images have to be those of one device (`over_devices`). Given a batch that is split over
-    several devices, every device would gather and process all of it.
+    The images must be those of one device (`over_devices`). If a batch were split over several
+    devices, every device would gather and process all of it.
     """
     return jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), arrays)
 
@@ -146,8 +146,8 @@ def mean_over(total: float, count: float, what: str) -> float:
     """Returns `total / count`.
 
     Raises:
-      RunError: the count is 0, because the test split holds no `what`.
+      RunError: the count is 0, because the test split has no `what`.
     """
     if not count:
-        raise RunError(f"the test split holds no {what}, so there is nothing to score")
+        raise RunError(f"the test split holds no {what}; nothing to score, check data.path")
     return float(total) / float(count)

@@ -25,25 +25,26 @@ def knn_top1(
     temperature: float = 0.07,
     mesh: Mesh | None = None,
 ) -> float:
-    """Share of queries whose class gets the largest vote of their `k` nearest in the bank.
+    """Returns the share of queries that weighted kNN classifies correctly.
 
-    A neighbour votes exp(cosine similarity / temperature) for its class. The bank is split over the
-    devices; each finds the `k` nearest of its part, and of those the nearest of all are taken.
+    Each of the `k` nearest neighbours votes exp(cosine similarity / temperature) for its class. The
+    bank is split over the devices. Each device finds the `k` nearest of its part, and the nearest
+    of all parts are merged.
 
     Args:
-      bank: of the training split; its first view.
-      queries: of the test split.
+      bank: features and labels of the training split; only the first view is used.
+      queries: features and labels of the test split.
       classes: number of labels.
-      k: neighbours that vote.
-      temperature: the smaller, the more the nearest count.
-      mesh: of the devices; default: one.
+      k: number of neighbours that vote.
+      temperature: temperature of the votes; a smaller one favours the nearest neighbours.
+      mesh: devices over which the bank is split; default: one device.
     """
     mesh = mesh or parallel.make_mesh(1)
     k = min(k, bank.images)
     values, labels = (spread(mesh, rows, bank.images) for rows in (bank.features, bank.labels))
     values = _unit(values)
     asked, correct = len(queries.labels), 0
-    # A query's similarities to a device's part, and as much again to sort them.
+    # Memory for a query's similarities to a device's part, and for a copy that sorting needs.
     step = min(asked, fitting(mesh, 2 * 4 * len(labels) / mesh.size))
     predict = functools.partial(
         _predict, mesh, images=bank.images, classes=classes, k=k, temperature=temperature
@@ -77,7 +78,7 @@ def _predict(
     k: int,
     temperature: float,
 ) -> Int[Array, " queries"]:
-    """The class of each query; rows of the bank from `images` on are padding."""
+    """Returns the class of each query; rows of the bank from `images` on are padding."""
     axes = mesh.axis_names
     whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))
 

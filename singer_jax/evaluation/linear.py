@@ -1,7 +1,7 @@
 """Linear probes in closed form: ridge regression on frozen features.
 
-What trained probes measure, without noise of their own and in a fraction of the time; the published
-protocols are in `evaluation.probe`.
+They estimate the metrics of trained probes deterministically and in a fraction of the time. The
+published protocols are in `evaluation.probe`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from singer_jax.evaluation import segmentation
 
-_PENALTY = 1e-3  # of standardised features, over their number of rows
+_PENALTY = 1e-3  # ridge penalty for standardised features, per row
 
 
 def fit(
@@ -21,13 +21,14 @@ def fit(
     targets: Float[np.ndarray, "rows out"],
     weights: Float[np.ndarray, " rows"] | None = None,
 ) -> Callable[[Float[np.ndarray, "rows dim"]], Float[np.ndarray, "rows out"]]:
-    """The map of least squares with a small penalty, in float64.
+    """Fits a linear map by least squares with a small ridge penalty, in float64.
 
     Args:
-      features, targets: these.
-      weights: of the rows' squared errors; None: all alike.
+      features: inputs, one row per sample.
+      targets: outputs, one row per sample.
+      weights: weight of each row's squared error; None: equal weights.
     """
-    # Only a study needs it.
+    # Imported here, because only the job study needs it.
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
 
@@ -46,7 +47,7 @@ def top1(
     test_labels: Int[np.ndarray, " tested"],
     classes: int,
 ) -> float:
-    """Per cent of test images whose class the probe finds."""
+    """Returns the percentage of test images whose class the probe predicts."""
     probe = fit(train, np.eye(classes)[train_labels])
     return float(100 * np.mean(probe(test).argmax(1) == test_labels))
 
@@ -60,12 +61,12 @@ def mean_iou(
     train_left_out: Bool[np.ndarray, "images patches"],
     test_left_out: Bool[np.ndarray, "tested patches"],
 ) -> float:
-    """Mean over classes of intersection over union of pixels, per cent; one class a patch.
+    """Returns the mean intersection over union of the classes in percent, one class per patch.
 
-    The probe predicts what share of a patch's pixels is of each class, and the largest counts for
-    all of them. It is fitted with the same weight on every class, however rare, as the mean over
-    classes has it. Patches that are left out neither train nor count. Absent classes are treated
-    as in `segmentation.mean_iou`.
+    The probe predicts the share of each class among a patch's pixels. The class with the largest
+    share is the prediction for all pixels of the patch. The fit gives every class the same weight,
+    as the mean over classes does. Excluded patches are used neither for training nor for testing.
+    Absent classes are treated as in `segmentation.mean_iou`.
     """
     shares = np.stack([(train_masks == label).mean(-1) for label in range(classes)], axis=-1)
     shares = shares[~train_left_out]
@@ -86,7 +87,7 @@ def depth_rmse(
     train_left_out: Bool[np.ndarray, "images patches"],
     test_left_out: Bool[np.ndarray, "tested patches"],
 ) -> float:
-    """Root mean squared error of the mean depth of a patch, in metres; pixels of 0 are unknown."""
+    """Returns the root mean squared error of the patches' mean depth, in metres; 0 is missing."""
 
     def of_patches(depth: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         known = depth > 0

@@ -1,4 +1,4 @@
-"""One task measured: features, kNN and a probe."""
+"""Evaluation of a model on one task: features, kNN and a probe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrai
 
 
 class Split(NamedTuple):
-    """The data of a task; no training split where ImageNet's head is taken."""
+    """Training and test data of a task; `train` is None for a task that reuses ImageNet's head."""
 
     train: Source | None
     test: Source
@@ -35,13 +35,13 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ProbedModel:
-    """One of the models that are probed together.
+    """Model that is probed together with others.
 
     Attributes:
-      backbone: the model to measure.
-      test: features of the test split, as of `test_examples`.
+      backbone: model to evaluate.
+      test: features of the test split, from `test_examples`.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
-      keeper: keeps the progress.
+      keeper: keeper of the probe's progress.
     """
 
     backbone: Backbone
@@ -58,7 +58,7 @@ def probe_task(
     seed: int = 0,
     workers: int = 0,
 ) -> tuple[ProbeResult, dict[str, Any]]:
-    """Returns `probe_models` of one model, which keeps everything in memory."""
+    """Returns `probe_models` of one model, with all features and progress in memory."""
     test = test_examples({"": backbone}, kind, split.test, settings, workers)[""]
     models = {"": ProbedModel(backbone, test)}
     return probe_models(models, kind, split, settings, seed, workers)[""]
@@ -72,17 +72,17 @@ def probe_models(
     seed: int = 0,
     workers: int = 0,
 ) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
-    """Trains and tests a probe of each model; kNN too where the task is a classification.
+    """Trains and tests a probe of each model, and runs kNN for a classification task.
 
-    Under the published protocol the training images are decoded and cropped once for all models of
-    one image size, whose results are those of each alone.
+    With the published protocol, models of the same image size share decoded and cropped training
+    images. Their results equal those of separate evaluations.
 
     Args:
-      models: the models by name, on one mesh.
+      models: models by name, on one mesh.
       kind: `classification`, `segmentation` or `depth`.
-      split: the data.
-      settings: those of the probe, with a number of epochs.
-      seed: the seed of heads, order and crops.
+      split: training and test data.
+      settings: settings of the probe; `epochs` must be set.
+      seed: seed of heads, order and crops.
       workers: number of decoding processes.
 
     Returns:
@@ -111,7 +111,7 @@ def _probe_group(
     seed: int,
     workers: int,
 ) -> dict[str, tuple[ProbeResult, dict[str, Any]]]:
-    """As `probe_models`, of models of one image size."""
+    """Returns `probe_models` of models of one image size."""
     first = next(iter(models.values())).backbone
     augment, centre = transforms_of(kind, first.image_size)
     crops = CropBatches(split.train, augment, settings, first.mesh, seed, workers)
@@ -162,7 +162,7 @@ def _metrics(result: ProbeResult, model: ProbedModel) -> dict[str, Any]:
 
 
 def without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces numbers that JSON cannot hold by None."""
+    """Returns the metrics with non-finite numbers, which JSON cannot hold, replaced by None."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -181,7 +181,7 @@ def _in_memory(
     workers: int,
     seed: int,
 ) -> Examples:
-    """As `stored_examples`, in float32 and without files."""
+    """Returns `stored_examples` in float32 and without files."""
     extracted = [
         backbone.extract(source, task, transform, workers, seed + view)
         for view, transform in enumerate(views)
@@ -197,7 +197,7 @@ def test_examples(
     settings: ProbeSettings,
     workers: int = 0,
 ) -> dict[str, Examples]:
-    """Features of a test split of several models, by name; images are decoded and cropped once."""
+    """Returns features of a test split by model name; models share the decoded images."""
     tasks = {
         name: task_of(backbone, kind, source.num_classes, settings)
         for name, backbone in backbones.items()
@@ -208,7 +208,7 @@ def test_examples(
 
 
 def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings) -> Task:
-    """The task of a kind: `segmentation`, `depth`, or a classification."""
+    """Returns the task of a kind: `segmentation`, `depth`, or a classification."""
     if kind == "segmentation":
         return Segmentation(classes)
     if kind == "depth":
@@ -220,7 +220,7 @@ def task_of(backbone: Backbone, kind: str, classes: int, settings: ProbeSettings
 
 
 def transforms_of(kind: str, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The random training transform of a kind of task and its test transform, to `size` pixels."""
+    """Returns the random training transform and the test transform of a kind of task."""
     if kind == "segmentation":
         return SegmentationTransform(size, train=True), SegmentationTransform(size, train=False)
     if kind == "depth":

@@ -1,4 +1,4 @@
-"""Patch norms over the median of their image: whether a teacher has artifacts."""
+"""Summaries of patch norms relative to the image's median, which show a teacher's artifacts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 ARTIFACT = 3.0
-"""A patch above so many medians of its image is an artifact (DINOv2's are about 10)."""
+"""Ratio to the median of the image above which a patch is an artifact (DINOv2's reach about 10)."""
 LEAST_SHARE = 0.001
-"""Share of artifacts among the patches from which a layer has artifacts."""
+"""Smallest share of artifacts among the patches of a layer that has artifacts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NormSummary:
-    """The patch norms of one layer.
+    """Summary of the patch norms of one layer.
 
     Attributes:
       layer: index of the block, from 0.
-      median: of all norms.
-      percentile_99, largest: of the norms, each divided by the median of its image.
-      above_3, above_5: share of patches above so many medians of their image.
+      median: median of all norms.
+      percentile_99: 99th percentile of the ratios of each norm to the median of its image.
+      largest: largest of these ratios.
+      above_3: share of patches whose ratio is above 3.
+      above_5: share of patches whose ratio is above 5.
     """
 
     layer: int
@@ -34,7 +36,7 @@ class NormSummary:
 
     @property
     def has_artifacts(self) -> bool:
-        """Whether at least one patch in a thousand is an artifact."""
+        """True if at least one patch in a thousand is an artifact."""
         return self.above_3 >= LEAST_SHARE
 
 
@@ -45,7 +47,7 @@ def over_median(norms: Float[np.ndarray, "*axes patches"]) -> Float[np.ndarray, 
 
 
 def artifacts(norms: Float[np.ndarray, "*axes patches"]) -> Bool[np.ndarray, "*axes patches"]:
-    """Returns which patches are artifacts."""
+    """Returns a mask of the patches that are artifacts."""
     return over_median(norms) > ARTIFACT
 
 
@@ -87,14 +89,14 @@ def verdict(
     held: Sequence[float],
     null_space: str,
 ) -> str:
-    """Returns what the norms mean for the choice of a method, in one line.
+    """Returns a recommendation of a method, given the norms, in one line.
 
     Args:
-      summaries: of every layer.
-      distilled: the layers that are distilled.
-      held: of those of them that have artifacts, the share of the artifacts' energy that lies in
+      summaries: summary of every layer.
+      distilled: indices of the layers to distil.
+      held: for each distilled layer with artifacts, the share of the artifacts' energy that lies in
         the null space.
-      null_space: which one, in words.
+      null_space: name of the null space.
     """
     layers = [one.layer for one in summaries if one.has_artifacts]
     most = max(one.above_3 for one in summaries)

@@ -1,4 +1,4 @@
-"""What the null spaces of a teacher's layers hold of its outlier tokens."""
+"""Measures of the outlier energy that the null spaces of a teacher's layers hold."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def collect_patches(
     """Returns patch tokens after some blocks, and patch norms after each, in every process.
 
     Args:
-      network, params: the model, its parameters on `mesh`.
-      mesh: of the devices.
-      images: what it looks at; all can be read (`checking.readable`), since a replacement would
-        count twice.
+      network: the model.
+      params: its parameters on `mesh`.
+      mesh: devices to run on.
+      images: images to run the model on; all are readable (`checking.readable`), because the
+        replacement of an unreadable one would count twice.
       layers: indices of blocks.
-      workers: of the loader.
+      workers: number of the loader's processes.
 
     Returns:
       the tokens [images, patches, dim] in float32 by block, and norms [blocks, images, patches].
@@ -71,7 +72,7 @@ def collect_patches(
             norms.append(np.asarray(of_blocks))
             for layer, value in tokens.items():
                 patches[layer].append(np.asarray(value))
-    # What is left over is the padding of the last batch.
+    # The remaining rows are the padding of the last batch.
     count = len(images)
     by_layer = {layer: np.concatenate(found)[:count] for layer, found in patches.items()}
     return by_layer, np.concatenate(norms, axis=1)[:, :count]
@@ -90,19 +91,20 @@ def describe_layer(
     rank: int,
     outliers: np.ndarray,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """How large the null spaces of a layer are, and what they hold of its outliers.
+    """Measures a layer's null spaces: their size and their share of the outlier energy.
 
     Args:
-      network, params: the teacher, its parameters on `mesh`.
-      mesh: of the devices.
+      network: the teacher.
+      params: its parameters on `mesh`.
+      mesh: devices to run on.
       layer: index of a block.
-      patches: after it, as `collect_patches` gives them.
+      patches: patch tokens after the block, from `collect_patches`.
       sources: linear maps (`nullspace.linear_map`), or `calibrated`, which finds its directions in
         every second image and is measured on the others.
-      epsilon: of `calibrated` (`calibration.calibrated`).
+      epsilon: ridge of `calibrated` (`calibration.calibrated`).
       thresholds: rules and numbers (`nullspace.threshold_value`).
-      rank: at least so many directions are in a projector, and so many are calibrated.
-      outliers: which patches are outliers, bool [images, patches].
+      rank: smallest number of directions of a projector, and number of calibrated directions.
+      outliers: mask of the outlier patches, bool [images, patches].
 
     Returns:
       a row for each source and threshold, with the layer's `defect_angle` in degrees
@@ -115,7 +117,7 @@ def describe_layer(
         found = jax.jit(
             lambda params: compute(network.merge(params)), out_shardings=parallel.replicated(mesh)
         )(params)
-        # From here every process goes on alone.
+        # The rest needs no communication between processes.
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)
 
     defect = on_every_device(lambda model: singular_defect(model, layer))

@@ -1,4 +1,4 @@
-"""What the patch tokens of a model look like: their norms, their likeness to the teacher's."""
+"""Statistics of a model's patch tokens: their norms and their similarity to the teacher's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PatchTokens = Float[np.ndarray, "images patches dim"]
 
 @dataclasses.dataclass(frozen=True)
 class _Patches:
-    """A task whose features are the raw patch tokens themselves."""
+    """Task whose features are the raw patch tokens."""
 
     def features(
         self, model: VisionTransformer, tokens: Float[Array, "batch tokens dim"]
@@ -26,21 +26,21 @@ class _Patches:
 
 
 def patch_tokens(backbone: Backbone, source: Source) -> PatchTokens:
-    """The last block's patch tokens of every image of a source, in order."""
+    """Returns the last block's patch tokens of every image of a source, in order."""
     return backbone.extract(source, _Patches(), EvalTransform(backbone.image_size)).features
 
 
 def norm_ratio(tokens: PatchTokens) -> float:
-    """99th percentile over median of the patch norms: how far the outliers stand out."""
+    """Returns the ratio of the 99th percentile to the median of the patch norms."""
     norms = np.linalg.norm(tokens, axis=-1)
     return float(np.quantile(norms, 0.99) / np.median(norms))
 
 
 def linear_map(tokens: PatchTokens, teacher: PatchTokens) -> Float[np.ndarray, "dim_1 teacher_dim"]:
-    """The affine map of least squares from a model's patch tokens to the teacher's.
+    """Fits the affine least-squares map from a model's patch tokens to the teacher's.
 
-    So that models of any width are compared with the teacher alike, also those never trained
-    against it.
+    With the map, models of any width can be compared with the teacher, including models that were
+    never trained against it.
     """
     return np.linalg.lstsq(_affine(tokens), teacher.reshape(-1, teacher.shape[-1]), rcond=None)[0]
 
@@ -50,7 +50,7 @@ def cosine_to_teacher(
     teacher: PatchTokens,
     mapping: Float[np.ndarray, "dim_1 teacher_dim"] | None = None,
 ) -> Float[np.ndarray, "images patches"]:
-    """Cosine similarity of each patch token to the teacher's, mapped to its width where given."""
+    """Returns each patch token's cosine similarity to the teacher's, after `mapping` if given."""
     mapped = tokens if mapping is None else (_affine(tokens) @ mapping).reshape(teacher.shape)
     norms = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(teacher, axis=-1)
     return np.sum(mapped * teacher, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny)

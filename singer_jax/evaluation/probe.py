@@ -1,4 +1,4 @@
-"""The linear probe: one linear head on frozen features, trained and chosen.
+"""Linear probe: trains one linear head on frozen features and selects its learning rate.
 
 The published protocol runs the backbone on new crops in every epoch (`trainers.CropTrainer`);
 `trainers.FeatureTrainer` works on features that were extracted once.
@@ -37,58 +37,62 @@ from singer_jax.settings.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSettings(Settings):
-    """Settings of the linear probe, and of kNN."""
+    """Settings of the linear probe and of kNN."""
 
     epochs: int | None = setting(
         None,
         optional(COUNT),
-        "number of training epochs; None: as published, 150 (ADE20K and NYUd 200)",
+        "Number of training epochs. None: 150 (200 for ADE20K and NYUd), as in the paper.",
     )
-    batch_size: int = setting(64, COUNT, "global batch size", "images")
+    batch_size: int = setting(64, COUNT, "Global batch size, summed over all devices.", "images")
     learning_rates: tuple[float, ...] = setting(
         (0.5,),
         Each(POSITIVE, least=1),
-        "peak learning rates; the best of several on held-out training images is reported",
+        "Peak learning rates. With several, the best one on held-out training images is reported.",
     )
     val_fraction: float = setting(
-        0.1, BETWEEN, "fraction of the training images that the learning rate is chosen on"
+        0.1, BETWEEN, "Fraction of the training images held out to select the learning rate."
     )
-    weight_decay: float = setting(1e-6, NOT_NEGATIVE, "weight decay of SGD")
+    weight_decay: float = setting(1e-6, NOT_NEGATIVE, "Weight decay of SGD.")
     pooling: str | None = setting(
         None,
         optional(OneOf(("cls", "avg", "pooled"))),
-        "input of the head: class token, mean of the patches, or the model's pooled output; "
-        "None: the class token, or the pooled output of a model without one",
+        "Input of the classification head: class token (`cls`), mean of the patch tokens (`avg`), "
+        "or the model's pooled output. None: `cls` if the model has a class token, else `pooled`.",
     )
     protocol: str = setting(
         "paper",
         OneOf(("paper", "fast")),
-        "paper: new random crops in every epoch; fast: features are extracted once",
+        "Training protocol of the probe. `paper`: new random crops in every epoch; `fast`: "
+        "features are extracted once.",
     )
     views: int = setting(
-        0, FROM_ZERO, "number of augmented views that `fast` extracts besides the centre crop"
+        0, FROM_ZERO, "Number of augmented views that `fast` extracts besides the centre crop."
     )
     depth_zero_as_bin: bool = setting(
-        False, Flag(), "train pixels without depth as the first bin (official code)"
+        False, Flag(), "Trains pixels without depth as the first bin, as the official code does."
     )
     depth_drop_saturated: bool = setting(
-        False, Flag(), "leave pixels predicted at 0 or 10 m out of the metrics (official code)"
+        False,
+        Flag(),
+        "Excludes pixels predicted at 0 or 10 m from the metrics, as the official code does.",
     )
-    knn_k: int = setting(20, COUNT, "number of neighbours of kNN")
-    knn_temperature: float = setting(0.07, POSITIVE, "temperature of the weights of the neighbours")
+    knn_k: int = setting(20, COUNT, "Number of neighbours of kNN.")
+    knn_temperature: float = setting(0.07, POSITIVE, "Temperature of kNN's votes.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResult:
-    """The result of a probe.
+    """Result of a probe.
 
     Attributes:
-      learning_rate: the peak learning rate of the reported head.
-      held_out: the task's score of each rate on held-out training images, where there were several;
-        minus infinity where the head is not finite.
-      last, best: metrics on the test split after the last epoch, and at the best one.
+      learning_rate: peak learning rate of the reported head.
+      held_out: score of each rate on held-out training images, if there were several rates; minus
+        infinity for a head that is not finite.
+      last: metrics on the test split after the last epoch.
+      best: metrics on the test split at the best epoch.
       best_epoch: number of the best epoch, counted from 1.
-      head: the head after the last epoch.
+      head: head after the last epoch.
     """
 
     learning_rate: float
@@ -100,14 +104,14 @@ class ProbeResult:
 
 
 class Trainer(Protocol):
-    """Trains heads on training images that are named by index."""
+    """Trainer of heads on training images that are selected by index."""
 
     task: Task
     images: int
     mesh: Mesh
 
     def steps_per_epoch(self, images: int) -> int:
-        """Returns the number of steps of an epoch on so many images."""
+        """Returns the number of steps of an epoch over this number of images."""
 
     def centre(self, chosen: np.ndarray) -> Examples:
         """Returns centre-crop features of some images."""
@@ -117,24 +121,24 @@ class Trainer(Protocol):
     ) -> Iterator[tuple[int, Head]]:
         """Yields the number of steps done and the stacked heads of all rates.
 
-        It yields at the end of each epoch at least, and after each step where it can.
+        It yields at least at the end of each epoch, and after each step if the trainer supports it.
 
         Args:
           chosen: indices of the images.
           rates: learning rates.
-          start: the progress from which it continues: its `step` and `heads`.
+          start: progress to resume from; its `step` and `heads` are used.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """One model that is probed.
+    """Model that is probed.
 
     Attributes:
-      trainer: trains its heads.
+      trainer: trainer of its heads.
       test: its features of the test split.
-      keeper: keeps its progress, from which it continues.
-      name: its name, for warnings; empty where there is only one.
+      keeper: keeper of its progress, from which the probe resumes.
+      name: its name in warnings; empty if there is only one model.
     """
 
     trainer: Trainer
@@ -143,7 +147,7 @@ class Probed:
     name: str = ""
 
     def head(self, rate: float) -> str:
-        """Names the head of a learning rate."""
+        """Returns the name of a learning rate's head for messages."""
         return f"{self.name + ': ' if self.name else ''}the head at learning rate {rate:g}"
 
 
@@ -157,11 +161,11 @@ def probe(
     """Returns `probe_each` of one model.
 
     Args:
-      trainer: trains its heads.
-      test: its features of the test split.
-      settings: those of the probe, with a number of epochs.
-      seed: the seed of the choice of held-out images.
-      keeper: keeps the progress, from which it continues; default: nothing is kept.
+      trainer: trainer of the heads.
+      test: features of the test split.
+      settings: settings of the probe; `epochs` must be set.
+      seed: seed of the choice of held-out images.
+      keeper: keeper of the progress, from which the probe resumes; default: nothing is kept.
     """
     return probe_each([Probed(trainer, test, keeper or Keeper())], settings, seed)[0]
 
@@ -171,17 +175,17 @@ def probe_each(
 ) -> list[ProbeResult]:
     """Trains a linear head for each model and tests it after every epoch.
 
-    Several learning rates are compared on held-out training images, never on the test split; the
-    best one is then trained on all of them. All models are at the same step, so that trainers that
-    share their batches (`trainers.CropBatches`) decode each of them once.
+    Several learning rates are compared on held-out training images, never on the test split. The
+    best one is then trained on all training images. All models advance step by step together, so
+    that trainers with common batches (`trainers.CropBatches`) decode each batch once.
 
     Args:
-      probed: the models, on the same training split.
-      settings: those of the probe, with a number of epochs.
-      seed: the seed of the choice of held-out images.
+      probed: models, on the same training split.
+      settings: settings of the probe; `epochs` must be set.
+      seed: seed of the choice of held-out images.
 
     Raises:
-      Stopped: on request, with the progress kept.
+      Stopped: a stop was requested; the progress is kept.
     """
     rates = tuple(settings.learning_rates)
     order = np.random.default_rng(seed).permutation(probed[0].trainer.images)
@@ -204,12 +208,12 @@ def _best_rate(rates: Sequence[float], scores: Sequence[float]) -> float:
 def _held_out_scores(
     one: Probed, held_out: np.ndarray, rates: Sequence[float]
 ) -> tuple[float, ...]:
-    """Returns the score of each rate's head on some images; warns of heads that are not finite."""
+    """Returns the score of each rate's head on some images; warns of non-finite heads."""
     trainer, heads = one.trainer, one.keeper.progress.heads
     found = score(trainer.task, heads, trainer.centre(held_out), trainer.mesh)
     finite = are_finite(heads)
     for rate in itertools.compress(rates, ~finite):
-        LOG.warning("%s is not finite, so that it scores worst", one.head(rate))
+        LOG.warning("%s is not finite and scores worst", one.head(rate))
     return tuple(
         _score(trainer.task, metrics) if usable else -math.inf
         for metrics, usable in zip(found, finite, strict=True)
@@ -221,14 +225,14 @@ def _result(one: Probed, rates: Sequence[float], rate: float) -> ProbeResult:
     by_epoch = progress.by_epoch
     best = max(range(len(by_epoch)), key=lambda epoch: _score(task, by_epoch[epoch]))
     if not are_finite(progress.heads).all():
-        LOG.warning("%s is not finite, so that its metrics are the worst", one.head(rate))
+        LOG.warning("%s is not finite; its metrics are the worst possible", one.head(rate))
     head = {name: np.asarray(value[0]) for name, value in progress.heads.items()}
     held_out = dict(zip(rates, progress.held_out, strict=True)) if progress.held_out else {}
     return ProbeResult(rate, held_out, by_epoch[-1], by_epoch[best], best + 1, head)
 
 
 def _score(task: Task, metrics: Mapping[str, float]) -> float:
-    """Returns the score by which heads are compared; minus infinity where there is none."""
+    """Returns the score by which heads are compared; minus infinity if it is not finite."""
     value = metrics[task.score]
     return value if math.isfinite(value) else -math.inf
 
@@ -239,15 +243,15 @@ def _train_each(
     rates: Sequence[Sequence[float]],
     tested: bool = False,
 ) -> None:
-    """Trains the heads of all models to the end; their keepers hold them then.
+    """Trains the heads of all models to the end; afterwards their keepers hold them.
 
-    They are kept after every epoch, where `tested` with their metrics on the test split.
+    The heads are kept after every epoch, with their metrics on the test split if `tested`.
 
     Args:
-      probed: the models.
+      probed: models.
       chosen: indices of the training images.
-      rates: the learning rates of each model.
-      tested: whether the test split is scored after every epoch.
+      rates: learning rates of each model.
+      tested: True if the test split is scored after every epoch.
     """
     done = [one.keeper.progress.step for one in probed]
     running = {
@@ -255,7 +259,7 @@ def _train_each(
         for number, one in enumerate(probed)
     }
     while running:
-        # Those that are behind go first: then all ask for the same batch.
+        # Models that are behind advance first, so that all then use the same batch.
         behind = min(done[number] for number in running)
         moved = {}
         for number in [number for number in running if done[number] == behind]:
@@ -274,7 +278,7 @@ def _keep(
     done: Sequence[int],
     tested: bool,
 ) -> None:
-    """Keeps the heads at the end of an epoch, and where a stop is requested, which it raises."""
+    """Keeps the heads at the end of an epoch; on a stop, keeps all heads and raises `Stopped`."""
     within = []
     for number, heads in moved.items():
         trainer, keeper = probed[number].trainer, probed[number].keeper
@@ -284,7 +288,7 @@ def _keep(
         found = score(trainer.task, heads, probed[number].test, trainer.mesh) if tested else []
         by_epoch = (*keeper.progress.by_epoch, *found)
         keeper.keep(step=done[number], heads=heads, by_epoch=by_epoch)
-    # All keepers ask the same; the answer counts how often it was asked.
+    # One keeper asks for all: processes agree on a stop by the number of times they asked.
     first = probed[next(iter(moved))].keeper if moved else None
     if first and first.stopping():
         for number in within:

@@ -1,4 +1,4 @@
-"""Progress of a probe, kept in a file, so that a stopped probe ends with the same numbers."""
+"""Progress of a probe, kept in a file, so that a resumed probe ends with the same numbers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Progress:
     """Progress of a probe.
 
     Attributes:
-      nearest: the metrics of kNN, once they are known.
-      held_out: the score of each rate on held-out images; empty while they are being compared.
-      step: number of steps done in the current phase: comparing rates, or the last training.
-      heads: the heads after these steps; None before the first.
-      by_epoch: metrics on the test split after each epoch of the last training.
+      nearest: metrics of kNN, once they are known.
+      held_out: score of each rate on held-out images; empty during their comparison.
+      step: number of steps done in the current phase: comparison of rates, or final training.
+      heads: heads after these steps; None before the first.
+      by_epoch: metrics on the test split after each epoch of the final training.
     """
 
     nearest: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -37,10 +37,10 @@ class Progress:
 
 
 class Keeper:
-    """Keeps nothing and is never asked to stop.
+    """Keeper that stores progress in memory only and never requests a stop.
 
     Attributes:
-      progress: the progress from which the probe continues.
+      progress: progress from which the probe resumes.
     """
 
     def __init__(self, progress: Progress = Progress()) -> None:
@@ -54,21 +54,22 @@ class Keeper:
         self.progress = dataclasses.replace(self.progress, **changes)
 
     def stopping(self) -> bool:
-        """Returns whether to stop now; the answer is the same in every process."""
+        """Returns True if the probe must stop now; the answer is the same in every process."""
         return False
 
     def describe(self) -> str:
-        """Describes what is kept, for the message of a stop."""
+        """Returns a description of the kept progress, for the message of a stop."""
         return "stopped"
 
 
 class FileKeeper(Keeper):
-    """Keeps the progress in a file that process 0 writes and reads.
+    """Keeper that stores progress in a file, which only process 0 writes and reads.
 
     Args:
-      file: a `.npz`; one of another key, or one that cannot be read, is not continued.
-      key: a digest of the model, the settings and the data.
-      asked: returns whether a stop was requested; the answer is the same in every process.
+      file: path of the `.npz` file; a file with another key, or an unreadable one, is ignored.
+      key: digest of the model, the settings and the data.
+      asked: function that returns True if a stop was requested; the answer is the same in every
+        process.
     """
 
     def __init__(self, file: epath.Path, key: str, asked: Callable[[], bool]) -> None:
@@ -108,7 +109,7 @@ class FileKeeper(Keeper):
         except FileNotFoundError:
             return None
         except (OSError, KeyError, ValueError) as error:
-            LOG.warning("%s is damaged (%s); its probe starts again", self.file, error)
+            LOG.warning("%s is corrupt (%s); its probe starts again", self.file, error)
             return None
         if text["key"] != self.key:
             return None

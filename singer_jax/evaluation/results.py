@@ -1,4 +1,4 @@
-"""The file `results.json` of an evaluation: what was measured, of which weights, and how."""
+"""Format of an evaluation's `results.json`: the numbers, the weights, the data and the settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from singer_jax.settings.settings import flatten
 VERSION = 2
 """Version of the evaluation's code.
 
-It is raised whenever the same weights, data and settings give other numbers than before.
+Increment it whenever the same weights, data and settings give different numbers.
 """
 
 _SHOWN = ("top1", "knn_top1", "miou", "rmse")
@@ -23,17 +23,17 @@ _SHOWN = ("top1", "knn_top1", "miou", "rmse")
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The content of a `results.json`.
+    """Content of a `results.json`.
 
-    Files of version 1 do not say how they were made: `version`, `step` and `digest` are None, and
+    Files of version 1 do not state how they were made: `version`, `step` and `digest` are None, and
     `settings` and `data` are empty.
 
     Attributes:
-      row: numbers by column: those of Table 1, then one a task and metric.
-      version: `VERSION` of the code that measured.
-      settings: the evaluation's settings by dotted key.
-      data: a digest of the data of each task.
-      step: step of the checkpoint that was measured; None for a file of weights.
+      row: numbers by column: the columns of Table 1, then one column per task and metric.
+      version: `VERSION` of the code that evaluated.
+      settings: settings of the evaluation by dotted key.
+      data: digest of the data of each task.
+      step: step of the evaluated checkpoint; None for a weight file.
       digest: `checkpoints.fingerprint` of the weights.
     """
 
@@ -48,12 +48,12 @@ class Results:
 def provenance(
     settings: Mapping[str, Any], data: Mapping[str, str], step: int | None, digest: str
 ) -> dict[str, Any]:
-    """Returns the part of `results.json` that says how its numbers were made.
+    """Returns the part of `results.json` that states how its numbers were made.
 
     Args:
-      settings: the evaluation's settings, as nested dicts.
-      data: a digest of the data of each task.
-      step: step of the checkpoint; None for a file of weights.
+      settings: settings of the evaluation, as nested dicts.
+      data: digest of the data of each task.
+      step: step of the checkpoint; None for a weight file.
       digest: `checkpoints.fingerprint` of the weights.
     """
     return {
@@ -65,10 +65,10 @@ def provenance(
 
 
 def read_results(file: epath.Path) -> Results | None:
-    """Reads a `results.json`, also one of version 1; None: there is no such file.
+    """Reads a `results.json`, also of version 1; returns None if there is no such file.
 
     Raises:
-      InputError: the file is not the results of an evaluation.
+      InputError: the file is not a `results.json` of an evaluation.
     """
     if not file.is_file():
         return None
@@ -91,10 +91,10 @@ def read_results(file: epath.Path) -> Results | None:
             weights.get("digest"),
         )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not the results of the job evaluate: {error!r}") from error
+        raise InputError(f"{file}: not a results.json of the job evaluate: {error!r}") from error
     wrong = next((name for name, value in row.items() if not isinstance(value, int | float)), None)
     if wrong is not None:
-        raise InputError(f"{file}: {wrong} is not a number")
+        raise InputError(f"{file}: {wrong} is not a number; evaluate again")
     if not all(value is None or isinstance(value, int) for value in (found.version, found.step)):
-        raise InputError(f"{file}: version and weights.step are whole numbers")
+        raise InputError(f"{file}: version and weights.step must be integers; evaluate again")
     return found

@@ -1,4 +1,4 @@
-"""All that a study measures of a teacher and its students, on generated scenes."""
+"""Measures of a study on generated scenes, for a teacher and its students."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.planted import marked_patches
 
-_AT_ONCE = 250  # images through a model
-_MAPPED = 500  # images that the linear map to the teacher's features is fitted on
+_AT_ONCE = 250  # images per pass through a model
+_MAPPED = 500  # number of images to fit the linear map to the teacher's features
 
 Tokens = dict[int, Float[np.ndarray, "images tokens dim"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """A split in memory.
+    """Split of generated scenes in memory.
 
     Attributes:
-      pixels: [images, size, size, 3].
-      classes: of each image.
-      masks, depth: [images, size, size]; a surface from 0, and metres, 0 where there is no depth.
+      pixels: images [images, size, size, 3].
+      classes: class of each image.
+      masks: class of each pixel, from 0, [images, size, size].
+      depth: depth of each pixel in metres, 0 if there is none, [images, size, size].
     """
 
     pixels: UInt8[np.ndarray, "images size size 3"]
@@ -49,12 +50,12 @@ class Scenes:
 
     @classmethod
     def draw(cls, data: DataSettings, size: int, split: str, count: int | None = None) -> Scenes:
-        """The first pictures of a split, or all of them, at a size in pixels."""
+        """Returns the first `count` images of a split, or all of them, at a size in pixels."""
         transforms = {
             "scenes_masks": SegmentationTransform(size, train=False),
             "scenes_depth": DepthTransform(size, train=False),
         }
-        rng = np.random.default_rng(0)  # draws nothing: both are of testing
+        rng = np.random.default_rng(0)  # unused: both transforms are deterministic
         found: dict[str, list[np.ndarray]] = {}
         for name, transform in transforms.items():
             source = open_source(dataclasses.replace(data, source=name), split)
@@ -67,16 +68,16 @@ class Scenes:
 
 
 class SceneMeasures:
-    """Of students of one teacher.
+    """Measures of the students of one teacher.
 
-    Dense tasks leave out the patches that the teacher marks, in training and testing: where marks
-    follow the image, an artifact that a student kept would tell it what is there.
+    Dense tasks exclude the patches in which the teacher has an artifact, in training and testing.
+    If artifacts depend on the image, those that a student kept would reveal the label.
 
     Args:
-      teacher: as its students saw it.
-      train: what probes are fitted on.
-      test: what is measured.
-      layers: the distilled blocks; a planted vector is added after the first.
+      teacher: teacher as its students saw it.
+      train: scenes to fit probes on.
+      test: scenes to evaluate on.
+      layers: distilled blocks; a planted vector is added after the first of them.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SceneMeasures:
         )
 
     def of_teacher(self) -> dict[str, float]:
-        """What the teacher itself scores, and what was planted in it."""
+        """Returns the scores of the teacher, and measures of its planted artifact."""
         found = self._scores(self.teacher)
         found["norm_ratio_first"] = norm_ratio(self.features[self.first][:, self.prefix :])
         if self.teacher.arch.planted:
@@ -111,7 +112,7 @@ class SceneMeasures:
         return found
 
     def of_student(self, student: Backbone) -> dict[str, float | None]:
-        """Its scores and its likeness to the teacher into which nothing is planted."""
+        """Returns the scores of a student, and its similarity to the artifact-free teacher."""
         last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
         fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
         own = tokens_of(student, self.test, [last])[last][:, prefix:]
@@ -123,12 +124,12 @@ class SceneMeasures:
         }
 
     def of_target(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> dict[str, float]:
-        """What a method or cleaner made of the first distilled block's features.
+        """Returns measures of a distillation target: the refined or cleaned first distilled block.
 
-        What the next block sees of it is the change of what it adds to the residual stream.
+        The effect on the next block is the change of the block's update to the residual stream.
 
         Args:
-          cleaned: in the place of the teacher's own.
+          cleaned: target features, in place of the teacher's own.
         """
         own = self.features[self.first]
         before, after = (x[:, self.prefix :] for x in (own, cleaned))
@@ -140,13 +141,13 @@ class SceneMeasures:
         return found | {"next_block_changed": artifacts.relative_change(*seen)}
 
     def refined(self, refiner: Refiner) -> Float[np.ndarray, "images tokens dim"]:
-        """The first distilled block's features with a refiner's update."""
+        """Returns the first distilled block's features with a refiner's update."""
         features = self.features[self.first]
         update = np.asarray(refiner.update(jnp.asarray(features[:, self.prefix :])))
         return features + np.pad(update, ((0, 0), (self.prefix, 0), (0, 0)))
 
     def clipped(self, quantile: float) -> Float[np.ndarray, "images tokens dim"]:
-        """The first distilled block's features with clipped patches."""
+        """Returns the first distilled block's features with clipped patch norms."""
         features = self.features[self.first]
         patches = clip_norms(jnp.asarray(features[:, self.prefix :]), quantile)
         return np.concatenate([features[:, : self.prefix], np.asarray(patches)], axis=1)
@@ -184,7 +185,7 @@ class SceneMeasures:
 def tokens_of(
     backbone: Backbone, scenes: Scenes, layers: Sequence[int], count: int | None = None
 ) -> Tokens:
-    """All tokens after some blocks, of the first `count` scenes or of all."""
+    """Returns all tokens after some blocks, for the first `count` scenes or for all."""
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     for pixels in _parts(scenes.pixels[:count]):
         of_part = _features(backbone.network, tuple(layers), backbone.params, pixels)
@@ -194,7 +195,7 @@ def tokens_of(
 
 
 def _without_planted(backbone: Backbone) -> Backbone:
-    """The same weights, but a planted vector of zeros."""
+    """Returns the backbone with its planted vector set to zero."""
     params = dict(backbone.params)
     if "planted" in params:
         params["planted"] = jax.tree.map(jnp.zeros_like, params["planted"])
@@ -202,7 +203,7 @@ def _without_planted(backbone: Backbone) -> Backbone:
 
 
 def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patches"]:
-    """The patches to which a model's vector is added; none where nothing is planted."""
+    """Returns a mask of the patches with the planted vector; all False if the model has none."""
     spec = backbone.network.spec
     if not spec.arch.planted:
         return np.zeros((len(scenes.pixels), spec.arch.num_patches), bool)

@@ -1,4 +1,4 @@
-"""The metrics of heads on a split, computed batch by batch on the devices."""
+"""Metrics of heads on a split, computed batch by batch on the devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from singer_jax.evaluation.heads import Head, Task, over_devices
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 
-_MOST_SCORED = 256  # images at once
+_MOST_SCORED = 256  # largest number of images per batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -33,13 +33,13 @@ def score(
     examples: Examples,
     mesh: Mesh | None = None,
 ) -> list[dict[str, float]]:
-    """Returns the metrics of each of several stacked heads on a split, every image counted once.
+    """Returns the metrics of each of several stacked heads; every image counts once.
 
     Args:
-      task: the task of the heads.
-      heads: the heads, with a leading axis.
-      examples: those of the split.
-      mesh: the devices over which the images are split; default: one device.
+      task: task of the heads.
+      heads: heads with a leading axis.
+      examples: features and labels of the split.
+      mesh: devices over which the images are split; default: one device.
     """
     mesh = mesh or parallel.make_mesh(1)
     features = examples.features.shape[1:]
@@ -73,6 +73,6 @@ def padded(
 
 
 def are_finite(heads: Mapping[str, Any]) -> Bool[np.ndarray, " heads"]:
-    """Returns which of several stacked heads have neither NaN nor infinity in them."""
+    """Returns a mask of the stacked heads that hold neither NaN nor infinity."""
     finite = [np.isfinite(np.asarray(value)) for value in heads.values()]
     return np.all([each.reshape(len(each), -1).all(axis=1) for each in finite], axis=0)

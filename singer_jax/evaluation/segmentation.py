@@ -1,4 +1,4 @@
-"""The probe of segmentation: one class a pixel, from the patch tokens."""
+"""Segmentation probe: one class per pixel, predicted from the patch tokens."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from singer_jax.models.vit import VisionTransformer
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """One class a pixel, from patch tokens.
+    """Semantic segmentation from patch tokens.
 
     Attributes:
       classes: number of labels 0, 1, ...
-      ignore: label of pixels that count nowhere.
+      ignore: label of pixels that are excluded from loss and metrics.
     """
 
     classes: int
@@ -92,9 +92,9 @@ def confusion_matrix(
     known: Bool[Array, "*axes"],
     classes: int,
 ) -> Int[Array, "truth predicted"]:
-    """Counts how often each class was predicted for each, where `known`.
+    """Counts the predictions of each class for each true class, where `known` is True.
 
-    The last column, `predicted == classes`, counts the pixels for which nothing was predicted.
+    The last column, `predicted == classes`, counts the pixels without a prediction.
     """
     columns = classes + 1
     index = jnp.where(known, labels * columns + predicted, 0)
@@ -103,13 +103,13 @@ def confusion_matrix(
 
 
 def mean_iou(confusion: Num[np.ndarray, "truth predicted"]) -> float:
-    """Returns the mean of intersection over union of the classes, between 0 and 1.
+    """Returns the mean intersection over union of the classes, between 0 and 1.
 
     Classes that occur neither in the predictions nor in the truth are left out of the mean.
 
     Args:
-      confusion: number of pixels; a row a class, and a column a class. Further columns count
-        pixels for which no class was predicted.
+      confusion: number of pixels; rows are true classes, columns are predicted classes. Further
+        columns count pixels without a prediction.
     """
     hit, classes = np.diag(confusion), len(confusion)
     union = confusion.sum(0)[:classes] + confusion.sum(1) - hit

@@ -1,4 +1,4 @@
-"""Where a stack of blocks, taken as linear maps, would send every token: its singular defect.
+"""Singular defect of a stack of blocks: the direction that the linearised blocks amplify most.
 
 "SINDER: Repairing the Singular Defects of DINOv2", ECCV 2024, finds that the outlier tokens of a
 vision transformer point along the leading left singular vector of its linearised blocks.
@@ -21,30 +21,31 @@ from singer_jax.models.vit import VisionTransformer
 
 _product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
 
-_NODES = np.linspace(-8, 8, 257, dtype=np.float32)  # of a standard normal number
+_NODES = np.linspace(-8, 8, 257, dtype=np.float32)  # nodes for a standard normal variable
 _WEIGHTS = np.exp(-(_NODES**2) / 2) / np.exp(-(_NODES**2) / 2).sum()
 
 
 def singular_defect(model: VisionTransformer, layer: int) -> Float[Array, " dim"]:
-    """The unit direction that blocks 0 to `layer`, linearised, amplify most, in their output.
+    """Returns the unit output direction that the linearised blocks 0 to `layer` amplify most.
 
-    Each block is (I + A)(I + M) of row vectors (`linearise`), and the direction is the leading
-    right singular vector of their product: left where tokens are columns, as in the paper.
+    With row vectors, each block is (I + A)(I + M) (`linearise`), and the direction is the leading
+    right singular vector of their product. The paper uses columns, for which it is the left one.
     """
     stack = jnp.eye(model.arch.embed_dim)
     for index in range(layer + 1):
         for step in linearise(model.block(index)):
             stack = stack + _product(stack, step)
-        stack = stack / jnp.max(jnp.abs(stack))  # only its direction matters, not its growth
+        stack = stack / jnp.max(jnp.abs(stack))  # only the direction matters, not the scale
     return nullspace.decompose(stack.T).vectors[:, 0]
 
 
 def linearise(block: Block) -> tuple[Float[Array, "dim dim"], Float[Array, "dim dim"]]:
-    """A and M: what attention and MLP add to a token, as maps of row vectors without constants.
+    """Returns A and M: the updates of attention and MLP as linear maps of row vectors.
 
-    A LayerNorm is its centring and its scale: tokens are taken to have unit variance. An RMSNorm
-    and the norms inside attention and MLP are their scales alone. Every token attends to itself
-    alone. The MLP's hidden layer is the linear map of least squares on standard normal tokens.
+    A LayerNorm becomes its centring and its scale, with tokens taken to have unit variance. An
+    RMSNorm and the norms inside attention and MLP become their scales. Every token attends to
+    itself alone. The MLP's hidden layer becomes the least-squares linear map on standard normal
+    tokens. Biases are dropped.
     """
     dim = block.norm1.scale.shape[0]
     centring = jnp.eye(dim) - 1 / dim if isinstance(block.norm1, nnx.LayerNorm) else jnp.eye(dim)
@@ -64,11 +65,12 @@ def linearise(block: Block) -> tuple[Float[Array, "dim dim"], Float[Array, "dim 
 
 
 def _hidden(mlp: Mlp) -> Float[Array, "dim hidden"]:
-    """From a token to the MLP's hidden layer h: the minimum over B of E ||h(x) - h0 - x B||^2.
+    """Returns the least-squares linear map B from a token to the MLP's hidden layer h.
 
-    For standard normal x it is B = E[x^T h(x)]. Of a hidden unit f(x w + b), with z = x w / ||w||,
-    that is E[z f] w / ||w||. Of silu(g) v of two such maps, the part of v that goes with g is
-    weighted by E[z silu(g) v] likewise, and the rest of its map by E[silu(g)].
+    B minimises E ||h(x) - h0 - x B||^2. For standard normal x, B = E[x^T h(x)]. For a hidden unit
+    f(x w + b) and z = x w / ||w||, this is E[z f] w / ||w||. For silu(g) v with two such maps, the
+    part of v along g is weighted by E[z silu(g) v] in the same way, and the rest of its map by
+    E[silu(g)].
     """
     maps = [_read(part) for part in mlp.input_maps()]
     layers = (mlp.fc1_g, mlp.fc1_x) if isinstance(mlp, SwiGLU) else (mlp.fc1,)
@@ -86,7 +88,7 @@ def _hidden(mlp: Mlp) -> Float[Array, "dim hidden"]:
     if isinstance(mlp, Mlp):
         return gate * mean(_NODES[:, None] * mlp.activation(inputs)) / size
     value = maps[1]
-    along = jnp.sum(gate * value, axis=0) / size  # of v, per unit of z
+    along = jnp.sum(gate * value, axis=0) / size  # component of v per unit of z
     gates = jax.nn.silu(inputs)
     with_gate = mean(_NODES[:, None] * gates * (biases[1] + _NODES[:, None] * along))
     return gate * with_gate / size + (value - gate * along / size) * mean(gates)
@@ -97,11 +99,11 @@ def median_angle(
     outliers: Bool[Array, "batch patches"],
     direction: Float[Array, " dim"],
 ) -> float:
-    """The angle in degrees, 0 to 90, between outlier tokens and the line of a unit direction.
+    """Returns the median angle in degrees, 0 to 90, between outlier tokens and a unit direction.
 
-    Of each token's `nullspace.deviations`, and the median over tokens: some outliers of a quantile
-    are no artifacts. Nearly 90 in many dimensions where they have nothing to do with each other,
-    and 90 without outliers.
+    The angle is that of each token's `nullspace.deviations`. The median is taken over tokens,
+    because some outliers of a quantile are no artifacts. Unrelated directions in many dimensions
+    give nearly 90; without outliers the result is 90.
     """
     rows = np.asarray(nullspace.deviations(patches, outliers), np.float64)[np.asarray(outliers)]
     if not len(rows):

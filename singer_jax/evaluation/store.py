@@ -1,4 +1,4 @@
-"""Features that are extracted once: memory-mapped float16 files with checksums."""
+"""Stored features for repeated use: memory-mapped float16 files with checksums."""
 
 from __future__ import annotations
 
@@ -36,18 +36,21 @@ def stored_examples(
     workers: int = 0,
     seed: int = 0,
 ) -> Examples:
-    """Features of all images, one view a transform; extracted now or read back.
+    """Extracts the features of all images, one view per transform, or reads stored ones back.
 
     Args:
-      folder: of `features.npy`, `labels.npy` and `meta.json`, which process 0 alone writes and
-        reads; made again where they are of another model, task, source or transform.
-      backbone, source, task: what is extracted.
-      transforms: of each view; a random one draws other numbers in each view.
-      workers: of the loader.
-      seed: of random transforms.
+      folder: folder of `features.npy`, `labels.npy` and `meta.json`, which only process 0 writes
+        and reads; the files are replaced if they belong to another model, task, source or
+        transform.
+      backbone: model.
+      source: images.
+      task: task whose features are extracted.
+      transforms: transform of each view; a random one draws different numbers in each view.
+      workers: number of the loader's processes.
+      seed: seed of random transforms.
 
     Returns:
-      memory-mapped float16 features and their labels; every process has to take the same rows.
+      memory-mapped float16 features and their labels; every process must take the same rows.
     """
     first, meta = jax.process_index() == 0, folder / "meta.json"
     parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms), seed)
@@ -56,7 +59,12 @@ def stored_examples(
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             meta.unlink(missing_ok=True)
-        LOG.info("extracting %d view(s) of %d images to %s", len(transforms), len(source), folder)
+        LOG.info(
+            "extracting features: %d view(s) of %d images, to %s",
+            len(transforms),
+            len(source),
+            folder,
+        )
         arrays: list[np.memmap] = []
         rows, row = len(source) * len(transforms), 0
         for view, transform in enumerate(transforms):
@@ -84,16 +92,16 @@ def stored_examples(
 
 
 def reserved(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """Makes a `.npy` file that is mapped into memory and whose room on the disk is reserved.
+    """Creates a memory-mapped `.npy` file and reserves its space on the disk.
 
-    Without the reservation a disk that gets full ends the process with SIGBUS.
+    Without the reservation, a full disk would end the process with SIGBUS.
 
     Raises:
-      OSError: The disk has no room for the file, which is removed.
+      OSError: the disk has no space for the file; the file is removed.
     """
     try:
         array = np.lib.format.open_memmap(file, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # macOS has none
+        if hasattr(os, "posix_fallocate"):  # missing on macOS
             with file.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     except OSError as error:
@@ -103,7 +111,7 @@ def reserved(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
 
 
 class _OfFirstProcess:
-    """An array whose rows process 0 reads, and sends to all that read the same ones."""
+    """Array whose rows process 0 reads and broadcasts; all processes must read the same rows."""
 
     def __init__(self, rows: np.ndarray | None) -> None:
         self._rows = rows
@@ -125,7 +133,7 @@ def _halved(features: np.ndarray, folder: Path) -> np.ndarray:
     if not np.isfinite(halves).all():
         largest = np.abs(features).max()
         raise RunError(
-            f"{folder}: features up to {largest:g} do not fit into float16; take "
+            f"{folder}: features up to {largest:g} do not fit into float16; set "
             "probe.protocol=paper"
         )
     return halves
@@ -139,7 +147,7 @@ def _intact(folder: Path, key: str) -> bool:
     if meta.get("key") != key:
         return False
     if {name: _checksum(folder / name) for name in _FILES} != meta.get("checksums"):
-        LOG.warning("%s is damaged; its features are extracted again", folder)
+        LOG.warning("%s is corrupt; its features are extracted again", folder)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Table 1 of the paper: its tasks, its columns, its numbers (quoted, never measured here)."""
+"""Table 1 of the paper: tasks, columns, and numbers (quoted, never measured here)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from singer_jax.models.zoo import IMAGENET_MEAN, IMAGENET_STD, architecture_name
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One task.
+    """Task of Table 1.
 
     Attributes:
       data: name of its data set.
-      kind: `classification`, `segmentation`, `depth`, or `transfer`: ImageNet's head, no training.
-      metric: the one that the table shows.
-      epochs: of the published probe.
-      mean, std: image statistics of the official code.
+      kind: `classification`, `segmentation`, `depth`, or `transfer`, which reuses ImageNet's head
+        without training.
+      metric: metric that the table shows.
+      epochs: number of epochs of the published probe.
+      mean: mean of the official code's image normalisation.
+      std: standard deviation of the official code's image normalisation.
     """
 
     data: str
@@ -43,15 +45,15 @@ TASKS: dict[str, Benchmark] = {
     "flowers": Benchmark("flowers"),
 }
 
-# The generated pictures of `data.source=scenes` with each kind of label: no part of the table, and
-# the epochs are ours.
+# Generated images of `data.source=scenes` with each kind of label. They are not part of the table,
+# and their number of epochs is our choice.
 SCENES: dict[str, Benchmark] = {
     "scenes": Benchmark("scenes", epochs=20),
     "scenes_masks": Benchmark("scenes_masks", "segmentation", "miou", 20),
     "scenes_depth": Benchmark("scenes_depth", "depth", "rmse", 20),
 }
 
-# Column: the tasks whose mean it is. DS is domain shift, FG fine-grained.
+# Tasks whose mean is each column. DS is domain shift, FG fine-grained.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "IN-val": ("imagenet",),
     "ADE mIoU": ("ade20k",),
@@ -71,7 +73,7 @@ _DEIT_L, _DEIT_B, _DEIT_S, _DEIT_T = (
     f"deit3_{size}_patch16_224" for size in ("large", "base", "small", "tiny")
 )
 
-# (method, teacher, student), or the name of a model that was not distilled.
+# Keyed by (method, teacher, student), or by the name of a model that was not distilled.
 PUBLISHED: dict[Any, tuple[float, ...]] = {
     _VIT_L: (79.58, 26.57, 0.9157, 71.42, 54.20, 82.27),
     _VIT_S: (76.05, 19.57, 1.1065, 65.28, 44.48, 77.39),
@@ -94,7 +96,10 @@ PUBLISHED: dict[Any, tuple[float, ...]] = {
 
 
 def row(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Returns the columns from the metrics by task; None where a task of a column has no metric."""
+    """Returns the columns of the table from the metrics by task.
+
+    A column is None if one of its tasks has no metric.
+    """
     found: dict[str, float | None] = {}
     for column, names in COLUMNS.items():
         measured = [tasks[name][TASKS[name].metric] for name in names if name in tasks]
@@ -104,14 +109,14 @@ def row(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def published(run: Mapping[str, Any] | None, model: str) -> tuple[str, dict[str, float]] | None:
-    """The paper's row for a run, or for weights that were not distilled.
+    """Returns the paper's row for a run, or for weights that were not distilled.
 
     Args:
       run: configuration of the run that made the model, as nested dicts.
-      model: timm name where there is no run.
+      model: timm name of the model, used if there is no run.
 
     Returns:
-      what the row is of, and its columns; None where the paper has none.
+      the name of the row and its columns; None if the paper has no such row.
     """
     key: Any = architecture_name(model)
     if run and any(run["method"].get("method_weights", {}).values()):
@@ -129,7 +134,7 @@ def published(run: Mapping[str, Any] | None, model: str) -> tuple[str, dict[str,
 
 
 def format_rows(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A table in text; what was not measured is a dash."""
+    """Returns a table as text, with a dash for each missing number."""
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
     for name, values in rows.items():

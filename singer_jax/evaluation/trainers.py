@@ -1,7 +1,7 @@
-"""Trainers of linear heads: on features that were extracted once, or on new crops in every epoch.
+"""Trainers of linear heads, on features extracted once or on new crops in every epoch.
 
-SGD without momentum, weight decay, cosine to 1e-8 at every step. Both trainers train a head for
-each learning rate on the same batches at once.
+They use SGD without momentum, with weight decay and a cosine schedule to 1e-8 at every step. Both
+train a head for each learning rate on the same batches at once.
 """
 
 from __future__ import annotations
@@ -59,15 +59,16 @@ def sgd_step(
     """Computes one step of the probe.
 
     Args:
-      task: the task whose loss is minimised.
-      head: the head before the step.
-      features, labels: those of the batch.
+      task: task whose loss is minimised.
+      head: head before the step.
+      features: features of the batch.
+      labels: labels of the batch.
       step: number of the step, counted from 0.
-      learning_rate: the peak, that of step 0.
+      learning_rate: peak learning rate, which is that of step 0.
       valid: True for the images that are not padding; default: all of them.
       steps: number of steps of the whole probe.
       weight_decay: factor of the parameter that is added to the gradient.
-      mesh: the devices over which the batch is split; default: it is not split.
+      mesh: devices over which the batch is split; default: it is not split.
 
     Returns:
       the head after the step, and the loss before it.
@@ -83,14 +84,14 @@ def sgd_step(
 
 
 def padded_rows(batch_size: int, mesh: Mesh) -> int:
-    """Returns the number of rows of a batch that is padded to a multiple of the devices."""
+    """Returns the number of rows of a batch padded to a multiple of the number of devices."""
     return math.ceil(batch_size / mesh.size) * mesh.size
 
 
 class _Trainer:
-    """The part that both trainers share: settings, the first heads, the step of all rates.
+    """Common base of both trainers: settings, initial heads, and the step of all rates.
 
-    The batch is padded to a multiple of the devices; the padding weighs nothing.
+    The batch is padded to a multiple of the number of devices. Padding has no weight in the loss.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class _Trainer:
         mesh: Mesh,
     ) -> None:
         if head_shape[1] < 2:
-            raise InputError("the probe needs labels: one folder of images a class")
+            raise InputError(
+                "data.source: the probe needs labels; give a folder with one subfolder per class"
+            )
         self.task, self.images, self.head_shape = task, images, head_shape
         self.settings, self.seed, self.mesh = settings, seed, mesh
         self.rows = padded_rows(settings.batch_size, mesh)
@@ -112,7 +115,7 @@ class _Trainer:
         return math.ceil(images / self.settings.batch_size)
 
     def start(self, rates: Sequence[float], progress: Progress) -> Head:
-        """Returns the heads of the progress, or new ones, on every device."""
+        """Returns the heads of the progress, or initial ones, on every device."""
         heads = progress.heads
         if heads is None:
             head = init_head(jax.random.key(self.seed), *self.head_shape)
@@ -142,16 +145,16 @@ class _Trainer:
 
 
 class FeatureTrainer(_Trainer):
-    """Trains on features that were extracted once; each epoch on the next augmented view.
+    """Trainer on features that were extracted once; each epoch uses the next augmented view.
 
     Args:
-      task: of the probe.
-      train: of the training split; with one view only the centre crop is trained on, with more
-        the others.
-      head_shape: inputs and outputs.
-      settings: with a number of epochs.
-      seed: of the head and the order.
-      mesh: over whose devices features and batches are split; default: one.
+      task: task of the probe.
+      train: features and labels of the training split; a single view is the centre crop and is
+        trained on, with several views the centre crop is skipped.
+      head_shape: number of inputs and outputs of the head.
+      settings: settings of the probe; `epochs` must be set.
+      seed: seed of the head and of the order.
+      mesh: devices over which features and batches are split; default: one device.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class FeatureTrainer(_Trainer):
     def train(
         self, chosen: np.ndarray, rates: Sequence[float], start: Progress = Progress()
     ) -> Iterator[tuple[int, Head]]:
-        """Trains on batches of the same order for all rates; they cross the end of an epoch."""
+        """Trains all rates on the same batches; a batch may span the end of an epoch."""
         steps, train = self.steps_per_epoch(len(chosen)), self._train
         run_epoch = (self._on_device if self._fits() else self._streamed)(len(chosen), rates)
         rng, heads = np.random.default_rng(self.seed), self.start(rates, start)
@@ -193,7 +196,7 @@ class FeatureTrainer(_Trainer):
                 heads = after
 
     def _fits(self) -> bool:
-        """Returns whether all features fit into the devices' memory, beside a batch."""
+        """Returns True if all features and a batch fit into the devices' memory."""
         features = self._train.features
         of_row = features.dtype.itemsize * math.prod(features.shape[1:])
         return fitting(self.mesh, of_row) >= len(features) / self.mesh.size + 2 * self.rows
@@ -211,7 +214,7 @@ class FeatureTrainer(_Trainer):
         return run
 
     def _on_device(self, images: int, rates: Sequence[float]) -> Callable[..., Any]:
-        """As `_streamed`, with all features on the devices and an epoch as one program."""
+        """Returns a function as `_streamed`, with features on the devices and a jitted epoch."""
         epoch = self.epoch(images, rates)
         arrays = [
             spread(self.mesh, rows, len(rows))
@@ -243,17 +246,17 @@ class FeatureTrainer(_Trainer):
 
 
 class CropBatches:
-    """Batches of new random crops, decoded once for all trainers that ask for the same step.
+    """Batches of new random crops, decoded once for all trainers that request the same step.
 
-    Trainers that are advanced step by step share one stream. One that asks for another step than
-    the last or the next opens a new stream, which changes the speed and not the batches.
+    Trainers that advance step by step share one stream. A request for any other step than the last
+    or the next one opens a new stream, which changes the speed but not the batches.
 
     Args:
-      source: the training split.
-      transform: makes the random crops.
-      settings: those of the probe.
-      mesh: the devices over which a batch is split.
-      seed: the seed of the order and of the crops.
+      source: training split.
+      transform: transform that makes the random crops.
+      settings: settings of the probe.
+      mesh: devices over which a batch is split.
+      seed: seed of the order and of the crops.
       workers: number of decoding processes.
     """
 
@@ -270,14 +273,14 @@ class CropBatches:
         self.mesh, self.seed, self.workers = mesh, seed, workers
         self._stream: Any = None
         self._chosen: np.ndarray | None = None
-        self._step = -1  # of the last batch
+        self._step = -1  # step of the last batch
         self._batch: dict[str, jax.Array] = {}
 
     def at(self, chosen: np.ndarray, step: int) -> dict[str, jax.Array]:
         """Returns images, labels and `valid` of a step, counted from 0, on the mesh.
 
         Args:
-          chosen: indices of the training images that are drawn from.
+          chosen: indices of the training images from which batches are drawn.
           step: number of the step.
         """
         same = chosen is self._chosen or np.array_equal(chosen, self._chosen)
@@ -303,22 +306,22 @@ class CropBatches:
         return self._batch
 
     def close(self) -> None:
-        """Ends the decoding processes."""
+        """Stops the decoding processes."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._chosen, self._batch = None, None, {}
 
 
 class CropTrainer(_Trainer):
-    """Trains on new random crops in every epoch, through the backbone (the published protocol).
+    """Trainer on new random crops in every epoch, through the backbone (the published protocol).
 
     Args:
-      task: the task of the probe.
-      backbone: the model to measure.
-      batches: the crops; their owner closes them.
-      centre_of: returns centre-crop features of a source.
-      settings: those of the probe, with a number of epochs.
-      seed: the seed of the head.
+      task: task of the probe.
+      backbone: model to evaluate.
+      batches: crops; their owner closes them.
+      centre_of: function that returns centre-crop features of a source.
+      settings: settings of the probe; `epochs` must be set.
+      seed: seed of the head.
     """
 
     def __init__(
@@ -341,7 +344,7 @@ class CropTrainer(_Trainer):
     def train(
         self, chosen: np.ndarray, rates: Sequence[float], start: Progress = Progress()
     ) -> Iterator[tuple[int, Head]]:
-        """Trains on batches that cross the end of an epoch."""
+        """Trains on random crops; a batch may span the end of an epoch."""
         steps, step = self.steps_per_epoch(len(chosen)), self.crop_step(len(chosen), rates)
         heads = self.start(rates, start)
         for number in range(start.step, self.settings.epochs * steps):

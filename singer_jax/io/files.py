@@ -1,7 +1,7 @@
-"""Where the files of a run lie: in local folders, or in an object store behind a URL.
+"""Files of a run, in local folders or in an object store that is given as a URL.
 
-An object appears whole when it is written; it cannot be appended to, renamed or mapped into memory.
-What needs that gets a local file, and the finished file is copied.
+An object appears whole when it is written; it cannot be appended to, renamed or memory-mapped.
+Code that needs one of these writes a local file, and the finished file is copied.
 """
 
 from __future__ import annotations
@@ -22,44 +22,49 @@ from etils import epath
 
 from singer_jax.errors import InputError, RunError, unknown
 
-# The package that opens the URLs of each scheme.
+# The package that opens URLs of each scheme.
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 _CHUNK = 2**24  # bytes
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 
 def as_path(text: str | os.PathLike[str]) -> epath.Path:
-    """The path that a user means: a URL, or a local path, made absolute.
+    """Returns a user's path: a URL as it is, a local path made absolute.
 
     Raises:
-      InputError: a URL that is not of the form `gs://bucket/folder`, or whose scheme is unknown or
-        needs a package that is not installed.
+      InputError: the URL is not of the form `gs://bucket/folder`, its scheme is unknown, or the
+        package for its scheme is not installed.
     """
     text = os.fspath(text)
     scheme = _scheme(text)
     if not scheme:
-        # pathlib's `absolute`: that of epath would take .. behind a link for the link's own parent.
+        # pathlib's `absolute`, because epath's resolves `link/..` to the parent of the link itself.
         try:
             return epath.Path(Path(text).expanduser().absolute())
-        except RuntimeError as error:  # ~ of a user who is not known
+        except RuntimeError as error:  # `~` of an unknown user
             raise InputError(f"{text}: no home directory; give an absolute path") from error
     if scheme not in _LIBRARIES:
         known = " or ".join(f"{name}://" for name in _LIBRARIES)
         raise InputError(f"{text}: unknown scheme {scheme!r}; give a local path or {known}")
     if not re.match(rf"{scheme}://[^/]", text):
         raise InputError(f"{text}: no bucket; write it as {scheme}://bucket/folder")
-    if ".." in text.split("/"):  # its copy in the cache would lie outside of it
-        raise InputError(f"{text}: a URL with .. in it; write it without")
+    if ".." in text.split("/"):  # the copy would lie outside the cache
+        raise InputError(f"{text}: the URL contains ..; write it without")
     if importlib.util.find_spec(_LIBRARIES[scheme]) is None:
-        raise InputError(f"{text}: {scheme}:// needs a package; pip install {_LIBRARIES[scheme]}")
+        raise InputError(
+            f"{text}: {scheme}:// URLs need another package; pip install {_LIBRARIES[scheme]}"
+        )
     return epath.Path(text)
 
 
 def config_file(given: str) -> str:
-    """A configuration's path, with the protocol behind it; a shipped one may be named alone.
+    """Returns the path of a configuration, followed by its protocol if one is given.
+
+    Args:
+      given: path, or name of a configuration of the package, optionally with `:protocol`.
 
     Raises:
-      InputError: there is none.
+      InputError: there is no such file.
     """
     name, colon, protocol = given.partition(":")
     if Path(name).is_file():
@@ -73,9 +78,10 @@ def config_file(given: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Returns the configurations that came with the package, by name."""
+    """Returns the paths of the configurations of the package, by name."""
     package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parent / "configs"):  # installed; a checkout
+    # In an installed package, then in a source tree.
+    for folder in (package / "configs", package.parent / "configs"):
         shipped = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
         if shipped:
             return shipped
@@ -83,30 +89,30 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a URL."""
+    """Returns whether a path is a URL."""
     return bool(_scheme(os.fspath(path)))
 
 
 def check_local(key: str, text: str) -> None:
-    """Raises `InputError` where a setting that must be a local path is a URL."""
+    """Raises `InputError` if a setting that must be a local path is a URL."""
     if is_remote(text):
         raise InputError(f"{key}: {text} is a URL; images are read from local (or mounted) folders")
 
 
 def check_takes_checkpoints(folder: epath.Path) -> None:
-    """Raises `InputError` where orbax, which stores arrays through TensorStore, cannot write."""
+    """Raises `InputError` if orbax, which stores arrays with TensorStore, cannot write there."""
     if _scheme(os.fspath(folder)) not in ("", "gs"):
         raise InputError(f"{folder}: checkpoints are kept in local folders or gs:// only")
 
 
 def _scheme(text: str) -> str:
-    """Of a URL, also of a mistyped one; empty for a local path."""
+    """Returns the scheme of a URL, even if the URL is malformed; empty for a local path."""
     url = _URL.match(text)
     return url[1] if url else ""
 
 
 def make_workdir(folder: epath.Path) -> None:
-    """Makes a work directory, and tries whether it can be written.
+    """Makes a work directory and checks that it can be written.
 
     Raises:
       InputError: it cannot be written.
@@ -131,16 +137,16 @@ def writing(folder: epath.Path) -> Iterator[None]:
         raise InputError(f"--workdir: cannot write to {folder} ({_reason(error)})") from error
 
 
-# What a disk answers that is full, read-only or broken.
+# Error numbers of a disk that is full, read-only or failing.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
 def working_disks(folder: epath.Path) -> Iterator[None]:
-    """Around a job: turns what a disk that fails meanwhile raises anywhere into a `RunError`.
+    """Turns errors of a full or failing disk during a job into a `RunError`.
 
     Args:
-      folder: of the job, where the error names no file.
+      folder: work directory of the job, which is named if the error names no file.
     """
     try:
         yield
@@ -148,20 +154,20 @@ def working_disks(folder: epath.Path) -> Iterator[None]:
         if error.errno not in _DISK:
             raise
         raise RunError(
-            f"cannot write {error.filename or f'to {folder}'} ({error.strerror}); what is "
-            "finished is kept, the same command goes on once that is mended"
+            f"cannot write {error.filename or f'to {folder}'} ({error.strerror}); finished files "
+            "are kept; fix the disk and repeat the command to continue"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Of a failure, in one line."""
+    """Returns the reason of a failure in one line."""
     if isinstance(error, FileNotFoundError):
         return error.strerror or "no such bucket"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
 
 
 def failures(folder: epath.Path) -> tuple[type[Exception], ...]:
-    """What reading and writing below a folder may raise where the disk or store fails."""
+    """Returns the exceptions of reads and writes in a folder whose disk or store fails."""
     if _scheme(os.fspath(folder)) != "gs":
         return (OSError,)
     from gcsfs.retry import HttpError
@@ -172,10 +178,10 @@ def failures(folder: epath.Path) -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[Path]:
-    """Yields a local file to write, which replaces `path` at once when the block ends well.
+    """Yields a local file to write, which replaces `path` atomically if the block succeeds.
 
-    The folder of `path` is made. The file has a name of its own, so that several processes can
-    write at the same time, and is on disk before it is renamed.
+    The folder of `path` is made. The file has a unique name, so that several processes can write
+    at the same time, and it is flushed to disk before it is renamed.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="singer_jax_") as folder:
@@ -192,7 +198,7 @@ def replacing(path: epath.Path) -> Iterator[Path]:
         partial.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()  # a full disk needs the room
+            partial.unlink()  # frees space on a full disk
         raise
     _remove_partials(target)
 
@@ -202,15 +208,15 @@ _STALE = 24 * 3600  # seconds
 
 
 def sync(file: Path) -> None:
-    """Waits until a file is on disk; a rename alone may reach the disk before its contents."""
+    """Flushes a file to disk, because a rename may reach the disk before the file's contents."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def _remove_partials(target: Path) -> None:
-    """Removes partial files of killed processes, which are a day older than the finished file.
+    """Removes partial files of killed processes if they are a day older than the finished file.
 
-    Both times are those of the file system, so no clocks are compared.
+    Both times come from the file system, so clocks of different machines are not compared.
     """
     with contextlib.suppress(OSError):
         newest = target.stat().st_mtime
@@ -220,13 +226,13 @@ def _remove_partials(target: Path) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a whole file; a reader sees the old one or the new one."""
+    """Writes a whole file; a concurrent reader sees either the old or the new content."""
     with replacing(path) as file:
         file.write_text(text)
 
 
 def object_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
-    """Returns size and CRC32C, as the store says them, of each object below a gs:// folder."""
+    """Returns the size and CRC32C that the store reports for each object in a gs:// folder."""
     import gcsfs
 
     store, below = gcsfs.GCSFileSystem(), os.fspath(folder).removeprefix("gs://").rstrip("/") + "/"
@@ -239,7 +245,7 @@ def object_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
 
 
 def move(folder: epath.Path, place: epath.Path) -> None:
-    """Renames a folder; behind a URL all its objects are copied before the first is removed."""
+    """Renames a folder; in an object store, all objects are copied before any is removed."""
     if is_remote(folder):
         _copy_all(folder, place)
         folder.rmtree()
@@ -256,19 +262,19 @@ def _copy_all(folder: epath.Path, place: epath.Path) -> None:
 
 
 def upload(file: Path, path: epath.Path) -> None:
-    """Copies a local file to a URL, in place of what is there."""
+    """Copies a local file to a URL, replacing an existing object."""
     epath.Path(file).copy(path, overwrite=True)
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder of what can be made again; None: it cannot be made or written.
+    """Returns the cache folder, or None if it cannot be made or written.
 
-    It is `singer_jax` in `$XDG_CACHE_HOME`, or in `.cache` of the user's home, which a user of a
-    container may not have.
+    The folder is `singer_jax` in `$XDG_CACHE_HOME`, or in `.cache` of the user's home directory. A
+    user of a container may not have a home directory.
     """
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(parent) / "singer_jax"
-    if not folder.is_absolute():  # the user is not known
+    if not folder.is_absolute():  # unknown user without a home directory
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,25 +284,27 @@ def cache_folder() -> Path | None:
 
 
 def cached(path: epath.Path) -> Path:
-    """The local path that stands for `path`: itself, or a place in the cache for that of a URL."""
+    """Returns `path` itself if it is local, or the path of its copy in the cache if it is a URL."""
     if not is_remote(path):
         return Path(path)
     cache = cache_folder()
     if cache is None:
-        raise InputError(f"{path}: no cache to copy it to; set XDG_CACHE_HOME to a writable folder")
+        raise InputError(
+            f"{path}: there is no cache folder for a copy; set XDG_CACHE_HOME to a writable folder"
+        )
     return cache / os.fspath(path).replace("://", "/")
 
 
 def download(path: epath.Path) -> Path:
-    """The file as a local one: itself, or a fresh copy of that behind a URL, in the cache.
+    """Returns a local file: `path` itself, or a fresh copy in the cache if it is a URL.
 
     Raises:
-      FileNotFoundError: no such file.
+      FileNotFoundError: there is no such file.
     """
     local = cached(path)
     if is_remote(path):
         local.parent.mkdir(parents=True, exist_ok=True)
-        # Of its own, because several processes of a machine may start at the same time.
+        # A unique folder, because several processes of a machine may start at the same time.
         with tempfile.TemporaryDirectory(dir=local.parent) as folder:
             partial = Path(folder) / path.name
             _fetch(path, partial)
@@ -313,11 +321,11 @@ def _fetch(path: epath.Path, local: Path) -> None:
 class Mirror:
     """A local folder for files that grow during a run; `push` copies them to the work directory.
 
-    The local folder of a local work directory is that directory itself.
+    If the work directory is local, it is itself the local folder.
 
     Args:
       folder: the work directory.
-      continued: names of files that an earlier start may have left there and that are written on.
+      continued: names of files to append to if an earlier start of the run has written them.
     """
 
     def __init__(self, folder: epath.Path, continued: Sequence[str] = ()) -> None:
@@ -332,10 +340,10 @@ class Mirror:
                     _fetch(folder / name, self.local / name)
 
     def push(self) -> None:
-        """Copies what is in the local folder.
+        """Copies the files of the local folder to the work directory.
 
         Raises:
-          RunError: the store does not take it.
+          RunError: the store cannot be written.
         """
         if self._temporary is None:
             return
@@ -349,7 +357,7 @@ class Mirror:
             ) from error
 
     def close(self) -> None:
-        """Pushes, and removes a temporary folder; raises as `push`."""
+        """Calls `push` and removes the temporary folder; raises the errors of `push`."""
         self.push()
         if self._temporary is not None:
             self._temporary.cleanup()

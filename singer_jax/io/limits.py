@@ -1,7 +1,7 @@
-"""How much a file may ask for: files may be a stranger's.
+"""Limits on the memory and time that untrusted files can take.
 
-Every limit is far above what honest files have. `SINGER_JAX_LIMITS=4` in the environment makes all
-of them four times as high, in a loader's worker too.
+Every limit is far above the size of ordinary files. `SINGER_JAX_LIMITS=4` in the environment
+raises all limits by a factor of four, in the loader's workers too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LARGEST_ARRAYS = 2**33  # bytes of a head or of a probe's progress
 
 
 def most(limit: int) -> int:
-    """A limit as the user wants it.
+    """Returns a limit multiplied by the user's factor.
 
     Raises:
-      InputError: `SINGER_JAX_LIMITS` is no number above 0.
+      InputError: `SINGER_JAX_LIMITS` is not a number above 0.
     """
     text = os.environ.get(FACTOR, "1")
     try:
@@ -43,7 +43,7 @@ def most(limit: int) -> int:
 
 
 def excess(found: int, limit: int, unit: str) -> str:
-    """What is wrong with a number, and what raises the limit; empty: nothing."""
+    """Returns the message for a number above its limit, or an empty string."""
     if found <= most(limit):
         return ""
     return f"{found:,} {unit}, more than {most(limit):,} ({FACTOR}=2 doubles every such limit)"
@@ -51,24 +51,28 @@ def excess(found: int, limit: int, unit: str) -> str:
 
 def check(where: object, found: int, limit: int, unit: str) -> None:
     """Raises `InputError` for a number above its limit."""
-    if told := excess(found, limit, unit):
-        raise InputError(f"{where}: {told}")
+    if message := excess(found, limit, unit):
+        raise InputError(f"{where}: {message}")
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a local file; `ValueError`: a pipe or a device, which would never end."""
+    """Returns the size of a local file in bytes.
+
+    Raises:
+      ValueError: the path is a pipe or a device, which may be endless.
+    """
     status = os.stat(path)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise ValueError("a pipe or a device, no file")
+        raise ValueError("it is a pipe or a device, not a file")
     return status.st_size
 
 
 def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "text") -> str:
-    """A whole file, local or behind a URL.
+    """Returns the text of a local file or a URL.
 
     Raises:
-      InputError: too large, or not of its kind.
-      OSError: it cannot be read.
+      InputError: the file is too large or is not text.
+      OSError: the file cannot be read.
     """
     try:
         remote = "://" in os.fspath(path)
@@ -81,7 +85,7 @@ def read_text(path: epath.Path | Path, limit: int = LARGEST_TEXT, kind: str = "t
 
 
 def read_json(path: epath.Path | Path, limit: int = LARGEST_TEXT) -> Any:
-    """What a JSON file says; raises as `read_text`."""
+    """Returns the content of a JSON file; raises the errors of `read_text`."""
     text = read_text(path, limit, "JSON")
     try:
         return json.loads(text)
@@ -90,7 +94,7 @@ def read_json(path: epath.Path | Path, limit: int = LARGEST_TEXT) -> Any:
 
 
 def read_object(path: epath.Path | Path) -> dict[str, Any]:
-    """What a JSON file says that holds one object; raises as `read_text`."""
+    """Returns the object of a JSON file; raises the errors of `read_text`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object")
@@ -98,22 +102,22 @@ def read_object(path: epath.Path | Path) -> dict[str, Any]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a local `.npz` file, which holds them as `np.savez` writes them.
+    """Returns the arrays of a local `.npz` file that `np.savez` has written.
 
     Raises:
-      InputError: damaged, too large, compressed, or with an array of objects.
-      FileNotFoundError: no such file.
+      InputError: the file is damaged, too large or compressed, or has an array of objects.
+      FileNotFoundError: there is no such file.
     """
     try:
         file_size(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("compressed, which it never is")
+            raise ValueError("it is compressed, but np.savez does not compress")
         check(path, sum(entry.file_size for entry in entries), _LARGEST_ARRAYS, "bytes")
         with np.load(path, allow_pickle=False) as content:
             return dict(content)
     except (FileNotFoundError, InputError):
         raise
-    except Exception as error:  # whatever NumPy's and Python's readers raise
-        raise InputError(f"{path} is no complete .npz file: {error}") from error
+    except Exception as error:  # the readers of NumPy and Python raise many types
+        raise InputError(f"{path} is not a complete .npz file: {error}") from error

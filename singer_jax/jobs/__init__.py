@@ -1,6 +1,6 @@
-"""The commands: one file each, with a function of its name that takes settings and a folder.
+"""Commands: one file each, with a function of its name that takes settings and a folder.
 
-The function's annotation says of which class its settings are.
+The annotation of the function's first argument is the class of its settings.
 """
 
 JOBS = (

@@ -1,4 +1,4 @@
-"""The job `check_data`: what is installed, what is in it, what is unreadable, how it looks."""
+"""Job `check_data`: counts the images of data sets, lists unreadable ones, draws contact sheets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from singer_jax.runs.lock import holding
 from singer_jax.settings.ranges import COUNT, Flag, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
-# Examples of each split that the papers of the data sets and SPEC's table state.
+# Number of images in each official split.
 EXPECTED = {
     "imagenet2012": {TRAIN: 1281167, TEST: 50000},
     "imagenet_v2": {TEST: 10000},
@@ -40,33 +40,33 @@ EXPECTED = {
 }
 
 
-_FEW = 1000  # images, which are decoded sooner than a process starts
+_FEW = 1000  # number of images that one process decodes faster than a worker starts
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckDataSettings(Settings):
-    """Which data."""
+    """Settings of the job `check_data`."""
 
-    job: str = setting("check_data", OneOf(("check_data",)), "the command")
+    job: str = setting("check_data", OneOf(("check_data",)), "Name of the command.")
     data: DataSettings = section(DataSettings(source="table1"))
-    images: int = setting(16, COUNT, "of each split on its contact sheet")
+    images: int = setting(16, COUNT, "Number of images of each split on its contact sheet.")
     decode: bool = setting(
-        True, Flag(), "decode every image and list those that cannot be read; False: only count"
+        True, Flag(), "Decodes every image and lists the unreadable ones. False: only counts."
     )
 
 
 def check_data(settings: CheckDataSettings, workdir: epath.Path) -> None:
-    """Prints a line for each split and for each image that cannot be read.
+    """Prints a line for each split and for each unreadable image.
 
-    Writes a contact sheet, SOURCE_SPLIT.png, of each split, and SOURCE_SPLIT_unreadable.txt of a
-    split with images that cannot be read.
+    Writes a contact sheet, SOURCE_SPLIT.png, of each split. For a split with unreadable images, it
+    also writes SOURCE_SPLIT_unreadable.txt.
 
     Args:
-      settings: which data.
-      workdir: for these files.
+      settings: settings of the job.
+      workdir: folder for these files.
 
     Raises:
-      InputError: nothing there, or a data set that is there in part.
+      InputError: no data set was found, or one is incomplete.
       RunError: some images cannot be read.
     """
     data = settings.data
@@ -122,15 +122,15 @@ def _check_all(
     if wrong:
         raise InputError("; ".join(wrong))
     if not found:
-        raise InputError("data.path: no data set found (docs/data.md)")
+        raise InputError("data.path: no data set found; see docs/data.md for the expected folders")
     if unreadable:
-        raise RunError(f"{unreadable:,} images cannot be read; they are listed in {workdir}")
+        raise RunError(f"{unreadable:,} images cannot be read; {workdir} has lists of them")
     if without:
         raise RunError(f"no image for the contact sheet can be read: {few(without)}")
 
 
 def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:
-    """Prints and writes which images cannot be read, and why; returns their number."""
+    """Prints and writes the unreadable images with the reasons; returns their number."""
     lines = []
     with tqdm(total=len(source), unit="image", dynamic_ncols=True, mininterval=_often()) as bar:
         for batch in unreadable_images(source, workers):
@@ -148,7 +148,7 @@ def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:
 
 
 def _often() -> float:
-    return 0.5 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+    return 0.5 if sys.stderr.isatty() else 30  # seconds between updates of the bar
 
 
 def _line(name: str, split: str, source: Source) -> str:
@@ -166,5 +166,5 @@ def _line(name: str, split: str, source: Source) -> str:
 def _is_dense(source: Source) -> bool:
     try:
         return not isinstance(source[0].label, int)
-    except UnreadableImage:  # it will be listed
+    except UnreadableImage:  # _list_unreadable reports it
         return False

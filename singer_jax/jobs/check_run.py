@@ -1,4 +1,4 @@
-"""The job `check_run`: whether everything in a work directory is what was written."""
+"""Job `check_run`: verifies the checksums and formats of everything in a work directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from singer_jax.errors import InputError, RunError
+from singer_jax.errors import InputError, RunError, listed
 from singer_jax.io.files import as_path, download
 from singer_jax.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, open_weights
 from singer_jax.runs import verify
@@ -31,14 +31,14 @@ from singer_jax.settings.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class CheckRunSettings(Settings):
-    """Which run."""
+    """Settings of the job `check_run`."""
 
-    job: str = setting("check_run", OneOf(("check_run",)), "the command")
-    run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
+    job: str = setting("check_run", OneOf(("check_run",)), "Name of the command.")
+    run: str = setting("", TEXT, "Work directory to check. Empty: --workdir.")
 
 
 class Finding(NamedTuple):
-    """What was found of a file or checkpoint, in words."""
+    """Result of checking a file or checkpoint, as text."""
 
     name: str
     told: str
@@ -46,28 +46,28 @@ class Finding(NamedTuple):
 
 
 def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
-    """Prints a line for each checkpoint and file; nothing is changed.
+    """Prints a line for each checkpoint and file, and changes nothing.
 
     Args:
-      settings: which run.
-      workdir: without `run` the run itself.
+      settings: settings of the job.
+      workdir: work directory to check, if `settings.run` is empty.
 
     Raises:
-      InputError: not a work directory of a run.
-      RunError: something is damaged.
+      InputError: the folder is not the work directory of a run.
+      RunError: a file or checkpoint is corrupt.
     """
     run = as_path(settings.run) if settings.run else workdir
     if jax.process_index() > 0:
         return
     if not any(path(run).exists() for path in (config_file, checkpoints_folder)):
-        raise InputError(f"run: {run} is not the work directory of a run")
+        raise InputError(f"run: {run} is not the work directory of a run; give one that is")
     damaged = []
     for name, told, wrong in _findings(run):
-        print(f"{name}: {'DAMAGED: ' if wrong else ''}{told}")
+        print(f"{name}: {'CORRUPT: ' if wrong else ''}{told}")
         if wrong:
             damaged.append(name)
     if damaged:
-        raise RunError(f"{run}: damaged: {', '.join(damaged)}")
+        raise RunError(f"{run}: corrupt: {listed(damaged)}")
 
 
 def _findings(run: epath.Path) -> Iterator[Finding]:
@@ -81,14 +81,14 @@ def _findings(run: epath.Path) -> Iterator[Finding]:
     if damaged.is_dir():
         for file in sorted(damaged.glob("*.txt")):
             name = f"{damaged.name}/{file.stem}"
-            yield Finding(name, f"set aside earlier: {file.read_text().strip()}")
+            yield Finding(name, f"moved here earlier: {file.read_text().strip()}")
     for file in (config_file(run), origins_file(run)):
         if file.exists():
             yield _json(run, file.name)
     metrics = metrics_file(run)
     if metrics.exists():
         rows, wrong = read_rows(metrics)
-        also = f", {len(wrong)} lines that are none" if wrong else ""
+        also = f", {len(wrong)} invalid lines" if wrong else ""
         yield Finding(metrics.name, f"{len(rows)} rows{also}", bool(wrong))
     for folder in export_folders(run):
         if (folder / WEIGHTS_FILE).exists():
@@ -102,7 +102,7 @@ def _json(run: epath.Path, name: str) -> Finding:
     except ValueError as error:
         return Finding(name, str(error), True)
     if not isinstance(found, dict):
-        return Finding(name, "no JSON object", True)
+        return Finding(name, "not a JSON object", True)
     return Finding(name, "readable")
 
 
@@ -129,7 +129,7 @@ def _export(run: epath.Path, folder: epath.Path) -> Iterator[Finding]:
 
 
 def _sources(run: epath.Path) -> Iterator[Finding]:
-    """The files that the run was trained from, where they are on this machine."""
+    """Yields the state of the run's weight files that are on this machine."""
     origins = origins_file(run)
     if not origins.exists() or _json(run, origins.name).damaged:
         return
@@ -147,5 +147,5 @@ def _compared(name: str, told: str, file: Path, recorded: Any) -> Finding:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != recorded:
-        return Finding(name, f"{told}, sha256 {found}, recorded was {recorded}", True)
-    return Finding(name, f"{told}, the recorded sha256")
+        return Finding(name, f"{told}, sha256 is {found}, but {recorded} was recorded", True)
+    return Finding(name, f"{told}, sha256 matches the recorded one")

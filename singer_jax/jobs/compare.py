@@ -1,4 +1,4 @@
-"""The job `compare`: several runs, or the students of one, side by side."""
+"""Job `compare`: compares several runs, or the students of one run, in a table."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from singer_jax.training.settings import read_settings
 class CompareSettings(Settings):
     """Settings of the job `compare`."""
 
-    job: str = setting("compare", OneOf(("compare",)), "the command")
+    job: str = setting("compare", OneOf(("compare",)), "Name of the command.")
     runs: tuple[str, ...] = setting(
-        (), Each(NAME), "work directories of runs, each with an evaluation/"
+        (), Each(NAME), "Work directories of the runs, each evaluated into its folder evaluation/."
     )
 
 
 def compare(settings: CompareSettings, workdir: epath.Path) -> None:
     """Writes a table of several runs: methods by tasks, mean and standard deviation over seeds.
 
-    Runs share a row if they differ in nothing but the seed: neither in their settings nor in those,
-    the step, the data and the code of their evaluations. The names of the rows say what differs.
-    Written are compare.json and compare/index.html below the work directory; the table is printed.
+    Runs that differ only in the seed share a row. Their evaluations must agree in settings, step,
+    data and code. Row names state the settings that differ. The function writes compare.json and
+    compare/index.html into the work directory, and prints the table.
 
     Args:
-      settings: which runs.
-      workdir: the folder of what is written.
+      settings: settings of the job.
+      workdir: folder for the output.
 
     Raises:
-      InputError: fewer than two students, not a run, or one that is not evaluated.
+      InputError: there are fewer than two students, or a folder is not a run or is not evaluated.
     """
     described: list[dict[str, Any]] = []
     for folder in map(as_path, settings.runs):
@@ -75,8 +75,8 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
             )
     if len(described) < 2:
         raise InputError(
-            "runs: give at least two, as --config.runs=\"('runs/a', 'runs/b')\", or one of several "
-            "students"
+            "runs: give at least two runs, as --config.runs=\"('runs/a', 'runs/b')\", or one run "
+            "with several students"
         )
     for task in sorted(_on_different_data([entry["data"] for entry in described])):
         for entry in described:
@@ -101,7 +101,7 @@ def compare(settings: CompareSettings, workdir: epath.Path) -> None:
     print(format_text(text))
 
 
-# Keys in which two runs of a method may differ.
+# Prefixes of keys that may differ between runs in the same row.
 _NOT_THE_METHOD = (
     "seed",
     "data.path",
@@ -114,7 +114,7 @@ _NOT_THE_METHOD = (
 
 
 def _names(kinds: list[dict[str, Any]]) -> list[str]:
-    """Returns a name for each run: method, models, and the keys in which not all runs agree."""
+    """Returns a name for each run: method, models, and the keys in which the runs differ."""
     shown = ("method.name", "teacher.model", "student.model")
     keys = sorted(set().union(*kinds) - set(shown))
     differing = [
@@ -134,24 +134,24 @@ _KNOWN = "known settings"
 
 
 def _states(kind: dict[str, Any], key: str) -> bool:
-    """Returns False for a key of an evaluation that does not say its settings."""
+    """Returns False for a key of an evaluation whose settings are unknown."""
     return kind["evaluation"] == _KNOWN or not key.startswith("evaluation.")
 
 
 def _evaluation(results: Results, file: epath.Path) -> dict[str, Any]:
-    """Returns what has to be equal of evaluations that are averaged, by key.
+    """Returns the keys and values that must be equal in evaluations that are averaged.
 
-    Results that do not say how they were made are equal to none, since nobody knows.
+    Results without recorded settings are never averaged with others.
     """
     if results.version is None:
-        LOG.warning("%s does not say its settings; run the job evaluate again", file)
+        LOG.warning("%s does not record its settings; run the job evaluate again", file)
         return {"evaluation": f"unknown settings: {file.parent}"}
     found = {"version": results.version, "step": results.step} | results.settings
     return {"evaluation": _KNOWN} | {f"evaluation.{k}": v for k, v in found.items()}
 
 
 def _on_different_data(data: list[dict[str, str]]) -> set[str]:
-    """Returns the tasks whose data are not the same wherever they were measured."""
+    """Returns the tasks that were evaluated on different data in different runs."""
     pairs = {pair for of_one in data for pair in of_one.items()}
     tasks = collections.Counter(task for task, _ in pairs)
     return {task for task, digests in tasks.items() if digests > 1}

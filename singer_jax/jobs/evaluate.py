@@ -1,4 +1,4 @@
-"""The job `evaluate`: every task of Table 1 whose data is there, or one labelled source."""
+"""Job `evaluate`: evaluates a model on the tasks of Table 1, or on one labelled source."""
 
 from __future__ import annotations
 
@@ -57,27 +57,37 @@ from singer_jax.training.settings import DistillSettings, read_settings
 class EvaluateSettings(Settings):
     """Settings of the job `evaluate`."""
 
-    job: str = setting("evaluate", OneOf(("evaluate",)), "the command")
-    seed: int = setting(0, SEED, "seed of heads, order and crops")
+    job: str = setting("evaluate", OneOf(("evaluate",)), "Name of the command.")
+    seed: int = setting(0, SEED, "Seed of heads, order and crops.")
     run: str = setting(
-        "", TEXT, "work directory of a run, whose student is measured; or else `weights`"
+        "",
+        TEXT,
+        "Work directory of a finished run; its student is evaluated. Set either this or `weights`.",
     )
     student: str = setting(
-        "", TEXT, "name of one of several students of `run`; empty: all of them and the teacher"
+        "",
+        TEXT,
+        "Name of one of several students of `run`. Empty: all students and the teacher.",
     )
     step: int | None = setting(
-        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
+        None,
+        optional(COUNT),
+        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
     )
-    weights: str = setting("", TEXT, "hub name or file of the weights to measure")
+    weights: str = setting(
+        "", TEXT, "Weights to evaluate: Hub repository or file. Set either this or `run`."
+    )
     model: str = setting(
-        "", TEXT, "timm name of `weights`, where neither the hub name nor a config.json says it"
+        "",
+        TEXT,
+        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
     )
-    precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "dtype of the activations")
+    precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "Dtype of the activations.")
     data: DataSettings = section(DataSettings(source="table1"))
     tasks: tuple[str, ...] = setting(
         (),
         Each(OneOf(tuple(table1.TASKS))),
-        "tasks of table1 to measure; empty: all whose data are installed",
+        "Tasks of Table 1 to evaluate. Empty: all tasks whose data are installed.",
     )
     mesh: parallel.MeshSettings = section(parallel.MeshSettings())
     probe: ProbeSettings = section(ProbeSettings())
@@ -85,18 +95,18 @@ class EvaluateSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """A model to measure.
+    """Model to evaluate.
 
     Attributes:
-      name: the name of one of several students, or `teacher`; else empty.
-      folder: the folder of its results.
+      name: name of one of several students, or `teacher`; else empty.
+      folder: folder of its results.
       backbone: the model.
       run: settings of the run that made it.
-      step: step of the run's checkpoint; None: not a student of a run.
+      step: step of the run's checkpoint; None if it is not a student of a run.
       digest: `checkpoints.fingerprint` of its parameters.
-      identity: digests of the model and of the settings, which say what need not be measured again.
-      finished: the results of the finished tasks, by name.
-      skipped: the reasons why other tasks are not measured, by name.
+      identity: digests of the model and of the settings, by which finished results are reused.
+      finished: results of the finished tasks, by name.
+      skipped: reasons why other tasks are not evaluated, by name.
     """
 
     name: str
@@ -111,18 +121,18 @@ class _Subject:
 
 
 def evaluate(settings: EvaluateSettings, workdir: epath.Path) -> None:
-    """Measures one model, or all students of a run and their teacher on the same images.
+    """Evaluates one model, or all students of a run and their teacher on the same images.
 
-    A task that is finished is not done again.
+    Finished tasks are not repeated.
 
     Args:
-      settings: what, on which data, how.
-      workdir: for results.json, tasks/ (what is finished) and features/ (of the fast protocol); of
-        several models in a folder of each one's name.
+      settings: settings of the job.
+      workdir: folder for results.json, tasks/ (finished tasks) and features/ (of the fast
+        protocol); with several models, each has a subfolder of its name.
 
     Raises:
-      InputError: nothing to evaluate, no data at all, or data that is there in part.
-      Stopped: on request; the same command goes on with the probe that was under way.
+      InputError: no model is given, no data set was found, or a data set is incomplete.
+      Stopped: a stop was requested; the same command resumes the current probe.
     """
     benchmarks, splits, skipped = _find_data(settings)
     subjects = _subjects(settings, workdir, (*table1.TASKS, *splits), skipped)
@@ -166,7 +176,7 @@ def _subjects(
                     mesh, run.teacher, data.image_size, data.normalisation, policy
                 )
             except InputError as error:
-                LOG.warning("the teacher is not measured: %s", error)
+                LOG.warning("the teacher is not evaluated: %s", error)
     else:
         backbones[settings.student] = load_backbone(
             mesh,
@@ -201,7 +211,7 @@ def _measure_all(
     benchmarks: dict[str, table1.Benchmark],
     splits: dict[str, Split],
 ) -> None:
-    """Adds the missing results to `finished`, and to `skipped` the tasks without them."""
+    """Adds the missing results to `finished`, and the reasons for missing ones to `skipped`."""
     questions = itertools.count(1)
 
     def asked() -> bool:
@@ -210,7 +220,7 @@ def _measure_all(
     def stop_if_asked() -> None:
         if asked():
             folder = subjects[0].folder if len(subjects) == 1 else subjects[0].folder.parent
-            raise Stopped(f"stopped while extracting features; what is done is kept in {folder}")
+            raise Stopped(f"stopped while extracting features; finished tasks are kept in {folder}")
 
     for task, split in splits.items():
         benchmark = benchmarks[task]
@@ -218,7 +228,7 @@ def _measure_all(
         for subject in subjects:
             head = subject.finished.get("imagenet", {}).get("key")
             if benchmark.kind == "transfer" and not head:
-                reason = "needs the head of the task imagenet, which is not measured"
+                reason = "needs the head of the task imagenet, which is not evaluated"
                 if settings.tasks:
                     raise InputError(f"tasks: {task} {reason}; add imagenet")
                 subject.skipped[task] = reason
@@ -233,7 +243,7 @@ def _measure_all(
             due[subject.name] = subject, backbone, key
         if not due:
             continue
-        LOG.info("== %s", task)
+        LOG.info("evaluating task: %s", task)
         tests = test_examples(
             {name: backbone for name, (_, backbone, _) in due.items()},
             benchmark.kind,
@@ -248,8 +258,8 @@ def _measure_all(
                 )
                 _finish(settings, subject, task, split, key, metrics)
             continue
-        # The published protocol trains all on the same decoded images; the fast one frees the
-        # features of each when it is measured.
+        # The published protocol trains all models on the same decoded images. The fast protocol
+        # frees the features of each model after its evaluation.
         shared = settings.probe.protocol == "paper"
         for names in [list(due)] if shared else [[name] for name in due]:
             models = {}
@@ -277,7 +287,7 @@ def _finish(
     key: str,
     metrics: dict[str, Any],
 ) -> None:
-    """Writes the metrics of a task, and the results with it."""
+    """Writes the metrics of a task, and the updated results."""
     subject.finished[task] = {
         **subject.identity,
         "key": key,
@@ -328,7 +338,7 @@ def _summarise(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
 def _find_data(
     settings: EvaluateSettings,
 ) -> tuple[dict[str, table1.Benchmark], dict[str, Split], dict[str, str]]:
-    """Returns the tasks, the data of those that have some, and why the others are skipped."""
+    """Returns the tasks, the available data, and the reasons for skipping the other tasks."""
     data = settings.data
     named = {benchmark.data: name for name, benchmark in table1.TASKS.items()}
     chosen = tuple(settings.tasks) or tuple(table1.TASKS)
@@ -343,7 +353,10 @@ def _find_data(
             splits[name] = _split(dataclasses.replace(data, source=source), benchmark.kind)
         return found, splits, {}
     splits, skipped = {}, {}
-    for name, benchmark in table1.TASKS.items():  # imagenet before what needs its head
+    for (
+        name,
+        benchmark,
+    ) in table1.TASKS.items():  # imagenet precedes tasks that reuse its head
         if name not in chosen:
             continue
         try:
@@ -359,8 +372,8 @@ def _find_data(
             skipped[name] = str(error)
     if not splits:
         raise InputError(
-            "data.path: none of the data sets is there; set it to the folder that holds them "
-            "(docs/data.md), or give one as data.source"
+            "data.path: no data set of Table 1 found, expected e.g. DATA/imagenet/val "
+            "(docs/data.md); for your own labelled images set --config.data.source=FOLDER"
         )
     return table1.TASKS, splits, skipped
 
@@ -368,7 +381,9 @@ def _find_data(
 def _split(data: DataSettings, kind: str) -> Split:
     train, test = (open_source(data, split) for split in (TRAIN, TEST))
     if not train.num_classes and kind == "classification":
-        raise InputError(f"data.source: {data.source} has no labels to probe")
+        raise InputError(
+            f"data.source: {data.source} has no labels for a probe; give one subfolder per class"
+        )
     if train.num_classes != test.num_classes:
         raise InputError(
             f"data.source: {data.source} has {train.num_classes} classes to train and "
@@ -380,7 +395,7 @@ def _split(data: DataSettings, kind: str) -> Split:
 def _with_statistics(
     backbone: Backbone, benchmark: table1.Benchmark, normalisation: str
 ) -> Backbone:
-    """Returns the backbone, with the image statistics of the official code where they are set."""
+    """Returns the backbone, with the official code's image statistics if configured."""
     if normalisation == "model":
         return backbone
     spec = dataclasses.replace(backbone.network.spec, mean=benchmark.mean, std=benchmark.std)
@@ -395,14 +410,15 @@ def _transfer(
     workdir: epath.Path,
     test: Examples,
 ) -> dict[str, Any]:
-    """Scores the head that was trained on ImageNet on another test split."""
+    """Returns the metrics of the ImageNet head on another test split."""
     file = head_file(workdir, "imagenet")
     first = jax.process_index() == 0
     head = parallel.of_first_process(read_arrays(download(file)) if first else None)
     classes = head["bias"].shape[0]
     if split.test.num_classes > classes:
         raise InputError(
-            f"{name} has {split.test.num_classes} classes, the head of imagenet {classes}"
+            f"tasks: {name} has {split.test.num_classes} classes, but the head of imagenet has "
+            f"{classes}; leave {name} out"
         )
     task = backbone.classification(classes, settings.probe.pooling)
     heads = {part: value[None] for part, value in head.items()}
@@ -424,7 +440,7 @@ def _probe(
 
 
 def _measuring(settings: EvaluateSettings) -> dict[str, Any]:
-    """Returns the settings on which the numbers depend."""
+    """Returns the settings on which the results depend."""
     return {
         "probe": to_dict(settings.probe),
         "seed": settings.seed,
@@ -444,7 +460,7 @@ def _data_digest(split: Split) -> str:
 
 
 def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str:
-    """Returns a digest of the task and its data; of a transfer also of the head that it takes."""
+    """Returns a digest of the task and its data, and for a transfer also of the head."""
     parts = [repr(benchmark), *(source.fingerprint() for source in split if source is not None)]
     if benchmark.kind == "transfer":
         parts.append(imagenet)
@@ -452,9 +468,9 @@ def _key(benchmark: table1.Benchmark, split: Split, imagenet: str | None) -> str
 
 
 def _finished(folder: epath.Path, task: str, identity: dict[str, str]) -> dict[str, Any] | None:
-    """Returns the content of a task that was measured with this model and these settings.
+    """Returns the stored results of a task, if model and settings are the same.
 
-    None: it was not, or its head is missing.
+    It returns None if they differ, or if the task's head is missing.
     """
     try:
         content = read_object(task_file(folder, task))

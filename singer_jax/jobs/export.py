@@ -1,4 +1,4 @@
-"""The job `export`: a student of a run, or a model from other weights, for other libraries."""
+"""Job `export`: writes a student of a run, or other weights, for other libraries."""
 
 from __future__ import annotations
 
@@ -35,43 +35,52 @@ from singer_jax.training.provenance import export_origin
 from singer_jax.training.settings import of_saved
 
 FORMATS = ("timm", "huggingface", "onnx", "stablehlo")
-_LARGEST_PROGRAM = 2_000_000_000  # bytes of a StableHLO or ONNX file; both formats' limit is 2 GiB
+_LARGEST_PROGRAM = 2_000_000_000  # bytes; StableHLO and ONNX files are limited to 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings(Settings):
-    """What is exported."""
+    """Settings of the job `export`."""
 
-    job: str = setting("export", OneOf(("export",)), "the command")
-    run: str = setting("", TEXT, "a work directory: its student; empty: --workdir itself; or else")
-    student: str = setting("", TEXT, "one of several students of the run")
-    weights: str = setting("", TEXT, "a hub name or file, and")
+    job: str = setting("export", OneOf(("export",)), "Name of the command.")
+    run: str = setting(
+        "", TEXT, "Work directory of a run; its student is exported. Empty: --workdir."
+    )
+    student: str = setting("", TEXT, "Name of one of several students of `run`.")
+    weights: str = setting(
+        "", TEXT, "Weights to export instead of a run's student: Hub repository or file."
+    )
     model: str = setting(
-        "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
+        "",
+        TEXT,
+        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
     )
     step: int | None = setting(
-        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
+        None,
+        optional(COUNT),
+        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
     )
     formats: tuple[str, ...] = setting(
         ("timm", "stablehlo"),
         Each(OneOf(FORMATS), least=1),
-        "libraries to write files for; `huggingface` is transformers, `onnx` needs its extra",
+        "Formats to write. `huggingface` is for transformers; `onnx` needs the extra `onnx`.",
     )
 
 
 def export(settings: ExportSettings, workdir: epath.Path) -> None:
-    """Writes the chosen formats and a model card into `student/`, of several `students/NAME/`.
+    """Writes the chosen formats and a model card into `student/` or `students/NAME/`.
 
     `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
-    `model.onnx` and `stablehlo` `features.stablehlo`. Weights are read back and compared bit for
-    bit, and the ONNX program is compared with the model, before a file takes its name.
+    `model.onnx` and `stablehlo` `features.stablehlo`. Before a file gets its final name, weights
+    are read back and compared bit for bit, and the ONNX program is compared with the model.
 
     Args:
-      settings: what is exported.
-      workdir: where the folder is made; without `run` and `weights` also the run to export.
+      settings: settings of the job.
+      workdir: parent of the output folder; the run to export if neither `run` nor `weights` is
+        given.
 
     Raises:
-      InputError: nothing to export, a folder that cannot be written, or a format that cannot hold
+      InputError: there is nothing to export, the folder cannot be written, or a format cannot hold
         the model.
     """
     if "onnx" in settings.formats:
@@ -83,7 +92,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     run = None if settings.weights else as_path(settings.run or str(workdir))
     step = step_to_read(run, settings.step) if run else settings.step
     backbone = load_backbone(
-        parallel.make_mesh(),  # whole on each device, so that process 0 has it all
+        parallel.make_mesh(),  # replicated, so that process 0 holds all parameters
         run=str(run or ""),
         weights=settings.weights,
         model=settings.model,
@@ -93,7 +102,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
     )
     _check_size(settings.formats, backbone.params)
     network = backbone.network
-    if run:  # all processes open a checkpoint together
+    if run:  # every process takes part in opening a checkpoint
         made_from = _origin(run, settings.student, step)
         network = dataclasses.replace(network, spec=trained_here(network.spec))
     else:
@@ -126,7 +135,7 @@ def _write(
             file.write_bytes(features_program(network, params))
     if "onnx" in formats:
         difference = export_onnx(folder, network, params)
-        LOG.info("onnxruntime's difference from the model: %.1e of the largest value", difference)
+        LOG.info("onnx: largest difference from the model: %.1e of the largest value", difference)
     if set(formats) - {"huggingface"}:
         write_card(folder, spec, made_from)
 
@@ -152,6 +161,6 @@ def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
 
 
 def _stored_dtype(path: Path) -> Any:
-    """The dtype of a file's tensors; float32 where they differ."""
+    """Returns the dtype of a file's tensors; float32 if they differ."""
     dtypes = {tensor.dtype for tensor in open_weights(path).values()}
     return dtypes.pop() if len(dtypes) == 1 else jnp.float32

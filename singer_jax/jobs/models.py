@@ -1,4 +1,4 @@
-"""The job `models`: a table of all of them."""
+"""Job `models`: prints a table of all models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from singer_jax.settings.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class ModelsSettings(Settings):
-    """None."""
+    """Settings of the job `models`."""
 
-    job: str = setting("models", OneOf(("models",)), "the command")
+    job: str = setting("models", OneOf(("models",)), "Name of the command.")
 
 
 def models(settings: ModelsSettings, workdir: epath.Path) -> None:
-    """Prints the table; neither argument matters."""
+    """Prints the table of all models; neither argument is used."""
     print(models_table())

@@ -1,4 +1,4 @@
-"""The job `nullspace`: whether a teacher has artifacts, and whether its null space holds them."""
+"""Job `nullspace`: measures a teacher's artifacts and the share that its null space holds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from singer_jax.settings.ranges import (
 )
 from singer_jax.settings.settings import Settings, section, setting
 
-_PICTURED = 4  # images in norms.png
+_PICTURED = 4  # number of images in norms.png
 _NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _THRESHOLD = Text(
     f"({'|'.join(spaces.RULES)})={_NUMBER}",
@@ -55,46 +55,49 @@ _THRESHOLD = Text(
 
 @dataclasses.dataclass(frozen=True)
 class NullspaceSettings(Settings):
-    """Of which teacher, on which images."""
+    """Settings of the job `nullspace`."""
 
-    job: str = setting("nullspace", OneOf(("nullspace",)), "the command")
+    job: str = setting("nullspace", OneOf(("nullspace",)), "Name of the command.")
     teacher: FrozenSettings = section(FrozenSettings())
     precision: str = setting(
-        "bfloat16", OneOf(tuple(PRECISIONS)), "of activations, and of the teacher's parameters"
+        "bfloat16",
+        OneOf(tuple(PRECISIONS)),
+        "Dtype of the activations and the teacher's parameters.",
     )
     layers: tuple[int, ...] | None = setting(
         None,
         optional(Each(FROM_ZERO)),
-        "teacher blocks from 0, ascending; None: at the published relative depths",
+        "Indices of teacher blocks, from 0, ascending. None: the paper's relative depths.",
     )
-    include_last_layer: bool = setting(True, Flag(), "also the teacher's last block")
-    rank: int = setting(64, COUNT, "of the refiner")
+    include_last_layer: bool = setting(True, Flag(), "Adds the teacher's last block.")
+    rank: int = setting(64, COUNT, "Rank of the refiner.")
     outlier_quantile: float = setting(
         0.97,
         BETWEEN,
-        "of an image's patch norms; patches above it are outliers in a layer without artifacts",
+        "Quantile of an image's patch norms above which patches count as outliers, in a layer "
+        "without artifacts.",
     )
     images: int = setting(
         64,
         COUNT,
-        "of the training split, to measure the outliers on; `calibrated` needs two, and more of "
-        "them the larger `rank` is",
+        "Number of training images to measure the outliers on. `calibrated` needs at least 2, and "
+        "more for a larger `rank`.",
     )
     details: bool = setting(
-        False, Flag(), "Also prints the table of singular values by layer, source and threshold."
+        False, Flag(), "Prints also the table of singular values by layer, source and threshold."
     )
     weight_matrices: tuple[str, ...] = setting(
         spaces.SOURCES,
         Each(OneOf(spaces.SOURCES), least=1),
-        "linear maps that are decomposed, or `calibrated`: on every second image",
+        "Linear maps to decompose, or `calibrated`, which uses every second image.",
     )
     ridge: float = setting(
-        1.0, POSITIVE, "of `calibrated`, as `method.nullspace.ridge` of a distillation"
+        1.0, POSITIVE, "Ridge of `calibrated`, as `method.nullspace.ridge` of a distillation."
     )
     thresholds: tuple[str, ...] = setting(
         ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1"),
         Each(_THRESHOLD, least=1),
-        "below which a singular value counts as null",
+        "Thresholds below which a singular value counts as null.",
     )
     data: SizedDataSettings = section(SizedDataSettings())
     mesh: parallel.MeshSettings = section(parallel.MeshSettings())
@@ -104,20 +107,20 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     """Prints patch norms and a verdict; writes nullspace.json, nullspace.png and norms.png.
 
     Args:
-      settings: of which teacher, on which images.
-      workdir: for the files.
+      settings: settings of the job.
+      workdir: folder for the files.
 
     Raises:
-      InputError: a layer, rank or threshold out of range, no teacher, no images.
+      InputError: no teacher or no images are given, or a layer, rank or threshold is out of range.
     """
     thresholds = [_parse(text) for text in settings.thresholds]
     data = settings.data
     spec, weights = resolve_model("teacher", settings.teacher, data.image_size, data.normalisation)
     if not weights:
-        raise InputError("teacher.weights: empty; give a hub name, a file or a run")
+        raise InputError("teacher.weights: empty; give a Hub repository, file or work directory")
     layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, spec.arch)
     if settings.rank > spec.arch.embed_dim:
-        raise InputError(f"rank: {settings.rank} is not in 1..{spec.arch.embed_dim}")
+        raise InputError(f"rank: {settings.rank}, but the teacher's width is {spec.arch.embed_dim}")
     for rule, threshold in thresholds:
         spaces.check_threshold(rule, threshold, spec.arch.embed_dim)
     quantised = settings.teacher.precision
@@ -126,7 +129,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     images = open_source(data, TRAIN)
     few = readable(evenly(images, settings.images))
     if "calibrated" in settings.weight_matrices and len(few) < 2:
-        raise InputError("images: 1, but calibrated needs 2; leave it out of weight_matrices")
+        raise InputError("images: 1, but calibrated needs 2; give more or change weight_matrices")
     make_workdir(workdir)
 
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp)
@@ -146,7 +149,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     curves: dict[int, dict[str, Any]] = {}
     for layer in layers:
         outliers = norm_summary.artifacts(norms[layer])
-        seen = outliers[::2].any() and outliers[1::2].any()  # by `calibrated`, and apart from it
+        seen = outliers[::2].any() and outliers[1::2].any()  # both halves have outliers
         if not (summaries[layer].has_artifacts and seen):
             outliers = np.asarray(is_outlier(jnp.asarray(norms[layer]), settings.outlier_quantile))
         found, curves[layer] = describe_layer(
@@ -179,7 +182,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         "rows": rows,
         "singular_values": spectra,
     }
-    with holding(workdir):  # all files are of one job
+    with holding(workdir):  # no other job can replace some of the files
         write_text(workdir / "nullspace.json", json.dumps(content, indent=1) + "\n")
         save_spectra(workdir / "nullspace.png", spec.name, curves, rows)
         _save_maps(workdir / "norms.png", few, network, {layer: norms[layer] for layer in layers})
@@ -188,9 +191,9 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
 def _verdict(
     summaries: list[norm_summary.NormSummary], layers: Sequence[int], rows: list[dict[str, Any]]
 ) -> str:
-    """Returns the verdict by the first source, and the threshold that `distill` takes if it is one.
+    """Returns the verdict for the first source, preferably at `distill`'s default threshold.
 
-    The share is that of distilled layers with artifacts.
+    The share is the mean over distilled layers with artifacts.
     """
     source = rows[0]["source"]
     thresholds = [row["threshold"] for row in rows if row["source"] == source]
@@ -241,8 +244,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"{row['defect_angle']:>7.1f}"
         )
     lines.append(
-        "project, soft: share of the outlier tokens' energy that the refinement could remove; "
-        "calibrated: of other images than it saw\n"
-        "angle: degrees between outlier tokens and the singular defect of the blocks before"
+        "project, soft: share of the outlier tokens' energy that the refinement could remove "
+        "(calibrated: measured on held-out images)\n"
+        "angle: degrees between outlier tokens and the singular defect of the preceding blocks"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The job `plan`: what a distillation would take on chips that are not here."""
+"""Job `plan`: predicts memory, time and cost of a distillation on chips that are not attached."""
 
 from __future__ import annotations
 
@@ -27,35 +27,42 @@ from singer_jax.training.setup import setup_students
 
 @dataclasses.dataclass(frozen=True)
 class PlanSettings(Settings):
-    """What to plan, and for which chips."""
+    """Settings of the job `plan`."""
 
-    job: str = setting("plan", OneOf(("plan",)), "the command")
+    job: str = setting("plan", OneOf(("plan",)), "Name of the command.")
     plan: str = setting(
-        "", TEXT, "configuration of the distillation, `:protocol` behind it; a shipped one by name"
+        "",
+        TEXT,
+        "Configuration of the distillation to plan: a file or the name of a shipped one, "
+        "optionally followed by `:protocol`.",
     )
     overrides: str = setting(
-        "", TEXT, "settings of it, as `key=value key=value`, such as `mesh.fsdp=8`"
+        "",
+        TEXT,
+        "Settings of the distillation to change, as `key=value key=value`, such as `mesh.fsdp=8`.",
     )
-    topology: str = setting("v5e:4x4", TEXT, "TPU and shape of the slice, such as v5p:4x4x4")
+    topology: str = setting("v5e:4x4", TEXT, "TPU generation and slice shape, such as v5p:4x4x4.")
     batch_size: str = setting(
         "",
         Text(r"max|[1-9]\d{0,8}|", "a number of images or max"),
-        "of all chips together; `max`: the largest that fits; empty: the distillation's",
+        "Global batch size. `max`: the largest that fits. Empty: that of the distillation.",
     )
-    images: int = setting(1_281_167, COUNT, "of the training split")
-    classes: int = setting(1000, FROM_ZERO, "of its labels")
-    price: float | None = setting(None, optional(POSITIVE), "of a chip hour, in any currency")
+    images: int = setting(1_281_167, COUNT, "Number of training images.")
+    classes: int = setting(1000, FROM_ZERO, "Number of classes of the labels.")
+    price: float | None = setting(None, optional(POSITIVE), "Price per chip hour, in any currency.")
 
     @functools.cached_property
     def distillation(self) -> DistillSettings:
-        """What is planned; raises `InputError` where it is wrong."""
+        """Settings of the planned distillation; raises `InputError` if they are invalid."""
         if not self.plan:
-            raise InputError("plan: empty; give the configuration of a distillation")
+            raise InputError(
+                "plan: empty; give a configuration of distill, such as singer_vitl_vitt"
+            )
         return _distillation(self.plan, self.overrides)
 
     @property
     def precision(self) -> str:
-        """Of what is planned."""
+        """Precision of the planned distillation."""
         return self.distillation.precision
 
 
@@ -63,29 +70,29 @@ def plan(settings: PlanSettings, workdir: epath.Path) -> None:
     """Prints the plan.
 
     Args:
-      settings: what to plan.
-      workdir: not used.
+      settings: settings of the job.
+      workdir: unused.
 
     Raises:
-      InputError: the settings cannot work, or the step does not fit.
+      InputError: the settings are inconsistent, or the step does not fit into memory.
     """
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, and no chip that is here is taken
+    jax.config.update("jax_platforms", "cpu")  # only compiles; attached chips stay free
     devices = chips.described(settings.topology)
-    jax.config.update("jax_enable_compilation_cache", False)  # it would hide the compiler's time
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no compile time
     found = planned(settings, devices)
     print(f"{settings.plan} {settings.overrides}".rstrip())
     print(as_text(found, settings))
 
 
 def planned(settings: PlanSettings, devices: Any) -> Cost:
-    """The cost of a step on some devices; raises as `plan`."""
+    """Returns the cost of a step on some devices; raises as `plan`."""
     if settings.batch_size == "max":
         return _largest(settings, devices)
     return _cost(settings, devices, int(settings.batch_size or settings.distillation.batch_size))
 
 
 def as_text(found: Cost, settings: PlanSettings) -> str:
-    """The plan in words and numbers."""
+    """Returns the plan as text."""
     chip, seconds = found.chip, found.seconds
     run = settings.distillation
     steps = run.steps or run.epochs * math.ceil(settings.images / found.images)
@@ -106,24 +113,24 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
     ]
     lines = [
         f"{settings.topology}: {found.count} x {found.kind}; batch {found.images}, "
-        f"{found.images / found.count:g} images a chip",
+        f"{found.images / found.count:g} images per chip",
         f"compiled in {found.compile_seconds:.0f} s ({found.compile_cpu_seconds:.0f} CPU s)",
     ]
     lines += [found.told] if found.told else []
-    lines += ["", "a step, on each chip"]
+    lines += ["", "per step and chip"]
     for name, amount, time in rows:
         shown = f"{1e3 * time:9.2f} ms" if time != "" else ""
         lines.append(f"  {name:<18}{amount:>22}{shown}".rstrip())
     lines += [
         "",
-        "of them by part",
+        "by part of the model",
         *(
             f"  {part or 'other':<18}{flops / 1e12:>14.2f} TFLOP{traffic / 1e9:>9.1f} GB"
             for part, (flops, traffic) in found.parts.items()
         ),
         "",
-        "predicted by these (no step was run; a real one is slower)",
-        f"  {1e3 * found.step_seconds:.1f} ms a step, bound by {found.binds}",
+        "lower bound predicted from these numbers (no step was run)",
+        f"  {1e3 * found.step_seconds:.1f} ms per step, bound by {found.binds}",
         f"  {found.images_per_second:,.0f} images/s, MFU {found.mfu:.0%}",
         f"  {steps:,} steps: {_days(hours)}, {hours * found.count:,.1f} chip hours"
         + (
@@ -131,7 +138,7 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
             if settings.price
             else ""
         ),
-        f"  decoding: {cores:.1f} cores a chip at {DECODED} images/s a core"
+        f"  decoding: {cores:.1f} cores per chip at {DECODED} images/s per core"
         + (f"; Google Cloud has {chip.cores}" if chip.cores else ""),
     ]
     return "\n".join(lines)
@@ -149,10 +156,10 @@ def _cost(settings: PlanSettings, devices: Any, batch_size: int) -> Cost:
 
 
 def _largest(settings: PlanSettings, devices: Any) -> Cost:
-    """The cost at the largest batch that fits, to about a tenth.
+    """Returns the cost at the largest batch that fits, to within about a tenth.
 
-    Memory grows in proportion to the batch: two programs say where the limit must be, and it is
-    tried from there downwards.
+    Memory grows linearly with the batch. Two programs predict the limit, and smaller batches are
+    tried from there.
     """
     unit = len(devices) * settings.distillation.grad_accum_steps
 
@@ -166,7 +173,7 @@ def _largest(settings: PlanSettings, devices: Any) -> Cost:
     if large is None:
         found = small or next(filter(None, map(at, (8, 4, 2, 1))), None)
         if found is None:
-            raise DoesNotFit("batch_size: not even one image a chip fits")
+            raise DoesNotFit("batch_size: one image per chip does not fit; raise mesh.fsdp")
         return found
     grows = (large.peak - small.peak) / 16
     count = 16 + int((large.chip.memory - small.peak) / grows)
@@ -185,12 +192,12 @@ def _distillation(file: str, change: str) -> DistillSettings:
     spec.loader.exec_module(module)
     config = module.get_config(*filter(None, [protocol]))
     if config.get("job") != "distill":
-        raise InputError(f"plan: {file} is of the job {config.get('job')!r}, not a distillation")
+        raise InputError(f"plan: {file} has job {config.get('job')!r}; give one of job distill")
     flat = settings_lib.flatten(config, empty=True) | _changes(change)
     defaults = DistillSettings()
     settings_lib.check(settings_lib.leaves(defaults), flat)
     found = settings_lib.from_flat(defaults, flat)
-    # A model that is named needs no weights to be planned; none are fetched.
+    # A model with a name can be planned without its weights, so that none are downloaded.
     unread = {
         role: dataclasses.replace(model, weights="")
         for role in ("teacher", "student")

@@ -1,4 +1,4 @@
-"""The job `prepare`: turns images into ArrayRecord shards, which are read in any order."""
+"""Job `prepare`: turns images into ArrayRecord shards, which support random access."""
 
 from __future__ import annotations
 
@@ -35,22 +35,24 @@ from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import OneOf, Text, optional
 from singer_jax.settings.settings import Settings, section, setting
 
-_IMAGES = 4096  # of a shard
-_NAMED = 10  # unreadable images that get a line
+_IMAGES = 4096  # images per shard
+_NAMED = 10  # number of unreadable images that are logged
 _PROGRESS = "records.progress.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings(Settings):
-    """Which images become records."""
+    """Settings of the job `prepare`."""
 
-    job: str = setting("prepare", OneOf(("prepare",)), "the command")
+    job: str = setting("prepare", OneOf(("prepare",)), "Name of the command.")
     data: DataSettings = section(DataSettings(source="folder"))
     image: str | None = setting(
-        None, optional(Text()), "Column of images in Parquet shards; None: the one there is."
+        None, optional(Text()), "Column of images in Parquet shards. None: the only such column."
     )
     label: str | None = setting(
-        None, optional(Text()), "Column of class numbers in Parquet shards; None: the one there is."
+        None,
+        optional(Text()),
+        "Column of class numbers in Parquet shards. None: the only such column.",
     )
 
 
@@ -58,13 +60,14 @@ def prepare(settings: PrepareSettings, workdir: epath.Path) -> None:
     """Writes the records of both splits, and then their manifest.
 
     Args:
-      settings: which images.
-      workdir: for the records.
+      settings: settings of the job.
+      workdir: folder for the records.
 
     Raises:
-      InputError: nothing to read, labels that are no classes, or records of other images.
+      InputError: there is nothing to read, labels are not classes, or the folder holds records of
+        other images.
       RunError: the disk is full or fails.
-      Stopped: on request; the same command continues.
+      Stopped: a stop was requested; the same command resumes.
     """
     check_local("--workdir", os.fspath(workdir))
     sources = _open(settings)
@@ -82,7 +85,7 @@ def prepare(settings: PrepareSettings, workdir: epath.Path) -> None:
 
 
 def _open(settings: PrepareSettings) -> dict[str, Source]:
-    """Returns the splits that are there."""
+    """Returns the available splits."""
     data = settings.data
     root = Path(data.path if data.source == "folder" else data.source).expanduser()
     parquet = root.exists() and bool(find_shards(root, ".parquet"))
@@ -117,7 +120,7 @@ def _first_readable(source: Source) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A shard that is to be written."""
+    """Shard to write."""
 
     split: str
     file: str
@@ -125,7 +128,7 @@ class _Part:
 
 
 def _parts(split: str, count: int) -> list[_Part]:
-    """Returns the shards of a split, of about equal numbers of images."""
+    """Returns the shards of a split, with about equal numbers of images."""
     number = -(-count // _IMAGES)
     ends = np.linspace(0, count, number + 1).astype(int).tolist()
     return [
@@ -173,7 +176,7 @@ def _prepare(sources: dict[str, Source], folder: Path, threads: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
     if len(finished) < len(parts):
         raise Stopped(
-            f"stopped with {len(finished)} of {len(parts)} shards done; the same command continues"
+            f"stopped with {len(finished)} of {len(parts)} shards done; the same command resumes"
         )
     splits = {
         split: [dataclasses.asdict(finished[part.file]) for part in parts if part.split == split]
@@ -186,13 +189,15 @@ def _prepare(sources: dict[str, Source], folder: Path, threads: int) -> None:
     for split, source in sources.items():
         print(f"{split}: {len(source):,} images, {source.num_classes or 'no'} classes")
     if unreadable:
-        print(f"{len(unreadable):,} of them cannot be read; runs replace them")
+        print(f"unreadable images: {len(unreadable):,} (training replaces them by others)")
     print(f"read them with --config.data.source={folder}")
 
 
 @contextlib.contextmanager
 def _bar(images: int) -> Iterator[tqdm]:
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+    interval = (
+        0.5 if sys.stderr.isatty() else 30
+    )  # seconds between updates; fewer lines in a log file
     with tqdm(total=images, unit="image", dynamic_ncols=True, mininterval=interval) as bar:
         signals.bar_is_shown.set()
         try:
@@ -202,10 +207,10 @@ def _bar(images: int) -> Iterator[tqdm]:
 
 
 def _done(folder: Path, about: dict[str, Any]) -> dict[str, Shard]:
-    """Returns the shards by their file names that an earlier start has written.
+    """Returns the shards that an earlier start has written, by file name.
 
     Raises:
-      InputError: they are of other images, or their list is damaged.
+      InputError: the shards belong to other images, or their list is corrupt.
     """
     manifest, progress = folder / MANIFEST, folder / _PROGRESS
     try:
@@ -214,7 +219,7 @@ def _done(folder: Path, about: dict[str, Any]) -> dict[str, Shard]:
             entries = [entry for shards in content.pop("splits", {}).values() for entry in shards]
         elif progress.exists():
             lines = limits.read_text(progress).splitlines()
-            # The last line may have been cut off with the process that wrote it.
+            # The last line may be incomplete, if the process was killed while it wrote.
             content, *entries = [json.loads(line) for line in lines if line.endswith("}")]
         else:
             return {}
@@ -222,7 +227,7 @@ def _done(folder: Path, about: dict[str, Any]) -> dict[str, Shard]:
     except (AttributeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{folder}: its list of records is damaged; remove it: {error}") from error
+        raise InputError(f"{folder}: its list of records is corrupt; remove it: {error}") from error
     if content != about:
         raise InputError(f"--workdir: {folder} holds records of other images; give another folder")
     return {shard.file: shard for shard in shards}
@@ -236,7 +241,7 @@ def _make(
     bar: tqdm,
     unreadable: list[str],
 ) -> Shard | None:
-    """Writes a shard unless it is there with its checksum; None: the job was asked to stop."""
+    """Writes a shard unless it exists with the right checksum; returns None on a stop request."""
     path = folder / part.file
     if signals.requested():
         return None
@@ -244,12 +249,12 @@ def _make(
         if records.sha256_of(path) == done.sha256:
             bar.update(len(part.indices))
             return done
-        LOG.warning("%s: damaged, written again", path)
+        LOG.warning("%s is corrupt and is written again", path)
 
     def tell(index: int, reason: str) -> None:
         unreadable.append(source.describe(index))
         if len(unreadable) <= _NAMED:
-            LOG.warning("cannot read %s: %s", unreadable[-1], shown(reason))
+            LOG.warning("unreadable image %s: %s", unreadable[-1], shown(reason))
 
     told = part.indices.start
     for index in records.write_shard(path, source, part.indices, tell):

@@ -1,8 +1,8 @@
-"""The job `quickstart`: everything once, small and from scratch, on the embedded digits.
+"""Job `quickstart`: trains, distils and evaluates small models on embedded digits.
 
-Trains a teacher with a planted artifact, distils it by several methods in one run, measures
-teacher, untrained student and all students alike, prints one table and saves pictures. What is done
-is not done again.
+It trains a teacher with a synthetic artifact, distils it with several methods in one run, evaluates
+teacher, untrained student and all students with the same protocol, prints one table and saves
+pictures. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from singer_jax.settings.settings import Settings, section, setting
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students
 
-_SHOWN = 8  # test images in the pictures of the models, one each
-_IN_A_PICTURE = 2  # of all models
-_FITTED = 512  # training images that the map to the teacher's features is fitted on
+_SHOWN = 8  # number of test images in each model's picture
+_IN_A_PICTURE = 2  # number of test images in the picture of all models
+_FITTED = 512  # number of training images to fit the map to the teacher's features
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartSettings(Settings):
-    """Two runs, and the probe that measures their models."""
+    """Settings of the job `quickstart`: two runs, and the probe that evaluates their models."""
 
-    job: str = setting("quickstart", OneOf(("quickstart",)), "the command")
+    job: str = setting("quickstart", OneOf(("quickstart",)), "Name of the command.")
     teacher: DistillSettings = section(DistillSettings())
     distilled: DistillSettings = section(DistillSettings())
     probe: ProbeSettings = section(ProbeSettings())
 
 
 def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
-    """Runs what configs/quickstart.py describes; raises what `distill` raises.
+    """Runs the quickstart as configs/quickstart.py describes it; raises as `distill`.
 
     Args:
-      settings: of both runs and the probe.
-      workdir: one folder a run, results.json, report/.
+      settings: settings of both runs and of the probe.
+      workdir: folder for one subfolder per run, results.json and report/.
     """
     if jax.process_index() == 0:
         make_workdir(workdir)
@@ -68,7 +68,7 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
     weights = dataclasses.replace(settings.distilled.teacher, weights=str(workdir / "teacher"))
     distilled = dataclasses.replace(settings.distilled, teacher=weights)
     for name, run in (("teacher", settings.teacher), ("distilled", distilled)):
-        LOG.info("== %s (%s)", name, workdir / name)
+        LOG.info("training: %s (%s)", name, workdir / name)
         distill(run, workdir / name)
 
     mesh, students = parallel.make_mesh(), str(workdir / "distilled")
@@ -78,7 +78,7 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
     }
     for name in distilled.students.named:
         backbones[f"student, {name}"] = load_backbone(mesh, run=students, student=name)
-    LOG.info("== measuring")
+    LOG.info("evaluating teacher and students (linear probe, kNN)")
     data = distilled.data
     train, test = (open_source(data, split) for split in (TRAIN, TEST))
     fitted = Subset(train, np.arange(_FITTED))
@@ -119,11 +119,11 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
     }
     save_norm_maps(page.parent / "artifacts.png", report.images[:_IN_A_PICTURE], maps)
     print(_table(results))
-    print(f"Pictures in {page.parent}, first of all artifacts.png, and the report: {page}")
+    print(f"Pictures: {page.parent} (artifacts.png compares all models). Report: {page}")
 
 
 def _untrained(settings: DistillSettings) -> Backbone:
-    """The students as they were before their first step: alike, of one seed."""
+    """Returns a student before its first step; all students start from the same weights."""
     source = open_source(settings.data, TRAIN)
     run = setup_students(settings, len(source), source.num_classes).any
     return Backbone(run.distillation.student, run.init_student(), run.mesh)

@@ -1,9 +1,9 @@
-"""The job `study`: what methods and cleaners make of teachers whose artifacts were planted.
+"""Job `study`: compares methods and artifact removal on teachers with synthetic artifacts.
 
-A base teacher is trained on scenes; each teacher of the study is the base trained on with artifacts
-of its own kind (`models.planted`). A cell is one run: all its students learn from one teacher, with
-one seed. What is measured of a cell goes to results.jsonl before the next one begins; the same
-command started again goes on after the last whole cell.
+A base teacher is trained on generated scenes. Each teacher of the study is the base, fine-tuned
+with its own kind of artifact (`models.planted`). A cell is one run: all its students learn from one
+teacher, with one seed. The measures of a cell are appended to results.jsonl before the next cell
+starts. The same command resumes after the last finished cell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from etils import epath
 from singer_jax.data.checking import readable
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
-from singer_jax.errors import InputError, StudentsStopped
+from singer_jax.errors import InputError, StudentsStopped, listed
 from singer_jax.evaluation.artifacts import planted_length
 from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
@@ -46,13 +46,13 @@ from singer_jax.settings.settings import Settings, flatten, section, setting, to
 from singer_jax.training.settings import DistillSettings, StudentsSettings
 
 DIRECTIONS = ("random", "null", "visible")
-NONE, GIVEN = "none", "given"  # teachers in which nothing is planted
+NONE, GIVEN = "none", "given"  # teachers without a synthetic artifact
 _TEACHER = Text(
     f"{NONE}|{GIVEN}|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
     "none, given, or direction-place-ratio such as null-background-20",
 )
 
-# Training images on which the norms are measured that a planted vector is scaled by.
+# Number of training images to measure the norms that scale a planted vector.
 _SCALED_ON = 256
 
 Row = dict[str, Any]
@@ -60,42 +60,45 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings(Settings):
-    """Which teachers, students and seeds."""
+    """Settings of the job `study`."""
 
-    job: str = setting("study", OneOf(("study",)), "the command")
+    job: str = setting("study", OneOf(("study",)), "Name of the command.")
     base: DistillSettings = section(DistillSettings())
     tuned: DistillSettings = section(DistillSettings())
     distilled: DistillSettings = section(DistillSettings())
     teachers: tuple[str, ...] = setting(
         ("none",),
         Each(_TEACHER, least=1),
-        "direction of the planted vector (random, or the most null or most visible one of the "
-        "first distilled layer), where, and how many medians long it makes a patch; none: trained "
-        "on without; given: as `given` says, not trained at all",
+        "Teachers, each as direction-place-ratio of its planted vector. The direction is random, "
+        "or the most null or most visible one of the first distilled layer. The ratio is the norm "
+        "of an affected patch over the median. `none`: fine-tuned without a vector; `given`: the "
+        "model of the section `given`, not trained.",
     )
     given: ModelSettings = section(ModelSettings())
-    patches: int = setting(2, COUNT, "of an image, to which it is added")
-    seeds: int = setting(5, COUNT, "of the students in `main`")
-    main: tuple[str, ...] = setting((), Each(NAME), "students of every teacher")
-    variant_seeds: int = setting(2, COUNT, "of the other students")
+    patches: int = setting(2, COUNT, "Number of patches per image with the planted vector.")
+    seeds: int = setting(5, COUNT, "Number of seeds of the students in `main`.")
+    main: tuple[str, ...] = setting((), Each(NAME), "Names of students that every teacher trains.")
+    variant_seeds: int = setting(2, COUNT, "Number of seeds of the other students.")
     variants_on: tuple[str, ...] = setting(
-        (), Each(NAME), "teachers of the other students, and those that are cleaned"
+        (), Each(NAME), "Teachers of the other students, and of the runs with artifact removal."
     )
     cleaners: tuple[str, ...] = setting(
         (),
         Each(OneOf(CLEANERS)),
-        "`teacher.artifact_removal` of further runs, of teachers with something to clean",
+        "Values of `teacher.artifact_removal` of further runs, for teachers with artifacts.",
     )
-    cleaned: tuple[str, ...] = setting((), Each(NAME), "students of these runs")
-    images: int = setting(2000, COUNT, "training images that the measures are fitted on")
+    cleaned: tuple[str, ...] = setting((), Each(NAME), "Students of runs with artifact removal.")
+    images: int = setting(2000, COUNT, "Number of training images to fit the measures on.")
 
 
 class Cell(NamedTuple):
-    """One run.
+    """One run of the study.
 
     Attributes:
-      teacher, clean, seed: its teacher, what cleans it (empty: nothing), its seed.
-      students: their names; of none, the teacher itself is measured.
+      teacher: name of the teacher.
+      clean: artifact removal applied to the teacher; empty: none.
+      seed: seed of the run.
+      students: names of the students; if empty, the teacher itself is evaluated.
     """
 
     teacher: str
@@ -105,20 +108,20 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the cell's folder."""
         return f"{self.clean or 'plain'}_{self.seed}"
 
 
 def study(settings: StudySettings, workdir: epath.Path) -> None:
-    """Trains, distils and measures what is not in results.jsonl yet.
+    """Trains, distils and evaluates the cells that are not in results.jsonl yet.
 
     Args:
-      settings: of the study.
-      workdir: a folder a run, results.jsonl.
+      settings: settings of the study.
+      workdir: folder for one subfolder per run, and results.jsonl.
 
     Raises:
-      InputError: a student or teacher that is not there, images that are no scenes, several
-        processes, a folder with the results of other settings; what `distill` raises.
+      InputError: a student or teacher is unknown, images are no scenes, several processes run, or
+        the folder holds results of other settings; also as `distill`.
     """
     left = cells(settings)
     make_workdir(workdir)
@@ -161,13 +164,13 @@ def _run_cells(settings: StudySettings, workdir: epath.Path, left: Sequence[Cell
 
 
 def cells(settings: StudySettings) -> list[Cell]:
-    """All of a study, in the order in which they are computed.
+    """Returns all cells of a study in the order of their computation.
 
     Raises:
       InputError: as `study`.
     """
     if jax.process_count() > 1:
-        raise InputError("study: runs in one process")
+        raise InputError("study: runs in one process only; start a single process")
     known = settings.distilled.students.named
     for key, names, allowed in (
         ("main", settings.main, known),
@@ -176,16 +179,16 @@ def cells(settings: StudySettings) -> list[Cell]:
     ):
         for name in names:
             if name not in allowed:
-                raise InputError(f"{key}: {name!r} is none of {', '.join(allowed)}")
+                raise InputError(f"{key}: unknown name {name!r}; allowed: {listed(allowed)}")
     for part in ("base", "tuned", "distilled"):
         data = getattr(settings, part).data
         if data.source != "scenes":
-            raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes")
+            raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes; set it")
     for teacher in settings.teachers:
         if teacher not in (NONE, GIVEN) and float(teacher.split("-")[2]) <= 1:
-            raise InputError(f"teachers: {teacher}; a patch gets longer, give a ratio above 1")
+            raise InputError(f"teachers: {teacher} has a ratio of at most 1; give one above 1")
     if GIVEN in settings.teachers and not settings.given.weights:
-        raise InputError("given.weights: missing, but teachers has `given`")
+        raise InputError("given.weights: missing, but teachers has `given`; give its weights")
     if set(settings.teachers) - {NONE, GIVEN}:
         _check_planted(settings)
     variants = tuple(name for name in known if name not in settings.main)
@@ -206,34 +209,34 @@ def cells(settings: StudySettings) -> list[Cell]:
 
 
 def _check_planted(settings: StudySettings) -> None:
-    """That there is room for the planted patches, in the images and above a quantile of SiNGER."""
+    """Raises `InputError` if too many patches are planted, or an outlier quantile is too high."""
     student = settings.tuned.student
     patches = lookup(student.model, dict(student.overrides)).arch.num_patches
     if settings.patches >= patches:
-        raise InputError(f"patches: {settings.patches} are planted, but an image has {patches}")
+        raise InputError(f"patches: {settings.patches}, but an image has {patches}; give fewer")
     most = 1 - (settings.patches + 1) / patches
     for name, own in settings.distilled.each().items():
-        quantile = getattr(own.method, "quantile", 0)
+        quantile = getattr(own.method, "outlier_quantile", 0)
         if quantile > most:
             raise InputError(
-                f"distilled.students.{name}.method.outlier_quantile: {quantile:g}, but with "
-                f"{settings.patches} of {patches} patches planted it is at most {most:.3g}"
+                f"distilled.students.{name}.method.outlier_quantile: {quantile:g}; with "
+                f"{settings.patches} of {patches} patches planted, give at most {most:.3g}"
             )
 
 
 def _cleans(clean: str, teacher: str, outlier: float) -> bool:
-    """Whether a cleaner has something to do; registers need patches above `outlier` medians."""
+    """Returns True if a cleaner applies; registers need patches above `outlier` medians."""
     if teacher in (NONE, GIVEN):
         return teacher == GIVEN and clean != "planted"
     return clean != "registers" or float(teacher.split("-")[2]) > outlier
 
 
-# What may grow while a study goes on: each is further runs, and changes none.
+# Keys that may change between starts: they add runs and do not change finished ones.
 _GROWING = ("teachers", "seeds", "cleaners")
 
 
 def _check_same_study(settings: StudySettings, workdir: epath.Path) -> None:
-    """Writes study.json; raises `InputError` where it says other settings."""
+    """Writes study.json; raises `InputError` if it exists with other settings."""
     own, path = flatten(to_dict(settings)), workdir / "study.json"
     if path.exists():
         saved = flatten(read_object(path))
@@ -247,10 +250,10 @@ def _check_same_study(settings: StudySettings, workdir: epath.Path) -> None:
 
 
 class Results:
-    """The rows of a study, in a file of JSON lines that is always whole.
+    """Rows of a study, in a file of JSON lines that is replaced atomically.
 
     Args:
-      path: of the file.
+      path: path of the file.
     """
 
     def __init__(self, path: epath.Path) -> None:
@@ -259,7 +262,7 @@ class Results:
         self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
 
     def holds(self, cell: Cell) -> bool:
-        """Whether a cell was measured; the rows of one are added all at once."""
+        """Returns True if a cell was evaluated; all rows of a cell are added at once."""
         key = (cell.teacher, cell.clean, cell.seed)
         of_cell = {
             row["student"]
@@ -277,7 +280,7 @@ class Results:
 def _teacher(
     settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
 ) -> Backbone:
-    """Trained, where it is not the one that is given; what is done already is not done again."""
+    """Trains a teacher unless it is given or finished, and returns it."""
     mesh = parallel.make_mesh(1)
     if teacher == GIVEN:
         return load_teacher(mesh, settings.given)
@@ -289,13 +292,13 @@ def _teacher(
 def plant(
     settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
 ) -> DistillSettings:
-    """Writes the base's weights with the vector of a teacher; the run that trains them on.
+    """Writes the base's weights with a teacher's vector, and returns the fine-tuning run.
 
     Args:
-      settings: of the study.
-      teacher: its name, which says what is planted.
-      base: the base's run.
-      folder: of the weights.
+      settings: settings of the study.
+      teacher: name of the teacher, which states the artifact.
+      base: work directory of the base.
+      folder: folder for the weights.
     """
     student = dataclasses.replace(settings.tuned.student, weights=str(base))
     if teacher == NONE:
@@ -320,7 +323,7 @@ def plant(
 
 
 def _direction(model: Any, layer: int, name: str) -> np.ndarray:
-    """A unit vector; null and visible are those of the paper's linear map of the next block."""
+    """Returns a unit vector; `null` and `visible` are those of the next block's linear map."""
     if name == "random":
         drawn = np.random.default_rng(0).standard_normal(model.arch.embed_dim)
         return drawn / np.linalg.norm(drawn)
@@ -329,12 +332,12 @@ def _direction(model: Any, layer: int, name: str) -> np.ndarray:
 
 
 def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> DistillSettings:
-    """The run of a cell.
+    """Returns the run of a cell.
 
     Args:
-      settings: of the study.
-      cell: which.
-      teacher: the folder of the teacher's run, where it is none that is given.
+      settings: settings of the study.
+      cell: the cell.
+      teacher: work directory of the teacher's run; unused for the teacher `given`.
     """
     run, model = settings.distilled, settings.given
     if cell.teacher != GIVEN:
@@ -353,13 +356,13 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
 def measured(
     measures: SceneMeasures, run: DistillSettings, folder: epath.Path, students: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """What a study says of students of a run.
+    """Returns the measures of students of a run, by student.
 
     Args:
-      measures: of its teacher, uncleaned.
-      run: the run.
-      folder: of the run, which is done.
-      students: their names.
+      measures: measures of the run's teacher before artifact removal.
+      run: settings of the run.
+      folder: work directory of the finished run.
+      students: names of the students.
     """
     teacher, layer = measures.teacher, measures.first
     prepared, states, taught, _ = restore(folder, run)
@@ -371,10 +374,10 @@ def measured(
     for name in students:
         student = load_backbone(teacher.mesh, weights=str(export_folder(folder, name)))
         rows[name] = measures.of_student(student)
-        clip = getattr(getattr(each[name].method, "match", None), "clip", 1)
+        clip = getattr(getattr(each[name].method, "match", None), "norm_clip_quantile", 1)
         if cleaned is not None:
             rows[name] |= measures.of_target(cleaned)
-            if run.teacher.artifact_removal == "registers":  # a block sees the added token, too
+            if run.teacher.artifact_removal == "registers":  # registers change the next block
                 del rows[name]["next_block_changed"]
         elif name in singers:
             rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
@@ -384,10 +387,10 @@ def measured(
 
 
 def _layers(teacher: Architecture) -> tuple[int, ...]:
-    """The distilled blocks, as SiNGER chooses them by default."""
+    """Returns the distilled blocks that SiNGER chooses by default."""
     return teacher_layers(None, True, DEPTHS, teacher)
 
 
 def _run(settings: DistillSettings, folder: epath.Path) -> None:
-    LOG.info("== %s", folder)
+    LOG.info("training: %s", folder)
     distill(settings, folder)

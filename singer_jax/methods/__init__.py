@@ -45,38 +45,45 @@ __all__ = [
 
 
 def chosen(settings: Settings) -> dict[str, tuple[float, Settings]]:
-    """The methods that settings are of, by name, each with its weight and its own settings.
+    """Returns the chosen methods by name, each with its weight and its own settings.
 
     Args:
-      settings: of a method in `METHODS`, or of a sum of several.
+      settings: Settings of a method in `METHODS`, or of a sum of several methods.
 
     Raises:
-      ValueError: of no method in `METHODS`, or a sum of none or of one method twice.
+      ValueError: The settings belong to no method in `METHODS`, or the sum is empty or holds a
+        method twice.
     """
     names = {method.Settings: name for name, method in METHODS.items()}
     several = isinstance(settings, WeightedSumSettings)
     parts = settings.methods if several else ((1.0, settings),)
     for _, part in parts:
         if type(part) not in names:
-            raise ValueError(f"{type(part).__name__} is of no method in singer_jax.methods.METHODS")
+            raise ValueError(
+                f"{type(part).__name__} belongs to no method in singer_jax.methods.METHODS; pass "
+                "the `Settings` of one of them"
+            )
     found = {names[type(part)]: (weight, part) for weight, part in parts}
     if not found or len(found) < len(parts):
-        raise ValueError("a sum of methods holds one or more, each once")
+        raise ValueError("WeightedSumSettings.methods: give one or more methods, each once")
     return found
 
 
 def needs(settings: Settings) -> MethodRequirements:
-    """What the methods look at; arguments and errors as `chosen`."""
+    """Returns what the methods read; arguments and errors are those of `chosen`."""
     each = [METHODS[name].needs(own) for name, (_, own) in chosen(settings).items()]
     return MethodRequirements(*(any(values) for values in zip(*each, strict=True)))
 
 
 def measure(teacher: ModelFeatures, settings: Settings) -> dict[str, dict[str, Array]]:
-    """What the methods must know of the first batches, of one batch, by the names of those that do.
+    """Measures the teacher on one batch for the methods that need it before they are made.
 
     Args:
-      teacher: its features of the batch.
-      settings: as of `chosen`; errors too.
+      teacher: The teacher and its features of the batch.
+      settings: Settings as for `chosen`, which raises the same errors.
+
+    Returns:
+      The measurements of each such method by its name; those of several batches are added.
     """
     return {
         name: METHODS[name].measure(teacher, own)
@@ -92,9 +99,10 @@ def make(
     rngs: nnx.Rngs,
     measured: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> Method:
-    """The method, or the sum of several; arguments and errors as `chosen` and `Method`.
+    """Makes the method, or the weighted sum of several.
 
-    `measured` is the sum of `measure` over the first batches; None where no method needs it.
+    Arguments and errors are those of `chosen` and `Method`. `measured` is the sum of `measure` over
+    the first batches; it is None if no method needs it.
     """
     parts = chosen(settings)
     given = {name: {"measured": found} for name, found in (measured or {}).items()}

@@ -1,8 +1,8 @@
-"""What distillation methods share: the interface, the matching of layers, the adapters.
+"""The interface of distillation methods, the matching of layers, and the adapters.
 
-A method is an NNX module. Its `nnx.Param`s are trained; its `FrozenVariable`s are computed once,
-saved and left alone. Adding one is a file with its settings and a subclass of `Method`, and a
-line in `methods/__init__.py`. Axis names: batch, tokens, patches, dim, classes as in
+A method is an NNX module. Its `nnx.Param`s are trained. Its `FrozenVariable`s are computed once,
+saved and never trained. A new method needs a file with its settings and a subclass of `Method`, and
+a line in `methods/__init__.py`. Axis names are batch, tokens, patches, dim and classes as in
 `models/vit.py`; rank is that of a LoRA update.
 """
 
@@ -30,17 +30,18 @@ Scalars = dict[str, Float[Array, ""]]
 
 
 class FrozenVariable(nnx.Variable):
-    """A part of a method that is saved with it and never trained; `Method.absorb` may change it."""
+    """A variable that is saved with a method and never trained; `Method.absorb` may change it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFeatures:
-    """A model and its features of one batch: the raw residual stream after each block by index.
+    """A model and its features of one batch: the raw residual stream after each block.
 
     Attributes:
-      model: the model.
-      features: by block.
-      registers: of a teacher with test-time registers the token that was added to each feature.
+      model: The model.
+      features: Features by index of the block.
+      registers: The test-time register token that was added to each feature, by index of the block;
+        empty for a model without test-time registers.
     """
 
     model: VisionTransformer
@@ -51,14 +52,14 @@ class ModelFeatures:
     def of(
         cls, model: VisionTransformer, images: Num[Array, "batch height width 3"]
     ) -> ModelFeatures:
-        """A model that knows its `spec`, and all its features of images in 0..255."""
+        """Returns a model that has a `spec`, and all its features of images in 0..255."""
         return cls(model, dict(enumerate(model.features(model.spec.prepare(images)))))
 
     @classmethod
     def of_streams(
         cls, model: VisionTransformer, streams: Mapping[int, Float[Array, "batch tokens dim"]]
     ) -> ModelFeatures:
-        """A model and its features, as `VisionTransformer.streams_at` gives them."""
+        """Returns a model and its features, as `VisionTransformer.streams_at` returns them."""
         parts = {layer: model.split_register(x) for layer, x in streams.items()}
         added = {layer: register for layer, (register, _) in parts.items() if register is not None}
         return cls(model, {layer: feature for layer, (_, feature) in parts.items()}, added)
@@ -66,31 +67,31 @@ class ModelFeatures:
     def next_block(
         self, layer: int, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch tokens dim"]:
-        """What the block after `layer` makes of `x` in the place of that feature.
+        """Applies the block after `layer` to `x`, which replaces the feature of `layer`.
 
-        A token that was added to the feature goes with it. Features that are means over views
-        (`models.views`) are not what this gives of the feature before: the mean of a block is not
-        the block of a mean.
+        A register token that was added to the feature is passed along. If features are means over
+        views (`models.views`), the next feature differs from the result: the mean of a block's
+        outputs is not the block's output for the mean.
         """
         return self.model.apply_block(layer + 1, x, self.registers.get(layer))
 
     def head_output(self) -> Float[Array, "batch outputs"]:
-        """What the model's head makes of its last feature."""
+        """Applies the model's head to its last feature."""
         return self.model.head_output(self.features[self.model.arch.depth - 1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a method may need of a batch, or of a micro-batch, beside the features.
+    """Inputs of a method from a batch or micro-batch, in addition to the features.
 
     Random numbers are drawn for all images of the step at once, and `own` selects those of this
-    micro-batch: so they depend neither on the number of micro-batches nor on that of processes.
+    micro-batch. They depend neither on the number of micro-batches nor on that of processes.
 
     Attributes:
-      labels: class of each image, where the data has labels.
-      key: for this step's random numbers, the same for all of its micro-batches.
-      rows: index of each image in the step's batch; None: it is the whole batch, in order.
-      parts: number of the step's micro-batches, all of one size.
+      labels: Class of each image; None if the data has no labels.
+      key: Key for the random numbers of this step, the same for all of its micro-batches.
+      rows: Index of each image in the batch of the step; None for the whole batch in order.
+      parts: Number of micro-batches of the step, all of the same size.
     """
 
     labels: Int[Array, " batch"] | None = None
@@ -104,14 +105,14 @@ class Batch:
 
 
 class MethodRequirements(NamedTuple):
-    """What a method looks at.
+    """The inputs that a method reads.
 
     Attributes:
-      teacher: whether there is one.
-      logits: the student's head, and with it every block.
-      labels: of the images.
-      teacher_logits: the teacher's head, with the student's classes.
-      measured: what `Method.measure` finds in the first batches, before the method is made.
+      teacher: True if the method needs a teacher.
+      logits: True if it reads the output of the student's head, and so every block.
+      labels: True if it reads the labels of the images.
+      teacher_logits: True if it reads the teacher's head, which has the classes of the student.
+      measured: True if it needs the result of `Method.measure` on the first batches.
     """
 
     teacher: bool = True
@@ -123,41 +124,47 @@ class MethodRequirements(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenSettings(Settings):
-    """How student and teacher are compared, by every method that compares tokens."""
+    """Settings of all methods that compare tokens of student and teacher."""
 
     layer_mapping: str = setting(
         "last_to_last",
         OneOf(("last_to_last", "official")),
-        "which student block learns from a teacher block (`methods.base.match_layers`)",
+        "Rule that assigns a student block to each teacher block (`methods.base.match_layers`).",
     )
     interpolate_patch_grid: bool = setting(
-        False, Flag(), "compare models of other grids on the teacher's grid"
+        False,
+        Flag(),
+        "Interpolate the student's patches to the teacher's grid if the grids differ.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings(TokenSettings):
-    """Which blocks are distilled."""
+    """Settings of the distilled blocks."""
 
     layers: tuple[int, ...] | None = setting(
         None,
         optional(Each(FROM_ZERO)),
-        "teacher blocks from 0, ascending; None: at the published relative depths",
+        "Distilled teacher blocks, 0-based and ascending. None: blocks at the published relative "
+        "depths.",
     )
-    include_last_layer: bool = setting(True, Flag(), "also distil the teacher's last block")
+    include_last_layer: bool = setting(
+        True, Flag(), "Distil the teacher's last block in addition to `layers`."
+    )
 
 
 class Method(nnx.Module):
     """A distillation loss with trainable parts.
 
     A subclass names the class of its settings and is made by `Subclass(teacher, student, settings,
-    rngs)`: the teacher (None for a method without one), the student's architecture, its settings,
-    NNX random streams; one that needs it also takes `measured`. It may run under `jax.jit`.
+    rngs)`. The arguments are the teacher (None for a method without one), the student's
+    architecture, the settings, and NNX random streams. A method that requires measurements also
+    takes `measured`. The constructor may run under `jax.jit`.
 
     Attributes:
-      Settings: the class of its settings, all of which have defaults.
-      teacher_layers, student_layers: the distilled blocks, matched one to one.
-      tokens: which tokens are compared; None where no features are.
+      Settings: Class of the settings, all of which have defaults.
+      teacher_layers, student_layers: The distilled blocks, matched one to one.
+      tokens: The compared tokens; None if no features are compared.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
@@ -167,62 +174,63 @@ class Method(nnx.Module):
 
     @classmethod
     def needs(cls, settings: Any) -> MethodRequirements:
-        """What `loss` will look at."""
+        """Returns the inputs that `loss` reads."""
         return MethodRequirements()
 
     @classmethod
     def measure(cls, teacher: ModelFeatures, settings: Any) -> dict[str, Array]:
-        """What a method that needs it must know of a batch; that of several batches adds up."""
+        """Returns measurements of the teacher on a batch; those of several batches are added."""
         return {}
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:
-        """The teacher's blocks whose features `loss` and `diagnose` look at."""
+        """Teacher blocks whose features `loss` and `diagnose` read."""
         return self.teacher_layers
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Named loss terms, already weighted, whose sum is minimised."""
+        """Returns named, already weighted loss terms, whose sum is minimised."""
         raise NotImplementedError
 
     def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
-        """Means over the images of a training batch that the method keeps statistics of.
+        """Returns means over the images of a training batch, from which `absorb` keeps statistics.
 
-        Of a step's micro-batches they are averaged. None by default.
+        They are averaged over the micro-batches of a step. By default there are none.
         """
         return {}
 
     def absorb(self, means: dict[str, Any]) -> None:
-        """Takes what `observe` gave into the method's `FrozenVariable`s.
+        """Updates the method's `FrozenVariable`s with the result of `observe`.
 
-        A micro-batch's before its loss, in a copy; a step's, all together, after its update.
+        It is called on a copy of the method before the loss of each micro-batch, and on the method
+        itself, with the means of the whole step, after the update.
         """
 
     def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
-        """Further metrics, which are computed only in steps that are logged."""
+        """Returns further metrics, which are computed only in logged steps."""
         return {}
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """What a user should know when a run starts, as lines with a `logging` level.
+        """Returns the lines to log when a run starts, each with its `logging` level.
 
         Args:
-          metrics: of the first step, diagnostics included.
+          metrics: Metrics of the first step, diagnostics included.
         """
         if self.tokens is None:
             return []
         layers = ", ".join(
-            f"{own} <- {layer}"
+            f"{own}<-{layer}"
             for layer, own in zip(self.teacher_layers, self.student_layers, strict=True)
         )
-        line = f"student blocks {layers}; compared tokens: {self.tokens.describe()}"
+        line = f"layer mapping (student<-teacher): {layers}; tokens: {self.tokens.describe()}"
         return [(logging.INFO, line)]
 
 
 def match_layers(
     rule: str, teacher_layers: Sequence[int], teacher_depth: int, student_depth: int
 ) -> tuple[int, ...]:
-    """The student block that learns from each distilled teacher block.
+    """Returns the student block that learns from each distilled teacher block.
 
-    The one-to-one assignment with the least sum of distances between relative depths.
+    It is the one-to-one assignment with the least sum of distances between relative depths.
 
     Args:
       rule: `last_to_last` compares (l + 1) / L of teacher and student, so that the last block
@@ -237,7 +245,7 @@ def match_layers(
     if len(teacher_layers) > student_depth:
         raise InputError(
             f"method.layers: {len(teacher_layers)} distilled layers, but the student has only "
-            f"{student_depth} blocks"
+            f"{student_depth} blocks; distil fewer layers or use a deeper student"
         )
     layers = np.asarray(teacher_layers)
     depths = {
@@ -250,7 +258,7 @@ def match_layers(
     of_teacher, of_student = depths[rule]
     distance = np.abs(of_teacher[:, None] - of_student[None, :])
     matched = [int(index) for index in scipy.optimize.linear_sum_assignment(distance)[1]]
-    # Of several assignments with the least sum, the one in which no two pairs cross.
+    # If several assignments have the least sum, take the one in which no two pairs cross.
     return tuple(sorted(matched) if rule == "last_to_last" else matched)
 
 
@@ -260,16 +268,16 @@ def teacher_layers(
     relative_depths: Sequence[float],
     teacher: Architecture,
 ) -> tuple[int, ...]:
-    """Distilled teacher blocks, ascending.
+    """Returns the distilled teacher blocks in ascending order.
 
     Args:
-      layers: indices of blocks; None: at `relative_depths`.
-      include_last_layer: also the last block.
-      relative_depths: of the method's published layers; 0.75 is block 17 of 24.
-      teacher: for its depth.
+      layers: Indices of blocks; None for those at `relative_depths`.
+      include_last_layer: Adds the last block.
+      relative_depths: Relative depths of the method's published layers; 0.75 is block 17 of 24.
+      teacher: Architecture of the teacher, for its depth.
 
     Raises:
-      InputError: an index out of range or twice, or none at all.
+      InputError: An index is out of range or appears twice, or there is none.
     """
     depth = teacher.depth
     if layers is None:
@@ -284,7 +292,7 @@ def teacher_layers(
             )
     if len(set(layers)) < len(layers) or sorted(layers) != layers or not layers:
         raise InputError(
-            f"method.layers: {tuple(layers)} must be distinct, ascending and not empty"
+            f"method.layers: {tuple(layers)} is invalid; give distinct blocks in ascending order"
         )
     return tuple(layers)
 
@@ -295,26 +303,26 @@ def distilled_layers(
     teacher: Architecture,
     student: Architecture,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Distilled teacher blocks and the student blocks matched to them.
+    """Returns the distilled teacher blocks and the student blocks matched to them.
 
     Args:
-      settings: which layers, and how they are matched.
-      relative_depths: of the method's published layers.
-      teacher, student: for their depths.
+      settings: Settings of the layers and their mapping.
+      relative_depths: Relative depths of the method's published layers.
+      teacher, student: Architectures, for their depths.
 
     Raises:
-      InputError: as `teacher_layers` and `match_layers`.
+      InputError: The layers are invalid for `teacher_layers` or `match_layers`.
     """
     layers = teacher_layers(settings.layers, settings.include_last_layer, relative_depths, teacher)
     return layers, match_layers(settings.layer_mapping, layers, teacher.depth, student.depth)
 
 
 def freeze(module: nnx.Module, *names: str) -> None:
-    """Turns parameters of a module into constants, which are saved and never trained.
+    """Turns parameters of a module into frozen variables, which are saved and never trained.
 
     Args:
-      module: whose attributes `names`, or all parameters in it.
-      names: attributes; none: everything.
+      module: The module.
+      names: Attributes of the module to freeze; without names, all parameters in it.
     """
     for path, node in nnx.iter_modules(module):
         for name in names or list(vars(node)):
@@ -326,13 +334,13 @@ def freeze(module: nnx.Module, *names: str) -> None:
 def linear_adapters(
     layers: Sequence[int], in_features: int, out_features: int, rngs: nnx.Rngs
 ) -> nnx.Dict:
-    """A `linear_adapter` for each student block."""
+    """Makes a `linear_adapter` for each student block."""
     each = {str(layer): linear_adapter(in_features, out_features, rngs) for layer in layers}
     return nnx.Dict(each)
 
 
 def linear_adapter(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear map from student to teacher width in float32, initialised as PyTorch's `Linear`."""
+    """Makes a float32 linear map from student to teacher width, with PyTorch's initialisation."""
     uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     bound = in_features**-0.5
     return nnx.Linear(

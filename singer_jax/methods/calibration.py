@@ -1,7 +1,8 @@
-"""Directions that hold a teacher's outliers and that the next block hardly sees.
+"""Directions that hold a teacher's outliers and to which the next block is least sensitive.
 
-The null space of the weights alone need not hold the artifacts; a few batches say where they lie.
-All in float32 at the highest matmul precision, as in `methods.nullspace`.
+The null space of the weights alone need not hold the artifacts, so the outliers of a few batches
+are measured. Everything is computed in float32 at the highest matmul precision, as in
+`methods.nullspace`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from singer_jax.methods import nullspace
 from singer_jax.methods.nullspace import NullSpace, NullSpaceSettings
 from singer_jax.models.vit import VisionTransformer
 
-# Added to the covariance, relative to its mean eigenvalue; about its rounding at the width of a
-# ViT-L. Where the outliers span fewer directions than are asked for, those that are seen least
-# follow instead of arbitrary ones.
+# Added to the covariance, relative to its mean eigenvalue. It is about the rounding error at the
+# width of a ViT-L. If the outliers span fewer directions than requested, it selects the directions
+# to which the next block is least sensitive instead of arbitrary ones.
 FLOOR = 1e-4
 
 _product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
@@ -27,7 +28,7 @@ _product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
 def outlier_covariance(
     patches: Float[Array, "batch patches dim"], outliers: Bool[Array, "batch patches"]
 ) -> Float[Array, "dim dim"]:
-    """The sum of d^T d over the rows d of `nullspace.deviations`; those of batches add up."""
+    """Returns the sum of d^T d over the rows d of `nullspace.deviations`; batches are added."""
     rows = nullspace.deviations(patches, outliers).reshape(-1, patches.shape[-1])
     return _product(rows.T, rows)
 
@@ -39,14 +40,16 @@ def of_layer(
     rank: int,
     covariance: Float[Array, "dim dim"] | None,
 ) -> NullSpace:
-    """The space of any source; of `calibrated` as `calibrated` of the map `mlp`.
+    """Returns the null space of a layer for any `weight_matrix`.
+
+    For `calibrated` it is the result of the function `calibrated` for the map `mlp`.
 
     Args:
-      model: the teacher.
-      layer: the distilled block.
-      settings: source and epsilon.
-      rank: the number of calibrated directions.
-      covariance: of the layer's outliers; None where nothing is calibrated.
+      model: The teacher.
+      layer: The distilled block.
+      settings: Settings with the weight matrix and the ridge.
+      rank: Number of calibrated directions.
+      covariance: Covariance of the layer's outliers; None without calibration.
     """
     if settings.weight_matrix != "calibrated":
         return nullspace.of_layer(model, layer, settings.weight_matrix)
@@ -62,13 +65,13 @@ def calibrated(
     rank: int,
     epsilon: float,
 ) -> NullSpace:
-    """W restricted to the `rank` directions with the most outlier energy for what is seen of them.
+    """Restricts W to the `rank` directions with the largest ratio of outlier energy to response.
 
-    They are the span of the top generalised eigenvectors v of C v = lambda (W W^T + e I) v: the
-    first maximises v^T C v / (||v^T W||^2 + e ||v||^2), each further one the same among those that
-    are orthogonal to the ones before in the metric of the right side. Large e: the principal
-    directions of the outliers, however much is seen of them. Small e: what is hardly seen, however
-    little it holds of them.
+    They are the span of the top generalised eigenvectors v of C v = lambda (W W^T + e I) v. The
+    first maximises v^T C v / (||v^T W||^2 + e ||v||^2). Each further one maximises it among those
+    that are orthogonal to the previous ones in the metric of the right side. A large e selects the
+    principal directions of the outliers, regardless of the next block. A small e selects the
+    directions to which the next block is least sensitive, regardless of their outlier energy.
 
     With E an orthonormal basis of the span and E^T W = R S V^T, the vectors are the columns of
     U = E R and the values are S. `projector` and `soft_filter` keep the bounds that they have
@@ -78,11 +81,11 @@ def calibrated(
     value of all of W.
 
     Args:
-      seen: `decompose` of W.
+      seen: The decomposition of W (`decompose`).
       linear_map: W.
-      covariance: C, of the outliers, on any scale; positive semidefinite.
-      rank: how many directions.
-      epsilon: e over the mean of W W^T's diagonal, that of the squared singular values.
+      covariance: C, the positive semidefinite covariance of the outliers, on any scale.
+      rank: Number of directions.
+      epsilon: e relative to the mean squared singular value of W.
     """
     held = nullspace.decompose(covariance)
     roots = jnp.sqrt(_relative(held.values) + FLOOR)
@@ -97,5 +100,5 @@ def calibrated(
 
 
 def _relative(values: Float[Array, " dim"]) -> Float[Array, " dim"]:
-    """Over their mean; zeros of zeros."""
+    """Divides values by their mean; zeros stay zero."""
     return values / jnp.maximum(jnp.mean(values), jnp.finfo(jnp.float32).tiny)

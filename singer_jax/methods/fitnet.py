@@ -30,36 +30,39 @@ from singer_jax.settings.settings import Settings, section, setting
 
 @dataclasses.dataclass(frozen=True)
 class FitNetWeights(Settings):
-    """Of the terms of the loss."""
+    """Weights of FitNet's loss terms."""
 
-    kd: float = setting(10.0, NOT_NEGATIVE, "of the distillation loss")
+    kd: float = setting(10.0, NOT_NEGATIVE, "Weight of the distillation loss.")
     ce: float | None = setting(
-        None, optional(NOT_NEGATIVE), "of the cross-entropy with the labels; None: no such term"
+        None,
+        optional(NOT_NEGATIVE),
+        "Weight of the cross-entropy with the labels. None: the term is left out.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class FitNetSettings(LayerSettings):
-    """Of FitNet."""
+    """Settings of FitNet."""
 
-    # 1 is FitNet as it is published. 0.9 rests on the planted teachers of benchmarks/STUDY.md.
+    # 1 is FitNet as published. The default 0.9 is based on the synthetic outliers of
+    # benchmarks/STUDY.md.
     match: MatchSettings = section(MatchSettings(norm_clip_quantile=0.9))
     loss_weights: FitNetWeights = section(FitNetWeights())
 
 
 class FitNet(TokenMethod):
-    """Sum over layers of the loss of all tokens, optionally with cross-entropy.
+    """FitNet: the sum over layers of the loss of all tokens, optionally with cross-entropy.
 
-    `weights.ce` None leaves the cross-entropy out. 0, as in the official code, keeps it as a term
-    without weight: the student's last blocks, norm and head then get a zero gradient, and with it
-    the optimiser's weight decay.
+    `loss_weights.ce` None leaves the cross-entropy out. 0, as in the official code, keeps it as a
+    term of weight zero: the student's last blocks, norm and head then get a zero gradient, so the
+    optimiser applies weight decay to them.
     """
 
     Settings = FitNetSettings
 
     @classmethod
     def needs(cls, settings: FitNetSettings) -> MethodRequirements:
-        """The head and labels only for the cross-entropy."""
+        """Returns the requirements; head and labels are needed only for the cross-entropy."""
         return MethodRequirements(
             logits=settings.loss_weights.ce is not None, labels=bool(settings.loss_weights.ce)
         )
@@ -83,7 +86,7 @@ class FitNet(TokenMethod):
         )
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Terms `kd` and, with a weight, `ce`."""
+        """Returns the term `kd` and, if it has a weight, `ce`."""
         kd = sum(
             self.compare(
                 self.adapter[str(own)](self.tokens.of_student(student.features[own])),
@@ -97,6 +100,6 @@ class FitNet(TokenMethod):
             logits = student.head_output()
             if self.ce_weight:
                 terms["ce"] = self.ce_weight * cross_entropy(logits, batch.labels)
-            else:  # zero gradients, whatever the labels are
+            else:  # zero gradients, independent of the labels
                 terms["ce"] = 0.0 * jnp.sum(logits.astype(jnp.float32))
         return terms

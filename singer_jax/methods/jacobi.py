@@ -1,9 +1,10 @@
 """Left singular vectors by one-sided Jacobi rotations: a small program for any accelerator.
 
-The library's decomposition takes a TPU's compiler minutes at the width of a ViT-L
-(`python -m benchmarks.compiled --parts`); this one takes it seconds and, unlike the eigenvectors of
-W W^T, resolves singular values down to rounding (Demmel and Veselic, "Jacobi's method is more
-accurate than QR", 1992). Rotations and sums are elementwise float32, which no backend rounds.
+At the width of a ViT-L a TPU's compiler needs minutes for `jnp.linalg.svd`
+(`python -m benchmarks.compiled --parts`) and seconds for this program. Unlike the eigenvectors of
+W W^T, it resolves singular values down to rounding (Demmel and Veselic, "Jacobi's method is more
+accurate than QR", 1992). Rotations and sums are elementwise float32, which no backend computes in
+lower precision.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _TOLERANCE = 10 * float(jnp.finfo(jnp.float32).eps)  # cosine of the angle betwe
 def left_singular(
     matrix: Float[Array, "dim out"],
 ) -> tuple[Float[Array, "dim dim"], Float[Array, " dim"]]:
-    """U (columns) and S of W = U S V^T in float32, S descending; `out` is at least `dim`.
+    """Returns U (columns) and descending S of W = U S V^T in float32; `out` is at least `dim`.
 
-    A second pass on U^T W, whose rows are all but orthogonal, takes away the rounding that the many
-    rotations of the first have gathered.
+    A second pass on U^T W, whose rows are almost orthogonal, removes the rounding error that the
+    many rotations of the first pass have accumulated.
     """
     dim = matrix.shape[0]
     matrix = jnp.pad(matrix.astype(jnp.float32), ((0, dim % 2), (0, 0)))
@@ -39,10 +40,11 @@ def left_singular(
 
 
 def _rotations(matrix: Float[Array, "dim out"]) -> Float[Array, "dim dim"]:
-    """The orthogonal matrix whose product with `matrix` has orthogonal rows.
+    """Returns the orthogonal matrix whose product with `matrix` has orthogonal rows.
 
-    A sweep lets every two rows meet once: half of the rows face the other half, all pairs rotate
-    at once, and between two rounds all rows but the first move on by one seat.
+    A sweep pairs every two rows once, in the order of a round-robin tournament: half of the rows
+    are paired with the other half, all pairs rotate at once, and between two rounds all rows but
+    the first move by one position.
     """
     dim, out = matrix.shape
     seated = jnp.concatenate([matrix, jnp.eye(dim, dtype=matrix.dtype)], axis=1).reshape(
@@ -71,10 +73,10 @@ def _rotations(matrix: Float[Array, "dim out"]) -> Float[Array, "dim dim"]:
 def _rotate(
     upper: Float[Array, "pairs columns"], lower: Float[Array, "pairs columns"], out: int
 ) -> tuple[Float[Array, "pairs columns"], Float[Array, "pairs columns"], Float[Array, ""]]:
-    """Each pair of rows turned until the first `out` columns are orthogonal, and how far any was.
+    """Rotates each pair of rows until their first `out` columns are orthogonal.
 
     Returns:
-      the rows, and the largest cosine of an angle between two before.
+      The rotated rows, and the largest cosine of the angle between two rows before the rotation.
     """
     a, b = upper[:, :out], lower[:, :out]
     products = jnp.sum(a * b, axis=1)
@@ -94,6 +96,6 @@ def _rotate(
 
 
 def _orthogonal(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
-    """The nearest orthogonal matrix of one that is almost orthogonal (a Newton step)."""
+    """Returns the nearest orthogonal matrix to an almost orthogonal one (a Newton step)."""
     gram = jnp.matmul(matrix, matrix.T, precision=Precision.HIGHEST)
     return 1.5 * matrix - 0.5 * jnp.matmul(gram, matrix, precision=Precision.HIGHEST)

@@ -18,27 +18,29 @@ from singer_jax.settings.settings import Settings, section, setting
 
 @dataclasses.dataclass(frozen=True)
 class LogitKDWeights(Settings):
-    """Of the terms of the loss."""
+    """Weights of the loss terms of logit distillation."""
 
-    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+    kd: float = setting(1.0, NOT_NEGATIVE, "Weight of the distillation loss.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitKDSettings(Settings):
-    """Of logit distillation."""
+    """Settings of logit distillation."""
 
-    temperature: float = setting(4.0, POSITIVE, "of both softmaxes")
+    temperature: float = setting(
+        4.0, POSITIVE, "Temperature of the softmax of student and teacher."
+    )
     loss_weights: LogitKDWeights = section(LogitKDWeights())
 
 
 class LogitKD(Method):
-    """T^2 KL(teacher || student) of the class probabilities at temperature T; no labels needed."""
+    """Logit distillation: T^2 KL(teacher || student) at temperature T, without labels."""
 
     Settings = LogitKDSettings
 
     @classmethod
     def needs(cls, settings: LogitKDSettings) -> MethodRequirements:
-        """Both heads."""
+        """Returns the requirements: the heads of student and teacher."""
         return MethodRequirements(logits=True, teacher_logits=True)
 
     def __init__(
@@ -54,11 +56,11 @@ class LogitKD(Method):
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:
-        """The last block, for the head."""
+        """The teacher's last block, which its head reads."""
         return (self.last,)
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Term `kd`, the mean over the images."""
+        """Returns the term `kd`, the mean over the images."""
         taught, own = (
             jax.nn.log_softmax(forward.head_output().astype(jnp.float32) / self.temperature)
             for forward in (teacher, student)

@@ -1,8 +1,8 @@
-"""In which space student and teacher tokens are compared, and by which loss.
+"""The space in which student and teacher tokens are compared, and the loss.
 
-What people distil with is rarely the raw residual stream: LightlyTrain, Proteus (ICLR 2025), UNIC
-(ECCV 2024) and DUNE (CVPR 2025) take the teacher's tokens behind its last norm, the first two match
-them as they are, UNIC and DUNE standardise them, as PHI-S (ICLR 2025) does to balance teachers.
+Published methods rarely distil the raw residual stream. LightlyTrain, Proteus (ICLR 2025), UNIC
+(ECCV 2024) and DUNE (CVPR 2025) take the teacher's tokens after its final norm. The first two match
+them unchanged; UNIC and DUNE standardise them, as PHI-S (ICLR 2025) does to balance teachers.
 """
 
 from __future__ import annotations
@@ -24,47 +24,53 @@ from singer_jax.settings.settings import Settings, setting
 
 SPACES = ("residual", "final_norm", "l2", "standardised")
 
-# How many batches `standardised` measures: of 512 images each, ten million patches.
+# Number of batches that `standardised` measures; with 512 images each, ten million patches.
 MEASURED_BATCHES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class SpaceSettings(Settings):
-    """Of which tokens of the teacher's a student learns."""
+    """Settings of the space in which tokens are compared."""
 
     target_space: str = setting(
-        "residual", OneOf(SPACES), "in which tokens are compared (`methods.match.Comparison`)"
+        "residual",
+        OneOf(SPACES),
+        "Space of the teacher's features that the student predicts (`methods.match.Comparison`).",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings(Settings):
-    """By how much a prediction is wrong."""
+    """Settings of the loss between prediction and target."""
 
-    loss: str = setting("mse", OneOf(tuple(LOSSES)), "of a prediction (`methods.losses`)")
+    loss: str = setting(
+        "mse",
+        OneOf(tuple(LOSSES)),
+        "Loss between the student's prediction and the teacher's feature (`methods.losses`).",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchSettings(SpaceSettings, LossSettings):
-    """How predicted and teacher's tokens are compared."""
+    """Settings of the comparison of predicted tokens with the teacher's."""
 
     norm_clip_quantile: float = setting(
         1.0,
         Range(0, 1, low_open=True),
-        "quantile of an image's patch norms to which larger ones are scaled down in the teacher; "
-        "1: they stay",
+        "Quantile of an image's patch norms in the teacher to which larger norms are clipped. "
+        "1: no clipping.",
     )
 
 
 class Statistics(nnx.Module):
-    """Mean and deviation of each channel of the teacher's tokens over the first batches.
+    """Mean and variance of each channel of the teacher's tokens over the first batches.
 
-    One row for each prefix token and one for all patches, as in DUNE: class tokens are distributed
-    otherwise than patches.
+    There is one row for each prefix token and one for all patches, as in DUNE, because class tokens
+    and patches have different distributions.
 
     Attributes:
-      batches: how many were measured, up to `MEASURED_BATCHES`.
-      mean, variance: [prefix + 1, dim].
+      batches: Number of measured batches, up to `MEASURED_BATCHES`.
+      mean, variance: Statistics of shape [prefix + 1, dim].
     """
 
     def __init__(self, num_prefix_tokens: int, dim: int) -> None:
@@ -73,7 +79,7 @@ class Statistics(nnx.Module):
         self.variance = FrozenVariable(jnp.ones((num_prefix_tokens + 1, dim)))
 
     def observe(self, tokens: Float[Array, "batch tokens dim"]) -> dict[str, Array]:
-        """Of one batch, for `absorb`: means of the difference from `mean` and of its square."""
+        """Returns the means of the difference from `mean` and of its square for `absorb`."""
         difference = tokens.astype(jnp.float32) - self._of_each(self.mean[...], tokens)
         return {
             "difference": self._rows(difference),
@@ -81,7 +87,7 @@ class Statistics(nnx.Module):
         }
 
     def absorb(self, means: dict[str, Array]) -> None:
-        """Takes in what `observe` gave, if it is of one of the first batches."""
+        """Updates the statistics with the result of `observe` during the first batches."""
         first = self.batches[...] < MEASURED_BATCHES
         share = jnp.where(first, 1 / (self.batches[...] + 1), 0.0)
         moved = share * means["difference"]
@@ -93,9 +99,10 @@ class Statistics(nnx.Module):
     def standardise(
         self, tokens: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch tokens dim"]:
-        """(x - mean) / deviation, the latter at least a thousandth of the root mean square.
+        """Returns (x - mean) / deviation.
 
-        Float32 tells no smaller one apart from rounding.
+        The deviation is at least a thousandth of the root mean square, because float32 cannot
+        distinguish smaller ones from rounding.
         """
         mean, variance = self.mean[...], self.variance[...]
         least = 1e-6 * (variance + jnp.square(mean)) + jnp.finfo(jnp.float32).tiny
@@ -114,24 +121,25 @@ class Statistics(nnx.Module):
 class Comparison(nnx.Module):
     """Compares predicted tokens with the teacher's.
 
-    The teacher's patches may first be clipped (`norms.clip_norms`). Then its tokens are taken
+    The teacher's patches may first be clipped (`norms.clip_norms`). The target is then one of
 
-      residual: as the block leaves them in the residual stream;
-      final_norm: behind the teacher's last norm, with its scale and bias, whatever their block
-        (DINOv2's `get_intermediate_layers` does the same). It takes no notice of clipping;
-      l2: divided by their norms, and so are the predicted ones. Their mean squared error is
-        2 (1 - cos) / dim. It takes no notice of clipping either;
-      standardised: as `Statistics` of the first batches say, this one included while they last. In
-        a loop of one's own, `method.absorb(method.observe(teacher))` before each loss.
+      residual: the tokens of the residual stream after the block;
+      final_norm: the tokens after the teacher's final norm with its scale and bias, for any block
+        (DINOv2's `get_intermediate_layers` does the same). Clipping has no effect;
+      l2: the tokens divided by their norms; the predicted tokens are divided, too. Their mean
+        squared error is 2 (1 - cos) / dim. Clipping has no effect;
+      standardised: the tokens standardised with the `Statistics` of the first batches, including
+        the current one. In a custom loop, call `method.absorb(method.observe(teacher))` before each
+        loss.
 
-    Nothing but `l2` is done to the prediction, an adapter's of the student's residual stream, as in
-    UNIC and DUNE; the student's own last norm (behind which LightlyTrain and Proteus start) is not
-    on the distilled path.
+    The prediction is the adapter's output for the student's residual stream and is transformed only
+    by `l2`, as in UNIC and DUNE. The student's own final norm (after which LightlyTrain and Proteus
+    start) is not on the distilled path.
 
     Args:
-      settings: of the space, the loss and the clipping.
-      tokens: which are compared.
-      layers: of the teacher.
+      settings: Settings of the space, the loss and the clipping.
+      tokens: The compared tokens.
+      layers: The distilled blocks of the teacher.
     """
 
     def __init__(self, settings: MatchSettings, tokens: TokenMatch, layers: Sequence[int]) -> None:
@@ -151,7 +159,7 @@ class Comparison(nnx.Module):
         layer: int,
         features: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, ""]:
-        """The loss of a prediction; the other arguments are those of `target`."""
+        """Returns the loss of a prediction; the other arguments are those of `target`."""
         target = self.target(teacher, layer, features)
         return LOSSES[self.settings.loss](self.prediction(predicted), target)
 
@@ -161,12 +169,12 @@ class Comparison(nnx.Module):
         layer: int,
         features: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, "batch matched dim"]:
-        """The teacher's tokens in the space.
+        """Returns the teacher's tokens in the target space.
 
         Args:
-          teacher: of the batch.
-          layer: of the teacher.
-          features: in the place of the teacher's own, for example refined ones.
+          teacher: The teacher and its features of the batch.
+          layer: The distilled block of the teacher.
+          features: Features that replace the teacher's own, for example refined ones.
         """
         tokens = self._clipped(teacher.features[layer] if features is None else features)
         match self.settings.target_space:
@@ -181,18 +189,18 @@ class Comparison(nnx.Module):
     def prediction(
         self, predicted: Float[Array, "batch matched dim"]
     ) -> Float[Array, "batch matched dim"]:
-        """The predicted tokens in the space."""
+        """Returns the predicted tokens in the target space."""
         return unit(predicted) if self.settings.target_space == "l2" else predicted
 
     def observe(self, teacher: ModelFeatures) -> dict[str, Any]:
-        """As `Method.observe`."""
+        """Implements `Method.observe`."""
         return {
             layer: statistics.observe(self._clipped(teacher.features[int(layer)]))
             for layer, statistics in self.statistics.items()
         }
 
     def absorb(self, means: dict[str, Any]) -> None:
-        """As `Method.absorb`."""
+        """Implements `Method.absorb`."""
         for layer, statistics in self.statistics.items():
             statistics.absorb(means[layer])
 
@@ -211,16 +219,16 @@ class TokenMethod(Method):
     """A method that compares tokens.
 
     Attributes:
-      compare: how; None: of a subclass that has a way of its own.
+      compare: The comparison; None for a subclass that compares tokens itself.
     """
 
     compare: Comparison | None = None
 
     def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
-        """The statistics of the space `standardised`."""
+        """Returns the statistics for the space `standardised`; empty for other spaces."""
         return self.compare.observe(teacher) if self.compare else {}
 
     def absorb(self, means: dict[str, Any]) -> None:
-        """Takes in what `observe` gave."""
+        """Updates the statistics with the result of `observe`."""
         if self.compare:
             self.compare.absorb(means)

@@ -1,4 +1,4 @@
-"""Norms and cosines of tokens, and quantiles of them without sorting."""
+"""Norms, cosines and quantiles of tokens; the quantiles are found without sorting."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from jaxtyping import Array, Bool, Float
 
 
 def token_norms(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes"]:
-    """L2 norm of each token in float32, with a zero gradient at zero."""
+    """Returns the L2 norm of each token in float32, with a zero gradient at zero."""
     squared = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
     return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
 
 
 def unit(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
-    """Each token divided by its norm, in float32; zero stays zero."""
+    """Divides each token by its norm, in float32; zero stays zero."""
     return tokens.astype(jnp.float32) / token_norms(tokens)[..., None]
 
 
 def clip_norms(
     patches: Float[Array, "batch patches dim"], quantile: float
 ) -> Float[Array, "batch patches dim"]:
-    """Patches whose norm exceeds the image's quantile of norms, scaled down to it, in float32.
+    """Scales patches down to the image's quantile of patch norms if they exceed it, in float32.
 
-    The quantile is a patch's own norm, without interpolation (the lower of two neighbours), so that
-    clipping twice is clipping once. It has no gradient; the directions have.
+    The quantile is the norm of a patch without interpolation (the lower of two neighbours), so that
+    clipping twice equals clipping once. No gradient flows through the quantile.
     """
     norms = token_norms(patches)
     above = patches.shape[1] - math.floor(quantile * (patches.shape[1] - 1))
@@ -37,10 +37,10 @@ def clip_norms(
 def outlier_threshold(
     norms: Float[Array, "batch patches"], quantile: float
 ) -> Float[Array, "batch 1"]:
-    """The quantile of each image's patch norms above which a token is an outlier; no gradient.
+    """Returns the quantile of each image's patch norms above which a token is an outlier.
 
-    Interpolates linearly, as `jnp.quantile`, between two of the few largest norms: accelerators
-    are slow to sort.
+    It interpolates linearly, as `jnp.quantile`, but only between two of the few largest norms,
+    because sorting is slow on accelerators. It has no gradient.
     """
     position = quantile * (norms.shape[1] - 1)
     below = math.floor(position)
@@ -53,15 +53,15 @@ def outlier_threshold(
 def is_outlier(
     norms: Float[Array, "batch patches"], quantile: float
 ) -> Bool[Array, "batch patches"]:
-    """Which tokens are outliers of their image."""
+    """Returns True for each token that is an outlier of its image."""
     return norms > outlier_threshold(norms, quantile)
 
 
 def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Array, ""]:
-    """The smallest of all values that at least the share `quantile` of them does not exceed.
+    """Returns the smallest value that at least the fraction `quantile` of all does not exceed.
 
-    Found by bisection on the bits of the numbers, which must not be negative: a few sums over the
-    global batch, where sorting would gather it on every device.
+    It is found by bisection on the bits of the values, which must not be negative. This takes a few
+    sums over the global batch; sorting would gather the batch on every device.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
     wanted = max(1, math.ceil(quantile * values.size))
@@ -81,6 +81,6 @@ def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Arra
 def cosine_similarity_matrix(
     patches: Float[Array, "batch patches dim"],
 ) -> Float[Array, "batch patches patches"]:
-    """Cosine similarity of every two patch tokens of an image."""
+    """Returns the cosine similarity of every two patch tokens of an image."""
     directions = unit(patches)
     return jnp.einsum("bpd,bqd->bpq", directions, directions)

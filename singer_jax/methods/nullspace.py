@@ -1,7 +1,7 @@
-"""The left null space of the next block: which perturbations it does not see.
+"""The left null space of the next block: perturbations that do not change its output.
 
-All in float32 at the highest matmul precision: the defaults of TPUs and TF32 would spoil singular
-values near the threshold.
+Everything is computed in float32 at the highest matmul precision. The defaults of TPUs and TF32 are
+too inaccurate for singular values near the threshold.
 """
 
 from __future__ import annotations
@@ -30,47 +30,53 @@ RULES = ("quantile", "absolute", "relative", "rank")
 
 @dataclasses.dataclass(frozen=True)
 class NullSpaceSettings(Settings):
-    """Where the null space comes from, and how a refiner uses it."""
+    """Settings of the null space and of its use in a refiner."""
 
     mode: str = setting(
         "project",
         OneOf(("project", "soft", "init", "random")),
-        "the update is projected onto the null space, filtered softly, only started in it, or "
-        "neither",
+        "Use of the null space: `project` projects the refiner's update onto it, `soft` attenuates "
+        "the other directions, `init` uses it only for initialisation, `random` ignores it.",
     )
     weight_matrix: str = setting(
         "mlp",
         OneOf(SOURCES),
-        "the linear map that is decomposed (`methods.nullspace.linear_map`), or `calibrated`: the "
-        "`rank` directions that hold the outliers of the first batches and that `mlp` sees least "
-        "(`methods.calibration`)",
+        "Linear map of the next block that is decomposed (`methods.nullspace.linear_map`). "
+        "`calibrated`: the `rank` directions that hold the outliers of the first batches and to "
+        "which `mlp` is least sensitive (`methods.calibration`).",
     )
     ridge: float = setting(
         1.0,
         POSITIVE,
-        "of `calibrated`, relative to the mean squared singular value: the larger, the more the "
-        "directions hold of the outliers, and the more is seen of them",
+        "Ridge of `calibrated`, relative to the mean squared singular value. A larger value "
+        "removes more outlier energy but perturbs the next block more.",
     )
     threshold_type: str = setting(
-        "quantile", OneOf(RULES), "how `threshold` is read; `relative` is to the largest value"
+        "quantile",
+        OneOf(RULES),
+        "Interpretation of `threshold`: a quantile of the singular values, an absolute value, a "
+        "multiple of the largest singular value, or the number of directions.",
     )
-    threshold: float = setting(0.5, NOT_NEGATIVE, "below which a singular value counts as null")
+    threshold: float = setting(
+        0.5, NOT_NEGATIVE, "Threshold below which singular values count as null."
+    )
     init: str | None = setting(
         None,
         optional(OneOf(("identity", "official"))),
-        "of the refiner; None: identity, of `init` and `random` official",
+        "Initialisation of the refiner: `identity` starts without an update, `official` as in "
+        "the official code. None: `official` for the modes `init` and `random`, else `identity`.",
     )
     direction_order: str = setting(
         "most_null",
         OneOf(("most_null", "official")),
-        "which directions `init` starts from (`methods.nullspace.directions`)",
+        "Directions from which the mode `init` starts (`methods.nullspace.directions`).",
     )
 
 
 class NullSpace(NamedTuple):
-    """Left singular vectors (columns) and singular values of W; the values descend.
+    """Left singular vectors (columns) and descending singular values of W.
 
-    There are as many directions as dimensions, or fewer where W is restricted to a subspace.
+    There are as many directions as dimensions, or fewer if W is restricted to a subspace.
     """
 
     vectors: Float[Array, "dim directions"]
@@ -78,19 +84,19 @@ class NullSpace(NamedTuple):
 
 
 def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array, "dim out"]:
-    """What reads layer `layer`, as one linear map W of row vectors: rows a pass it as a W.
+    """Returns the linear map W that approximates the block reading `layer`; it maps rows a to a W.
 
-    The reader is the next block, or block `layer` itself where it is the last.
+    The reading block is the next one, or block `layer` itself if it is the last.
 
     Args:
-      model: the teacher.
-      layer: the distilled block.
-      source: `mlp` (the paper's): W1^T W2^T of the reader's MLP, for a gated one
+      model: The teacher.
+      layer: The distilled block.
+      source: `mlp` (as in the paper): W1^T W2^T of the block's MLP, for a gated MLP
         [W_gate^T W2^T | W_value^T W2^T]; biases, activation, norms (also one of the hidden layer,
-        as in EVA-02) and LayerScale are ignored. `mlp_norm`: the same with the scales of all of
-        these. `block`: the input maps of attention and MLP side by side, each behind its norm's
-        scale, so that neither path sees a perturbation in the null space, up to the norms'
-        centring and rescaling. Where the norms follow attention and MLP, nothing precedes them.
+        as in EVA-02) and LayerScale are ignored. `mlp_norm`: the same with the scales of the norms
+        and LayerScale. `block`: the input maps of attention and MLP side by side, each after the
+        scale of its norm, so that a perturbation in the null space changes neither path, up to the
+        norms' centring and rescaling. In post-norm models no scale precedes the maps.
     """
     block = model.block(_reader(model, layer))
 
@@ -122,7 +128,7 @@ _once: contextvars.ContextVar[dict[Any, NullSpace] | None] = contextvars.Context
 
 @contextlib.contextmanager
 def decomposing_once() -> Iterator[None]:
-    """Within it `of_layer` decomposes each linear map once, of models that outlive it."""
+    """Makes `of_layer` decompose each linear map once; the models must outlive the context."""
     token = _once.set({})
     try:
         yield
@@ -131,7 +137,7 @@ def decomposing_once() -> Iterator[None]:
 
 
 def of_layer(model: VisionTransformer, layer: int, source: str) -> NullSpace:
-    """`decompose` of `linear_map`, whose arguments these are."""
+    """Returns `decompose(linear_map(...))`; the arguments are those of `linear_map`."""
     known = _once.get()
     if known is None:
         return decompose(linear_map(model, layer, source))
@@ -142,7 +148,7 @@ def of_layer(model: VisionTransformer, layer: int, source: str) -> NullSpace:
 
 
 def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
-    """The singular value decomposition W = U S V^T without V; `out` is at least `dim`."""
+    """Returns the singular value decomposition W = U S V^T without V; `out` is at least `dim`."""
 
     def library(matrix: Array) -> tuple[Array, Array]:
         return jnp.linalg.svd(matrix, full_matrices=False)[:2]
@@ -151,13 +157,14 @@ def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
 
 
 def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Array, ""]:
-    """tau, below which a singular value counts as null.
+    """Returns tau, the value below which a singular value counts as null.
 
     Args:
-      space: of the layer.
-      rule: how `threshold` is read: `absolute` is tau itself, `quantile` that quantile of the
-        layer's values, `relative` that multiple of the largest, `rank` that many values, or all.
-      threshold: the number.
+      space: Null space of the layer.
+      rule: Interpretation of `threshold`: `absolute` is tau itself, `quantile` a quantile of the
+        layer's values, `relative` a multiple of the largest value, `rank` a number of values, at
+        most all.
+      threshold: The threshold.
     """
     if rule == "quantile":
         position = threshold * (len(space.values) - 1)
@@ -171,34 +178,38 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
 
 
 def check_threshold(rule: str, threshold: float, dim: int) -> None:
-    """Raises `InputError` where a threshold is outside the range of its rule."""
+    """Checks that a threshold lies in the range of its rule.
+
+    Raises:
+      InputError: The threshold is out of range.
+    """
     limit = {"quantile": 1, "relative": 1, "rank": dim}.get(rule)
     if limit is not None and threshold > limit:
         raise InputError(
-            f"method.nullspace.threshold: {threshold} is not in 0..{limit}, the range of the rule "
-            f"{rule}"
+            f"method.nullspace.threshold: {threshold} is not in 0..{limit}, the range of "
+            f"threshold_type {rule}"
         )
 
 
 def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
-    """How many singular values lie below tau."""
+    """Returns the number of singular values below tau."""
     return jnp.sum(space.values < tau)
 
 
 def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, " directions"]:
-    """The directions of `projector`: those below tau, or the `rank` smallest if fewer are."""
+    """Selects the directions of `projector`: all below tau, but at least the `rank` smallest."""
     count = space.values.shape[0]
     return (space.values < tau) | (jnp.arange(count) >= count - rank)
 
 
 def projector(space: NullSpace, tau: Float[Array, ""], rank: int) -> Float[Array, "dim dim"]:
-    """Q = U_n U_n^T, the orthogonal projector on the `selected` directions."""
+    """Returns Q = U_n U_n^T, the orthogonal projector onto the `selected` directions."""
     return _weighted(space, selected(space, tau, rank).astype(jnp.float32))
 
 
 def soft_filter(space: NullSpace, tau: Float[Array, ""]) -> Float[Array, "dim dim"]:
-    """Q = U diag(tau^2 / (tau^2 + S^2)) U^T: what is seen less passes more."""
-    tiny = jnp.finfo(jnp.float32).tiny  # a map without any singular value passes nothing
+    """Returns Q = U diag(tau^2 / (tau^2 + S^2)) U^T, which attenuates large singular values."""
+    tiny = jnp.finfo(jnp.float32).tiny  # the filter of a zero map is zero, not NaN
     return _weighted(space, tau**2 / jnp.maximum(tau**2 + space.values**2, tiny))
 
 
@@ -209,15 +220,15 @@ def _weighted(space: NullSpace, weights: Float[Array, " directions"]) -> Float[A
 def directions(
     space: NullSpace, tau: Float[Array, ""], rank: int, order: str, key: jax.Array
 ) -> Float[Array, "rank dim"]:
-    """`rank` unit rows to start a refiner from; random ones where fewer lie below tau.
+    """Returns `rank` unit rows to initialise a refiner; random ones if fewer lie below tau.
 
     Args:
-      space: of the layer.
-      tau: directions with a smaller singular value count as null.
-      rank: how many rows.
-      order: `official` takes the first below tau in descending order of S, the least null ones
-        (as the official code); `most_null` the smallest ones.
-      key: for the random rows.
+      space: Null space of the layer.
+      tau: Directions with a smaller singular value count as null.
+      rank: Number of rows.
+      order: `official` takes the largest singular values below tau (as the official code);
+        `most_null` takes the smallest ones.
+      key: Key for the random rows.
     """
     dim, last = space.vectors.shape[0], space.values.shape[0] - 1
     count = null_dim(space, tau)
@@ -228,7 +239,7 @@ def directions(
 
 
 def random_directions(key: jax.Array, rank: int, dim: int) -> Float[Array, "rank dim"]:
-    """Random unit rows."""
+    """Returns random unit rows."""
     rows = jax.random.normal(key, (rank, dim))
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -236,7 +247,7 @@ def random_directions(key: jax.Array, rank: int, dim: int) -> Float[Array, "rank
 def deviations(
     patches: Float[Array, "batch patches dim"], outliers: Bool[Array, "batch patches"]
 ) -> Float[Array, "batch patches dim"]:
-    """Each outlier's difference from the mean patch token of its image, in float32; else zero."""
+    """Returns each outlier's difference from its image's mean patch token, zero for others."""
     patches = patches.astype(jnp.float32)
     return jnp.where(outliers[..., None], patches - patches.mean(1, keepdims=True), 0.0)
 
@@ -246,10 +257,10 @@ def energy_share(
     patches: Float[Array, "batch patches dim"],
     outliers: Bool[Array, "batch patches"],
 ) -> Float[Array, ""]:
-    """The share of the outlier tokens' energy that Q keeps: sum ||d Q||^2 / sum ||d||^2.
+    """Returns the share of the outlier tokens' energy that Q keeps: sum ||d Q||^2 / sum ||d||^2.
 
-    d is a row of `deviations`. A projected update can only remove what lies in the subspace, so a
-    small share says that it cannot remove much.
+    d is a row of `deviations`. A projected update can only remove energy inside the subspace, so
+    it cannot remove much if the share is small.
     """
     difference = deviations(patches, outliers)
     kept = jnp.sum(jnp.square(difference @ projection))

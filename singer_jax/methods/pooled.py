@@ -1,6 +1,6 @@
-"""Feature distillation as in timm: one vector an image.
+"""Feature distillation as in timm: one vector per image.
 
-timm's `FeatureDistillationTask` (huggingface/pytorch-image-models) without its task loss.
+This is timm's `FeatureDistillationTask` (huggingface/pytorch-image-models) without its task loss.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from singer_jax.settings.settings import Settings, section, setting
 
 @dataclasses.dataclass(frozen=True)
 class PooledWeights(Settings):
-    """Of the terms of the loss."""
+    """Weights of the loss terms of pooled distillation."""
 
-    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+    kd: float = setting(1.0, NOT_NEGATIVE, "Weight of the distillation loss.")
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledSettings(Settings):
-    """Of distillation of the pooled vector."""
+    """Settings of the distillation of the pooled vector."""
 
     match: LossSettings = section(LossSettings())
     loss_weights: PooledWeights = section(PooledWeights())
 
 
 class Pooled(Method):
-    """The student's pooled vector predicts the teacher's; both are what a head would read.
+    """Pooled distillation: the student predicts the vector that the teacher's head reads.
 
-    The student's own last norm (and the attention pooling of a SigLIP) is passed and stays as it
-    started; its scale and bias would only repeat what the adapter learns. timm has no adapter where
-    the widths are equal.
+    The student's own final norm (and the attention pooling of a SigLIP) is applied but not trained,
+    because its scale and bias would be redundant with the adapter. timm has no adapter if the
+    widths are equal.
     """
 
     Settings = PooledSettings
@@ -58,7 +58,7 @@ class Pooled(Method):
         )
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Term `kd`."""
+        """Returns the term `kd`."""
         (last,), (own,) = self.teacher_layers, self.student_layers
         predicted = self.adapter[str(own)](student.model.pooled(student.features[own]))
         target = teacher.model.pooled(teacher.features[last])

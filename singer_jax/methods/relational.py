@@ -1,7 +1,7 @@
-"""Relational distillation: which patches of an image resemble each other.
+"""Relational distillation: the student learns the similarities between patches of an image.
 
-The local loss of LightlyTrain's `distillation` v3 (lightly-ai/lightly-train), which applies it to
-the last block behind the last norm: `match.target_space` `final_norm`.
+This is the local loss of LightlyTrain's `distillation` v3 (lightly-ai/lightly-train), which applies
+it to the last block after the final norm (`match.target_space=final_norm`).
 """
 
 from __future__ import annotations
@@ -32,22 +32,27 @@ from singer_jax.settings.settings import Settings, section, setting
 
 @dataclasses.dataclass(frozen=True)
 class RelationalWeights(Settings):
-    """Of the terms of the loss."""
+    """Weights of the loss terms of relational distillation."""
 
-    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
+    kd: float = setting(1.0, NOT_NEGATIVE, "Weight of the distillation loss.")
 
 
 @dataclasses.dataclass(frozen=True)
 class RelationalSettings(LayerSettings):
-    """Of relational distillation."""
+    """Settings of relational distillation."""
 
-    similarity_temperature: float = setting(0.07, POSITIVE, "of the cosines of patches")
+    similarity_temperature: float = setting(
+        0.07, POSITIVE, "Temperature of the softmax over the cosine similarities of patches."
+    )
     match: SpaceSettings = section(SpaceSettings())
     loss_weights: RelationalWeights = section(RelationalWeights())
 
 
 class Relational(TokenMethod):
-    """Sum over layers (by default the last) of the KL divergence of the patches' similarities."""
+    """Relational distillation: the KL divergence of patch similarities, summed over the layers.
+
+    By default only the last block is distilled.
+    """
 
     Settings = RelationalSettings
 
@@ -71,7 +76,7 @@ class Relational(TokenMethod):
         )
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Term `kd`: KL(teacher || student) of each patch's softmax(cos / T), their mean."""
+        """Returns the term `kd`: mean KL(teacher || student) of the patches' softmax(cos / T)."""
         kd = 0.0
         for layer, own in zip(self.teacher_layers, self.student_layers, strict=True):
             predicted = self.adapter[str(own)](self.tokens.of_student(student.features[own]))

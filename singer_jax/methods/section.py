@@ -1,4 +1,4 @@
-"""The section `method` of a configuration: the settings of all methods, in one place."""
+"""The section `method` of a configuration, with the settings of all methods."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from singer_jax.settings.settings import Setting, Settings, from_flat, leaves
 
 
 class MethodSection:
-    """`name`, `method_weights`, and the keys of every method, each once.
+    """The keys `name` and `method_weights`, and the keys of every method, each once.
 
-    Methods share the keys of the same name. Where their defaults differ, the key's default is None,
-    which leaves each its own.
+    Methods share the keys of the same name. If their defaults differ, the key's default is None,
+    and each method uses its own default.
     """
 
     def leaves(self, value: Settings, prefix: str) -> dict[str, Setting]:
-        """Every key with its value in these settings, or its default where they do not read it."""
+        """Returns every key with its value in these settings, or its default if they lack it."""
         flat = self._flat(value)
         return {
             prefix + key: dataclasses.replace(known, default=flat[key])
@@ -29,10 +29,10 @@ class MethodSection:
         }
 
     def to_dict(self, value: Settings) -> dict[str, Any]:
-        """As `settings.to_dict`, of all methods.
+        """Returns the settings as a nested dict with the keys of all methods.
 
         Raises:
-          InputError: summed methods give one key different values.
+          InputError: Summed methods have different values of a key that they share.
         """
         nested: dict[str, Any] = {}
         for key, single in self._flat(value).items():
@@ -44,7 +44,7 @@ class MethodSection:
         return nested
 
     def from_flat(self, value: Settings, flat: Mapping[str, Any], prefix: str) -> Settings:
-        """The settings of the chosen method, or of the sum of several."""
+        """Returns the settings of the chosen method, or of the sum of several."""
         keys = _keys()
         given = self._flat(value) | {
             key: flat[prefix + key] for key in keys if prefix + key in flat
@@ -71,14 +71,16 @@ class MethodSection:
             if all(given[name][key] == defaults[name][key] for name in readers):
                 continue
             if len(values) > 1:
-                told = " and ".join(map(repr, sorted(values, key=repr)))
-                raise InputError(f"method.{key}: {told}; summed methods share it")
+                listed = " and ".join(map(repr, sorted(values, key=repr)))
+                raise InputError(
+                    f"method.{key}: {listed}; summed methods share this key, so give one value"
+                )
             flat[key] = values.pop()
         return flat
 
 
 def _own(name: str, given: Mapping[str, Any]) -> Settings:
-    """The settings of one method; None is its own default, where that is not None."""
+    """Returns the settings of one method; None selects its default unless None is allowed."""
     settings = METHODS[name].Settings()
     own = {
         key: given[key]
@@ -89,11 +91,11 @@ def _own(name: str, given: Mapping[str, Any]) -> Settings:
 
 
 def _keys() -> dict[str, Setting]:
-    """Every key of the section."""
+    """Returns every key of the section."""
     names = tuple(METHODS)
-    keys = {"name": Setting("singer", OneOf(names), "which method")}
+    keys = {"name": Setting("singer", OneOf(names), "Name of the distillation method.")}
     for name in names:
-        meaning = f"weight of {name} in a sum of methods, which is taken instead of `name`"
+        meaning = f"Weight of {name} in a weighted sum of methods, which replaces `name`."
         keys[f"method_weights.{name}"] = Setting(0.0, NOT_NEGATIVE, meaning)
     read = {name: leaves(method.Settings()) for name, method in METHODS.items()}
     for key in dict.fromkeys(key for own in read.values() for key in own):
@@ -103,7 +105,9 @@ def _keys() -> dict[str, Setting]:
             raise ValueError(f"the methods {', '.join(readers)} allow different values of {key}")
         if any(other.default != first.default for other in others):
             each = ", ".join(f"{name} {known.default:g}" for name, known in readers.items())
-            meaning = f"{first.meaning}; None: {each}"
+            meaning = f"{first.meaning} None: {each}."
             first = Setting(None, optional(first.allowed), meaning, first.unit)
-        keys[key] = dataclasses.replace(first, meaning=f"{first.meaning} ({', '.join(readers)})")
+        plural = "s" if len(readers) > 1 else ""
+        meaning = f"{first.meaning} Method{plural}: {', '.join(readers)}."
+        keys[key] = dataclasses.replace(first, meaning=meaning)
     return keys

@@ -1,4 +1,4 @@
-"""SiNGER: the teacher's features, refined inside a null space, are what the student learns.
+"""SiNGER: the student learns the teacher's features after a refinement inside a null space.
 
 "SiNGER: A Clearer Voice Distills Vision Transformers Further", ICLR 2026, section 3.
 """
@@ -44,10 +44,10 @@ from singer_jax.models.vit import VisionTransformer
 from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE
 from singer_jax.settings.settings import Settings, section, setting
 
-# Of the published distilled layers, beside the last: block 17 of 24.
+# Relative depths of the published distilled layers except the last: block 17 of 24.
 DEPTHS = (0.75,)
 
-# Below this share of the outliers' energy in the subspace a run warns.
+# A run warns if the subspace holds less than this share of the outliers' energy.
 SMALL_SHARE = 0.2
 _REMEDY = "method.nullspace.threshold or take method.nullspace.mode=soft"
 _REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.ridge"
@@ -55,20 +55,26 @@ _REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.ridge"
 
 @dataclasses.dataclass(frozen=True)
 class SingerWeights(Settings):
-    """Of the terms of the loss (paper equation 8)."""
+    """Weights of SiNGER's loss terms (paper equation 8)."""
 
-    kd: float = setting(1.0, NOT_NEGATIVE, "of the distillation loss")
-    outlier: float = setting(0.01, NOT_NEGATIVE, "of the outlier loss")
-    info: float = setting(1.0, NOT_NEGATIVE, "of the information loss")
+    kd: float = setting(1.0, NOT_NEGATIVE, "Weight of the distillation loss.")
+    outlier: float = setting(
+        0.01, NOT_NEGATIVE, "Weight of the outlier loss, which penalises large norms."
+    )
+    info: float = setting(
+        1.0,
+        NOT_NEGATIVE,
+        "Weight of the information loss, which keeps the next block's output.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class SingerSettings(LayerSettings):
-    """Of SiNGER."""
+    """Settings of SiNGER."""
 
-    rank: int = setting(64, COUNT, "of the refiner, at most the teacher's width")
+    rank: int = setting(64, COUNT, "Rank of the refiner, at most the teacher's width.")
     outlier_quantile: float = setting(
-        0.97, BETWEEN, "of an image's patch norms; patches above it are outliers"
+        0.97, BETWEEN, "Quantile of an image's patch norms above which a patch is an outlier."
     )
     match: MatchSettings = section(MatchSettings())
     loss_weights: SingerWeights = section(SingerWeights())
@@ -79,15 +85,16 @@ class Refiner(nnx.Module):
     """A low-rank update of the patch tokens: F + F A B Q (paper section 3.1).
 
     Args:
-      space: singular vectors and values of what reads the layer.
-      rank: of the update.
-      settings: how the null space is used.
-      rngs: stream `params` for random directions.
+      space: Null space of the layer.
+      rank: Rank of the update.
+      settings: Settings of the use of the null space.
+      rngs: Random streams; `params` is used for random directions.
 
     Attributes:
       down, up: A [dim, rank] and B [rank, dim].
-      projection: Q [dim, dim] of `project` and `soft`; absent otherwise.
-      singular_values, threshold, null_dim: [directions], tau, how many lie below, for reports.
+      projection: Q [dim, dim] for the modes `project` and `soft`; absent otherwise.
+      singular_values, threshold, null_dim: Singular values [directions], tau, and the number of
+        values below tau, for reports.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class Refiner(nnx.Module):
     def update(
         self, patches: Float[Array, "batch patches dim"]
     ) -> Float[Array, "batch patches dim"]:
-        """F A B Q in float32, so that it stays in the null space up to float32 rounding."""
+        """Returns F A B Q in float32, which lies in the null space up to float32 rounding."""
         up = self.up[...]
         if self.projected:
             up = jnp.matmul(up, self.projection[...], precision=Precision.HIGHEST)
@@ -128,14 +135,14 @@ class Refiner(nnx.Module):
 def refine(
     refiner: Refiner, features: Float[Array, "batch tokens dim"], num_prefix_tokens: int
 ) -> Float[Array, "batch tokens dim"]:
-    """F^: the features with refined patch tokens and untouched prefix tokens, in float32."""
+    """Returns the features F^ with refined patches and unchanged prefix tokens, in float32."""
     update = refiner.update(features[:, num_prefix_tokens:])
     update = jnp.pad(update, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
     return features.astype(jnp.float32) + update
 
 
 def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float[Array, ""]:
-    """Mean squared excess of the outlier norms over the batch, 0 without outliers (paper 3.2)."""
+    """Returns the batch's mean squared excess of outlier norms, 0 without any (paper 3.2)."""
     threshold = outlier_threshold(norms, quantile)
     outlier = norms > threshold
     excess = jnp.where(outlier, norms - threshold, 0.0)
@@ -145,22 +152,22 @@ def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float
 class Singer(TokenMethod):
     """SiNGER with `project`, `soft`, `init` or `random` refiners.
 
-    The refined features are what is compared in the space of `match`, and through it the gradient
-    reaches the refiner; the outlier and info losses stay with the residual stream. The statistics
-    of the space `standardised` are those of the teacher's own features. With the null space
-    `calibrated` it needs `measured`.
+    The refined features are transformed to the space of `match`, and gradients flow through the
+    transform to the refiner. The outlier and information losses use the residual stream. The
+    statistics of the space `standardised` are those of the teacher's own features. A `calibrated`
+    null space requires `measured`.
     """
 
     Settings = SingerSettings
 
     @classmethod
     def needs(cls, settings: SingerSettings) -> MethodRequirements:
-        """The teacher's outliers only for calibrated null spaces."""
+        """Returns the requirements; only calibrated null spaces need measurements."""
         return MethodRequirements(measured=settings.nullspace.weight_matrix == "calibrated")
 
     @classmethod
     def measure(cls, teacher: ModelFeatures, settings: SingerSettings) -> dict[str, Array]:
-        """By distilled layer `calibration.outlier_covariance`."""
+        """Returns `calibration.outlier_covariance` of each distilled layer."""
         arch = teacher.model.arch
         layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, arch)
         patches = {layer: teacher.features[layer][:, arch.num_prefix_tokens :] for layer in layers}
@@ -203,12 +210,12 @@ class Singer(TokenMethod):
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:
-        """The distilled blocks, and the next of each for the info loss."""
+        """The distilled blocks, and the block after each for the information loss."""
         next_ones = {layer + 1 for layer in self.teacher_layers if layer < self.last}
         return tuple(sorted(next_ones | set(self.teacher_layers)))
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """KD, outlier and info terms (paper equations 4 to 8), each averaged over the layers."""
+        """Returns `kd`, `outlier` and `info` (paper equations 4 to 8), averaged over the layers."""
         prefix = teacher.model.arch.num_prefix_tokens
         kd = outlier = info = 0.0
         previous = None
@@ -238,10 +245,10 @@ class Singer(TokenMethod):
         }
 
     def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
-        """Per distilled layer, over all patches of the global batch.
+        """Returns metrics of each distilled layer over all patches of the global batch.
 
-        `teacher_norm_` and `refined_norm_` `median` and `p99` (`batch_quantile`); in bfloat16
-        `rounding_over_update`; of a projected update `outlier_energy_share`.
+        They are the `median` and `p99` (`batch_quantile`) of `teacher_norm` and `refined_norm`, in
+        bfloat16 `rounding_over_update`, and for a projected update `outlier_energy_share`.
         """
         prefix = teacher.model.arch.num_prefix_tokens
         return {
@@ -253,7 +260,7 @@ class Singer(TokenMethod):
         }
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """The null space of each layer and the share of the outliers' energy inside it."""
+        """Reports the null space of each layer and the share of the outliers' energy inside it."""
         lines = super().report(metrics)
         for layer in self.teacher_layers:
             refiner = self.refiner[str(layer)]
@@ -275,7 +282,7 @@ class Singer(TokenMethod):
                     (
                         logging.WARNING,
                         f"teacher layer {layer} has no null space: no singular value lies below "
-                        f"the threshold {tau:.3g}, the smallest is {values[-1]:.3g}; raise "
+                        f"the threshold {tau:.3g} (smallest {values[-1]:.3g}); raise "
                         f"{_REMEDY}",
                     )
                 )
@@ -300,7 +307,7 @@ class Singer(TokenMethod):
             metrics[f"{when}_norm_median"] = batch_quantile(values, 0.5)
             metrics[f"{when}_norm_p99"] = batch_quantile(values, 0.99)
         if patches.dtype != jnp.float32:
-            # What the student's dtype adds to the update D, which itself stays in the null space.
+            # The rounding error of the student's dtype, which leaves the null space.
             rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
             size = jnp.linalg.norm(update)
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
@@ -314,9 +321,15 @@ class Singer(TokenMethod):
 def check(
     teacher: Architecture, settings: SingerSettings, measured: Mapping[str, Array] | None
 ) -> None:
-    """Raises `InputError` for settings that do not fit the teacher or what was measured of it."""
+    """Checks that the settings fit the teacher and the measurements.
+
+    Raises:
+      InputError: The rank or the threshold is out of range, or measurements are missing.
+    """
     if settings.rank > teacher.embed_dim:
-        raise InputError(f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}")
+        raise InputError(
+            f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}, the teacher's width"
+        )
     rule, threshold = settings.nullspace.threshold_type, settings.nullspace.threshold
     nullspace.check_threshold(rule, threshold, teacher.embed_dim)
     if settings.nullspace.weight_matrix == "calibrated" and measured is None:

@@ -15,17 +15,17 @@ from singer_jax.settings.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedSettings(Settings):
-    """None."""
+    """Settings of training without a teacher; there are none."""
 
 
 class Supervised(Method):
-    """The quickstart's teacher, and the baseline without distillation."""
+    """Supervised training: the baseline without distillation, and the quickstart's teacher."""
 
     Settings = SupervisedSettings
 
     @classmethod
     def needs(cls, settings: Settings) -> MethodRequirements:
-        """Labels and logits, no teacher."""
+        """Returns the requirements: labels and logits, but no teacher."""
         return MethodRequirements(teacher=False, logits=True, labels=True)
 
     def __init__(
@@ -35,9 +35,9 @@ class Supervised(Method):
         settings: Settings,
         rngs: nnx.Rngs,
     ) -> None:
-        """Has no parts and no settings of its own; the arguments are those of every method."""
+        """Makes the method, which has no parts; the arguments are those of every method."""
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Term `ce`."""
+        """Returns the term `ce`."""
         logits = student.head_output()
         return {"ce": cross_entropy(logits, batch.labels)}

@@ -1,4 +1,4 @@
-"""Which tokens of student and teacher are compared, where their grids or prefix tokens differ."""
+"""Matching of student and teacher tokens if their grids or prefix tokens differ."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from singer_jax.models.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class TokenMatch:
-    """Prefix tokens by role (class with class, register with register), patches on one grid.
+    """The compared tokens of student and teacher.
+
+    Prefix tokens are matched by role (class with class, register with register), and patches are
+    compared on the teacher's grid.
 
     Attributes:
-      student, teacher: architectures.
-      student_prefix, teacher_prefix: positions of the prefix tokens that have a counterpart.
+      student, teacher: Architectures.
+      student_prefix, teacher_prefix: Positions of the prefix tokens that have a counterpart.
     """
 
     student: Architecture
@@ -28,13 +31,13 @@ class TokenMatch:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Prefix tokens before the patches in what both methods below return."""
+        """Number of prefix tokens in the results of `of_student` and `of_teacher`."""
         return len(self.teacher_prefix)
 
     def of_student(
         self, tokens: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch matched dim"]:
-        """The student's tokens with a counterpart, patches bilinearly on the teacher's grid."""
+        """Returns the student's matched tokens, with patches interpolated to the teacher's grid."""
         prefix, patches = jnp.split(tokens, [self.student.num_prefix_tokens], axis=1)
         if self.student.grid != self.teacher.grid:
             batch, _, dim = patches.shape
@@ -48,42 +51,42 @@ class TokenMatch:
     def of_teacher(
         self, tokens: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch matched dim"]:
-        """The teacher's tokens that have a counterpart."""
+        """Returns the teacher's matched tokens."""
         if len(self.teacher_prefix) == self.teacher.num_prefix_tokens:
             return tokens
         prefix, patches = jnp.split(tokens, [self.teacher.num_prefix_tokens], axis=1)
         return jnp.concatenate([prefix[:, self.teacher_prefix, :], patches], axis=1)
 
     def describe(self) -> str:
-        """What is compared, in words."""
+        """Returns a description of the compared tokens for logs."""
         both_have_class = self.student.class_token and self.teacher.class_token
         registers = len(self.teacher_prefix) - both_have_class
-        compared = ["class token"] if both_have_class else []
+        compared = ["1 class"] if both_have_class else []
         compared += [f"{registers} registers"] if registers else []
         compared.append(f"{self.teacher.num_patches} patches")
         if self.student.grid != self.teacher.grid:
             rows, columns = self.student.grid
-            compared[-1] += f" (the student's {rows} x {columns} resampled)"
-        return ", ".join(compared)
+            compared[-1] += f" (the student's {rows} x {columns} interpolated)"
+        return " + ".join(compared)
 
 
 def match_tokens(
     student: Architecture, teacher: Architecture, interpolate_patch_grid: bool
 ) -> TokenMatch:
-    """The tokens that are compared.
+    """Returns the tokens that are compared.
 
     Args:
-      student, teacher: architectures.
-      interpolate_patch_grid: the student's patches may be resampled onto the teacher's grid.
+      student, teacher: Architectures.
+      interpolate_patch_grid: Allows interpolation of the student's patches to the teacher's grid.
 
     Raises:
-      InputError: another grid of patches, and `interpolate_patch_grid` is off.
+      InputError: The grids of patches differ, and `interpolate_patch_grid` is off.
     """
     if student.grid != teacher.grid and not interpolate_patch_grid:
         raise InputError(
             f"the student has {student.grid[0]} x {student.grid[1]} patches, the teacher "
-            f"{teacher.grid[0]} x {teacher.grid[1]}: set method.interpolate_patch_grid=True to "
-            "compare on the teacher's grid, or choose data.image_size and models with equal grids"
+            f"{teacher.grid[0]} x {teacher.grid[1]}; set method.interpolate_patch_grid=True or use "
+            "data.image_size and models with equal grids"
         )
     has_class = (0,) if student.class_token and teacher.class_token else ()
     registers = range(min(student.reg_tokens, teacher.reg_tokens))

@@ -1,4 +1,4 @@
-"""ViTKD: mimic the teacher's first blocks, generate its last from a masked student.
+"""ViTKD: the student mimics the teacher's first blocks and generates its last from masked tokens.
 
 "ViTKD: Feature-based Knowledge Distillation for Vision Transformers", CVPR Workshops 2024, in the
 two forms of the SiNGER repository: its own (`ViTKD`) and that of the authors of ViTKD
@@ -36,42 +36,44 @@ from singer_jax.settings.settings import Settings, section, setting
 
 @dataclasses.dataclass(frozen=True)
 class ViTKDWeights(Settings):
-    """Of the terms of the loss."""
+    """Weights of ViTKD's loss terms."""
 
-    mimic: float = setting(1.0, NOT_NEGATIVE, "of the first blocks")
-    generation: float = setting(1.0, NOT_NEGATIVE, "of the generated last block")
+    mimic: float = setting(1.0, NOT_NEGATIVE, "Weight of the loss of the mimicked first blocks.")
+    generation: float = setting(
+        1.0, NOT_NEGATIVE, "Weight of the loss of the generated last block."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedSettings(TokenSettings):
-    """Of both forms."""
+    """Settings of both forms of ViTKD."""
 
     mimic_layers: tuple[int, ...] = setting(
-        (0, 2), Each(FROM_ZERO), "teacher blocks from 0 that are mimicked"
+        (0, 2), Each(FROM_ZERO), "Teacher blocks, 0-based, that the student mimics."
     )
-    mask_ratio: float = setting(0.5, BETWEEN, "share of the tokens that is masked")
+    mask_ratio: float = setting(0.5, BETWEEN, "Fraction of the tokens that is masked.")
     train_generator: bool = setting(
-        True, Flag(), "train what generates; the official code leaves it at its start"
+        True, Flag(), "Train the generator; the official code leaves it at its initialisation."
     )
     loss_weights: ViTKDWeights = section(ViTKDWeights())
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTKDSettings(MaskedSettings):
-    """Of ViTKD as in the SiNGER repository; `match` is of the mimicked blocks alone."""
+    """Settings of ViTKD as in the SiNGER repository; `match` applies only to mimicked blocks."""
 
     match: MatchSettings = section(MatchSettings())
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTKDOfficialSettings(MaskedSettings):
-    """Of ViTKD as its authors published it."""
+    """Settings of ViTKD as its authors published it."""
 
     loss_weights: ViTKDWeights = section(ViTKDWeights(mimic=3e-5, generation=3e-6))
 
 
 class Generator(nnx.Module):
-    """3x3 convolution, ReLU, 3x3 convolution on a grid of tokens, zero padding."""
+    """A generator on a grid of tokens: 3x3 convolution, ReLU, 3x3 convolution, zero padding."""
 
     def __init__(self, dim: int, rngs: nnx.Rngs) -> None:
         self.conv1 = nnx.Conv(dim, dim, kernel_size=(3, 3), rngs=rngs)
@@ -85,12 +87,12 @@ class Generator(nnx.Module):
 
 
 def masking_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Uniform numbers that decide which tokens are masked."""
+    """Returns uniform random numbers that select the masked tokens."""
     return jax.random.uniform(key, shape)
 
 
 class _Masked(TokenMethod):
-    """What both forms share: layers, tokens, weights, a generator and a mask token."""
+    """The common base of both forms: layers, tokens, weights, a generator and a mask token."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class _Masked(TokenMethod):
         if generated in matched:
             raise InputError(
                 f"method.mimic_layers: student block {generated} would both mimic and generate; "
-                "mimic earlier blocks or take a deeper student"
+                "mimic earlier blocks or use a deeper student"
             )
         self.teacher_layers = (*mimic, last)
         self.student_layers = (*matched, generated)
@@ -126,7 +128,10 @@ class _Masked(TokenMethod):
 
 
 class ViTKD(_Masked):
-    """Losses of all tokens of two mimicked blocks, and of the masked tokens of the last."""
+    """ViTKD of the SiNGER repository.
+
+    The losses are those of all tokens of the mimicked blocks and of the masked tokens of the last.
+    """
 
     Settings = ViTKDSettings
 
@@ -147,7 +152,7 @@ class ViTKD(_Masked):
             freeze(self, "mask_token")
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Terms `mimic` and `generation`."""
+        """Returns the terms `mimic` and `generation`."""
         *mimicked, aligned = (
             self.adapter[str(own)](self.tokens.of_student(student.features[own]))
             for own in self.student_layers
@@ -166,7 +171,7 @@ class ViTKD(_Masked):
         generator = self.generator[str(self.student_layers[-1])]
         generated = jnp.concatenate([prefix, generator(patches, teacher.model.arch.grid)], axis=1)
         squared = jnp.square(generated - target.astype(jnp.float32))
-        # The mean over all masked tokens of the step, of which this is a micro-batch's share.
+        # This micro-batch's share of the mean over all masked tokens of the step.
         elements = jnp.maximum(jnp.sum(of_step), 1) * generated.shape[-1]
         generation = batch.parts * jnp.sum(jnp.where(masked, squared, 0.0)) / elements
         return {
@@ -176,7 +181,11 @@ class ViTKD(_Masked):
 
 
 class ViTKDOfficial(_Masked):
-    """Squared errors of the patches, summed over an image; a fixed number of patches is masked."""
+    """ViTKD as its authors published it.
+
+    The losses are squared errors of the patches, summed over an image; a fixed number of patches is
+    masked.
+    """
 
     Settings = ViTKDOfficialSettings
 
@@ -203,7 +212,7 @@ class ViTKDOfficial(_Masked):
             freeze(self, "mask_token")
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """Terms `mimic` and `generation`."""
+        """Returns the terms `mimic` and `generation`."""
         prefix = self.tokens.num_prefix_tokens
         of_student = [
             self.tokens.of_student(student.features[own])[:, prefix:] for own in self.student_layers
@@ -232,7 +241,7 @@ class ViTKDOfficial(_Masked):
         }
 
     def _masked(self, noise: Float[Array, "batch patches"]) -> Bool[Array, "batch patches"]:
-        """All but the patches of lowest noise, of which int(P (1 - ratio)) are kept."""
+        """Masks all but the int(P (1 - ratio)) patches of lowest noise."""
         kept = math.floor(noise.shape[1] * (1 - self.mask_ratio))
         lowest = jax.lax.top_k(-noise, kept)[1]
         return jnp.all(jnp.arange(noise.shape[1]) != lowest[..., None], axis=1)

@@ -1,4 +1,4 @@
-"""Several methods at once: the weighted sum of their losses."""
+"""The weighted sum of the losses of several methods."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from singer_jax.settings.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSumSettings(Settings):
-    """Weights and settings of different methods."""
+    """Settings of a weighted sum: the weight and the settings of each method."""
 
     methods: tuple[tuple[float, Settings], ...]
 
 
 class WeightedSum(Method):
-    """Methods by name with their weights; terms and metrics are named `<method>_<term>`.
+    """A weighted sum of methods; its terms and metrics are named `<method>_<term>`.
 
-    Summed methods may share a student block, because each has adapters of its own: the block then
-    learns what all of them ask of it. Two terms of one method that would use the same block are
-    that method's error: they would share an adapter.
+    Summed methods may distil the same student block, because each has its own adapters. Two terms
+    of one method may not, because they would share an adapter; that method raises an error.
     """
 
     def __init__(self, methods: Mapping[str, Method], weights: Mapping[str, float]) -> None:
@@ -36,11 +35,11 @@ class WeightedSum(Method):
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:
-        """What any of the methods reads."""
+        """Teacher blocks that any of the methods reads."""
         return tuple(sorted({layer for m in self.methods.values() for layer in m.teacher_reads}))
 
     def loss(self, teacher: ModelFeatures | None, student: ModelFeatures, batch: Batch) -> Scalars:
-        """All terms, times the weight of their method."""
+        """Returns all terms, each times the weight of its method."""
         return {
             f"{name}_{term}": weight * value
             for name, weight in self.weights
@@ -48,17 +47,17 @@ class WeightedSum(Method):
         }
 
     def observe(self, teacher: ModelFeatures | None) -> dict[str, Any]:
-        """What each method observes, by its name."""
+        """Returns what each method observes, by name of the method."""
         found = {name: method.observe(teacher) for name, method in self.methods.items()}
         return {name: means for name, means in found.items() if means}
 
     def absorb(self, means: dict[str, Any]) -> None:
-        """Gives each method its own."""
+        """Passes the means of each method to it."""
         for name, own in means.items():
             self.methods[name].absorb(own)
 
     def diagnose(self, teacher: ModelFeatures | None) -> Scalars:
-        """The metrics of all methods."""
+        """Returns the metrics of all methods."""
         return {
             f"{name}_{metric}": value
             for name, _ in self.weights
@@ -66,7 +65,7 @@ class WeightedSum(Method):
         }
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """What each method says."""
+        """Returns the lines of each method, each starting with the method's name."""
         lines = []
         for name, _ in self.weights:
             its_metrics = {

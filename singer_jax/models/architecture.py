@@ -1,4 +1,4 @@
-"""What a vision transformer is, and how it computes: settings without parameters."""
+"""Architecture of a vision transformer, and how it computes: settings without parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from singer_jax.settings.ranges import (
 )
 from singer_jax.settings.settings import Settings, setting
 
-# Names of timm's arguments that have a meaning here.
+# Values of timm's arguments that are supported here.
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh", "silu")
 MLPS = ("mlp", "swiglu_packed", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
@@ -37,128 +37,158 @@ PLACES = ("random", "background")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture(Settings):
-    """What timm's keyword arguments of the same names say about a vision transformer.
+    """Architecture of a vision transformer, named as timm's keyword arguments.
 
     The bounds are far above any published model.
 
     Raises:
       InputError: a value that its field may not have.
-      ValueError: the image is not a whole number of patches, or the width not one of heads.
+      ValueError: sizes do not match, such as img_size and patch_size.
     """
 
     img_size: tuple[int, int] = setting(
         (224, 224),
         Either((SIDE, Each(SIDE, length=2))),
-        "height and width of the input; one number for a square",
+        "Height and width of the input. One number: a square.",
         "pixels",
     )
-    patch_size: int = setting(16, Range(1, 2**12, whole=True), "side of a square patch", "pixels")
-    embed_dim: int = setting(768, Range(1, 2**16, whole=True), "width of the residual stream")
-    depth: int = setting(12, Range(1, 1000, whole=True), "number of blocks")
+    patch_size: int = setting(
+        16, Range(1, 2**12, whole=True), "Side length of a square patch.", "pixels"
+    )
+    embed_dim: int = setting(768, Range(1, 2**16, whole=True), "Width of the residual stream.")
+    depth: int = setting(12, Range(1, 1000, whole=True), "Number of transformer blocks.")
     num_heads: int = setting(
-        12, Range(1, 2**12, whole=True), "attention heads; `embed_dim` is a multiple of it"
+        12,
+        Range(1, 2**12, whole=True),
+        "Number of attention heads. `embed_dim` must be a multiple of it.",
     )
     mlp_ratio: float = setting(
-        4.0, Range(0, 64, low_open=True), "hidden width of the MLP over `embed_dim`"
+        4.0, Range(0, 64, low_open=True), "Ratio of the MLP's hidden width to `embed_dim`."
     )
     num_classes: int = setting(
-        1000, Range(0, 2**24, whole=True), "outputs of the head; 0 leaves the head out"
+        1000, Range(0, 2**24, whole=True), "Number of outputs of the head. 0: no head."
     )
-    class_token: bool = setting(True, Flag(), "whether there is a class token")
+    class_token: bool = setting(True, Flag(), "Use a class token.")
     distilled: bool = setting(
-        False, Flag(), "a distillation token after the class token, with its own head (DeiT)"
+        False,
+        Flag(),
+        "Use a distillation token after the class token, with a head of its own (DeiT).",
     )
     reg_tokens: int = setting(
-        0, Range(0, 2**10, whole=True), "register tokens, after the class token"
+        0, Range(0, 2**10, whole=True), "Number of register tokens, which follow the class token."
     )
-    pos_embed: bool = setting(True, Flag(), "whether a learned position embedding is added")
+    pos_embed: bool = setting(True, Flag(), "Add a learned position embedding.")
     no_embed_class: bool = setting(
-        False, Flag(), "the position embedding covers patches only (DeiT-III, registers)"
+        False,
+        Flag(),
+        "Add the position embedding to the patches only (DeiT-III, models with registers).",
     )
     rel_pos_bias: bool = setting(
-        False, Flag(), "timm's class Beit: every block learns a bias for each relative position"
+        False,
+        Flag(),
+        "Learn an attention bias for each relative position in every block (timm's class Beit).",
     )
     rope_type: str | None = setting(
         None,
         optional(OneOf(ROPES)),
-        "rotary positions: `dinov3`, `cat` (EVA-02, axial), `mixed` (learned); None: none",
+        "Rotary positions: `dinov3`, `cat` (EVA-02, axial) or `mixed` (learned). None: none.",
     )
     rope_temperature: float = setting(
-        100.0, Range(1, 1e9, low_open=True), "largest period of rotary positions"
+        100.0, Range(1, 1e9, low_open=True), "Largest period of the rotary positions."
     )
     rope_grid_offset: float = setting(
-        0.0, Range(-1e6, 1e6), "added to the coordinates of `cat` positions", "patches"
+        0.0, Range(-1e6, 1e6), "Offset of the coordinates of `cat` positions.", "patches"
     )
     rope_grid_indexing: str = setting(
-        "ij", OneOf(("ij", "xy")), "`ij`: rotary positions count the row first; `xy`: the column"
+        "ij",
+        OneOf(("ij", "xy")),
+        "Order of the coordinates of rotary positions: row first (`ij`) or column first (`xy`).",
     )
     ref_feat_shape: tuple[int, int] | None = setting(
         None,
         optional(Each(SIDE, length=2)),
-        "grid to which the coordinates of `cat` positions are scaled; None: not scaled",
+        "Grid to which the coordinates of `cat` positions are scaled. None: no scaling.",
     )
     pre_norm: bool = setting(
         False,
         Flag(),
-        "LayerNorm before the first block, and no bias in the patch embedding (CLIP)",
+        "Use a LayerNorm before the first block, and no bias in the patch embedding (CLIP).",
     )
-    embed_norm: bool = setting(False, Flag(), "a norm after the patch embedding (AIMv2)")
-    final_norm: bool = setting(True, Flag(), "a norm after the last block")
-    fc_norm: bool = setting(False, Flag(), "the last norm follows the pooling")
+    embed_norm: bool = setting(False, Flag(), "Use a norm after the patch embedding (AIMv2).")
+    final_norm: bool = setting(True, Flag(), "Use a norm after the last block.")
+    fc_norm: bool = setting(False, Flag(), "Apply the last norm after the pooling.")
     init_values: float | None = setting(
-        None, optional(NOT_NEGATIVE), "initial LayerScale factor; None leaves LayerScale out"
+        None, optional(NOT_NEGATIVE), "Initial LayerScale factor. None: no LayerScale."
     )
-    attn_only_layer_scale: bool = setting(False, Flag(), "LayerScale after attention only")
-    norm_layer: str = setting("layernorm", OneOf(NORMS), "kind of every norm")
-    norm_eps: float = setting(1e-6, Range(0, 1, low_open=True), "epsilon of every norm")
+    attn_only_layer_scale: bool = setting(
+        False, Flag(), "Apply LayerScale to the attention output only."
+    )
+    norm_layer: str = setting("layernorm", OneOf(NORMS), "Kind of all norms.")
+    norm_eps: float = setting(1e-6, Range(0, 1, low_open=True), "Epsilon of all norms.")
     post_norm: bool = setting(
-        False, Flag(), "the norms of a block follow attention and MLP instead of preceding them"
+        False, Flag(), "Apply the norms of a block after attention and MLP instead of before."
     )
-    act_layer: str = setting("gelu", OneOf(ACTIVATIONS), "activation of the MLP")
+    act_layer: str = setting("gelu", OneOf(ACTIVATIONS), "Activation of the MLP.")
     mlp_layer: str = setting(
-        "mlp", OneOf(MLPS), "`swiglu_packed` as in DINOv2 giant, `swiglu` as in DINOv3"
+        "mlp",
+        OneOf(MLPS),
+        "Kind of MLP. DINOv2 giant has `swiglu_packed`, DINOv3 has `swiglu`.",
     )
     swiglu_align_to: int = setting(
-        0, Range(0, 2**10, whole=True), "the hidden width of `swiglu` is a multiple of it; 0: any"
+        0,
+        Range(0, 2**10, whole=True),
+        "Round the hidden width of `swiglu` up to a multiple of this. 0: no rounding.",
     )
-    qkv_bias: bool = setting(True, Flag(), "whether attention projects with a bias")
-    k_bias: bool = setting(True, Flag(), "whether that bias covers the keys")
-    qkv_fused: bool = setting(True, Flag(), "one matrix for query, key and value")
+    qkv_bias: bool = setting(True, Flag(), "Use biases for query, key and value.")
+    k_bias: bool = setting(True, Flag(), "Let the biases of `qkv_bias` cover the keys.")
+    qkv_fused: bool = setting(True, Flag(), "Project to query, key and value with a single matrix.")
     num_kv_heads: tuple[int, ...] | None = setting(
         None,
         optional(Each(Range(1, 2**12, whole=True), least=1)),
-        "heads of key and value in each block; None: `num_heads`",
+        "Number of key and value heads in each block. None: `num_heads`.",
     )
-    qk_norm: bool = setting(False, Flag(), "a norm of each head's query and key")
-    scale_attn_norm: bool = setting(False, Flag(), "a norm before attention's last projection")
-    scale_mlp_norm: bool = setting(False, Flag(), "a norm of the hidden layer of the MLP")
-    proj_bias: bool = setting(True, Flag(), "biases in the MLP and in attention's last projection")
+    qk_norm: bool = setting(False, Flag(), "Normalise each head's query and key.")
+    scale_attn_norm: bool = setting(
+        False, Flag(), "Use a norm before the output projection of attention."
+    )
+    scale_mlp_norm: bool = setting(False, Flag(), "Use a norm on the hidden layer of the MLP.")
+    proj_bias: bool = setting(
+        True, Flag(), "Use biases in the MLP and in the output projection of attention."
+    )
     global_pool: str = setting(
         "token",
         OneOf(POOLS),
-        "what the head reads after the norm: the class token, the mean of the patches (`avg`) or "
-        "attention pooling (`map`, SigLIP)",
+        "Input of the head: the class token (`token`), the mean of the patches (`avg`) or "
+        "attention pooling (`map`, SigLIP).",
     )
-    pool_include_prefix: bool = setting(False, Flag(), "the pooling covers prefix tokens too")
+    pool_include_prefix: bool = setting(False, Flag(), "Include the prefix tokens in the pooling.")
     attn_pool_num_heads: int | None = setting(
-        None, optional(Range(1, 2**12, whole=True)), "heads of `map`; None: `num_heads`"
+        None,
+        optional(Range(1, 2**12, whole=True)),
+        "Number of heads of the attention pooling. None: `num_heads`.",
     )
     attn_pool_mlp_ratio: float | None = setting(
-        None, optional(Range(0, 64, low_open=True)), "of the MLP of `map`; None: `mlp_ratio`"
+        None,
+        optional(Range(0, 64, low_open=True)),
+        "MLP ratio of the attention pooling. None: `mlp_ratio`.",
     )
-    eva: bool = setting(
-        False, Flag(), "timm's class Eva, which names some arguments and parameters its own way"
-    )
+    eva: bool = setting(False, Flag(), "Use the argument and parameter names of timm's class Eva.")
     planted: str | None = setting(
         None,
         optional(OneOf(PLACES)),
-        "patches to which a vector, `planted.vector` of the weights, is added to study artifacts; "
-        "None: none (`models.planted`)",
+        "Choice of the patches that receive a synthetic outlier, the parameter `planted.vector` "
+        "(`models.planted`). None: no synthetic outliers.",
     )
-    planted_after: int = setting(0, Range(0, 1000, whole=True), "the block after which it is")
-    planted_patches: int = setting(1, Range(1, 2**14, whole=True), "how many patches of an image")
+    planted_after: int = setting(
+        0, Range(0, 1000, whole=True), "Index of the block after which the outlier is added."
+    )
+    planted_patches: int = setting(
+        1, Range(1, 2**14, whole=True), "Number of patches per image that receive the outlier."
+    )
     planted_length: float = setting(
-        0.0, NOT_NEGATIVE, "of the vector, in a random direction, where weights are random"
+        0.0,
+        NOT_NEGATIVE,
+        "Length of the outlier vector, whose direction is random, when weights are random.",
     )
 
     def __post_init__(self) -> None:
@@ -183,7 +213,7 @@ class Architecture(Settings):
             )
 
     def _contradictions(self) -> list[tuple[str, bool]]:
-        """Combinations that cannot be, and whether this is one."""
+        """Yields invalid combinations with a message, and whether this architecture has each."""
         dim, heads, kv_heads = self.embed_dim, self.num_heads, self.num_kv_heads or ()
         pool_heads = self.attn_pool_num_heads or heads
         return [
@@ -230,17 +260,17 @@ class Architecture(Settings):
 
     @property
     def hidden_dim(self) -> int:
-        """Width that `mlp_ratio` gives the hidden layer of an MLP."""
+        """Returns the hidden width of an MLP with a ratio."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def blocks_alike(self) -> bool:
-        """Whether all blocks have parameters of the same shapes."""
+        """Returns whether all blocks have parameters of the same shapes."""
         return self.num_kv_heads is None or len(set(self.num_kv_heads)) == 1
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Returns the numbers of rows and columns of patches."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
@@ -249,39 +279,40 @@ class Architecture(Settings):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: class token, distillation token and registers."""
+        """Returns the number of class, distillation and register tokens, which come first."""
         return self.class_token + self.distilled + self.reg_tokens
 
     @property
     def num_embedded_prefix_tokens(self) -> int:
-        """Prefix tokens that the learned position embedding covers."""
+        """Returns the number of prefix tokens that the learned position embedding covers."""
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputePolicy:
-    """How a model computes.
+    """Numerical policy of a model: dtypes, rematerialisation and quantisation.
 
     Attributes:
-      dtype: of activations and matrix products. LayerNorm statistics and the softmax stay float32.
-      param_dtype: in which parameters are stored.
+      dtype: dtype of activations and matmuls. LayerNorm statistics and softmax stay in float32.
+      param_dtype: dtype in which parameters are stored.
       remat: recompute each block in the backward pass instead of keeping its activations.
-      backend: platform of the devices that will compute; empty: the default device's.
-      stacked: the blocks' parameters are one tree with a leading axis over the blocks.
-      quantised: format of the products that read normalised tokens (`quantised.FORMATS`); None: as
-        dtype. A LayerNorm bounds what they read; what is written into the residual stream, among it
-        the tokens of huge norm, keeps its precision.
-      artifact_removal: how outlier tokens are taken out of the features, one of `CLEANERS`
-        (`models.registers`, `models.views`, or the subtraction of what was `planted`); None: not.
-      gathered: sharding of a block's parameters while it computes, of a model that is not trained
-        and whose parameters are split over devices; None leaves it to the compiler, which may
-        gather the larger activations.
+      backend: platform of the devices that compute; empty: that of the default device.
+      stacked: True if the blocks' parameters are stacked along a leading axis.
+      quantised: format of the matmuls that read normalised tokens (`quantised.FORMATS`); None:
+        `dtype`. A LayerNorm bounds their input. Matmuls that write into the residual stream,
+        which has outlier tokens, are not quantised.
+      artifact_removal: method that removes outlier tokens from the features, one of `CLEANERS`
+        (`models.registers`, `models.views`, or the subtraction of synthetic outliers); None: no
+        removal.
+      gathered: sharding of a block's parameters while it computes, for a model that is not trained
+        and whose parameters are sharded. None: the compiler decides, and may gather the larger
+        activations instead.
     """
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-    # Neither changes what is computed, so neither is part of what a model says of itself.
+    # Neither changes the result, so neither is part of the repr or of comparisons.
     backend: str = dataclasses.field(default="", repr=False)
     stacked: bool = dataclasses.field(default=False, repr=False)
     quantised: str | None = None
@@ -290,14 +321,14 @@ class ComputePolicy:
 
     @property
     def choices(self) -> backends.Choices:
-        """What is computed differently on this backend."""
+        """Returns the implementation choices for this backend."""
         return backends.choices(self.backend)
 
     @property
     def product(self) -> quantised.Product:
-        """Of normalised tokens and a kernel."""
+        """Returns the function for the matmul of normalised tokens and a kernel."""
         return quantised.product(self.quantised) if self.quantised else jax.lax.dot_general
 
 
-# What overrides of an architecture may be, by field.
+# The settings that can be overridden, by field.
 FIELDS = {field.name: field.metadata["setting"] for field in dataclasses.fields(Architecture)}

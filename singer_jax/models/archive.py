@@ -1,6 +1,6 @@
-"""Zip archives as `torch.save` and `numpy.savez` write them: entries stored as they are.
+"""Zip archives of `torch.save` and `numpy.savez`, whose entries are not compressed.
 
-Every size is compared with the file and with a limit before memory is taken.
+Every size is compared with the file and with a limit before memory is allocated.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from singer_jax.io import limits
 
-LARGEST_DIRECTORY = 2**24  # bytes; also of a pickle: a published checkpoint's has 0.1 MB
+LARGEST_DIRECTORY = 2**24  # bytes, also of a pickle; that of a published checkpoint has 0.1 MB
 
-# The exceptions of zipfile, pickletools, NumPy and our interpreter for a damaged or hostile file.
+# Exceptions of zipfile, pickletools, NumPy and our interpreter for a damaged or hostile file.
 FAILURES = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -29,7 +29,7 @@ FAILURES = (
     OSError,
     OverflowError,
     RuntimeError,  # an encrypted entry; NotImplementedError: a zip format that Python cannot read
-    SyntaxError,  # the header of an array
+    SyntaxError,  # raised for the header of an array
     tokenize.TokenError,
     TypeError,
     ValueError,
@@ -40,8 +40,8 @@ class Bounded(io.FileIO):
     """A file that refuses to read more bytes at once than an archive's directory may have."""
 
     def read(self, size: int = -1) -> bytes:
-        if told := limits.excess(size, LARGEST_DIRECTORY, "bytes"):
-            raise zipfile.BadZipFile(f"its directory has {told}")
+        if excess := limits.excess(size, LARGEST_DIRECTORY, "bytes"):
+            raise zipfile.BadZipFile(f"its directory has {excess}")
         return super().read(size)
 
 
@@ -52,12 +52,12 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     with Bounded(path) as file, zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise zipfile.BadZipFile("it holds two entries of one name")
+            raise zipfile.BadZipFile("it has two entries with the same name")
         yield archive
 
 
 def check_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Returns an entry that is stored as it is and lies inside the file."""
+    """Returns an uncompressed entry that lies inside the file."""
     entry = archive.getinfo(name)
     if entry.flag_bits & 1:
         raise zipfile.BadZipFile(f"{name} is encrypted")
@@ -65,30 +65,30 @@ def check_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         raise zipfile.BadZipFile(f"{name} is compressed; save it without compression")
     whole = Path(archive.filename).stat().st_size
     if entry.header_offset + entry.file_size > whole:
-        raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
+        raise zipfile.BadZipFile(f"{name} extends past the end of the file")
     return entry
 
 
 def read_entry(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> bytes:
     """Returns the content of an entry, of at most `limit` bytes."""
     entry = check_entry(archive, name)
-    if limit is not None and (told := limits.excess(entry.file_size, limit, "bytes")):
-        raise zipfile.BadZipFile(f"{name} has {told}")
+    if limit is not None and (excess := limits.excess(entry.file_size, limit, "bytes")):
+        raise zipfile.BadZipFile(f"{name} has {excess}")
     return archive.read(entry)
 
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry; the lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # lengths of an entry's name and extra field
 
 
 def entry_start(archive: zipfile.ZipFile, name: str) -> int:
-    """Returns the position in the file of the first byte of an entry that is stored as it is."""
+    """Returns the position in the file of the first byte of an uncompressed entry."""
     entry = check_entry(archive, name)
     with Path(archive.filename).open("rb") as file:
         file.seek(entry.header_offset)
         magic, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         if magic != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"{name} does not begin where the directory says")
+            raise zipfile.BadZipFile(f"{name} does not begin at the position in the directory")
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + entry.file_size > file.seek(0, 2):
-            raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
+            raise zipfile.BadZipFile(f"{name} extends past the end of the file")
     return start

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: our own form, and cuDNN's kernel.
+"""Scaled dot-product attention: a JAX implementation, and cuDNN's kernel.
 
 Axis names: batch, tokens, queries, heads.
 """
@@ -22,16 +22,16 @@ def attend(
     fused: bool = False,
     bias: Float[Array, "heads queries tokens"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Scaled dot-product attention; divides by the softmax's sum after the product with `value`.
+    """Computes scaled dot-product attention, normalising after the product with `value`.
 
-    That is one pass over the tokens x tokens matrix less than `jax.nn.dot_product_attention`
-    (benchmarks/choices.py measures what it is worth).
+    This saves one pass over the tokens x tokens matrix compared with
+    `jax.nn.dot_product_attention` (benchmarks/choices.py measures the gain).
 
     Args:
-      query, key, value: heads beside each other, as a projection gives them.
-      fused: take cuDNN's kernel, which keeps that matrix out of memory; not for float32, nor with
-        a bias.
-      bias: added to the logits.
+      query, key, value: outputs of the projections, with the heads in the third axis.
+      fused: use cuDNN's kernel, which does not store that matrix. It supports neither float32 nor a
+        bias.
+      bias: bias that is added to the logits.
     """
     if fused and query.dtype != jnp.float32 and bias is None:
         return _attend_by_cudnn(query, key, value)
@@ -55,13 +55,13 @@ def _attend_by_cudnn(query: Array, key: Array, value: Array) -> Array:
 
 
 def attend_padded(query: Array, key: Array, value: Array, implementation: str = "cudnn") -> Array:
-    """`attend` on an even number of tokens: jax has cuDNN's gradient for no odd one, such as 197.
+    """Computes `attend` with cuDNN, padded to the even number of tokens that its gradient needs.
 
     The added tokens are masked.
 
     Args:
-      query, key, value: as of `attend`.
-      implementation: of `jax.nn.dot_product_attention`.
+      query, key, value: arguments of `attend`.
+      implementation: implementation argument of `jax.nn.dot_product_attention`.
     """
     batch, tokens = query.shape[:2]
     padded = [jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (query, key, value)]
@@ -83,10 +83,10 @@ _attend_by_cudnn.defvjp(
 
 @functools.cache
 def has_fused_attention() -> bool:
-    """Whether cuDNN's attention compiles here, with its gradient.
+    """Returns whether cuDNN's attention and its gradient compile here.
 
-    It needs a GPU of compute capability 8 and a library that fits; without them the models take
-    their own. Where no GPU is, for one that is only described, the library is enough.
+    They need a GPU of compute capability 8 or newer and a matching cuDNN library. To compile for a
+    described GPU, without a GPU, the library is sufficient.
     """
     x = jax.ShapeDtypeStruct((2, 197, 3, 64), jnp.bfloat16)
     here = jax.default_backend() == "gpu"
@@ -94,7 +94,7 @@ def has_fused_attention() -> bool:
         traced = jax.jit(jax.grad(lambda x: attend(x, x, x, fused=True).sum())).trace(x)
         if here:
             traced.lower().compile()
-    except Exception as error:  # of the library's own kinds
+    except Exception as error:  # exceptions of many types from the library
         if here:
             reason = str(error).strip().splitlines()[0]
             LOG.warning("cuDNN's attention is not used: %s", reason)

@@ -1,7 +1,7 @@
-"""Checkpoint files, known by their content and never by their name: what is in them, not yet read.
+"""Checkpoint files: their format is detected from the content, and tensors are read on demand.
 
-Safetensors, whole or in shards; PyTorch's two formats; `.npz`. Whatever else a file may be is said
-in one line.
+Supported formats are safetensors (whole or sharded), both formats of PyTorch, and `.npz`. Any other
+file is rejected with a one-line error.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from singer_jax.models.npz_file import open_npz
 from singer_jax.models.tensors import StoredTensor
 from singer_jax.models.torch_file import LEGACY_MAGIC, Unknown, load_torch_file
 
-INDEX = ".index.json"  # after the name of a file that was split into several
+INDEX = ".index.json"  # suffix of the index of a sharded file
 
 _LARGEST_HEADER = _LARGEST_INDEX = 2**24  # bytes; timm's have 0.1 MiB
 _MOST_SHARDS = 10_000
-_BEGIN = 512  # bytes by which a file is known
+_BEGIN = 512  # bytes at the beginning that identify a format
 
-# Dtypes of safetensors; NumPy knows no others.
+# Dtypes of safetensors that NumPy supports.
 _DTYPES = {
     **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{
@@ -39,17 +39,17 @@ _DTYPES = {
     "BOOL": "bool",
 }
 
-# The first bytes of files that are not read, and what is said of them.
+# The first bytes of unsupported files, and the end of the error.
 _APPEARANCES = (
-    (b"version https://git-lfs", "is a git-lfs pointer, no weights; fetch them with git lfs pull"),
-    (b"<", "is a web page, no weights; download it again"),
+    (b"version https://git-lfs", "is a git-lfs pointer; fetch the weights with git lfs pull"),
+    (b"<", "is a web page, not weights; download it again"),
     (b"\x80", "is a pickle that torch.save did not write: refused, opening it can run code"),
     (b"\x1f\x8b", "is compressed with gzip; unpack it"),
     (b"(\xb5/\xfd", "is compressed with zstd; unpack it"),
     (b"\xfd7zXZ", "is compressed with xz; unpack it"),
-    (b"\x89HDF", "is an HDF5 file, such as Keras writes, which is not read"),
-    (b"GGUF", "is a GGUF file, which is not read"),
-    (b"\x93NUMPY", "is a single array (.npy), no weights"),
+    (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
+    (b"GGUF", "is a GGUF file, which is not supported"),
+    (b"\x93NUMPY", "is a single array (.npy), not weights"),
 )
 
 
@@ -63,7 +63,7 @@ class SafetensorsTensor:
     dtype: np.dtype
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns its values, or a part; `InputError`: damaged, changed, or of no array's shape."""
+        """Returns the values or a part; raises `InputError` for a damaged or changed file."""
         try:
             with safe_open(self.path, framework="numpy") as file:
                 return file.get_slice(self.key)[part] if part else file.get_tensor(self.key)
@@ -72,10 +72,10 @@ class SafetensorsTensor:
 
 
 def read_content(path: Path) -> Any:
-    """Returns the tensors of a file by its own keys; of a PyTorch file among anything else.
+    """Returns the tensors of a file by its own keys; a PyTorch file may have other objects too.
 
     Raises:
-      InputError: a file that is damaged, that may not be read or is no checkpoint.
+      InputError: the file is damaged, is not readable or is not a checkpoint.
     """
     try:
         whole = limits.file_size(path)
@@ -83,7 +83,7 @@ def read_content(path: Path) -> Any:
             begin = file.read(_BEGIN)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"weights {path}: may not be read ({reason})") from error
+        raise InputError(f"weights {path}: cannot be read ({reason})") from error
     if begin.startswith(b"PK"):
         return open_npz(path) if _is_npz(path) else load_torch_file(path)
     if begin.startswith(b"\x80") and LEGACY_MAGIC in begin[:16]:
@@ -92,23 +92,23 @@ def read_content(path: Path) -> Any:
         return _open_safetensors(path)
     if begin.lstrip().startswith(b"{"):
         return _open_shards(path)
-    for magic, told in _APPEARANCES:
+    for magic, problem in _APPEARANCES:
         if begin.lstrip().startswith(magic):
-            raise InputError(f"{path} {told}")
+            raise InputError(f"{path} {problem}")
     if begin[257:262] == b"ustar":
         raise InputError(f"{path} is a tar archive; unpack it")
     if not begin:
         raise InputError(f"{path} is empty; download it again")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)  # says what is damaged
+        return _open_safetensors(path)  # raises an error that names the damage
     raise InputError(
-        f"{path} is no checkpoint: it begins with {begin[:8]!r}; safetensors, PyTorch files and "
+        f"{path} is not a checkpoint: it begins with {begin[:8]!r}; safetensors, PyTorch files and "
         ".npz are read"
     )
 
 
 def _is_npz(path: Path) -> bool:
-    """Says that every entry of an archive is an array; False also for one that is damaged."""
+    """Returns whether every entry of an archive is an array; False for a damaged archive."""
     try:
         with open_archive(path) as archive:
             names = archive.namelist()
@@ -121,15 +121,15 @@ def shards(path: Path) -> dict[str, str]:
     """Returns the file of each tensor that an index of shards names.
 
     Raises:
-      InputError: it is no such index, or names a file outside its folder.
+      InputError: the file is not an index of shards, or names a file outside its folder.
     """
     try:
         content = limits.read_json(path, _LARGEST_INDEX)
     except OSError as error:
-        raise InputError(f"weights {path}: may not be read ({error.strerror})") from error
+        raise InputError(f"weights {path}: cannot be read ({error.strerror})") from error
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
-        raise InputError(f"{path} is JSON, but no index of weights; give the file of the weights")
+        raise InputError(f"{path} is JSON, but not an index of weights; give the weights file")
     for name in found.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise InputError(f"{path} names {excerpt(str(name))!r}, no file of its folder: refused")
@@ -142,7 +142,7 @@ def _open_shards(path: Path) -> dict[str, StoredTensor]:
     files = sorted(set(named.values()))
     missing = [name for name in files if not (path.parent / name).is_file()]
     if missing:
-        raise InputError(f"{path} names shards that are not there: {listed(missing)}")
+        raise InputError(f"{path} names shards that do not exist: {listed(missing)}")
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         if (path.parent / name).samefile(path):
@@ -176,11 +176,11 @@ def _described(path: Path, key: str, part: Any) -> SafetensorsTensor | Unknown:
 
 
 class _BadHeader(Exception):
-    """A safetensors file that does not hold what it says."""
+    """Raised if the header of a safetensors file does not match the file."""
 
 
 def _check_header(path: Path) -> None:
-    """Raises `_BadHeader` for a header that is larger than its file, or than any should be."""
+    """Raises `_BadHeader` for a header larger than its file or than the limit."""
     try:
         whole = limits.file_size(path)
     except ValueError as error:
@@ -189,8 +189,8 @@ def _check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > whole:
         raise _BadHeader(f"{size} bytes of header in a file of {whole}")
-    if told := limits.excess(size, _LARGEST_HEADER, "bytes of header"):
-        raise _BadHeader(told)
+    if excess := limits.excess(size, _LARGEST_HEADER, "bytes of header"):
+        raise _BadHeader(excess)
 
 
 def _not_complete(path: Path, error: Exception) -> InputError:

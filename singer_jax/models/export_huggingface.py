@@ -1,8 +1,8 @@
 """Exports a model for transformers: `AutoModel.from_pretrained(FOLDER)` opens it.
 
-The family is chosen by what the architecture needs and not by its name: DeiT-III, a ViT with
-LayerScale, is transformers' Dinov2Model. Weights keep their bits; where transformers has a
-parameter and the model none (positions of prefix tokens, mask tokens), it is written as zeros.
+The family depends on the features of the architecture, not on its name: DeiT-III, a ViT with
+LayerScale, becomes transformers' Dinov2Model. Weights are copied bit for bit. Parameters that only
+transformers has (positions of prefix tokens, mask tokens) are written as zeros.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _ACTIVATIONS = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "quick_gelu": "quick_gelu",
 }
-# Pillow's numbers, by which transformers names interpolations.
+# Pillow's numbers of the interpolations, which transformers uses.
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
-# What every family takes of an architecture.
+# Fields of an architecture that every family supports.
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_eps")
 
-# The modules of each family for those of timm's models; # is the number of a block. These are the
-# names that transformers saves; those of its classes differ since release 5.
+# The modules of each family by timm's module names; # is the index of a block. These are the names
+# that transformers saves; the attribute names in its classes differ since release 5.
 _VIT_EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -126,16 +126,15 @@ _SIGLIP = _CLIP | {
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """One of transformers' models.
+    """A model family of transformers.
 
     Attributes:
-      model_type: by which AutoModel finds it.
-      model_class: its class without a head.
-      modules: its modules, for those of timm's models.
-      takes: values that it can express, of fields of `Architecture`.
-      needs: values that fields must have; every field that is neither named nor a size must have
-        its default.
-      settings: the part of its configuration that not all families share.
+      model_type: type that AutoModel looks up.
+      model_class: name of the class without a head.
+      modules: module names by timm's module names.
+      takes: supported values of fields of `Architecture`.
+      needs: required values of fields. Every other field that is not a size must have its default.
+      settings: function for the part of the configuration that is specific to the family.
     """
 
     model_type: str
@@ -178,7 +177,7 @@ def _dinov2_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def _vit_settings(arch: Architecture) -> dict[str, Any]:
-    # Its pooler is a linear map and an activation: both as identities give the class token.
+    # The pooler is a linear map and an activation; as identities they return the class token.
     return {**_hidden(arch), "qkv_bias": arch.qkv_bias, "pooler_act": "linear"}
 
 
@@ -278,7 +277,7 @@ _FAMILIES = (
 
 
 def check_huggingface(spec: ModelSpec) -> None:
-    """Raises `InputError` where transformers has no model that computes the same."""
+    """Raises `InputError` if no model of transformers computes the same."""
     _family(spec).settings(spec.arch)
     if spec.interpolation not in _RESAMPLING:
         raise InputError(f"formats: huggingface has no interpolation {spec.interpolation!r}")
@@ -290,12 +289,12 @@ def export_huggingface(
     """Writes `model.safetensors`, `config.json` and `preprocessor_config.json` for transformers.
 
     Args:
-      folder: is made if it is not there.
-      spec: of the model.
-      tensors: of the model, as `weights.to_timm` gives them.
+      folder: output folder, which is made if needed.
+      spec: specification of the model.
+      tensors: weights of the model as returned by `weights.to_timm`.
 
     Raises:
-      InputError: transformers has no model that computes the same.
+      InputError: no model of transformers computes the same.
       RunError: the weights cannot be written.
     """
     check_huggingface(spec)
@@ -331,7 +330,7 @@ def _family(spec: ModelSpec) -> _Family:
     differences = [(family.differences(spec.arch), family) for family in _FAMILIES]
     fewest, family = min(differences, key=lambda found: len(found[0]))
     if spec.arch.num_classes and spec.arch.global_pool != "token" and not fewest:
-        fewest = ["global_pool"]  # their heads read the class token
+        fewest = ["global_pool"]  # the heads of these families read the class token
     if fewest:
         name = fewest[0]
         raise InputError(
@@ -379,7 +378,7 @@ def _renamed(family: _Family, arch: Architecture, tensors: Tensors) -> Tensors:
         names = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
         return found | {_renamed_key(names, key): tensor for key, tensor in head.items()}
     weight = head["head.weight"]
-    if prefix != "vit":  # its head reads the mean of the patches too
+    if prefix != "vit":  # the head also reads the mean of the patches
         weight = np.concatenate([weight, np.zeros_like(weight)], axis=1)
     return found | {"classifier.weight": weight, "classifier.bias": head["head.bias"]}
 
@@ -394,7 +393,7 @@ def _renamed_key(modules: Mapping[str, str], key: str) -> str:
 
 
 def _split_attention(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields query, key and value as maps of their own."""
+    """Yields query, key and value as separate linear maps."""
     for key, tensor in tensors.items():
         if ".attn.qkv." in key:
             for name, part in zip("qkv", np.split(tensor, 3), strict=True):
@@ -409,7 +408,7 @@ def _split_attention(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
 def _reshaped(
     family: _Family, arch: Architecture, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in the shapes of transformers, and those that only it has."""
+    """Yields tensors in the shapes of transformers, and the tensors that only transformers has."""
     pool: Tensors = {}
     for key, tensor in tensors:
         if key == "pos_embed":
@@ -432,7 +431,7 @@ def _added(
     family: _Family, arch: Architecture, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     dim = arch.embed_dim
-    if "mask_token" in family.modules:  # read in pretraining only
+    if "mask_token" in family.modules:  # used in pretraining only
         yield "mask_token", np.zeros((1, 1, dim) if arch.eva else (1, dim), dtype)
     if "pooler" in family.modules:
         yield "pooler.weight", np.eye(dim, dtype=dtype)

@@ -21,13 +21,13 @@ from singer_jax.models.params import Params
 OPSET = 18
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output", "logits")
 
-# Largest difference from the model over the largest value of an output, both in float32.
+# Largest difference from the model relative to the largest output value, in float32.
 _TOLERANCE = 1e-4
 _COMPARED = (1, 3)  # batch sizes
 
 
 def check_onnx() -> None:
-    """Raises `InputError` where the converter is not installed."""
+    """Raises `InputError` if the converter is not installed."""
     if importlib.util.find_spec("jax2onnx") is None:
         raise InputError(
             "formats: onnx needs jax2onnx, which is not installed; pip install 'singer-jax[onnx]'"
@@ -35,24 +35,24 @@ def check_onnx() -> None:
 
 
 def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
-    """Writes `model.onnx`, after onnxruntime has computed the same as the model.
+    """Writes `model.onnx` after checking that onnxruntime computes the same as the model.
 
     The program takes `pixel_values`, normalised float32 images [batch, 3, height, width] of any
-    batch size. It returns `last_hidden_state`, the tokens behind the final LayerNorm [batch,
-    tokens, dim], `pooler_output`, what the head reads [batch, dim], and of a model with a head
-    `logits`.
+    batch size. It returns `last_hidden_state`, the tokens after the final LayerNorm [batch,
+    tokens, dim], `pooler_output`, the input of the head [batch, dim], and `logits` if the model has
+    a head.
 
     Args:
-      folder: is made if it is not there.
+      folder: output folder, which is made if needed.
       network: the model, which computes in float32.
-      params: its parameters; stored as float32.
+      params: parameters of the model, which are stored as float32.
 
     Returns:
-      The largest difference from the model over the largest value of an output.
+      The largest difference from the model relative to the largest output value.
 
     Raises:
       InputError: the converter is not installed.
-      RunError: the program computes something else, or cannot be written.
+      RunError: the outputs differ from the model's, or the file cannot be written.
     """
     check_onnx()
     from jax2onnx import to_onnx
@@ -108,7 +108,7 @@ def _difference(found: np.ndarray, expected: jax.Array) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Around the converter, which warns of plugins and shapes that do not concern a user."""
+    """Silences the converter's warnings about plugins and shapes, which do not matter to users."""
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -18,22 +18,22 @@ from singer_jax.models.zoo import MODELS, ModelSpec
 
 
 def trained_here(spec: ModelSpec) -> ModelSpec:
-    """Returns the specification of a model that was trained with this package's own images.
+    """Returns the specification of a model that was trained with this package's transforms.
 
-    Where it was initialised from other weights, theirs would name another interpolation and crop.
-    `data.images.EvalTransform` is the transform that is described.
+    The specification of its initial weights may have another interpolation and crop. The returned
+    one describes `data.images.EvalTransform`.
     """
     return dataclasses.replace(spec, interpolation="bilinear", crop_pct=224 / 256)
 
 
 def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
-    """Returns timm's `config.json` for a model: the timm model it derives from and what differs.
+    """Returns timm's `config.json` for a model: its timm base model and the differences.
 
-    `pretrained_cfg` says how images are prepared, so that `timm.data.resolve_data_config` of the
-    loaded model gives the model's own input.
+    `pretrained_cfg` describes the preprocessing of images, so that `timm.data.resolve_data_config`
+    of the loaded model returns the right input transform.
 
     Raises:
-      InputError: a difference that timm's model has no argument for.
+      InputError: timm's model has no argument for a difference.
     """
     arch = spec.arch
     changed = changed_arguments(arch, MODELS[spec.timm_name].arch)
@@ -45,7 +45,7 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
         "model_args": changed,
         "pretrained_cfg": {
             "input_size": [3, *arch.img_size],
-            # timm takes img_size from input_size where the model has learned positions.
+            # timm takes img_size from input_size if the model has learned positions.
             "fixed_input_size": arch.pos_embed or arch.rel_pos_bias,
             "interpolation": spec.interpolation,
             "crop_pct": spec.crop_pct,
@@ -68,14 +68,15 @@ def export_timm(
     """Writes `model.safetensors` and `config.json` in timm's hub layout.
 
     Args:
-      folder: is made if it is not there.
-      spec: of the model; its input statistics go into `pretrained_cfg`.
-      tensors: of the model, as `weights.to_timm` gives them; compared with the written file.
-      made_from: what both files say of the model's origin, as JSON under `singer_jax`; the second
-        also the `sha256` of the first.
+      folder: output folder, which is made if needed.
+      spec: specification of the model, whose input statistics go into `pretrained_cfg`.
+      tensors: weights of the model as returned by `weights.to_timm`. The written file is compared
+        with them.
+      made_from: origin of the model, which both files contain as JSON under `singer_jax`.
+        `config.json` also has the `sha256` of `model.safetensors`.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: the files cannot be written.
     """
     metadata, config = {"format": "pt"}, to_hub_config(spec)
     if made_from:

@@ -1,4 +1,4 @@
-"""timm's families of vision transformers as data: what the parts of a name mean, and exceptions."""
+"""timm's families of vision transformers as data: the meaning of their names, and exceptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _sizes(embed_dim: int, depth: int, num_heads: int, **more: Any) -> dict[str,
     return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **more}
 
 
-# What the word for a size in a name means.
+# The sizes that words in a name stand for.
 _SIZES: Mapping[str, Mapping[str, Any]] = {
     "wee": _sizes(256, 14, 4, mlp_ratio=5.0),
     "little": _sizes(320, 14, 5, mlp_ratio=5.6),
@@ -52,18 +52,18 @@ _BILINEAR = {"interpolation": "bilinear"}
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Models whose names say all in which they differ.
+    """A family of models whose names state all differences between them.
 
     In a name, a word of `_SIZES` is the size, `patch16` the size of a patch, `reg4` the number of
-    register tokens, and a last number of at least 100 the side of the image.
+    register tokens, and a final number of at least 100 the side length of the image.
 
     Attributes:
-      title: what the family is called.
-      names: as timm has them; `{a,b}` stands for either.
-      arch: fields of `Architecture` that its models share.
-      input: fields of `ModelSpec` that its models share. Without `crop_pct` it is 1 from 336
-        pixels on and 0.9 below.
-      sizes: where a word for a size means something else than in `_SIZES`.
+      title: name of the family.
+      names: timm's names of the models; `{a,b}` stands for either a or b.
+      arch: fields of `Architecture` that all its models share.
+      input: fields of `ModelSpec` that all its models share. The default of `crop_pct` is 1 from
+        336 pixels and 0.9 below.
+      sizes: sizes that differ from `_SIZES` in this family.
     """
 
     title: str
@@ -73,14 +73,14 @@ class Family:
     sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def members(self) -> Iterator[str]:
-        """All names."""
+        """Returns the names of all models."""
         for pattern in self.names.split():
             parts = re.split(r"\{(.*?)\}", pattern)
             choices = [part.split(",") if index % 2 else [part] for index, part in enumerate(parts)]
             yield from map("".join, itertools.product(*choices))
 
     def fields(self, name: str) -> dict[str, Any]:
-        """Fields of `Architecture` of one of its names."""
+        """Returns the fields of `Architecture` that one of the names stands for."""
         words, fields = name.split("_"), {}
         for word in words:
             fields |= self.sizes.get(word, _SIZES.get(word, {}))
@@ -220,7 +220,7 @@ _SAPIENS2 = _DINOV3_BIASED | {
 
 
 def _grouped(embed_dim: int, depth: int, num_heads: int) -> dict[str, Any]:
-    """A size of Sapiens2: between the first and last 8 blocks two heads share key and value."""
+    """Returns a size of Sapiens2; heads share keys and values except in 8 blocks at each end."""
     heads = tuple(num_heads // 2 if 8 <= block < depth - 8 else num_heads for block in range(depth))
     return _sizes(embed_dim, depth, num_heads, num_kv_heads=heads)
 
@@ -662,8 +662,8 @@ FAMILIES = (
     Family("BEiT v2", "beitv2_large_patch16_224", _BEIT, _IMAGENET | _NEARLY_WHOLE),
 )
 
-# Weights tags whose input differs from that of their model's family: a pattern of the whole name,
-# and fields of `ModelSpec`. Every pattern that matches counts, the last most.
+# Weights tags whose input differs from that of the family: a pattern of the whole name, and fields
+# of `ModelSpec`. All matching patterns apply; later ones override earlier ones.
 TAGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r".*\.(dino|mae)", _IMAGENET),
     (r".*\.bamboo", _OPENAI | _WHOLE),
@@ -687,15 +687,15 @@ TAGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (r"beitv2_large_patch16_224\.in1k_ft_in22k", {"crop_pct": 0.9}),
 )
 
-# Patterns of timm's names that are left out, and why.
+# Patterns of timm's names that are not supported, and the reasons.
 LEFT_OUT = (
     (r"vit_d(p?wee|little)_.*", "differential attention"),
     (r"vit_pwee_.*|vit_.*_(xp|18x2)_\d+", "parallel blocks"),
-    (r"vit_so400m_patch14_siglip_(gap_)?384", "384 pixels are no multiple of its patch size 14"),
+    (r"vit_so400m_patch14_siglip_(gap_)?384", "384 pixels are not a multiple of its patch size 14"),
     (r"vit_(s?relpos_|.*_(r\d*_s\d+|resnet|window)).*", "a hybrid, or another class of timm"),
 )
 
-# Models that timm does not name, and the timm model each is a variant of.
+# Models without a timm name, and the timm model that each is a variant of.
 VARIANTS = {
     "deit3_tiny_patch16_224": "deit3_small_patch16_224",
     "vit_tiny_patch14_dinov2": "vit_small_patch14_dinov2",

@@ -1,7 +1,7 @@
-"""State dicts with other libraries' names, recognised by their keys and renamed to timm's.
+"""State dicts of other libraries, recognised by their keys and renamed to timm's keys.
 
-A format is recognised only where its marks are there; a key that no rule covers stays as it is, so
-that the comparison with timm's model names it. Nothing is guessed.
+A format is recognised only if all its marks are present. A key that no rule covers is not renamed,
+so that the comparison with timm's model reports it. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ Rules = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a library names the tensors of a vision transformer.
+    """The names that a library gives to the tensors of a vision transformer.
 
     Attributes:
-      name: for messages.
-      root: the key of the patch embedding, from which the prefix follows.
-      marks: patterns of keys that must all be there.
-      never: pattern of keys that must not be there.
-      rules: patterns of keys and their replacements; the first that matches a whole key renames it.
-      dropped: pattern of keys that are no part of a timm model.
-      beside: names in timm of keys that lie outside the prefix.
-      finish: changes tensors after they have timm's names.
+      name: name for messages.
+      root: key of the patch embedding, which determines the prefix.
+      marks: patterns of keys that must all be present.
+      never: pattern of keys that must be absent.
+      rules: patterns of keys and their replacements; the first pattern that matches a whole key is
+        applied.
+      dropped: pattern of keys that are not part of a timm model.
+      beside: timm's names of keys that are outside the prefix.
+      finish: function that converts tensors after the renaming.
     """
 
     name: str
@@ -53,21 +54,21 @@ class Format:
     finish: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
     def matches(self, keys: Iterable[str]) -> bool:
-        """Says that keys without their prefix are those of this format."""
+        """Returns whether keys, without their prefix, belong to this format."""
         keys = list(keys)
         marked = all(any(re.fullmatch(mark, key) for key in keys) for mark in self.marks)
         return marked and not any(re.fullmatch(self.never, key) for key in keys)
 
 
-# Counters that profilers leave in a model.
+# Counters that profilers add to a model.
 _COUNTERS = r"(?:.*\.)?total_(?:ops|params)"
-# What training to reconstruct or to distil leaves in a state dict beside the encoder.
+# Parts of a state dict that pretraining by reconstruction or distillation adds to the encoder.
 _HEADS = rf"(?:dino_|ibot_)?head\.(?:mlp\d?|last_layer\d?)\..*|{_COUNTERS}"
 _PRETRAINING = rf"mask_token|masked_embed|decoder_.*|{_HEADS}"
 
 
 def _fused(tensors: Tensors) -> Tensors:
-    """Joins query, key and value, which rules have named `qkv.0`, `qkv.1` and `qkv.2`."""
+    """Joins query, key and value, which the rules name `qkv.0`, `qkv.1` and `qkv.2`."""
     found: Tensors = {}
     for key, tensor in tensors.items():
         if match := re.fullmatch(r"(.*\.qkv)\.[012]\.(weight|bias)", key):
@@ -80,7 +81,7 @@ def _fused(tensors: Tensors) -> Tensors:
 
 
 def _without_class_position(tensors: Tensors) -> Tensors:
-    """Adds the class token's position to it where registers follow: timm embeds patches only."""
+    """Adds the position of the class token to the token, if timm embeds only the patches."""
     cls_token, positions = tensors.get("cls_token"), tensors.get("pos_embed")
     if cls_token is None or positions is None or "reg_token" not in tensors:
         return tensors
@@ -92,7 +93,7 @@ def _without_class_position(tensors: Tensors) -> Tensors:
 
 
 def _dinov3_bias(tensors: Tensors) -> Tensors:
-    """Splits the bias of query, key and value; that of the keys is masked, or must be zero."""
+    """Splits the bias of query, key and value; the bias of the keys is masked or must be zero."""
     found: Tensors = {}
     for key, tensor in tensors.items():
         block = key.removesuffix("qkv.bias")
@@ -115,7 +116,7 @@ def _dinov3_bias(tensors: Tensors) -> Tensors:
 def _value_bias(key: str, dim: int, masked: bool) -> Callable[[np.ndarray], np.ndarray]:
     def compute(bias: np.ndarray) -> np.ndarray:
         if not masked and np.any(bias[dim : 2 * dim] != 0):
-            raise InputError(f"{key}: the keys have a bias, which timm's model has not")
+            raise InputError(f"{key}: the keys have a bias, which timm's model does not have")
         return bias[2 * dim :]
 
     return compute
@@ -126,20 +127,20 @@ _ROPE_BASE = 100.0
 
 
 def _meta_dinov3(tensors: Tensors) -> Tensors:
-    """Checks the rope's periods, which timm computes, and splits biases."""
+    """Checks the periods of the rotary positions, which timm computes, and splits biases."""
     periods = tensors.pop(_PERIODS, None)
     if periods is not None:
         stored = np.asarray(periods.read(), np.float64).ravel()
         expected = _ROPE_BASE ** (np.arange(len(stored)) / max(len(stored), 1))
-        if not np.allclose(stored, expected, rtol=0.02):  # some are kept in bfloat16
+        if not np.allclose(stored, expected, rtol=0.02):  # some files store them in bfloat16
             raise InputError(
-                f"{_PERIODS} are not those of base {_ROPE_BASE:g}, which timm computes"
+                f"{_PERIODS} differ from those of base {_ROPE_BASE:g}, which timm computes"
             )
     return _dinov3_bias(tensors)
 
 
 def _headed(tensors: Tensors) -> Tensors:
-    """Gives a head without bias one of zeros, as timm does for CLIP."""
+    """Adds a zero bias to a head without bias, as timm does for CLIP."""
     head = tensors.get("head.weight")
     if head is not None and "head.bias" not in tensors and head.shape:
         tensors["head.bias"] = zeros(head.shape[0])
@@ -147,7 +148,7 @@ def _headed(tensors: Tensors) -> Tensors:
 
 
 def _clip(tensors: Tensors) -> Tensors:
-    """Gives class token, positions and head the shapes that they have in timm."""
+    """Converts class token, positions and head to the shapes of timm."""
     if (token := tensors.get("cls_token")) is not None:
         tensors["cls_token"] = reshaped(token, (1, 1, *token.shape[-1:]))
     return _headed(_positioned(_fused(tensors)))
@@ -166,7 +167,7 @@ def _open_clip(tensors: Tensors) -> Tensors:
 
 
 def _siglip(tensors: Tensors) -> Tensors:
-    """Splits the projection of the pooling into that of the query and that of key and value."""
+    """Splits the projection of the pooling into those of the query and of key and value."""
     for kind in ("weight", "bias"):
         packed = tensors.pop(f"attn_pool.in_proj_{kind}", None)
         if packed is not None:
@@ -177,7 +178,7 @@ def _siglip(tensors: Tensors) -> Tensors:
 
 
 def _siglip2(tensors: Tensors) -> Tensors:
-    """Makes the linear map of flat patches the convolution that it is."""
+    """Converts the linear map of flattened patches to the equivalent convolution."""
     key = "patch_embed.proj.weight"
     weight = tensors[key]
     dim, size = weight.shape if len(weight.shape) == 2 else (0, 0)
@@ -189,7 +190,7 @@ def _siglip2(tensors: Tensors) -> Tensors:
 
 
 def _fused_swiglu(tensors: Tensors) -> Tensors:
-    """Joins gate and value, which rules have named `fc1.0` and `fc1.1`."""
+    """Joins gate and value, which the rules name `fc1.0` and `fc1.1`."""
     found: Tensors = {}
     for key, tensor in tensors.items():
         if match := re.fullmatch(r"(.*\.fc1)\.[01]\.(weight|bias)", key):
@@ -208,7 +209,7 @@ def _hf_dinov2(tensors: Tensors) -> Tensors:
 def _hf_dinov3(tensors: Tensors) -> Tensors:
     registers = tensors.get("reg_token")
     if registers is not None and registers.shape[1:2] == (0,):
-        del tensors["reg_token"]  # of a model without registers
+        del tensors["reg_token"]  # for a model without registers
     found: Tensors = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.*)qkv\.([02])\.bias", key)
@@ -216,8 +217,8 @@ def _hf_dinov3(tensors: Tensors) -> Tensors:
     return _fused(found)
 
 
-# Names of parts of a block, the same in several of transformers' models; written by version 4 and
-# in files of version 5, then as the modules of version 5 are called.
+# Names of parts of a block that several models of transformers share: first those of version 4 and
+# of files of version 5, then the module names of version 5.
 _BLOCK = r"(?:encoder\.|model\.)?layers?\.(\d+)\."
 _QKV: Rules = tuple(
     (
@@ -308,7 +309,7 @@ _META_DINOV3: Rules = (
     (r"blocks\.(\d+)\.mlp\.w3\.(.*)", r"blocks.\1.mlp.fc2.\2"),
 )
 
-# Flax's names, as the ViT, augreg and SigLIP releases have them.
+# Flax's names in the ViT, augreg and SigLIP releases.
 _FLAX_BLOCK = r"Transformer/encoderblock_(\d+)/"
 _FLAX_ATTENTION = rf"{_FLAX_BLOCK}MultiHeadDotProductAttention_\d/"
 _FLAX: Rules = (
@@ -329,11 +330,11 @@ _FLAX: Rules = (
 
 
 def _flax(tensors: Tensors) -> Tensors:
-    """Brings kernels into PyTorch's layout."""
+    """Converts kernels to PyTorch's layout."""
     found: Tensors = {}
     representation = [key for key in tensors if key.startswith("pre_logits/")]
     for key, tensor in tensors.items():
-        # The head of a model with a representation layer does not read the pooled features.
+        # With a representation layer, the head does not read the pooled features.
         if key in representation or (representation and key.startswith("head.")):
             continue
         stem, _, name = key.rpartition(".")
@@ -341,7 +342,7 @@ def _flax(tensors: Tensors) -> Tensors:
             found[f"{stem}.weight"] = tensor
         elif name == "kernel":
             found[f"{stem}.weight"] = _flax_kernel(stem, tensor)
-        elif name == "bias" and len(tensor.shape) == 2:  # of heads and channels
+        elif name == "bias" and len(tensor.shape) == 2:  # axes: heads, channels
             found[key] = reshaped(tensor, (tensor.shape[0] * tensor.shape[1],))
         else:
             found[key] = tensor
@@ -365,7 +366,7 @@ _HF_CONV = "embeddings.patch_embedding.weight"
 _HF_DROPPED = rf"embeddings\.mask_token|pooler\..*|{_COUNTERS}"
 _CLASSIFIER = {f"classifier.{kind}": f"head.{kind}" for kind in ("weight", "bias")}
 
-# The first that matches is taken; timm's own names are the last of those with their root.
+# The first matching format is used; timm's own names are the last with their root.
 FORMATS = (
     Format(
         "Meta's DINOv3",
@@ -480,9 +481,9 @@ _SIGLIP2 = Format(
     finish=_siglip2,
 )
 
-_MOST_MODELS = 16  # in one state dict
+_MOST_MODELS = 16  # keys of both towers in one state dict
 
-# Models that are not vision transformers of timm, by a key that they have.
+# Models that are not vision transformers of timm, by a characteristic key.
 _LOOKS = (
     (r".*layer1\.0\.conv1\.weight", "a ResNet's"),
     (r".*relative_position_bias_table", "a Swin's or BEiT's"),
@@ -494,7 +495,7 @@ _LOOKS = (
 
 
 def recognise(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Format]]:
-    """Returns the formats of a state dict, each with the prefix under which its keys lie."""
+    """Returns the formats found in a state dict, each with the prefix of its keys."""
     found: dict[str, Format] = {}
     for form in FORMATS:
         for key in tensors:
@@ -510,7 +511,7 @@ def recognise(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Format]]:
 
 
 def looks(keys: Iterable[str]) -> str:
-    """Returns whose keys these look like, with a verb; empty: nobody's that is known."""
+    """Returns a phrase on the library that the keys seem to come from; empty: unknown."""
     keys = list(keys)
     for pattern, owner in _LOOKS:
         if any(re.fullmatch(pattern, key) for key in keys):
@@ -524,13 +525,13 @@ def convert(
     """Returns the tensors under timm's keys, and the keys that are left out.
 
     Args:
-      where: the file, for messages.
-      tensors: by the keys of the file.
-      prefix: of the model's keys.
-      form: their format; None: not known, they stay as they are.
+      where: file that is named in errors.
+      tensors: tensors by the keys of the file.
+      prefix: prefix of the model's keys.
+      form: format of the keys; None: unknown, and the keys are not renamed.
 
     Raises:
-      InputError: a tensor of another shape than the format has, or two of one name.
+      InputError: a tensor does not have the shape of the format, or two have the same name.
     """
     if form is None:
         return dict(tensors), []
@@ -558,7 +559,7 @@ def convert(
 
 
 def _outer(prefix: str) -> str:
-    """`module.vit.` -> `module.`, where a head lies that the wrapped model has beside it."""
+    """Returns the outer prefix (`module.vit.` -> `module.`), where a wrapper's head is found."""
     return prefix.removesuffix(".").rpartition(".")[0] + "." if prefix.count(".") > 1 else ""
 
 

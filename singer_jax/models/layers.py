@@ -1,4 +1,4 @@
-"""The parts of a vision transformer, equal to timm's modules of the same names.
+"""Parts of a vision transformer, equal to timm's modules of the same names.
 
 Axis names: batch, tokens (prefix tokens first, then patches row by row), patches, dim (the width of
 the residual stream), heads.
@@ -22,7 +22,7 @@ from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.attention import attend, has_fused_attention
 from singer_jax.models.positions import Rotation, relative_positions, rotate
 
-# Relative positions that involve the class token, behind those of patches (timm `Beit`).
+# Relative positions that involve the class token, stored after those of patches (timm `Beit`).
 NUM_CLASS_DISTANCES = 3
 
 
@@ -42,7 +42,7 @@ def linear(
     use_bias: bool = True,
     product: quantised.Product = jax.lax.dot_general,
 ) -> nnx.Linear:
-    """A linear map with timm's initialisation; `product` of its input and its kernel."""
+    """Returns a linear map with timm's initialisation and `product` as its matmul."""
     kind = _FlatLinear if policy.choices.flat_linear else nnx.Linear
     return kind(
         in_features,
@@ -62,7 +62,7 @@ NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
 def layer_norm(
     arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs, width: int | None = None
 ) -> nnx.LayerNorm | nnx.RMSNorm:
-    """The model's norm over the residual stream, or over `width` channels."""
+    """Returns the model's norm over the residual stream, or over `width` channels."""
     return NORMS[arch.norm_layer](
         width or arch.embed_dim,
         epsilon=arch.norm_eps,
@@ -75,17 +75,17 @@ def layer_norm(
 
 
 def identity(x: Array) -> Array:
-    """Takes the place of a norm that a model does not have."""
+    """Identity in place of a norm that a model does not have."""
     return x
 
 
 def _input_product(arch: Architecture, policy: ComputePolicy) -> quantised.Product:
-    """The product of a block's input and a kernel, quantised only where a norm bounds the input."""
+    """Returns the matmul for the input of a block, quantised only if a norm bounds the input."""
     return jax.lax.dot_general if arch.post_norm else policy.product
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches times one matrix (timm `PatchEmbed`)."""
+    """Patch embedding as a single matmul of non-overlapping patches (timm `PatchEmbed`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         self.proj = nnx.Conv(
@@ -109,11 +109,11 @@ class PatchEmbed(nnx.Module):
 def patch_products(
     images: Float[Array, "batch height width 3"], kernel: Float[Array, "size size 3 dim"]
 ) -> Float[Array, "batch patches dim"]:
-    """The convolution of non-overlapping patches, as a product of matrices.
+    """Computes the convolution of non-overlapping patches as a matmul.
 
-    Each patch is taken row by row, as its pixels lie in memory. The convolution has a slow gradient
-    on the CPU. On a TPU it moves 0.1 GB less at 128 images, but with few images XLA unrolls it into
-    programs of 100 MB, which take minutes to compile (benchmarks/RESULTS.md).
+    Patches are multiplied row by row, in the memory order of their pixels. A convolution has a slow
+    gradient on the CPU. On a TPU it moves 0.1 GB less for 128 images. For few images, however, XLA
+    unrolls it into programs of 100 MB, which take minutes to compile (benchmarks/RESULTS.md).
     """
     size, _, channels, dim = kernel.shape
     batch, height, width, _ = images.shape
@@ -134,9 +134,9 @@ class Attention(nnx.Module):
 
     Args:
       arch: sizes and variants.
-      policy: how it computes.
-      rngs: for the parameters.
-      num_kv_heads: heads of key and value, each of which serves as many heads of the query.
+      policy: numerical policy.
+      rngs: random streams for the parameters.
+      num_kv_heads: number of key and value heads, each shared by equally many query heads.
     """
 
     def __init__(
@@ -187,30 +187,30 @@ class Attention(nnx.Module):
         if not self.project_heads:
             return self.proj(self.norm(mixed.reshape(x.shape)))
         kernel = self.proj.kernel[...].astype(x.dtype)
-        # Over heads and channels: batch, tokens, dim.
+        # Contract heads and channels; axes: batch, tokens, dim.
         kernel = kernel.reshape(*mixed.shape[2:], -1)
         x = self.proj.dot_general(mixed, kernel, (((2, 3), (0, 1)), ((), ())))
         return x if self.proj.bias is None else x + self.proj.bias[...].astype(x.dtype)
 
     def input_maps(self) -> tuple[Float[Array, "dim out"], ...]:
-        """The linear maps that read the tokens: query, key and value."""
+        """Returns the linear maps that read the tokens: query, key and value."""
         if hasattr(self, "qkv"):
             return tuple(jnp.split(self.qkv.kernel[...], 3, axis=1))
         return tuple(each.kernel[...] for each in (self.q_proj, self.k_proj, self.v_proj))
 
     def value_map(self) -> Float[Array, "dim dim"]:
-        """The linear map from a token to what attention mixes, as `proj` reads it."""
+        """Returns the linear map from a token to its values, in the layout that `proj` reads."""
         value = self.input_maps()[2]
         heads = value.reshape(value.shape[0], self.num_kv_heads, -1)
         return jnp.repeat(heads, self.num_heads // self.num_kv_heads, 1).reshape(len(value), -1)
 
     def output_map(self) -> Float[Array, "dim dim"]:
-        """The linear map of what is mixed into the residual stream, with the norm's scale."""
+        """Returns the linear map from mixed values to the residual stream with the norm's scale."""
         kernel = self.proj.kernel[...]
         return kernel if self.norm is identity else self.norm.scale[...][:, None] * kernel
 
     def _bias(self, tokens: int) -> Float[Array, "heads tokens tokens"] | None:
-        """The bias of every pair of tokens; tokens added before the class token have none."""
+        """Returns the bias of each pair of tokens; tokens before the class token have none."""
         if not hasattr(self, "relative_position_bias_table"):
             return None
         index = relative_positions(self.grid)
@@ -221,7 +221,7 @@ class Attention(nnx.Module):
     def _heads(
         self, x: Float[Array, "batch tokens dim"]
     ) -> list[Float[Array, "batch tokens heads head_dim"]]:
-        """Query, key and value."""
+        """Returns query, key and value."""
         if not hasattr(self, "qkv"):
             (query,) = _split_heads(self.q_proj(x), 1, self.num_heads)
             others = (self.k_proj(x), self.v_proj(x))
@@ -247,21 +247,21 @@ class Attention(nnx.Module):
 
 @jax.checkpoint
 def _gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """Exact GELU, x Phi(x), in float32 (1 + erf cancels); keeps only x for the backward pass."""
+    """Computes exact GELU, x Phi(x), in float32 (1 + erf cancels); backward keeps only x."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 @jax.checkpoint
 def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """x sigmoid(1.702 x), as CLIP was trained, in float32."""
+    """Computes x sigmoid(1.702 x) in float32, the activation of CLIP."""
     wide = x.astype(jnp.float32)
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
 @jax.checkpoint
 def _gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """The tanh approximation of GELU (SigLIP 2), in float32."""
+    """Computes the tanh approximation of GELU in float32, the activation of SigLIP 2."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
@@ -274,25 +274,25 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 Move = Callable[[Float[Array, "batch tokens hidden"]], Float[Array, "batch tokens hidden"]]
-"""A change of the hidden layer of an MLP, such as `registers.move`."""
+"""A function that changes the hidden layer of an MLP, such as `registers.move`."""
 
 
 class _Mlp(nnx.Module):
-    """What every MLP does with its hidden layer."""
+    """Base class of all MLPs, which maps the hidden layer to the residual stream."""
 
     def __call__(self, x: Float[Array, "*axes dim"], move: Move | None = None) -> Array:
         hidden = self.hidden(x)
         return self.fc2(hidden if move is None else move(hidden))
 
     def hidden(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes hidden"]:
-        """What `fc2` reads."""
+        """Returns the hidden layer, the input of `fc2`."""
         return self.norm(self._hidden(x))
 
     def output_map(self, norm: bool = False) -> Float[Array, "hidden dim"]:
-        """The linear map of the hidden layer into the residual stream.
+        """Returns the linear map from the hidden layer to the residual stream.
 
         Args:
-          norm: include the scale of the norm of the hidden layer, where there is one.
+          norm: include the scale of the norm of the hidden layer, if there is one.
         """
         kernel = self.fc2.kernel[...]
         scaled = norm and self.norm is not identity
@@ -300,7 +300,7 @@ class _Mlp(nnx.Module):
 
 
 class Mlp(_Mlp):
-    """Two linear maps around an activation (timm `Mlp`)."""
+    """MLP of two linear maps with an activation between them (timm `Mlp`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim, hidden = arch.embed_dim, arch.hidden_dim
@@ -314,14 +314,14 @@ class Mlp(_Mlp):
         return self.activation(self.fc1(x))
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
-        """The linear maps that read the tokens, one for each factor of the hidden layer."""
+        """Returns the linear maps that read the tokens, one for each factor of the hidden layer."""
         return (self.fc1.kernel[...],)
 
 
 class SwiGLUPacked(_Mlp):
-    """silu(first half) x second half of one projection (timm `SwiGLUPacked`).
+    """MLP with the hidden layer silu(first half) x second half (timm `SwiGLUPacked`).
 
-    `mlp_ratio` gives the width of both halves together; in timm's class Eva of each.
+    `mlp_ratio` gives the total width of both halves; in timm's class Eva the width of each half.
     """
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
@@ -336,12 +336,12 @@ class SwiGLUPacked(_Mlp):
         return jax.nn.silu(gate) * value
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
-        """The linear maps of gate and value."""
+        """Returns the linear maps of gate and value."""
         return tuple(jnp.split(self.fc1.kernel[...], 2, axis=-1))
 
 
 class SwiGLU(_Mlp):
-    """silu(gate) x value of two projections (timm `SwiGLU`)."""
+    """MLP with the hidden layer silu(gate) x value of two projections (timm `SwiGLU`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim, hidden = arch.embed_dim, arch.hidden_dim
@@ -357,7 +357,7 @@ class SwiGLU(_Mlp):
         return jax.nn.silu(self.fc1_g(x)) * self.fc1_x(x)
 
     def input_maps(self) -> tuple[Float[Array, "dim hidden"], ...]:
-        """The linear maps of gate and value."""
+        """Returns the linear maps of gate and value."""
         return self.fc1_g.kernel[...], self.fc1_x.kernel[...]
 
 
@@ -375,20 +375,20 @@ MLPS: dict[str, type[nnx.Module]] = {
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel (timm `LayerScale`)."""
+    """Learned factor per channel (timm `LayerScale`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy) -> None:
         self.gamma = nnx.Param(jnp.full((arch.embed_dim,), arch.init_values, policy.param_dtype))
 
 
 class Block(nnx.Module):
-    """A transformer block (timm `Block`, `ResPostBlock`, `EvaBlock`, `EvaBlockPostNorm`).
+    """Transformer block (timm `Block`, `ResPostBlock`, `EvaBlock`, `EvaBlockPostNorm`).
 
     Args:
       arch: sizes and variants.
-      policy: how it computes.
-      rngs: for the parameters.
-      index: which of the blocks it is.
+      policy: numerical policy.
+      rngs: random streams for the parameters.
+      index: index of the block.
     """
 
     def __init__(
@@ -411,9 +411,9 @@ class Block(nnx.Module):
         self.keep_residual = policy.choices.keep_residual
 
     def scales(self) -> tuple[Float[Array, " dim"] | None, Float[Array, " dim"] | None]:
-        """Factors of what attention and the MLP add; None where there is none.
+        """Returns the factors of the outputs of attention and MLP; None: no factor.
 
-        They are those of LayerScale, or of the norms where these follow.
+        The factors are those of LayerScale, or of the norms in blocks with `post_norm`.
         """
         if self.post_norm:
             return self.norm1.scale[...], self.norm2.scale[...]
@@ -423,7 +423,7 @@ class Block(nnx.Module):
         return tuple(None if gamma is None else gamma[...] for gamma in (first, second))
 
     def input_scales(self) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
-        """Factors of what attention and the MLP read: the norms' scales, or ones."""
+        """Returns the factors of the inputs of attention and MLP: the norms' scales, or ones."""
         scales = self.norm1.scale[...], self.norm2.scale[...]
         return tuple(map(jnp.ones_like, scales)) if self.post_norm else scales
 
@@ -441,7 +441,7 @@ class Block(nnx.Module):
     def hidden(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
     ) -> Float[Array, "batch tokens hidden"]:
-        """The hidden layer of its MLP."""
+        """Returns the hidden layer of the block's MLP."""
         x = self._attended(x, by)
         return self.mlp.hidden(x if self.post_norm else self.norm2(x))
 
@@ -460,7 +460,7 @@ def _scaled(x: Float[Array, "*axes dim"], scale: Float[Array, " dim"] | None) ->
 
 
 class AttentionPool(nnx.Module):
-    """One learned query attends to all tokens, then an MLP (timm `AttentionPoolLatent`)."""
+    """Attention pooling: a learned query attends to all tokens (timm `AttentionPoolLatent`)."""
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim = arch.embed_dim

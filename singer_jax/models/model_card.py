@@ -1,4 +1,4 @@
-"""Writes the README.md beside an export: a model card that the Hugging Face hub reads."""
+"""Writes the README.md of an export: a model card for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from singer_jax.models.zoo import ModelSpec
 
 CARD_FILE = "README.md"
 
-# The file by which each format is found in a folder. transformers has a folder of its own, since
-# its config.json and model.safetensors have the names of timm's.
+# The file that identifies each format in a folder. transformers has its own folder, because its
+# config.json and model.safetensors have the same names as timm's.
 HUGGINGFACE_FOLDER = "huggingface"
 ONNX_FILE = "model.onnx"
 PROGRAM_FILE = "features.stablehlo"
@@ -76,14 +76,14 @@ features = model.features(model.spec.prepare(images))[-1]
 def write_card(
     folder: epath.Path, spec: ModelSpec, made_from: Mapping[str, Any], library: str = "timm"
 ) -> None:
-    """Writes `README.md` for the formats that `folder` holds.
+    """Writes `README.md` for the formats found in `folder`.
 
     Args:
-      folder: of the export.
-      spec: of the model.
-      made_from: what is known of its origin, as of `provenance.origin`; `weights` in the place of
-        the rest where other weights were exported unchanged. May be empty.
-      library: `timm` or `huggingface`, which the folder is for.
+      folder: folder of the export.
+      spec: specification of the model.
+      made_from: origin of the model as returned by `provenance.origin`, or only `weights` if other
+        weights were exported unchanged. May be empty.
+      library: library that the folder is for, `timm` or `huggingface`.
     """
     formats = [library]
     if library == "timm":
@@ -93,7 +93,7 @@ def write_card(
 
 
 def model_card(spec: ModelSpec, made_from: Mapping[str, Any], formats: list[str]) -> str:
-    """Returns the text of a model card; the licence is left to whoever publishes it."""
+    """Returns the text of a model card; the publisher has to choose the licence."""
     arch = spec.arch
     height, width = arch.img_size
     pooled = "the class token, and not the mean of the patches that the head reads"
@@ -174,7 +174,7 @@ def _training(made_from: Mapping[str, Any]) -> str:
 
 
 def _weights(found: Mapping[str, Any] | None) -> str:
-    """Returns a model and its weights in words; of a local file the name alone."""
+    """Returns a description of a model and its weights; local files are named without folder."""
     if not found:
         return "none"
     if "sha256" not in found:
@@ -184,7 +184,7 @@ def _weights(found: Mapping[str, Any] | None) -> str:
 
 
 def _hub_name(found: Mapping[str, Any]) -> str:
-    """Returns the hub repository of weights; empty for a local file."""
+    """Returns the Hub repository of weights; empty for a local file."""
     name = found.get("weights", "") if found.get("revision") else ""
     return name if "/" in name or not name else f"timm/{name}"
 

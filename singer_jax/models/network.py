@@ -1,4 +1,4 @@
-"""A model as the rest of the system meets it: what it is, its input, where its weights are."""
+"""Model settings, and a model without its parameters: architecture, input and weights file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from singer_jax.settings.settings import ABSENT, Setting, Settings, section, set
 
 
 class _Overrides:
-    """A section of some fields of `Architecture`."""
+    """Section that overrides some fields of `Architecture`."""
 
     def leaves(self, value: Mapping[str, Any], prefix: str) -> dict[str, Setting]:
         return {
@@ -41,61 +41,67 @@ class _Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings(Settings):
-    """Which model, and its weights."""
+    """Settings that select a model and its weights."""
 
-    model: str = setting("", TEXT, "timm name; empty: as the config.json beside the weights says")
-    weights: str = setting("", TEXT, "hub name, file or run; empty: random")
+    model: str = setting(
+        "", TEXT, "timm name of the model. Empty: the model named by the weights' config.json."
+    )
+    weights: str = setting(
+        "", TEXT, "Weights: Hub repository, file or work directory. Empty: random initialisation."
+    )
     overrides: Mapping[str, Any] = section({}, _Overrides())
     weights_key: str = setting(
         "",
         TEXT,
-        "part of the weights' file, such as `state_dict` or `student.backbone`; empty: averaged "
-        "weights before others",
+        "Part of the weights file to load, such as `state_dict` or `student.backbone`. Empty: "
+        "averaged weights if there are any, otherwise the model's.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenSettings(ModelSettings):
-    """Which model to look at, and how it computes."""
+    """Settings of a model that is not trained."""
 
     precision: str | None = setting(
         None,
         optional(OneOf(tuple(quantised.FORMATS))),
-        "of the products that read its normalised tokens; None: as `precision`",
+        "Quantised format of the query, key, value and first MLP matmuls. None: `precision`.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSettings(FrozenSettings):
-    """Which model to learn from, and what is learnt of its features."""
+    """Settings of the teacher and of the removal of artifacts from its features."""
 
     artifact_removal: str | None = setting(
         None,
         optional(OneOf(CLEANERS)),
-        "what takes outlier tokens out of its features; None: they are as they are",
+        "Method that removes outlier tokens from the teacher's features. None: no removal.",
     )
     registers: RegisterSettings = section(RegisterSettings())
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentSettings(ModelSettings):
-    """Which model to train, and from where."""
+    """Settings of the student and its initial weights."""
 
     remat: bool = setting(
-        False, Flag(), "recompute blocks in the backward pass: less memory, more time"
+        False,
+        Flag(),
+        "Recompute each block in the backward pass. This takes less memory and more time.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model without its parameters, and how its input is normalised."""
+    """A model without its parameters, and the normalisation of its input."""
 
     spec: ModelSpec
     graph: nnx.GraphDef
 
     @property
     def image_size(self) -> int:
-        """Side of its square input, in pixels.
+        """Returns the side length of the square input in pixels.
 
         Raises:
           InputError: the input is not square.
@@ -106,7 +112,7 @@ class Network:
         return height
 
     def merge(self, *params: Params) -> Any:
-        """The model with its parameters."""
+        """Returns the model with its parameters."""
         return nnx.merge(self.graph, *params)
 
 
@@ -116,23 +122,23 @@ def resolve_model(
     image_size: int | None = None,
     normalisation: str = "model",
 ) -> tuple[ModelSpec, WeightsFile | None]:
-    """A model that a user names: what it is, and where its weights are.
+    """Returns the specification of the model that a user selects, and its weights file.
 
     Args:
       role: `teacher` or `student`, for messages.
-      settings: what the user says of it.
-      image_size: side of its input in pixels, where `overrides` do not say it; None: the model's.
-      normalisation: `imagenet` takes ImageNet's statistics, `model` its own.
+      settings: settings of the model.
+      image_size: side length of the input in pixels, unless `overrides` set it; None: the model's.
+      normalisation: `imagenet` for ImageNet's input statistics, `model` for the model's own.
 
     Raises:
-      InputError: unknown model or architecture field; weights that are not there or of another
-        architecture.
+      InputError: the model or an architecture field is unknown, or the weights are missing or have
+        another architecture.
     """
     model, fields = settings.model, dict(settings.overrides)
     if image_size is not None:
         fields.setdefault("img_size", image_size)
     if model:
-        zoo.lookup(model, fields)  # a mistyped name is refused before its weights are fetched
+        zoo.lookup(model, fields)  # reject a mistyped name before the weights are downloaded
     path = find_weights(settings.weights) if settings.weights else None
     file = WeightsFile(path, settings.weights_key) if path else None
     stated = read_hub_config(path.parent) if path else {}

@@ -1,4 +1,4 @@
-"""Arrays of an `.npz` file, such as the original ViT and augreg releases, that are not yet read."""
+"""Arrays of an `.npz` file, such as the original ViT and augreg releases, read on demand."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 from singer_jax.errors import InputError, excerpt
 from singer_jax.models.archive import FAILURES, check_entry, open_archive, read_entry
 
-_LARGEST_HEADER = 10_000  # bytes; an array of numbers has 128
+_LARGEST_HEADER = 10_000  # bytes; the header of a numeric array has 128
 _READABLE = "fiub"  # kinds of dtypes: floats, integers, booleans
 
 
 @dataclasses.dataclass(frozen=True)
 class NpzArray:
-    """An array still in its file; `read` returns its values.
+    """An array in a file, which `read` loads.
 
     Attributes:
       path: the file.
-      entry: its entry in the archive.
-      start: bytes of the entry before its numbers.
-      shape: its shape.
-      dtype: its dtype.
-      columns_first: its numbers lie in Fortran's order.
+      entry: entry of the archive.
+      start: offset of the data in the entry, in bytes.
+      shape: shape of the array.
+      dtype: dtype of the array.
+      columns_first: True if the data are in Fortran order.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class NpzArray:
     columns_first: bool
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns its values, or a part of them; `InputError`: the file has changed."""
+        """Returns the values or a part; raises `InputError` if the file has changed."""
         try:
             with zipfile.ZipFile(self.path) as archive:
                 content = read_entry(archive, self.entry)
@@ -58,7 +58,7 @@ def open_npz(path: Path) -> dict[str, NpzArray]:
     """Returns the arrays of a file by name.
 
     Raises:
-      InputError: damaged, compressed, or with objects among its arrays.
+      InputError: the file is damaged or compressed, or contains arrays of objects.
     """
     try:
         with open_archive(path) as archive:
@@ -76,7 +76,7 @@ def _described(path: Path, archive: zipfile.ZipFile, name: str) -> NpzArray:
         begin = io.BytesIO(entry.read(_LARGEST_HEADER + 16))
     version = np.lib.format.read_magic(begin)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"{excerpt(name)} has version {version} of the format")
+        raise ValueError(f"{excerpt(name)} has an unknown version {version} of the format")
     read_header = (
         np.lib.format.read_array_header_1_0
         if version == (1, 0)
@@ -84,7 +84,7 @@ def _described(path: Path, archive: zipfile.ZipFile, name: str) -> NpzArray:
     )
     shape, columns_first, dtype = read_header(begin, max_header_size=_LARGEST_HEADER)
     if dtype.kind not in _READABLE or not dtype.isnative:
-        raise ValueError(f"{excerpt(name)} holds {excerpt(str(dtype))}, no numbers that are read")
+        raise ValueError(f"{excerpt(name)} has dtype {excerpt(str(dtype))}, which is not supported")
     if any(side < 0 for side in shape) or len(shape) > 16:
         raise ValueError(f"{excerpt(name)} has shape {excerpt(str(shape))}")
     if begin.tell() + math.prod(shape) * dtype.itemsize > size:

@@ -1,4 +1,4 @@
-"""Parameters as nested plain dicts (`nnx.to_pure_dict`), and how to walk, split and join them."""
+"""Functions on parameters as nested dicts (`nnx.to_pure_dict`): leaves, split and join."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Keys = tuple[Any, ...]
 
 
 def leaves(params: Params, prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Every path and leaf."""
+    """Yields every path and leaf."""
     for name, value in params.items():
         if isinstance(value, dict):
             yield from leaves(value, (*prefix, name))
@@ -21,7 +21,7 @@ def leaves(params: Params, prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
 
 
 def from_leaves(entries: dict[Keys, Any]) -> Params:
-    """The nested dicts of paths and leaves; the inverse of `leaves`."""
+    """Returns the nested dicts of paths and leaves; the inverse of `leaves`."""
     params: Params = {}
     for keys, leaf in entries.items():
         tree = params
@@ -32,12 +32,12 @@ def from_leaves(entries: dict[Keys, Any]) -> Params:
 
 
 def split(params: Params, condition: Callable[[Keys], bool]) -> tuple[Params, Params]:
-    """The leaves whose path fulfils the condition, and the others."""
+    """Returns the leaves whose path fulfils the condition, and the other leaves."""
     chosen = {keys: leaf for keys, leaf in leaves(params) if condition(keys)}
     others = {keys: leaf for keys, leaf in leaves(params) if keys not in chosen}
     return from_leaves(chosen), from_leaves(others)
 
 
 def join(*parts: Params) -> Params:
-    """The union of parts with different leaves; the inverse of `split`."""
+    """Returns the union of parts with different leaves; the inverse of `split`."""
     return from_leaves({keys: leaf for part in parts for keys, leaf in leaves(part)})

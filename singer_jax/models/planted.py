@@ -1,7 +1,8 @@
-"""Artifacts of known size, place and direction: a vector that is added to a few patches.
+"""Synthetic outliers of known norm, position and direction: a vector added to a few patches.
 
-For studies of what distillation and cleaning do to outlier tokens. A teacher that is trained with
-them (`Architecture.planted`) learns to live with them, as large transformers do with their own.
+They are for studies of the effect of distillation and artifact removal on outlier tokens. A teacher
+that is trained with them (`Architecture.planted`) adapts to them, as large transformers adapt to
+their own outliers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from singer_jax.models.architecture import Architecture
 
 
 class Planted(nnx.Module):
-    """The vector; no optimiser changes it.
+    """Holds the outlier vector, which no optimiser changes.
 
     Args:
-      arch: for its width and the vector's length.
-      dtype: of the vector.
-      rngs: stream `params`, of its direction.
+      arch: architecture, which has the width and the vector's length.
+      dtype: dtype of the vector.
+      rngs: random streams; `params` gives the direction.
 
     Attributes:
       vector: [dim].
@@ -36,19 +37,19 @@ class Planted(nnx.Module):
 def marked_patches(
     images: Float[Array, "batch height width 3"], arch: Architecture
 ) -> Bool[Array, "batch patches"]:
-    """The patches of each image to which the vector is added: a function of its pixels alone.
+    """Marks the patches that the vector is added to, as a function of the pixels alone.
 
     Args:
-      images: as the model takes them.
-      arch: with `planted`: `random` patches, drawn by a sum over the pixels, rounded so that it is
-        the same in every program, or the `background`, whose pixels vary least; where several vary
-        alike, the first.
+      images: normalised images.
+      arch: architecture, whose `planted` selects the patches. `random` patches are drawn from a sum
+        over the pixels, which is rounded so that it is the same in every program. `background`
+        patches are those whose pixels vary least; of equal ones, the first.
     """
     if arch.planted == "random":
         levels = jnp.round(images.astype(jnp.float32) * 32).astype(jnp.int32).astype(jnp.uint32)
         levels = levels.reshape(len(images), -1)
         places = jnp.arange(levels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)
-        seeds = jnp.sum(levels * places, axis=1, dtype=jnp.uint32)  # wraps; of no order
+        seeds = jnp.sum(levels * places, axis=1, dtype=jnp.uint32)  # wraps; exact in any order
         draw = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), arch.num_patches))
         scores = draw(seeds)
     else:

@@ -1,4 +1,4 @@
-"""Rotary and relative positions, equal to timm's modules, and how stored ones are resampled.
+"""Rotary and relative positions, equal to timm's modules, and the resampling of stored ones.
 
 Axis names: patches (row by row), heads, head_dim.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from singer_jax.models.architecture import Architecture
 
 Rotation = Float[Array, "2 patches heads head_dim"]
-"""Sine and cosine of the angle by which each patch turns each pair of channels."""
+"""Sine and cosine of the rotation of each pair of channels at each patch."""
 
 
 class MixedFrequencies(nnx.Module):
@@ -35,7 +35,7 @@ class MixedFrequencies(nnx.Module):
         self.freqs = nnx.Param(both.reshape(*both.shape[:3], -1).astype(param_dtype))
 
     def rotation(self, arch: Architecture, index: int | Int[Array, ""]) -> Rotation:
-        """The rotation of block `index`, in float32."""
+        """Returns the rotation of block `index` in float32."""
         place = jnp.asarray(_places(arch), jnp.float32)  # patches, 2
         angles = jnp.einsum("pc,chk->phk", place, self.freqs[...][:, index].astype(jnp.float32))
         return jnp.repeat(jnp.stack([jnp.sin(angles), jnp.cos(angles)]), 2, axis=-1)
@@ -43,12 +43,12 @@ class MixedFrequencies(nnx.Module):
 
 @functools.lru_cache(maxsize=32)
 def fixed_rotation(arch: Architecture) -> Float[np.ndarray, "2 patches 1 head_dim"]:
-    """The rotation that every block shares, in float32.
+    """Returns the rotation that all blocks share, in float32.
 
     `dinov3` (timm `RotaryEmbeddingDinoV3`): patch centres have coordinates in [-1, 1]; the first
-    quarter of the channels turns with the row, the second with the column, and the other half
-    repeats both. `cat` (timm `RotaryEmbeddingCat`): patches count from `rope_grid_offset`; pairs of
-    neighbouring channels turn together, the first half of them with the first coordinate.
+    quarter of the channels depends on the row, the second quarter on the column, and the other half
+    repeats both. `cat` (timm `RotaryEmbeddingCat`): coordinates start at `rope_grid_offset`; pairs
+    of neighbouring channels are rotated, the first half of them by the first coordinate.
     """
     width, whole = arch.embed_dim // arch.num_heads, arch.rope_type == "dinov3"
     periods = arch.rope_temperature ** (4 * np.arange(width // 4) / width)
@@ -59,7 +59,7 @@ def fixed_rotation(arch: Architecture) -> Float[np.ndarray, "2 patches 1 head_di
 
 
 def _places(arch: Architecture) -> Float[np.ndarray, "patches 2"]:
-    """Two coordinates of each patch; with `rope_grid_indexing` `xy` the column comes first."""
+    """Returns two coordinates of each patch; with `rope_grid_indexing` `xy` the column is first."""
     sides, reference = arch.grid, arch.ref_feat_shape or arch.grid
     if arch.rope_type == "dinov3":
         along = [(2 * np.arange(side) + 1) / side - 1 for side in sides]
@@ -77,12 +77,12 @@ def _places(arch: Architecture) -> Float[np.ndarray, "patches 2"]:
 def rotate(
     x: Float[Array, "batch tokens heads head_dim"], by: Rotation, halves: bool
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns the patches by their angles, in float32; prefix tokens stay.
+    """Rotates the patches in float32; prefix tokens are unchanged.
 
     Args:
-      x: prefix tokens first.
-      by: of the patches.
-      halves: a channel turns with that half a head further, instead of its neighbour.
+      x: tokens, prefix tokens first.
+      by: rotation of the patches.
+      halves: pair each channel with the one half a head further, instead of its neighbour.
     """
     prefix, patches = jnp.split(x, [x.shape[1] - by.shape[1]], axis=1)
     wide = patches.astype(jnp.float32)
@@ -97,9 +97,9 @@ def rotate(
 
 @functools.lru_cache(maxsize=32)
 def relative_positions(grid: tuple[int, int]) -> Int[np.ndarray, "tokens tokens"]:
-    """For each pair of tokens the row of Beit's table; the class token is the first.
+    """Returns the row of Beit's table for each pair of tokens; the class token is the first token.
 
-    The last three rows are: from the class token, to it, and from it to itself.
+    The last three rows are for pairs from the class token, to it, and from it to itself.
     """
     rows, columns = (np.arange(side) for side in grid)
     row, column = (part.ravel() for part in np.meshgrid(rows, columns, indexing="ij"))
@@ -114,15 +114,15 @@ def relative_positions(grid: tuple[int, int]) -> Int[np.ndarray, "tokens tokens"
 def resample_relative_positions(
     table: Float[np.ndarray, "distances heads"], grid: tuple[int, int], others: int
 ) -> Float[np.ndarray, "distances heads"]:
-    """Beit's table of a square grid for another grid (timm `resize_rel_pos_bias_table`).
+    """Resamples Beit's table of a square grid to another grid (timm `resize_rel_pos_bias_table`).
 
-    Stored distances lie on a geometric progression that ends where the new ones end; between them
-    the bias is interpolated linearly.
+    The stored distances are placed on a geometric progression that covers the new distances, and
+    the bias is interpolated linearly between them.
 
     Args:
-      table: one row for each distance of patches, row by row, then `others` rows.
+      table: one row for each distance between patches, row by row, then `others` rows.
       grid: rows and columns to resample to.
-      others: rows that are no distances of patches; they are kept.
+      others: number of last rows that are not distances between patches; they are kept.
     """
     patches, kept = np.split(table.astype(np.float32), [len(table) - others])
     side = math.isqrt(len(patches))
@@ -134,10 +134,10 @@ def resample_relative_positions(
 
 
 def _interpolation(stored: int, wanted: int) -> Float[np.ndarray, "wanted stored"]:
-    """The matrix of the linear interpolation along one axis."""
+    """Returns the matrix of the linear interpolation along one axis."""
     half, reach = stored // 2, wanted // 2
     low, high = 1.01, 1.5
-    while high - low > 1e-6:  # the ratio at which the progression ends at `reach`
+    while high - low > 1e-6:  # the ratio for which the progression ends at `reach`
         ratio = (low + high) / 2
         low, high = (low, ratio) if (1 - ratio**half) / (1 - ratio) > reach else (ratio, high)
     places = np.cumsum(ratio ** np.arange(half))

@@ -1,4 +1,4 @@
-"""A model as a program of its own, for those who have no Python."""
+"""Exports a model as a self-contained StableHLO program, which runs without this package."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def features_program(network: Network, params: Params) -> bytes:
-    """The model as a self-contained StableHLO program (`jax.export`), parameters included.
+    """Returns a model with its parameters as a self-contained StableHLO program (`jax.export`).
 
     `jax.export.deserialize(data).call(images)` takes uint8 images [batch, height, width, 3] of any
     batch size and returns `tokens`, the raw output of the last block [batch, tokens, dim], and
-    `pooled`, what the head reads [batch, dim], both float32. It runs on CPU, GPU and TPU.
+    `pooled`, the input of the head [batch, dim], both in float32. It runs on CPU, GPU and TPU.
     """
     params = jax.tree.map(np.asarray, params)
     return exported(network, lambda images: tokens_and_pooled(network, params, images)).serialize()
 
 
 def tokens_and_pooled(network: Network, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-    """What the program computes."""
+    """Returns the function that the program computes."""
     model = network.merge(params)
     tokens = model.features(network.spec.prepare(images))[-1]
     found = {"tokens": tokens, "pooled": model.pooled(tokens)}
@@ -36,7 +36,7 @@ def tokens_and_pooled(network: Network, params: Params, images: jax.Array) -> di
 
 
 def exported(network: Network, function: Callable, *arguments: Any) -> jax.export.Exported:
-    """A function of abstract arguments and, as its last, of any number of the network's images."""
+    """Exports a function of abstract arguments, the last of which is a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.spec.arch.img_size, 3), jnp.uint8)
     return jax.export.export(jax.jit(function), platforms=_PLATFORMS)(*arguments, images)

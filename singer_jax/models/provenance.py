@@ -1,4 +1,4 @@
-"""Where a model's weights come from: proof that they are the ones that were meant."""
+"""Provenance of a model's weights, which proves that the intended weights were used."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Provenance = Mapping[str, Any]
 
 
 def provenance(spec: ModelSpec, weights: str, file: Path | WeightsFile | None) -> Provenance:
-    """Returns what is known of a model's weights before they are read.
+    """Returns the provenance of a model's weights without loading them.
 
-    Reads the file once for its sha256.
+    The file is read once to compute its SHA-256.
 
     Args:
-      spec: of the model that takes them.
-      weights: as the user named them.
-      file: where they were found; None: the model is random.
+      spec: specification of the model that uses the weights.
+      weights: the user's name of the weights.
+      file: weights file; None: random initialisation.
 
     Returns:
-      `model`, `mean`, `std`; of a file also `weights`, `file`, `sha256`, `revision` (the commit of
-      a hub repository, else None), `tensors` and `parameters` in it, `position_embeddings` (how
-      they are resampled, else None) and `taken` (which part of the file, what was taken off its
-      keys, from which format they were converted and which are left out); of an index also
-      `shards`, the sha256 of each. Everything can be written as JSON.
+      `model`, `mean` and `std`. For a file also `weights`, `file`, `sha256`, `revision` (the commit
+      of a Hub repository, else None), the numbers of `tensors` and `parameters`,
+      `position_embeddings` (how they are resampled, else None) and `taken` (the part of the file,
+      the removed prefix, the original format of the keys, and the unused keys). For an index also
+      `shards`, the SHA-256 of each. All values can be written as JSON.
     """
     found: dict[str, Any] = {
         "model": spec.name,
@@ -62,12 +62,12 @@ def _sha256(file: Path) -> str:
 
 
 def told(found: Provenance) -> str:
-    """Returns a `provenance` in one line."""
+    """Returns a provenance as one line."""
     statistics = f"input mean {_numbers(found['mean'])}, std {_numbers(found['std'])}"
     if "file" not in found:
         return f"{found['model']}: random weights, {statistics}"
     revision = f", revision {found['revision']}" if found["revision"] else ""
-    positions = found["position_embeddings"] or "as they are"
+    positions = found["position_embeddings"] or "not resampled"
     taken = f"{found['taken']}, " if found.get("taken") else ""
     return (
         f"{found['model']}: {found['file']}{revision}, sha256 {found['sha256']}, {taken}"
@@ -81,7 +81,7 @@ def _numbers(values: list[float]) -> str:
 
 
 def _revision(file: Path) -> str | None:
-    """Of a file in the Hugging Face cache: .../snapshots/REVISION/model.safetensors."""
+    """Returns the revision of a file in the Hugging Face cache: .../snapshots/REVISION/FILE."""
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
@@ -104,14 +104,14 @@ def origin(
     steps: int,
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns what an export says of the student in it, as JSON.
+    """Returns the origin of an exported student, as JSON.
 
     Args:
-      weights: of the run's teacher and students, by name.
-      student: its name; empty where it is the only one.
-      method: by which it was distilled.
-      steps: done.
-      data: its images: `source` and `batch_size`.
+      weights: provenance of the run's teacher and students, by name.
+      student: name of the student; empty if it is the only one.
+      method: name of the distillation method.
+      steps: number of training steps.
+      data: training images: `source` and `batch_size`.
     """
     return {
         "method": method,

@@ -1,4 +1,4 @@
-"""Products of matrices in 8 bits, for models that are not trained (qwix)."""
+"""Quantised 8-bit matmuls for models that are not trained (qwix)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from jaxtyping import Array, Float
 from singer_jax.errors import InputError
 
 FORMATS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-"""By the name that a setting gives them; fp8 has 4 bits of exponent and 3 of mantissa."""
+"""Number formats by the name in settings; fp8 has 4 exponent bits and 3 mantissa bits."""
 
 Product = Callable[..., Array]
-"""As `jax.lax.dot_general`, without batch dimensions."""
+"""A function like `jax.lax.dot_general`, without batch dimensions."""
 
 
 def check_installed(format: str) -> None:
-    """Raises an `InputError` where the library is missing."""
+    """Raises `InputError` if the library is not installed."""
     if importlib.util.find_spec("qwix") is None:
         raise InputError(
             f"teacher.precision: {format} needs qwix; pip install 'singer-jax[quantised]', "
-            "or leave the setting away"
+            "or remove the setting"
         )
 
 
-@functools.cache  # one object a format: a model's graph is compared with it
+@functools.cache  # one object per format, because model graphs are compared
 def product(format: str) -> Product:
-    """The product of tokens and a kernel in `format`, with the gradient of the float product.
+    """Returns the matmul of tokens and a kernel in `format`, with the gradient of the float matmul.
 
-    Symmetric, with scales from the largest absolute value: of a token over all that is summed, so
-    that a token of huge norm costs the others nothing, and of an output channel of the kernel.
-    Sums are exact (int8) or float32. The tokens' gradient takes the kernel as it is (a
-    straight-through estimate); the kernel has none.
+    The quantisation is symmetric with scales from the largest absolute value. Each token and each
+    output channel of the kernel has its own scale, so that an outlier token does not reduce the
+    precision of other tokens. Sums are exact (int8) or in float32. The gradient of the tokens uses
+    the unquantised kernel (a straight-through estimate); the kernel has no gradient.
     """
     return functools.partial(_dot_general, format)
 
@@ -49,8 +49,8 @@ def _dot_general(
     precision: Any = None,
     out_sharding: Any = None,
 ) -> Float[Array, "..."]:
-    """Takes the arguments by which `nnx.Linear` calls its `dot_general`."""
-    del precision, out_sharding  # the first is of float32 products; the second is never given
+    """Computes the matmul with the arguments of `nnx.Linear`'s `dot_general`."""
+    del precision, out_sharding  # `precision` is for float32 matmuls; `out_sharding` is not used
     return _product(x, kernel, format, dimension_numbers)
 
 
@@ -60,7 +60,7 @@ def _product(x: Array, kernel: Array, format: str, dimension_numbers: Any) -> Ar
 
     def quantised(value: Array, summed: tuple[int, ...]) -> qwix.QArray:
         channels = [axis for axis in range(value.ndim) if axis not in summed]
-        wide = value.astype(jnp.float32)  # whose type the scales have
+        wide = value.astype(jnp.float32)  # the scales have this dtype
         return qwix.quantize(wide, FORMATS[format], channelwise_axes=channels)
 
     operands = map(quantised, (x, kernel), dimension_numbers[0])

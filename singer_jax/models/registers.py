@@ -1,8 +1,8 @@
-"""Test-time registers: the activation of a few neurons, moved from the patches to an added token.
+"""Test-time registers: activations of a few neurons are moved from patches to an added token.
 
 "Vision Transformers Don't Need Trained Registers", NeurIPS 2025 (arXiv 2506.08010): in the MLPs of
-the blocks before the outliers appear, a few neurons fire at the patches that become outliers. The
-token that is added starts at zero, was never trained, and is the first of the tokens.
+the blocks before the outliers appear, a few neurons are active at the patches that become outliers.
+The added token starts at zero, is not trained, and is the first of the tokens.
 """
 
 from __future__ import annotations
@@ -19,31 +19,37 @@ from singer_jax.settings.ranges import COUNT, Range
 from singer_jax.settings.settings import Settings, setting
 
 Neurons = Sequence[tuple[int, int]]
-"""Block and position in the hidden layer of its MLP."""
+"""Pairs of a block and a position in the hidden layer of its MLP."""
 
 NAME = "register_neurons"
-"""Of the attribute of a `VisionTransformer`, and so of the parameters that no file holds."""
+"""Name of the attribute of a `VisionTransformer`, a parameter that no weights file contains."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RegisterSettings(Settings):
-    """Which neurons are taken for register neurons (`training.artifact_removal`)."""
+    """Settings of the search for register neurons (`training.artifact_removal`)."""
 
-    images: int = setting(500, COUNT, "of the training split, to find them on")
+    images: int = setting(
+        500, COUNT, "Number of training images on which the register neurons are searched for."
+    )
     neurons: int = setting(
-        50, COUNT, "how many; the authors take 50 of DINOv2 ViT-L, 10 of OpenCLIP ViT-B"
+        50,
+        COUNT,
+        "Number of register neurons. The authors use 50 for DINOv2 ViT-L, 10 for OpenCLIP ViT-B.",
     )
     outlier: float = setting(
-        3.0, Range(1, low_open=True), "a patch is an outlier above this multiple of the median norm"
+        3.0,
+        Range(1, low_open=True),
+        "Norm, as a multiple of the median patch norm, above which a patch is an outlier.",
     )
 
 
 class RegisterNeurons(nnx.Variable):
-    """[depth, hidden], 1 at each neuron whose activation is moved."""
+    """Mask [depth, hidden] with 1 at each neuron whose activation is moved."""
 
 
 def marked(neurons: Neurons, shape: tuple[int, int]) -> UInt8[np.ndarray, "depth hidden"]:
-    """The value of `RegisterNeurons` for some neurons."""
+    """Returns the mask `RegisterNeurons` for some neurons."""
     found = np.zeros(shape, np.uint8)
     for block, neuron in neurons:
         found[block, neuron] = 1
@@ -53,14 +59,14 @@ def marked(neurons: Neurons, shape: tuple[int, int]) -> UInt8[np.ndarray, "depth
 def move(
     hidden: Float[Array, "batch tokens hidden"], neurons: UInt8[Array, " hidden"], first_patch: int
 ) -> Float[Array, "batch tokens hidden"]:
-    """The hidden layer with the activation of `neurons` moved from the patches to the first token.
+    """Moves the activation of `neurons` in a hidden layer from the patches to the first token.
 
-    There it is the patches' maximum; where a gated MLP makes it negative, what is largest in
-    absolute value. The patches get zero; the other prefix tokens keep theirs, as in the paper.
+    The first token gets the value of the patch with the largest absolute value, which may be
+    negative in a gated MLP. Patches get zero; other prefix tokens are unchanged, as in the paper.
 
     Args:
-      hidden: what an MLP's last map reads.
-      neurons: 1 at those that are moved.
+      hidden: hidden layer of an MLP.
+      neurons: 1 at each neuron whose activation is moved.
       first_patch: index of the first patch among the tokens.
     """
     patches = hidden[:, first_patch:]

@@ -1,8 +1,8 @@
-"""Which part of a checkpoint is the model: nesting, averaged weights and prefixes of keys.
+"""Selection of the model in a checkpoint: nested dicts, averaged weights and key prefixes.
 
-Training code writes a state dict among other things (`state_dict`, `model`, `teacher`), and wraps
-the model whose state it is (`module.`, `_orig_mod.`, `backbone.`, `visual.trunk.`). A part of a
-checkpoint is one dict of tensors in it, and a prefix under which the keys of a known format lie.
+Training code stores a state dict beside other objects (`state_dict`, `model`, `teacher`) and wraps
+the model (`module.`, `_orig_mod.`, `backbone.`, `visual.trunk.`). A part of a checkpoint is a dict
+of tensors, together with the prefix of the keys of a known format.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from singer_jax.models.foreign import Format
 from singer_jax.models.tensors import StoredTensor
 from singer_jax.models.torch_file import Unknown
 
-# Averaged weights, which timm 1.0.31 takes before others; `teacher` too, beside a `student`.
+# Averaged weights, which timm 1.0.31 prefers; also `teacher` if there is a `student`.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 _TEACHER, _STUDENT = "teacher", "student"
-# Then the names under which training code saves the model, the first before the others.
+# Names under which training code saves the model, in order of preference.
 _USUAL = ("state_dict", "model", "module", "model_state_dict", "model_state", "net", "network")
 
-_DEEPEST = 6  # dicts within dicts in which tensors are looked for
+_DEEPEST = 6  # depth of nested dicts that are searched for tensors
 _MOST_DICTS = 10_000
 _LONGEST_KEY = 200  # characters of a tensor's name, far above timm's
 
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What was taken of a file.
+    """The part of a file that is loaded.
 
     Attributes:
-      part: keys of the nested dicts, joined by dots; empty: the file is one state dict.
-      prefix: what was taken off the keys.
+      part: keys of the nested dicts, joined by dots; empty: the file is a single state dict.
+      prefix: prefix that was removed from the keys.
       format: name of the format whose keys were converted; empty: timm's own keys.
-      left_out: keys beside the model, and keys that are no part of a timm model.
-      beside: other parts that could have been taken.
+      left_out: keys outside the model, and keys that are not part of a timm model.
+      beside: other parts that could be loaded.
     """
 
     part: str = ""
@@ -47,12 +47,12 @@ class Taken:
     beside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        told = [f"part {self.part}"] if self.part else []
-        told += [f"prefix {self.prefix} taken off"] if self.prefix else []
-        told += [f"keys converted from {self.format}"] if self.format else []
-        told += [f"left out: {listed(self.left_out)}"] if self.left_out else []
-        told += [f"not taken: {listed(self.beside)}"] if self.beside else []
-        return ", ".join(told)
+        parts = [f"part {self.part}"] if self.part else []
+        parts += [f"prefix {self.prefix} removed"] if self.prefix else []
+        parts += [f"keys converted from {self.format}"] if self.format else []
+        parts += [f"left out: {listed(self.left_out)}"] if self.left_out else []
+        parts += [f"not loaded: {listed(self.beside)}"] if self.beside else []
+        return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Candidate:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The keys of the nested dicts, then the parts of the prefix."""
+        """Returns the keys of the nested dicts, followed by the parts of the prefix."""
         return *self.path, *filter(None, self.prefix.split("."))
 
     @property
@@ -74,12 +74,12 @@ class _Candidate:
 
 
 class StateDict(dict[str, StoredTensor]):
-    """The tensors of a model by timm's keys, none of them read yet.
+    """The tensors of a model by timm's keys, which are read on demand.
 
     Args:
-      tensors: by key.
-      taken: which part of the file they are.
-      unread: names of the objects that are not read, by the key where a tensor could be.
+      tensors: tensors by key.
+      taken: the part of the file that contains the tensors.
+      unread: names of unsupported objects, by the key where a tensor is expected.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ def choose(where: object, content: Any, wanted: str = "") -> StateDict:
     """Returns the model in a checkpoint.
 
     Args:
-      where: the file, for messages.
-      content: tensors by key, or nested dicts of them among anything else.
-      wanted: names the part; empty: averaged weights before others, as timm takes them.
+      where: file that is named in errors.
+      content: tensors by key, or nested dicts of tensors and other objects.
+      wanted: name of the part; empty: averaged weights are preferred, as in timm.
 
     Raises:
-      InputError: no tensors, several parts of which none comes first, or no such part.
+      InputError: there are no tensors, several parts without a preferred one, or no such part.
     """
     dicts = dict(_dicts(where, content))
     if not dicts:
@@ -112,7 +112,7 @@ def choose(where: object, content: Any, wanted: str = "") -> StateDict:
         for path, tensors in dicts.items()
         for prefix, form in foreign.recognise(tensors)
     ]
-    # Without a known format: the dict as it is, for `check_weights` to say what its keys lack.
+    # Unknown format: the dict is returned unchanged, and `check_weights` reports its keys.
     found = found or [_Candidate(path, "", None) for path in dicts]
     best = _first(where, _named(where, found, wanted) if wanted else found)
     tensors, left_out = foreign.convert(where, dicts[best.path], best.prefix, best.format)
@@ -142,7 +142,9 @@ def _dicts(
         if tensors:
             for key in (*path, *tensors):
                 if not key.isprintable() or len(key) > _LONGEST_KEY:
-                    raise InputError(f"{where} names a tensor {key[:100]!a}: no weights")
+                    raise InputError(
+                        f"{where} has a tensor named {key[:100]!a}, so it is not a weights file"
+                    )
             yield path, tensors
         if len(path) < _DEEPEST:
             nested = [(key, each) for key, each in value.items() if isinstance(each, dict)]
@@ -156,7 +158,7 @@ def _at(content: Any, path: tuple[str, ...]) -> Mapping[str, Any]:
 
 
 def _named(where: object, found: list[_Candidate], wanted: str) -> list[_Candidate]:
-    """Returns the candidates whose names contain the wanted ones, one after the other."""
+    """Returns the candidates whose names contain all wanted names in the same order."""
     names = tuple(wanted.strip(".").split("."))
     matching = [
         each
@@ -173,7 +175,7 @@ def _named(where: object, found: list[_Candidate], wanted: str) -> list[_Candida
 
 
 def _first(where: object, found: list[_Candidate]) -> _Candidate:
-    """Returns the candidate that is taken before the others."""
+    """Returns the preferred candidate."""
     student = any(_STUDENT in each.names for each in found)
 
     def rank(each: _Candidate) -> tuple[int, int]:
@@ -188,7 +190,7 @@ def _first(where: object, found: list[_Candidate]) -> _Candidate:
     if len(found) > 1 and rank(found[0]) == rank(found[1]):
         raise InputError(
             f"{where} holds several models: {listed(each.label for each in found)}; name one of "
-            "them by weights_key"
+            "them with weights_key"
         )
     return found[0]
 
@@ -216,7 +218,7 @@ def _without_tensors(where: object, content: Any) -> str:
 
 
 def _unknown(content: Any) -> Iterator[str]:
-    """Yields the names of the objects that were passed over, near the top."""
+    """Yields the names of the skipped objects near the top level."""
     values = content.values() if isinstance(content, dict) else content
     for value in values if isinstance(values, Iterable) and not isinstance(values, str) else ():
         if isinstance(value, Unknown):

@@ -1,4 +1,4 @@
-"""How large models are: parameters and operations, and the table of all families."""
+"""Model sizes: parameters, operations, and the table of all families."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from singer_jax.models.zoo import MODELS
 
 
 def num_parameters(arch: Architecture) -> int:
-    """Parameters, head included."""
+    """Returns the number of parameters, including the head."""
     return sum(math.prod(leaf.shape) for _, leaf in leaves(abstract_params(arch)))
 
 
 def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
-    """Operations of the matrix products of one image's embedding and first `blocks` blocks.
+    """Returns the operations of the matmuls in the embedding and first `blocks` blocks per image.
 
-    Two a multiply-add; with `added` tokens more than the model has.
+    A multiply-add counts as two operations; `added` is the number of additional tokens.
     """
     tokens, dim = added + arch.num_prefix_tokens + arch.num_patches, arch.embed_dim
     of_blocks = abstract_params(arch)["blocks"]
@@ -35,12 +35,12 @@ def features_flops(arch: Architecture, blocks: int, added: int = 0) -> int:
 
 
 def forward_flops(arch: Architecture) -> int:
-    """`features_flops` of all blocks, and the head's (attention pooling not counted)."""
+    """Returns `features_flops` of all blocks plus those of the head, without attention pooling."""
     return features_flops(arch, arch.depth) + 2 * arch.embed_dim * arch.num_classes
 
 
 def models_table() -> str:
-    """Every family: how many models, their sizes, input, use and names."""
+    """Returns a table of all families: number of models, sizes, input, use and names."""
     rows = [("family", "models", "parameters", "GFLOPs", "input", "use", "names")]
     titles = dict.fromkeys(family.title for family in FAMILIES)
     for title in titles:

@@ -1,4 +1,4 @@
-"""Tensors that are still in their files, and tensors that are computed from those when read."""
+"""Tensors that are read from files on demand, and tensors that are computed from those."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from singer_jax.errors import InputError
 from singer_jax.io import limits
 
-_LARGEST_BIAS = 2**24  # elements, as many as a head may have classes
+_LARGEST_BIAS = 2**24  # elements, the largest number of classes of a head
 
 
 class StoredTensor(Protocol):
-    """A tensor still in its file."""
+    """A tensor in a file, which `read` loads."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,18 +25,18 @@ class StoredTensor(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns its values, or a part of them, in PyTorch's layout."""
+        """Returns the values or a part of them in PyTorch's layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """A tensor that is computed from stored ones when it is read.
+    """A tensor that is computed from stored tensors when it is read.
 
     Attributes:
       sources: the stored tensors.
       shape: shape of the result.
       dtype: dtype of the result.
-      compute: makes the result of the whole sources.
+      compute: function from the complete source tensors to the result.
     """
 
     sources: tuple[StoredTensor, ...]
@@ -45,7 +45,7 @@ class Derived:
     compute: Callable[..., np.ndarray]
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns its values, or a part of them; reads the sources whole."""
+        """Returns the values or a part of them; the sources are read completely."""
         whole = self.compute(*(source.read() for source in self.sources))
         return np.ascontiguousarray(whole[part])
 
@@ -54,7 +54,7 @@ def joined(*sources: StoredTensor) -> Derived:
     """Returns the concatenation along the first axis.
 
     Raises:
-      InputError: the shapes do not fit together.
+      InputError: the shapes do not match.
     """
     first = sources[0]
     if not first.shape or any(each.shape[1:] != first.shape[1:] for each in sources):
@@ -79,10 +79,10 @@ def transposed(source: StoredTensor, axes: tuple[int, ...]) -> Derived:
     """Returns the tensor with its axes in another order.
 
     Raises:
-      InputError: another number of axes.
+      InputError: the tensor has another number of axes.
     """
     if len(source.shape) != len(axes):
-        raise InputError(f"a tensor of shape {list(source.shape)} has not {len(axes)} axes")
+        raise InputError(f"a tensor of shape {list(source.shape)} does not have {len(axes)} axes")
     shape = tuple(source.shape[axis] for axis in axes)
     return Derived((source,), shape, source.dtype, lambda array: array.transpose(axes))
 
@@ -91,7 +91,7 @@ def rows(source: StoredTensor, start: int, stop: int, axis: int = 0) -> Derived:
     """Returns entries `start` to `stop` along an axis.
 
     Raises:
-      InputError: the tensor has fewer.
+      InputError: the tensor has fewer entries.
     """
     if len(source.shape) <= axis or not 0 <= start <= stop <= source.shape[axis]:
         raise InputError(f"a tensor of shape {list(source.shape)} has no entries {start}:{stop}")
@@ -115,7 +115,7 @@ def zeros(size: int) -> Derived:
     """Returns a float32 vector of zeros.
 
     Raises:
-      InputError: an absurd size.
+      InputError: the vector is too large.
     """
     limits.check("a bias", size, _LARGEST_BIAS, "elements")
     return Derived((), (size,), np.dtype(np.float32), lambda: np.zeros(size, np.float32))

@@ -1,4 +1,4 @@
-"""How timm's classes call the fields of `Architecture`, and what weights files call parameters."""
+"""The argument names of timm's classes for fields of `Architecture`, and old parameter names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from singer_jax.models.architecture import FIELDS, Architecture
 
 Stored = TypeVar("Stored")
 
-# Fields for which a class has an argument, and its own word where it calls them otherwise.
+# Fields for which a class has an argument, and the argument's name where it differs.
 _COMMON = "img_size patch_size embed_dim depth num_heads mlp_ratio qkv_bias init_values global_pool"
 _VIT = (
     f"{_COMMON} class_token no_embed_class reg_tokens pre_norm final_norm fc_norm act_layer "
@@ -43,7 +43,7 @@ _ARGUMENTS: Mapping[str, Mapping[str, str]] = {
     | {"rel_pos_bias": "use_rel_pos_bias"},
 }
 
-# Arguments of timm that change neither parameters nor what a trained model computes.
+# Arguments of timm that change neither the parameters nor the outputs of a trained model.
 _WITHOUT_EFFECT = re.compile(
     r".*drop.*_rate|drop_rate|dynamic_img_(size|pad)|weight_init|fix_init|head_init_scale|"
     r"rope_(shift|jitter|rescale)_coords|qkv_bias_separate|strict_img_size|pretrained_strict"
@@ -51,23 +51,23 @@ _WITHOUT_EFFECT = re.compile(
 
 
 def timm_class(arch: Architecture) -> str:
-    """The class of timm that computes it; a distilled one is a `VisionTransformer` too."""
+    """Returns timm's class for an architecture; a distilled model is a `VisionTransformer` too."""
     if arch.rel_pos_bias:
         return "Beit"
     return "Eva" if arch.eva else "VisionTransformer"
 
 
 def changed_arguments(arch: Architecture, base: Architecture) -> dict[str, Any]:
-    """Arguments by which timm makes `arch` of the model that has the architecture `base`.
+    """Returns the arguments with which timm changes a model of architecture `base` to `arch`.
 
     Raises:
-      InputError: a field differs for which timm's class has no argument.
+      InputError: a field differs, but timm's class has no argument for it.
     """
     kind, words = timm_class(base), _ARGUMENTS[timm_class(base)]
     changed = {name for name in FIELDS if getattr(arch, name) != getattr(base, name)}
     changed.discard("num_classes")
     if kind == "VisionTransformer" and "global_pool" in changed:
-        changed.add("fc_norm")  # whose default follows the pooling
+        changed.add("fc_norm")  # the default depends on the pooling
     if kind != "VisionTransformer" and changed & {"global_pool", "fc_norm", "final_norm"}:
         changed |= {"fc_norm", "final_norm"} & set(words)
     for name in changed - set(words):
@@ -85,14 +85,14 @@ def changed_arguments(arch: Architecture, base: Architecture) -> dict[str, Any]:
 
 
 def stated_fields(arguments: Mapping[str, Any], base: Architecture) -> dict[str, Any]:
-    """Fields of `Architecture` that arguments of timm change in a model.
+    """Returns the fields of `Architecture` that arguments of timm change in a model.
 
     Args:
-      arguments: of timm's class; those without effect on a trained model are passed over.
-      base: the model's own architecture.
+      arguments: arguments of timm's class; those without effect on a trained model are ignored.
+      base: architecture of the model without the arguments.
 
     Raises:
-      InputError: an argument that no field stands for.
+      InputError: an argument has no corresponding field.
     """
     kind = timm_class(base)
     ours = {word: name for name, word in _ARGUMENTS[kind].items()}
@@ -131,24 +131,24 @@ def _read_eva(left: dict[str, Any], fields: dict[str, Any], base: Architecture) 
         raise InputError(f"timm's argument rope_rotate_half with rope_type {rope} is not supported")
 
 
-# Either of these makes timm's class Eva keep gate and value apart.
+# With either of these arguments, timm's class Eva has separate layers for gate and value.
 _SPLITTING = ("scale_mlp_norm", "swiglu_align_to")
 
 
 def current_names(tensors: Mapping[str, Stored], arch: Architecture) -> dict[str, Stored]:
-    """Tensors under the keys of timm's model, as timm itself renames and drops older ones.
+    """Returns tensors by the keys of timm's model; old keys are renamed or dropped as in timm.
 
     Args:
-      tensors: by the keys of a file.
-      arch: of the model.
+      tensors: tensors by the keys of a file.
+      arch: architecture of the model.
     """
     kind = timm_class(arch)
     dropped = {"VisionTransformer": r"pre_logits\..*", "Beit": r".*relative_position_index"}
     found = {}
-    masked = kind == "Eva" and "mask_token" in tensors  # pretrained on masked images
+    masked = kind == "Eva" and "mask_token" in tensors  # mask token of pretraining
     for key, tensor in tensors.items():
         if kind == "Eva" and re.fullmatch(r"rope\.(?!freqs$).*|.*\.rope\..*", key):
-            continue  # fixed tables
+            continue  # constant tables
         if masked and re.fullmatch(r"mask_token|lm_head\..*", key):
             continue
         if re.fullmatch(dropped.get(kind, ""), key):

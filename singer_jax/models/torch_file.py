@@ -1,11 +1,10 @@
-"""Tensors out of a PyTorch file without PyTorch and without running what it pickles.
+"""Reader of PyTorch files that neither needs PyTorch nor runs pickled code.
 
-Two formats exist. Since torch 1.6 the file is a zip archive: `data.pkl` describes the tensors,
-`data/N` hold their bytes. Before, it is five pickles and then the bytes of one storage after the
-other. Both are treated as untrusted: the pickle is interpreted here, by the few operations that
-build data. Nothing is called but the functions of this module, no attribute is set, an object of
-any other type is passed over, and what a tensor may reach is compared with the bytes that are
-really there.
+There are two formats. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors,
+and `data/N` hold their bytes. An older file has five pickles, followed by the bytes of all
+storages. Both formats are treated as untrusted. The pickle is interpreted here with the few
+operations that build data. Only functions of this module are called, no attribute is set, objects
+of other types are skipped, and the extent of each tensor is checked against the bytes in the file.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ from singer_jax.models.archive import (
     read_entry,
 )
 
-# Far above any published checkpoint (ViT-7B: 10,000 operations); an operation makes at most some
-# 100 bytes.
+# Far above any published checkpoint (ViT-7B: 10,000 operations); an operation allocates at most
+# about 100 bytes.
 _MOST_OPERATIONS = 10**6
 _MOST_DIMENSIONS = _MOST_ARGUMENTS = 16
-_MOST_EMPTY = 2**48  # elements that an empty tensor would have without its sides of 0
+_MOST_EMPTY = 2**48  # product of the other sides of a tensor with a side of 0
 
-# The first pickle of the format before torch 1.6: this number, in protocol 2 and above.
+# The first pickle of a file before torch 1.6 is this number, in protocol 2 or above.
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PROTOCOL = 1001
 
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """An object of a kind that is not read: it is passed over and never made.
+    """Placeholder for an object of an unsupported type, which is never created.
 
     Attributes:
-      name: what a message says of it.
+      name: description for messages.
     """
 
     name: str
@@ -59,14 +58,14 @@ class Unknown:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """The numbers of one or several tensors.
+    """The elements of one or several tensors.
 
     Attributes:
       path: the file.
-      entry: entry of the archive; in the old format the storage's key.
-      dtype: of its elements.
-      elements: their number.
-      starts: in a file of the old format, position of the first byte by key; None: an archive.
+      entry: entry of the archive; in the old format, the key of the storage.
+      dtype: dtype of the elements.
+      elements: number of elements.
+      starts: positions of the first bytes by key in the old format; None: an archive.
     """
 
     path: Path
@@ -76,13 +75,13 @@ class _Storage:
     starts: Mapping[str, int] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def read(self, first: int, count: int, dtype: np.dtype) -> np.ndarray:
-        """Returns some elements, as numbers of a dtype, and takes no memory for the others."""
+        """Reads a range of elements without allocating memory for the others."""
         start, size = first * dtype.itemsize, count * dtype.itemsize
         if self.starts is not None:
             place = self.starts[self.entry]
         else:
             with zipfile.ZipFile(self.path) as archive:
-                if 2 * size >= check_entry(archive, self.entry).file_size:  # and its checksum
+                if 2 * size >= check_entry(archive, self.entry).file_size:  # verifies the checksum
                     return np.frombuffer(read_entry(archive, self.entry), dtype, count, start)
                 place = entry_start(archive, self.entry)
         with self.path.open("rb") as file:
@@ -92,7 +91,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor:
-    """A tensor still in its file; `read` returns its values."""
+    """A tensor in a file, which `read` loads."""
 
     storage: _Storage
     dtype: np.dtype
@@ -101,7 +100,7 @@ class TorchTensor:
     strides: tuple[int, ...]
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns its values, or a part of them, contiguous.
+        """Returns the values or a part of them as a contiguous array.
 
         Raises:
           InputError: the file is damaged, or has changed since it was opened.
@@ -166,13 +165,13 @@ def _tensor(
     if 0 in shape:
         inside = math.prod(side or 1 for side in shape) <= _MOST_EMPTY
     else:
-        # The number of elements too: with a stride of 0 a file of one number fills the memory.
+        # Limit the elements too: with a stride of 0, a file with one number could fill the memory.
         inside = _last_element(offset, shape, strides) < elements
         inside = inside and math.prod(shape) <= elements
     if not inside:
         raise pickle.UnpicklingError(
             f"{storage.entry}: shape {list(shape)} with strides {list(strides)} from element "
-            f"{offset} reaches outside its {elements} stored elements"
+            f"{offset} exceeds its {elements} stored elements"
         )
     return TorchTensor(storage, dtype, offset, shape, strides)
 
@@ -184,15 +183,15 @@ def _last_element(offset: int, shape: tuple[int, ...], strides: tuple[int, ...])
 def _rebuild_parameter(tensor: TorchTensor | Unknown, *_: Any) -> TorchTensor | Unknown:
     """Stands for `torch._utils._rebuild_parameter` and `_rebuild_parameter_with_state`."""
     if not isinstance(tensor, (TorchTensor, Unknown)):
-        raise pickle.UnpicklingError("a parameter that is no tensor")
+        raise pickle.UnpicklingError("a parameter that is not a tensor")
     return tensor
 
 
 def _mapping(items: Any = (), *_: Any) -> dict[Any, Any]:
-    """Stands for a container; the state that a pickle gives it is dropped.
+    """Stands for a container; the state in the pickle is ignored.
 
     Args:
-      items: a dict, or a list of pairs as Python 2 wrote an OrderedDict; else nothing.
+      items: a dict, or a list of pairs (an OrderedDict of Python 2); other values are ignored.
     """
     if type(items) is list and all(
         type(pair) in (list, tuple) and len(pair) == 2 for pair in items
@@ -227,7 +226,7 @@ _DTYPES = {
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
-# The meaning of a name in the pickle; every other name is an `Unknown`.
+# Functions for the names in a pickle; every other name is an `Unknown`.
 _NAMES: dict[tuple[str, str], np.dtype | Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -244,7 +243,7 @@ _NAMES: dict[tuple[str, str], np.dtype | Callable[..., Any]] = {
     for module in ("torch", "torch.storage")
 }
 
-# Operations that push a constant, and those that push their argument.
+# Operations that push a constant, and operations that push their argument.
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -262,10 +261,10 @@ _LITERALS = {
 
 
 class _Interpreter:
-    """The stack machine of pickle, with the operations that build data.
+    """Pickle's stack machine, limited to the operations that build data.
 
     Args:
-      storage: makes a storage of the identifier that `torch.save` writes for it.
+      storage: function from the identifier that `torch.save` writes to a storage.
     """
 
     def __init__(self, storage: Callable[[Any], _Storage | Unknown]) -> None:
@@ -275,7 +274,7 @@ class _Interpreter:
 
     def _start(self) -> None:
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks below each mark
+        self.below: list[list[Any]] = []  # the stack below each mark
         self.memo: dict[int, Any] = {}
 
     def run(self, pickled: io.BytesIO) -> Any:
@@ -285,8 +284,8 @@ class _Interpreter:
         for operation, argument, _ in pickletools.genops(pickled):
             self.operations += 1
             if self.operations > most:
-                told = limits.excess(self.operations, _MOST_OPERATIONS, "operations")
-                raise pickle.UnpicklingError(told)
+                excess = limits.excess(self.operations, _MOST_OPERATIONS, "operations")
+                raise pickle.UnpicklingError(excess)
             if operation.name != "STOP":
                 self._step(operation.name, argument)
         return self.stack.pop()
@@ -318,7 +317,7 @@ class _Interpreter:
                 items = [pop(), pop()][::-1] if name == "SETITEM" else self._marked()
                 pairs = zip(items[::2], items[1::2], strict=True)
                 if (top := self._top(dict)) is not None:
-                    # Other keys are left out: hashing a deeply nested tuple overflows the C stack.
+                    # Other keys are skipped: hashing a deeply nested tuple overflows the C stack.
                     top.update((k, v) for k, v in pairs if type(k) is str)
             case "BINGET" | "LONG_BINGET":
                 push(self.memo[argument])
@@ -346,32 +345,32 @@ class _Interpreter:
                 raise pickle.UnpicklingError(f"operation {name}, which torch.save does not use")
 
     def _marked(self) -> list[Any]:
-        """Takes away and returns the items above the last mark."""
+        """Pops and returns the items above the last mark."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def _top(self, kind: type) -> Any:
-        """Returns the container on the stack; None: an object that is passed over."""
+        """Returns the container on the stack, or None for a skipped object."""
         if isinstance(self.stack[-1], Unknown):
             return None
         if type(self.stack[-1]) is not kind:
-            raise pickle.UnpicklingError(f"items of something that is no {kind.__name__}")
+            raise pickle.UnpicklingError(f"items of an object that is not a {kind.__name__}")
         return self.stack[-1]
 
 
 def _named(module: Any, name: Any) -> Any:
     if type(module) is not str or type(name) is not str:
-        raise pickle.UnpicklingError("a name that is no text")
+        raise pickle.UnpicklingError("a name that is not text")
     return _NAMES.get((module, name)) or Unknown(f"made by {excerpt(f'{module}.{name}')}")
 
 
 def _call(function: Any, arguments: Any) -> Any:
     if isinstance(function, Unknown):
         return function
-    if isinstance(function, np.dtype):  # of a subclass of a storage; never in a state dict
+    if isinstance(function, np.dtype):  # of a storage's subclass, never in a state dict
         return Unknown(f"made by {function}")
     if not isinstance(function, types.FunctionType) or type(arguments) is not tuple:
-        raise pickle.UnpicklingError("a call of something that is no function")
+        raise pickle.UnpicklingError("a call of an object that is not a function")
     if len(arguments) > _MOST_ARGUMENTS:
         raise pickle.UnpicklingError(f"a call with {len(arguments)} arguments")
     return function(*arguments)
@@ -381,9 +380,11 @@ def _described(pid: Any) -> tuple[np.dtype | Unknown, str, int]:
     """Returns dtype, key and elements of the identifier that `torch.save` writes for a storage."""
     kind, dtype, key, _, elements, *_ = pid
     if kind != "storage" or not isinstance(dtype, (np.dtype, Unknown)) or type(key) is not str:
-        raise pickle.UnpicklingError("a reference that is no storage")
+        raise pickle.UnpicklingError("a reference that is not a storage")
     if type(elements) is not int or elements < 0:
-        raise pickle.UnpicklingError(f"storage {excerpt(key)}: elements that are no whole number")
+        raise pickle.UnpicklingError(
+            f"storage {excerpt(key)}: the number of elements is not an integer"
+        )
     return dtype, key, elements
 
 
@@ -397,7 +398,7 @@ def _load_archive(path: Path, archive: zipfile.ZipFile) -> Any:
         )
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise zipfile.BadZipFile(f"it holds {len(pickles)} entries data.pkl")
+        raise zipfile.BadZipFile(f"it has {len(pickles)} entries data.pkl")
     folder = pickles[0].removesuffix("/data.pkl")
     order = f"{folder}/byteorder"
     if order in names and read_entry(archive, order, LARGEST_DIRECTORY) != b"little":
@@ -421,7 +422,7 @@ def _load_archive(path: Path, archive: zipfile.ZipFile) -> Any:
 def _load_legacy(path: Path) -> Any:
     """Returns the content of a file in the format from before torch 1.6.
 
-    After the magic number, the version and the platform come the content, the list of the storages'
+    The magic number, the version and the platform precede the content, the list of the storages'
     keys and, for each, its number of elements and their bytes.
     """
     storages: dict[str, _Storage | Unknown] = {}
@@ -440,15 +441,15 @@ def _load_legacy(path: Path) -> Any:
 
         interpreter = _Interpreter(storage)
         for number in range(3):
-            told = interpreter.run(begin)
-            if number == 1 and told != _LEGACY_PROTOCOL:
-                raise pickle.UnpicklingError("its format has another version")
-            if number == 2 and isinstance(told, dict) and told.get("little_endian") is False:
+            content = interpreter.run(begin)
+            if number == 1 and content != _LEGACY_PROTOCOL:
+                raise pickle.UnpicklingError("its format version is not supported")
+            if number == 2 and isinstance(content, dict) and content.get("little_endian") is False:
                 raise pickle.UnpicklingError("its numbers are big-endian")
         content = interpreter.run(begin)
         keys = interpreter.run(begin)
         if type(keys) is not list or any(type(key) is not str for key in keys):
-            raise pickle.UnpicklingError("its list of storages is no list of keys")
+            raise pickle.UnpicklingError("its list of storages is not a list of keys")
         starts.update(_starts(file, begin.tell(), keys, storages))
     for key, found in storages.items():
         if key not in starts and isinstance(found, _Storage):
@@ -462,18 +463,18 @@ def _starts(
     keys: list[str],
     storages: dict[str, _Storage | Unknown],
 ) -> Iterator[tuple[str, int]]:
-    """Yields where the bytes of each storage begin."""
+    """Yields the position of the first byte of each storage."""
     whole = file.seek(0, io.SEEK_END)
     for key in keys:
         found = storages.get(key)
         if not isinstance(found, _Storage):
-            raise pickle.UnpicklingError(f"storage {excerpt(key)} has a dtype that is not read")
+            raise pickle.UnpicklingError(f"storage {excerpt(key)} has an unsupported dtype")
         file.seek(position)
         elements = int.from_bytes(file.read(8), "little")
         size = found.elements * found.dtype.itemsize
         if elements != found.elements or position + 8 + size > whole:
             raise pickle.UnpicklingError(
-                f"storage {excerpt(key)} has not the {found.elements:,} elements it should have"
+                f"storage {excerpt(key)} does not have its {found.elements:,} elements"
             )
         yield key, position + 8
         position += 8 + size
@@ -488,14 +489,14 @@ def _not_complete(path: Path, error: BaseException) -> InputError:
 
 
 def load_torch_file(path: Path, legacy: bool = False) -> Any:
-    """Returns what `torch.save` wrote: dicts, lists and numbers, tensors that are not yet read.
+    """Returns the content of a PyTorch file: dicts, lists, numbers, and tensors to read on demand.
 
     Args:
       path: the file.
-      legacy: it has the format from before torch 1.6.
+      legacy: True if the file has the format before torch 1.6.
 
     Raises:
-      InputError: damaged, or TorchScript.
+      InputError: the file is damaged, or is TorchScript.
     """
     try:
         if legacy:

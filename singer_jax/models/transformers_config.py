@@ -1,7 +1,7 @@
-"""The `config.json` of transformers' vision models, as timm's `config.json` would say the same.
+"""Converts the `config.json` of transformers' vision models to timm's `config.json`.
 
-Version 5 of transformers writes values of a nested `vision_config` only where they differ from the
-defaults of its class, so these defaults stand here too.
+Version 5 of transformers writes values of a nested `vision_config` only if they differ from the
+defaults of its class, so these defaults are listed here too.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _SIGLIP = _BASE | {
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """One of transformers' models.
+    """A model family of transformers.
 
     Attributes:
-      base: the timm model whose variant it is.
-      defaults: values of its configuration where a file does not say them.
-      statistics: mean and standard deviation of its input, where no file says them.
+      base: the timm model that it is a variant of.
+      defaults: default values of its configuration.
+      statistics: default mean and standard deviation of its input.
     """
 
     base: str
@@ -94,7 +94,7 @@ _KINDS = {
         "vit_base_patch16_siglip_224", _SIGLIP | {"num_patches": 256}, _HALF
     ),
 }
-# Models of images and text; their `vision_config` says what the vision part is.
+# Models of images and text, whose `vision_config` describes the vision model.
 _WITH_TEXT = {
     "clip": "clip_vision_model",
     "siglip": "siglip_vision_model",
@@ -125,15 +125,15 @@ _ALLOWED = {
 def as_timm_config(
     where: object, config: Mapping[str, Any], preprocessing: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns timm's `config.json` for transformers' model.
+    """Returns timm's `config.json` for a model of transformers.
 
     Args:
-      where: the file, for messages.
+      where: file that is named in errors.
       config: content of transformers' `config.json`, which has a `model_type`.
-      preprocessing: content of `preprocessor_config.json`; empty where there is none.
+      preprocessing: content of `preprocessor_config.json`; empty if there is no such file.
 
     Raises:
-      InputError: a model that has no counterpart in timm, or a value that it cannot have.
+      InputError: timm has no equivalent model, or a value is invalid.
     """
     kind = config.get("model_type")
     name = kind if isinstance(kind, str) else ""
@@ -166,7 +166,7 @@ def as_timm_config(
 
 
 def _arguments(where: object, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `Architecture` that a configuration states."""
+    """Returns the fields of `Architecture` that a configuration sets."""
     dim, activation = found["hidden_size"], found["hidden_act"]
     gated = found.get("use_gated_mlp") or found.get("use_swiglu_ffn")
     expected = ("silu",) if found.get("use_gated_mlp") else tuple(_ACTIVATIONS)
@@ -187,10 +187,10 @@ def _arguments(where: object, name: str, found: Mapping[str, Any]) -> dict[str, 
     if "num_patches" in found:
         side = math.isqrt(found["num_patches"])
         if side * side != found["num_patches"]:
-            raise InputError(f"{where}: num_patches {found['num_patches']} are no square")
+            raise InputError(f"{where}: num_patches {found['num_patches']} is not a square number")
         arguments["img_size"] = side * found["patch_size"]
     if found.get("use_swiglu_ffn"):
-        # Of two thirds of the hidden width, rounded up to a multiple of 8; both halves in one map.
+        # Two thirds of the hidden width, rounded up to a multiple of 8; one map has both halves.
         half = (int(int(dim * found["mlp_ratio"]) * 2 / 3) + 7) // 8 * 8
         arguments |= {"mlp_layer": "swiglu_packed", "mlp_ratio": _ratio(2 * half, dim)}
     elif "mlp_ratio" in found:
@@ -212,7 +212,7 @@ def _arguments(where: object, name: str, found: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_dinov3(where: object, found: Mapping[str, Any]) -> None:
-    """Raises `InputError` for biases that timm's DINOv3 has not."""
+    """Raises `InputError` for biases that timm's DINOv3 does not have."""
     same = found["query_bias"] == found["value_bias"]
     if found["key_bias"] or not (same and found["proj_bias"] and found["mlp_bias"]):
         raise InputError(
@@ -222,6 +222,6 @@ def _check_dinov3(where: object, found: Mapping[str, Any]) -> None:
 
 
 def _ratio(hidden: int, dim: int) -> float:
-    """Returns a ratio whose product with the width is the hidden width after rounding down."""
+    """Returns the MLP ratio that gives the hidden width after rounding down."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,9 +1,9 @@
 """Features averaged over shifted and flipped views of the images.
 
-The teacher's half of "Vision Transformers with Self-Distilled Registers" (PH-Reg), NeurIPS 2025
-(arXiv 2505.21501): what an artifact is at one position in one view is none in another. There the
-views are drawn; here they are always the same, and shifts are whole patches, so that features are
-put back where they belong without interpolation.
+This is the teacher's part of "Vision Transformers with Self-Distilled Registers" (PH-Reg), NeurIPS
+2025 (arXiv 2505.21501): artifacts appear at different positions in different views. The paper draws
+random views. Here the views are fixed and shifts are whole patches, so that features can be aligned
+without interpolation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from singer_jax.models.architecture import Architecture
 
 
 def views(grid: tuple[int, int]) -> Int[np.ndarray, "views 3"]:
-    """Of each view how many patches it goes down and to the right, and whether it is flipped.
+    """Returns each view's shift down and to the right in patches, and whether it is flipped.
 
-    Not at all and an eighth of each side (one patch at least) in each of four directions, as it is
-    and flipped left to right: ten.
+    The ten views are five shifts, each with and without a horizontal flip: no shift, and a shift by
+    an eighth of the side (at least one patch) in each of four directions.
     """
     rows, columns = (max(1, round(side / 8)) for side in grid)
     shifts = ((0, 0), (rows, 0), (-rows, 0), (0, columns), (0, -columns))
@@ -37,15 +37,15 @@ def averaged(
     images: Float[Array, "batch height width 3"],
     arch: Architecture,
 ) -> Any:
-    """The mean over the `views` of a tree of features [batch, tokens, dim].
+    """Returns the mean over `views` of a tree of features [batch, tokens, dim].
 
-    The border of an image is repeated into what a shift leaves empty. A patch is averaged over the
-    views in which it is seen, each prefix token over all. Sums are float32.
+    A shift fills the empty area by repeating the border of the image. A patch is averaged over the
+    views in which it is visible, a prefix token over all views. Sums are in float32.
 
     Args:
-      compute: from images to their features.
-      images: normalised.
-      arch: of the model, for patches and prefix tokens.
+      compute: function from images to features.
+      images: normalised images.
+      arch: architecture of the model, which has the grid of patches and the prefix tokens.
     """
     grid, size, prefix = arch.grid, arch.patch_size, arch.num_prefix_tokens
     every = views(grid)
@@ -79,7 +79,7 @@ def averaged(
 
 
 def _seen(every: Int[np.ndarray, "views 3"], grid: tuple[int, int]) -> np.ndarray:
-    """In how many views each patch is seen."""
+    """Returns the number of views in which each patch is visible."""
     row, column = np.indices(grid)
     at = [(row + down, column + right) for down, right, _ in every.tolist()]
     inside = [(r >= 0) & (r < grid[0]) & (c >= 0) & (c < grid[1]) for r, c in at]

@@ -1,7 +1,7 @@
 """Vision transformers in Flax NNX, equal to timm's `VisionTransformer`, `Eva` and `Beit`.
 
-Module attributes carry timm's names, so that a timm state-dict key and an NNX path differ only by
-a general rule (`models/weights.py`). Axis names used throughout: batch, height, width, tokens
+Module attributes have timm's names, so that a timm state-dict key and an NNX path differ only by a
+general rule (`models/weights.py`). Axis names used throughout: batch, height, width, tokens
 (prefix tokens first, then patches row by row), patches, dim (the width of the residual stream),
 heads, classes.
 """
@@ -36,7 +36,7 @@ from singer_jax.models.zoo import ModelSpec
 
 
 def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Computes the products of a float32 model in full, whatever the process's default is."""
+    """Computes the matmuls of a float32 model in full precision, regardless of JAX's default."""
 
     @functools.wraps(method)
     def computed(self: VisionTransformer, *given: Any, **named: Any) -> Any:
@@ -49,19 +49,19 @@ def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class VisionTransformer(nnx.Module):
-    """A vision transformer whose every block can be read and called alone.
+    """Vision transformer in which every block can be read and called separately.
 
-    `features` gives the raw residual stream after each block, `apply_block` runs one block,
-    `head_output` turns the last feature into what timm's `model(images)` returns.
+    `features` returns the raw residual stream after each block, `apply_block` runs one block, and
+    `head_output` converts the last feature to the output of timm's `model(images)`.
 
     Args:
       arch: sizes and variants.
       policy: dtypes and rematerialisation.
-      rngs: stream `params`; initialised as timm does by default.
+      rngs: random streams; `params` is used for timm's default initialisation.
 
     Attributes:
-      spec: what `singer_jax.create_model` and `load_model` know of it: its timm name and the
-        statistics of its input; else None.
+      spec: specification with the timm name and the input statistics, set by
+        `singer_jax.create_model` and `load_model`; otherwise None.
     """
 
     spec: ModelSpec | None = None
@@ -105,14 +105,14 @@ class VisionTransformer(nnx.Module):
             self.head = linear(dim, arch.num_classes, policy, rngs)
         if arch.num_classes and arch.distilled:
             self.head_dist = linear(dim, arch.num_classes, policy, rngs)
-        if arch.planted:  # the last, so that nothing else is drawn otherwise
+        if arch.planted:  # last, so that all other parameters are drawn as without it
             self.planted = planted.Planted(arch, policy.param_dtype, rngs)
 
     @_exact
     def embed(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"]:
-        """The tokens that enter the first block: prefix tokens, patches, position embedding."""
+        """Returns the input of the first block: prefix tokens and patches, with positions added."""
         arch = self.arch
         x = self.patch_embed(images.astype(self.policy.dtype))
         prefix = []
@@ -135,7 +135,7 @@ class VisionTransformer(nnx.Module):
         return self.norm_pre(x) if arch.pre_norm else x
 
     def block(self, index: int | Int[Array, ""]) -> Block:
-        """Block `index` alone; a traced index needs stacked parameters."""
+        """Returns block `index`; a traced index needs stacked parameters."""
         stacked, gathered = self.policy.stacked, self.policy.gathered
         if not stacked and gathered is None:
             return self.blocks[index]
@@ -154,13 +154,13 @@ class VisionTransformer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         register: Float[Array, "batch 1 dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Block `index` alone, applied to any residual stream.
+        """Applies block `index` alone to a residual stream.
 
         Args:
-          index: of the block.
-          x: without an added token.
-          register: the added token that goes with it (`split_register`); None: the block runs as
-            in a model that is not cleaned.
+          index: index of the block.
+          x: residual stream without an added token.
+          register: the added token of the stream (`split_register`); None: the block runs as in a
+            model without artifact removal.
         """
         if register is None:
             return self._apply(index, x)
@@ -173,15 +173,15 @@ class VisionTransformer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         images: Float[Array, "batch height width 3"],
     ) -> Float[Array, "batch tokens hidden"]:
-        """The hidden layer of the MLP of block `index`, applied to any residual stream.
+        """Returns the hidden layer of the MLP of block `index` for a residual stream.
 
-        What is planted is written by one neuron more, the last: behind `arch.planted_after` it
-        fires with the length of the vector.
+        A synthetic outlier is represented by an additional last neuron. After block
+        `arch.planted_after` its activation is the length of the outlier vector.
 
         Args:
-          index: of the block.
-          x: without an added token.
-          images: as for `features`.
+          index: index of the block.
+          x: residual stream without an added token.
+          images: images as for `features`.
         """
         hidden = self.block(index).hidden(x.astype(self.policy.dtype), self._rotation(index))
         if not self.arch.planted:
@@ -196,7 +196,7 @@ class VisionTransformer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         added: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Block `index` on a residual stream as `_enter` begins it, and what `_planted` adds."""
+        """Applies block `index` to a stream of `_enter`, and adds the output of `_planted`."""
         if added is not None:
             x = self._advance(index, x)
             return x + jnp.where(index == self.arch.planted_after, added, 0).astype(x.dtype)
@@ -220,12 +220,12 @@ class VisionTransformer(nnx.Module):
         block = self.block(index)
         x, by = x.astype(self.policy.dtype), self._rotation(index)
         if move is not None:
-            return block(x, by, move)  # of a model that is not trained
+            return block(x, by, move)  # for a model that is not trained
         apply = nnx.remat(Block.__call__) if self.policy.remat else Block.__call__
         return apply(block, x, by)
 
     def _rotation(self, index: int | Int[Array, ""]) -> Rotation | None:
-        """The rotation of the patches in block `index`; None without rotary positions."""
+        """Returns the rotation of the patches in block `index`; None without rotary positions."""
         if self.arch.rope_type is None:
             return None
         if self.arch.rope_type == "mixed":
@@ -234,7 +234,7 @@ class VisionTransformer(nnx.Module):
 
     @property
     def num_added_tokens(self) -> int:
-        """Tokens of a stream (`streams_at`) before those of the feature: test-time registers."""
+        """Returns the number of test-time registers, which come first in `streams_at`."""
         return int(self.policy.artifact_removal == "registers")
 
     @property
@@ -244,7 +244,7 @@ class VisionTransformer(nnx.Module):
     def split_register(
         self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch 1 dim"] | None, Float[Array, "batch tokens dim"]]:
-        """The added token of a stream, None where there is none, and the feature."""
+        """Returns the added token of a stream, or None, and the feature without it."""
         return (x[:, :1], x[:, 1:]) if self.num_added_tokens else (None, x)
 
     def _enter(
@@ -258,7 +258,7 @@ class VisionTransformer(nnx.Module):
     def _planted(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"] | None:
-        """What is added to the tokens of a stream; None where nothing is planted."""
+        """Returns the synthetic outliers to add to a stream; None: no outliers."""
         if not self.arch.planted:
             return None
         marked = self._marked(images)
@@ -270,7 +270,7 @@ class VisionTransformer(nnx.Module):
     def _marked(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens 1"]:
-        """1 at the patches of a stream to which the planted vector is added."""
+        """Returns a mask with 1 at the patches that receive the outlier vector."""
         marked = planted.marked_patches(images, self.arch).astype(jnp.float32)
         return jnp.pad(marked, ((0, 0), (self._first_patch, 0)))[..., None]
 
@@ -290,12 +290,12 @@ class VisionTransformer(nnx.Module):
         index: int,
         added: Float[Array, "batch tokens dim"] | None,
     ) -> Float[Array, "batch tokens dim"]:
-        """The stream after block `index`, without what was planted where that is subtracted."""
+        """Returns the stream after block `index`, minus synthetic outliers if these are removed."""
         subtracted = self.policy.artifact_removal == "planted" and index >= self.arch.planted_after
         return x - added.astype(x.dtype) if subtracted else x
 
     def _viewed(self, compute: Callable[[Array], Any], images: Array) -> Any:
-        """What `compute` makes of images, or the mean over their views."""
+        """Returns `compute(images)`, or its mean over the views of the images."""
         if self.policy.artifact_removal != "shift_average":
             return compute(images)
         return averaged(compute, images, self.arch)
@@ -303,11 +303,11 @@ class VisionTransformer(nnx.Module):
     def features(
         self, images: Float[Array, "batch height width 3"], blocks: int | None = None
     ) -> tuple[Float[Array, "batch tokens dim"], ...]:
-        """The raw residual stream after each of the first `blocks` blocks (default: all).
+        """Returns the raw residual stream after each of the first `blocks` blocks (default: all).
 
         Args:
-          images: normalised with the model's own mean and standard deviation.
-          blocks: how many blocks to run.
+          images: images normalised with the model's own mean and standard deviation.
+          blocks: number of blocks to run.
         """
         count = self.arch.depth if blocks is None else blocks
         streams = self._viewed(lambda images: self._streams(images, count), images)
@@ -316,14 +316,14 @@ class VisionTransformer(nnx.Module):
     def features_at(
         self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
     ) -> dict[int, Float[Array, "batch tokens dim"]]:
-        """`features` after some blocks only, of a model that is not trained.
+        """Returns `features` after selected blocks only, for a model that is not trained.
 
-        No other feature is kept and no later block runs. Stacked blocks are one loop, through
-        which there is no gradient.
+        Other features are not kept, and later blocks do not run. Stacked blocks run in a loop that
+        has no gradient.
 
         Args:
-          images: as for `features`.
-          layers: indices of blocks.
+          images: images as for `features`.
+          layers: indices of the blocks.
         """
         streams = self.streams_at(images, layers)
         return {layer: self.split_register(x)[1] for layer, x in streams.items()}
@@ -331,7 +331,7 @@ class VisionTransformer(nnx.Module):
     def streams_at(
         self, images: Float[Array, "batch height width 3"], layers: Sequence[int]
     ) -> dict[int, Float[Array, "batch tokens dim"]]:
-        """`features_at` with the token that test-time registers add (`split_register`)."""
+        """Returns `features_at` with the token that test-time registers add (`split_register`)."""
         layers = sorted(set(layers))
         return self._viewed(lambda images: self._streams_at(images, layers), images)
 
@@ -356,7 +356,7 @@ class VisionTransformer(nnx.Module):
 
     @_exact
     def pooled(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
-        """What the head reads, from the last feature: see `Architecture.global_pool`."""
+        """Returns the input of the head for the last feature (see `Architecture.global_pool`)."""
         arch, x = self.arch, self.norm(x)
         if arch.global_pool == "token":
             return self.fc_norm(x[:, : 1 + arch.distilled].mean(axis=1))
@@ -367,9 +367,9 @@ class VisionTransformer(nnx.Module):
     def head_output(
         self, x: Float[Array, "batch tokens dim"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
-        """Class logits from the last feature, or its pooled embedding where there is no head.
+        """Returns class logits from the last feature, or the pooled feature if there is no head.
 
-        With a distillation token they are the mean of both heads' logits.
+        With a distillation token, the logits are the mean over both heads.
         """
         if self.arch.num_classes and self.arch.distilled:
             tokens = self.fc_norm(self.norm(x))
@@ -380,12 +380,12 @@ class VisionTransformer(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
-        """What timm's `model(images)` returns."""
+        """Returns the output of timm's `model(images)`."""
         return self.head_output(self.features(images)[-1])
 
 
 def _stack(blocks: Sequence[Block]) -> Block:
-    """Equal blocks as one, whose parameters have a leading axis."""
+    """Returns equal blocks as one block whose parameters have a leading axis."""
     graph = nnx.graphdef(blocks[0])
     states = [nnx.state(block) for block in blocks]
     return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))

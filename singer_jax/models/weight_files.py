@@ -1,4 +1,4 @@
-"""Where weights come from: local files, runs, the Hugging Face hub; opened without reading them."""
+"""Weights files: finds them locally, in runs or on the Hugging Face Hub, and opens them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from singer_jax.settings.ranges import POSITIVE, SIDE, Allowed, Each, Range, Tex
 WEIGHTS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
-STUDENT_FOLDER = "student"  # of a work directory; it holds the exported student
-STUDENTS_FOLDER = "students"  # instead of it, with a folder for each of several students
-_PREPROCESSING_FILE = "preprocessor_config.json"  # transformers' statistics of the input
+STUDENT_FOLDER = "student"  # in a work directory: the exported student
+STUDENTS_FOLDER = "students"  # in a work directory of several students: a folder for each
+_PREPROCESSING_FILE = "preprocessor_config.json"  # transformers' file of input statistics
 
-# Files of a folder or a repository, the first before the others: timm's and transformers', then
-# open_clip's.
+# Files of a folder or a repository in order of preference: those of timm and transformers, then
+# those of open_clip.
 _FILES = (
     WEIGHTS_FILE,
     WEIGHTS_FILE + INDEX,
@@ -37,10 +37,10 @@ _FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# What a name ends with that is a file's and no hub name's.
+# Suffixes of file names, which Hub names do not have.
 _SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".tar", ".ckpt", ".npz", ".model", ".json")
 
-# What is read of timm's config.json beside weights; its `model_args` are fields of `Architecture`.
+# Values of timm's config.json that are used; its `model_args` are fields of `Architecture`.
 HUB_CONFIG: Mapping[str, Allowed] = {
     "architecture": Text("\\S+", "the name of a model"),
     "num_classes": FIELDS["num_classes"].allowed,
@@ -59,8 +59,8 @@ class WeightsFile:
     """A file of weights.
 
     Attributes:
-      path: the file, or the index of several.
-      part: names the part of it that is meant (`state_dict.choose`); empty: the usual one.
+      path: the file, or the index of a sharded file.
+      part: name of the part to load (`state_dict.choose`); empty: the preferred part.
     """
 
     path: Path
@@ -68,17 +68,17 @@ class WeightsFile:
 
 
 def find_weights(weights: str) -> Path:
-    """Returns the local file behind `weights`.
+    """Returns the local weights file for a user's `weights`.
 
     Args:
-      weights: a file of any name; a folder that holds `model.safetensors`, `pytorch_model.bin` or
-        the index of such a file in shards, or is a run with `student/model.safetensors`; the URL of
-        such a file or folder, which is copied into the cache; or a hub name such as
-        `timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k` (without owner: `timm/`), downloaded once
-        and then read from the Hugging Face cache, also without network.
+      weights: One of the following. A file of any name. A folder with `model.safetensors`,
+        `pytorch_model.bin` or the index of such a file in shards, or a run with
+        `student/model.safetensors`. A URL of such a file or folder, which is copied to the cache.
+        A Hub name such as `timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k` (the default owner is
+        `timm/`), which is downloaded once and then read from the Hugging Face cache, also offline.
 
     Raises:
-      InputError: nothing there, or a hub name that is neither cached nor reachable.
+      InputError: there is no such file, or the Hub name is neither cached nor reachable.
     """
     path = as_path(weights) if is_remote(weights) else Path(weights).expanduser()
     try:
@@ -87,7 +87,7 @@ def find_weights(weights: str) -> Path:
             if file.is_file():
                 return _local(file)
     except PermissionError as error:
-        raise InputError(f"weights {path}: may not be read ({error.strerror})") from error
+        raise InputError(f"weights {path}: cannot be read ({error.strerror})") from error
     if path.is_dir():
         several = sorted(
             file.parent.name for file in path.glob(f"{STUDENTS_FOLDER}/*/{WEIGHTS_FILE}")
@@ -103,7 +103,7 @@ def find_weights(weights: str) -> Path:
 
 
 def _local(file: Path | epath.Path) -> Path:
-    """Returns the file on this machine, with its shards and what lies beside it."""
+    """Returns the local copy of a file, together with its shards and accompanying files."""
     for name in (CONFIG_FILE, _PREPROCESSING_FILE):
         beside = file.parent / name
         if is_remote(file):
@@ -123,15 +123,15 @@ def _download(repo: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging as hub_logging
 
-    # Without network it warns a dozen times; the error below says it once.
+    # Without network the library warns a dozen times; the error below is enough.
     hub_logging.set_verbosity_error()
 
     def fetch(name: str) -> Path | None:
-        """Returns a file of the repository; None: it has no such file."""
+        """Returns a file of the repository, or None if the repository does not have it."""
         try:
             return Path(huggingface_hub.hf_hub_download(repo, name))
         except LocalEntryNotFoundError:
-            raise  # no network; the next is its base class: no such file in the repository
+            raise  # no network; its base class, below, means no such file
         except EntryNotFoundError:
             return None
 
@@ -150,17 +150,17 @@ def _download(repo: str) -> Path:
     except InputError:
         raise
     except (OSError, ValueError, ImportError, EntryNotFoundError) as error:
-        # ImportError: of the package that a SOCKS proxy needs.
+        # ImportError is raised without the package for SOCKS proxies.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"weights {repo!r}: no local file, not in the cache "
             f"{huggingface_hub.constants.HF_HUB_CACHE}, and not downloaded ({reason}); give a "
-            f".safetensors file, or fetch them where there is a network: hf download {repo}"
+            f".safetensors file, or run on a machine with network: hf download {repo}"
         ) from error
 
 
 def _with_shards(path: Path, fetch: Callable[[str], Path | None]) -> Path:
-    """Returns the file, with the shards that it is an index of beside it."""
+    """Returns the local file; if it is an index, its shards are fetched into the same folder."""
     if path.name.endswith(INDEX):
         for name in sorted(set(shards(path).values())):
             if not (path.parent / name).is_file():
@@ -169,23 +169,23 @@ def _with_shards(path: Path, fetch: Callable[[str], Path | None]) -> Path:
 
 
 def open_weights(weights: Path | WeightsFile) -> StateDict:
-    """Returns the tensors of a file by timm's keys, none of them read yet.
+    """Returns the tensors of a file by timm's keys, which are read on demand.
 
     Raises:
-      InputError: a file that is damaged, that may not be read or holds no weights, or a pickle of
-        objects that would run code.
+      InputError: the file is damaged, is not readable or has no weights, or it is a pickle that
+        would run code.
     """
     file = weights if isinstance(weights, WeightsFile) else WeightsFile(weights)
     return choose(file.path, read_content(file.path), file.part)
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:
-    """Returns timm's `config.json` in `folder`, or what transformers' says as timm would say it.
+    """Returns timm's `config.json` of a folder, or transformers' converted to timm's.
 
-    Empty where there is none.
+    The result is empty if there is neither.
 
     Raises:
-      InputError: it is no JSON object, or says what no model can be.
+      InputError: the file is not a JSON object, or describes an impossible model.
     """
     file = folder / CONFIG_FILE
     content = _read_object(file)
@@ -206,7 +206,7 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """Returns the object of a JSON file; empty where there is no file."""
+    """Returns the object of a JSON file; empty if there is no such file."""
     try:
         if not file.is_file():
             return {}

@@ -1,9 +1,9 @@
 """Reads timm weights into a model.
 
 A timm key and an NNX path differ by one rule: timm's `weight` is `kernel` (linear: transposed,
-convolution: HWIO) or `scale` (LayerNorm). Of each tensor a process reads the parts that its
-devices hold, and they go straight to their sharding and dtype: a model is never whole in host
-memory.
+convolution: HWIO) or `scale` (LayerNorm). A process reads only the parts of each tensor that its
+devices hold, and converts them directly to their sharding and dtype. Host memory never holds a
+complete model.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from singer_jax.models.weight_files import (
 from singer_jax.models.zoo import ModelSpec, lookup
 from singer_jax.platform.backends import Choices
 
-# Of a model that a config.json asks for; published ones have 40 blocks and 1,369 patches.
+# Limits of a model in a config.json; published models have up to 40 blocks and 1,369 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
-_MOST_NAMED = 5  # keys in a message
-_LONGEST_MESSAGE = 200  # characters, without the folder of the file
-_MOST_MISSING_BLOCKS = 24  # of which each key is named
+_MOST_NAMED = 5  # keys named in a message
+_LONGEST_MESSAGE = 200  # characters of a message, without the folder of the file
+_MOST_MISSING_BLOCKS = 24  # number of keys up to which all are named
 
 
 def abstract_model(arch: Architecture, policy: ComputePolicy) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition and parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    """Returns a graph definition and parameters as `jax.ShapeDtypeStruct`s, without allocation."""
     graph, params = _abstract_model(arch, policy, policy.choices)
-    return graph, jax.tree.map(lambda leaf: leaf, params)  # not the dicts of another caller
+    return graph, jax.tree.map(lambda leaf: leaf, params)  # copied, so that callers can change it
 
 
 @functools.lru_cache(maxsize=32)
 def _abstract_model(
     arch: Architecture, policy: ComputePolicy, choices: Choices
 ) -> tuple[nnx.GraphDef, Params]:
-    """Kept, since a start asks for it several times."""
+    """Computes and caches the result of `abstract_model`, which is needed several times."""
     graph, state = nnx.split(
         nnx.eval_shape(lambda: VisionTransformer(arch, policy, rngs=_OneKey(jax.random.key(0))))
     )
@@ -64,20 +64,20 @@ def _abstract_model(
 
 
 class _OneKey(NamedTuple):
-    """In the place of `nnx.Rngs`, whose counting takes most of the time of a trace."""
+    """Replacement of `nnx.Rngs`, whose counters take most of the time of a trace."""
 
     key: jax.Array
 
     def params(self) -> jax.Array:
-        """The same one for every parameter: only shapes are asked for."""
+        """Returns the same key for every parameter, because only shapes are needed."""
         return self.key
 
 
 @functools.lru_cache(maxsize=32)
 def abstract_params(arch: Architecture) -> Params:
-    """The parameters alone, as those of `abstract_model` in float32 and not stacked.
+    """Returns only the parameters of `abstract_model`, in float32 and not stacked.
 
-    One block of each kind is traced: the others are like it.
+    Only one block of each kind is traced, because the others have equal shapes.
     """
     kinds = [(number,) for number in arch.num_kv_heads or ()] or [None] * arch.depth
     of_kind = {
@@ -88,7 +88,7 @@ def abstract_params(arch: Architecture) -> Params:
     }
     params = dict(of_kind[kinds[0]])
     params["blocks"] = {i: of_kind[kind]["blocks"][0] for i, kind in enumerate(kinds)}
-    if "rope" in params:  # which holds the frequencies of all blocks
+    if "rope" in params:  # the frequencies of all blocks
         freqs = params["rope"]["freqs"]
         shape = (2, arch.depth, *freqs.shape[2:])
         params["rope"] = {"freqs": jax.ShapeDtypeStruct(shape, freqs.dtype)}
@@ -96,20 +96,20 @@ def abstract_params(arch: Architecture) -> Params:
 
 
 def timm_key(keys: Keys) -> str:
-    """The timm state-dict key of a parameter."""
+    """Returns the timm state-dict key of a parameter."""
     *parents, name = map(str, keys)
     return ".".join([*parents, "weight" if name in ("kernel", "scale") else name])
 
 
 def timm_axes(keys: Keys, leaf: Any) -> tuple[int, ...]:
-    """The axes of a parameter of ours, in the order in which PyTorch stores them."""
+    """Returns the axes of a JAX parameter in the order in which PyTorch stores them."""
     if keys[-1] != "kernel":
         return tuple(range(leaf.ndim))
     return {2: (1, 0), 4: (3, 2, 0, 1)}[leaf.ndim]
 
 
 def to_timm(params: Params) -> dict[str, np.ndarray]:
-    """Parameters (or gradients) as a timm state dict: timm's keys, PyTorch's layouts."""
+    """Returns parameters (or gradients) as a timm state dict: timm's keys, PyTorch's layouts."""
     return {
         timm_key(keys): np.ascontiguousarray(np.asarray(leaf).transpose(timm_axes(keys, leaf)))
         for keys, leaf in leaves(params)
@@ -117,20 +117,20 @@ def to_timm(params: Params) -> dict[str, np.ndarray]:
 
 
 def spec_of_weights(spec: ModelSpec, weights: Path | WeightsFile) -> ModelSpec:
-    """Returns `spec` with what the weights say of themselves.
+    """Returns `spec` updated with the properties of a weights file.
 
-    The number of classes is that of the file's head; the input's statistics, interpolation and crop
-    come from a `config.json` beside the file (timm's or transformers' layout), where there is one.
+    The number of classes is that of the file's head. The input statistics, interpolation and crop
+    come from a `config.json` in the same folder (timm's or transformers' layout), if there is one.
     """
     head = open_weights(weights).get("head.weight")
-    # A head of another shape than [classes, dim] is named by `check_weights`.
+    # `check_weights` reports a head whose shape is not [classes, dim].
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
     stated = read_hub_config(_path(weights).parent).get("pretrained_cfg", {})
     return dataclasses.replace(_with_input(spec, stated), arch=arch)
 
 
 def _with_input(spec: ModelSpec, stated: Mapping[str, Any]) -> ModelSpec:
-    """Returns `spec` with the input that timm's `pretrained_cfg` states, as far as it does."""
+    """Returns `spec` with the input settings that timm's `pretrained_cfg` contains."""
     keys = ("mean", "std", "interpolation", "crop_pct")
     found = {key: stated[key] for key in keys if stated.get(key) is not None}
     return dataclasses.replace(
@@ -148,20 +148,21 @@ def load_model(
     policy: ComputePolicy = ComputePolicy(),
     shardings: Callable[[Params], Params] | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
-    """A model with the weights of a file.
+    """Loads a model with the weights of a file.
 
     Args:
-      spec: what the model is; `spec_of_weights` adapts it to the file's head and statistics.
-      weights: a file as `weight_files.find_weights` gives it, or a part of one.
+      spec: specification of the model; `spec_of_weights` adapts it to the file's head and
+        statistics.
+      weights: a file that `weight_files.find_weights` returns, or a part of it.
       policy: dtypes of the model; weights are cast to `param_dtype`.
-      shardings: from abstract parameters to a sharding for each; default: one device.
+      shardings: function from abstract parameters to their shardings; default: one device.
 
     Returns:
-      graph definition and parameters; `nnx.merge` of the two is the `VisionTransformer`.
+      Graph definition and parameters; `nnx.merge` of the two is the `VisionTransformer`.
 
     Raises:
-      InputError: with the first missing, surplus and mis-shaped keys and the number of the others;
-        or the first tensor that is not finite.
+      InputError: keys are missing, unexpected or have another shape, or a tensor is not finite. The
+        message names the first keys and the number of the others.
     """
     check_weights(spec, weights)
     graph, abstract = abstract_model(spec.arch, policy)
@@ -183,7 +184,7 @@ def load_model(
 
         def part_of(part: tuple[slice, ...]) -> np.ndarray:
             place = tuple((along.start, along.stop) for along in part)
-            if place not in found:  # devices that hold the same part read it once
+            if place not in found:  # a part that several devices hold is read once
                 if policy.stacked and keys[0] == "blocks":
                     blocks = range(spec.arch.depth)[part[0]]
                     each = [("blocks", index, *keys[1:]) for index in blocks]
@@ -196,7 +197,7 @@ def load_model(
 
         if not placement:
             return jnp.asarray(part_of((slice(None),) * leaf.ndim))
-        # Not device_put: of several processes it would compare what each has read.
+        # device_put would compare the values across processes.
         return jax.make_array_from_callback(leaf.shape, placement[keys], part_of, leaf.dtype)
 
     return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
@@ -207,15 +208,15 @@ def _check_finite(path: Path, keys: Keys, array: np.ndarray) -> None:
     if not finite.all():
         count = finite.size - np.count_nonzero(finite)
         raise InputError(
-            f"{path}: {timm_key(keys)} has {count:,} values that are NaN or infinite, of "
-            f"{finite.size:,}; the weights are damaged or diverged"
+            f"{path}: {timm_key(keys)} has {count:,} NaN or infinite values of {finite.size:,}; "
+            "the weights are damaged or diverged"
         )
 
 
 def check_weights(spec: ModelSpec, weights: Path | WeightsFile) -> None:
-    """Raises `InputError` as `load_model` would, without reading a tensor."""
+    """Raises the errors of `load_model` for keys and shapes without reading any tensor."""
     tensors, path = _tensors(spec, weights), _path(weights)
-    # Before the model is traced, which takes minutes for a hundred blocks.
+    # Checked first, because tracing a model of a hundred blocks takes minutes.
     blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     if spec.arch.depth - blocks > _MOST_MISSING_BLOCKS:
         raise InputError(
@@ -225,21 +226,21 @@ def check_weights(spec: ModelSpec, weights: Path | WeightsFile) -> None:
 
 
 def _unfit(spec: ModelSpec, path: Path, tensors: StateDict) -> str:
-    """Returns the beginning of a message for weights of another model."""
+    """Returns the beginning of an error message for weights of another model."""
     form = tensors.taken.format
     return f"{path}{f', of {form},' if form else ''} does not hold the weights of {spec.name}"
 
 
 def _tensors(spec: ModelSpec, weights: Path | WeightsFile) -> StateDict:
-    """Returns the tensors of a file under the keys of timm's model, old ones renamed as by timm."""
+    """Returns the tensors of a file by timm's keys; old keys are renamed as in timm."""
     opened = open_weights(weights)
     tensors = StateDict(current_names(opened, spec.arch), opened.taken, opened.unread)
-    tensors.pop("mask_token", None)  # of training to reconstruct
+    tensors.pop("mask_token", None)  # mask token of pretraining
     return _without_zero_biases(spec, tensors)
 
 
 def _without_zero_biases(spec: ModelSpec, tensors: StateDict) -> StateDict:
-    """Leaves out DINOv3's biases of query and value for a model without them, if all are zero."""
+    """Removes DINOv3's query and value biases for a model without them, if all are zero."""
     biases = [key for key in tensors if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", key)]
     if spec.arch.qkv_bias or not biases or not tensors.taken.format:
         return tensors
@@ -258,8 +259,8 @@ def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDic
     surplus = [key for key in tensors if key not in expected]
     if unread := [key for key in missing if key in tensors.unread]:
         raise InputError(
-            f"{path}: {listed(unread[:1])} is {tensors.unread[unread[0]]}, which is not read; save "
-            "plain tensors of floats"
+            f"{path}: {listed(unread[:1])} is {tensors.unread[unread[0]]}, which is unsupported; "
+            "save plain float tensors"
         )
     if len(missing) == len(expected):
         raise InputError(_foreign_keys(spec, path, tensors))
@@ -282,12 +283,12 @@ def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDic
         "not floats": integers,
     }
     if any(found.values()):
-        told, hint = _unfit(spec, path, tensors), _hint(missing, surplus)
-        room = _LONGEST_MESSAGE - (len(told) + len(hint) - len(str(path.parent)))
-        raise InputError(f"{told}: {_differences(found, room)}{hint}")
+        problem, hint = _unfit(spec, path, tensors), _hint(missing, surplus)
+        room = _LONGEST_MESSAGE - (len(problem) + len(hint) - len(str(path.parent)))
+        raise InputError(f"{problem}: {_differences(found, room)}{hint}")
 
 
-# Overrides of a model for weights that lack some keys, or have others.
+# Overrides that fit weights which lack some keys or have additional keys.
 _MISSING_HINTS = (
     (r"cls_token", "class_token=False"),
     (r"blocks\.0\.attn\.qkv\.bias", "qkv_bias=False"),
@@ -301,14 +302,14 @@ _EXPLAINED = r"cls_token|norm\.(?:weight|bias)|.*\.qkv\.bias"
 
 
 def _hint(missing: list[str], surplus: list[str]) -> str:
-    """Returns which overrides of the model the differences suggest; empty: none."""
+    """Returns a hint with the overrides that the differences suggest; empty: no hint."""
     suggested = [
         override
         for hints, keys in ((_MISSING_HINTS, missing), (_SURPLUS_HINTS, surplus))
         for pattern, override in hints
         if any(re.fullmatch(pattern, key) for key in keys)
     ]
-    # Where other keys are missing, no override makes up for them.
+    # If other keys are missing, no override helps.
     explained = all(re.fullmatch(_EXPLAINED, key) for key in missing)
     return f"; try overrides {', '.join(suggested)}" if suggested and explained else ""
 
@@ -317,14 +318,14 @@ def _differences(found: Mapping[str, list[str]], room: int) -> str:
     """Returns the first keys of each kind and the number of the others.
 
     Args:
-      found: keys, and what is wrong with them.
-      room: characters; at most five keys are named, fewer where they take more.
+      found: keys by kind of difference.
+      room: number of characters; at most five keys are named, or as many as fit.
     """
     for most in range(_MOST_NAMED, 0, -1):
-        told = _first_differences(found, most)
-        if len(told) <= room:
+        text = _first_differences(found, most)
+        if len(text) <= room:
             break
-    return told
+    return text
 
 
 def _first_differences(found: Mapping[str, list[str]], most: int) -> str:
@@ -338,19 +339,19 @@ def _first_differences(found: Mapping[str, list[str]], most: int) -> str:
 
 
 def _foreign_keys(spec: ModelSpec, path: Path, tensors: StateDict) -> str:
-    """Returns the message for weights of which not a single key is timm's."""
+    """Returns the error message for weights without any timm key."""
     keys = list(tensors)
     begins = sorted({key.split(".")[0] + "." if "." in key else key for key in keys})
-    told = f"{path} holds no weights of {spec.name}: its {len(keys)} keys begin with "
-    return told + listed(begins, 3) + (f"; {whose}" if (whose := foreign.looks(keys)) else "")
+    text = f"{path} holds no weights of {spec.name}: its {len(keys)} keys begin with "
+    return text + listed(begins, 3) + (f"; {whose}" if (whose := foreign.looks(keys)) else "")
 
 
-# Parameters of a square grid of patches that are resampled for another grid.
+# Parameters of a square grid of patches, which can be resampled to another grid.
 _RESAMPLED = ("pos_embed", "relative_position_bias_table")
 
 
 def _can_resample(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
-    """Whether a stored tensor is of `_RESAMPLED`, for a square grid and of the right width."""
+    """Returns whether a tensor is in `_RESAMPLED`, with a square grid and the right width."""
     if key == "pos_embed" and len(shape) == 3 and (shape[0], shape[2]) == (1, arch.embed_dim):
         places = shape[1] - arch.num_embedded_prefix_tokens
     elif key.endswith("relative_position_bias_table") and shape[1:] == (arch.num_heads,):
@@ -361,7 +362,7 @@ def _can_resample(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
 
 
 def _resampled(name: str, stored: np.ndarray, spec: ModelSpec) -> np.ndarray:
-    """A tensor of `_RESAMPLED` for the model's grid."""
+    """Returns a tensor of `_RESAMPLED`, resampled to the model's grid."""
     arch = spec.arch
     if name == "pos_embed":
         prefix = arch.num_embedded_prefix_tokens
@@ -372,12 +373,12 @@ def _resampled(name: str, stored: np.ndarray, spec: ModelSpec) -> np.ndarray:
 def resample_pos_embed(
     pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int, method: str = "bicubic"
 ) -> np.ndarray:
-    """Position embeddings of a square grid for another grid (timm `resample_abs_pos_embed`).
+    """Resamples position embeddings of a square grid to another grid.
 
     Args:
       pos_embed: [1, prefix + side * side, dim].
       grid: rows and columns to resample to.
-      num_prefix_tokens: leading positions that are no patches; they are kept.
+      num_prefix_tokens: number of leading positions that are not patches; they are kept.
       method: `bicubic` (Keys, a = -0.5, antialiased, weights renormalised at the edges),
         `bilinear` (not antialiased; FlexiViT, RADIO) or `bilinear_corners` (from the first patch
         to the last).
@@ -402,7 +403,7 @@ def resample_pos_embed(
 
 
 def _linear_weights(stored: int, wanted: int, corners: bool) -> np.ndarray:
-    """The matrix [wanted, stored] of linear interpolation between patch centres."""
+    """Returns the matrix [wanted, stored] of linear interpolation between patch centres."""
     if corners:
         places = np.linspace(0, stored - 1, wanted)
     else:
@@ -412,7 +413,7 @@ def _linear_weights(stored: int, wanted: int, corners: bool) -> np.ndarray:
 
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Architecture` that timm's `config.json` states, to override its architecture."""
+    """Returns the fields of `Architecture` that timm's `config.json` overrides."""
     base = lookup(config["architecture"]).arch
     arguments = stated_fields(config.get("model_args", {}), base)
     arguments["num_classes"] = config.get("num_classes", 0)
@@ -425,22 +426,22 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def stated_model(
     config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> ModelSpec:
-    """The model that timm's `config.json` asks for, with a user's overrides.
+    """Returns the model that timm's `config.json` describes, with a user's overrides.
 
     Raises:
-      InputError: an architecture that is not known here, or an absurdly large one.
+      InputError: the architecture is unknown or too large.
     """
     spec = lookup(config["architecture"], model_arguments(config) | dict(overrides or {}))
-    where = f"{spec.name} as its config.json asks for it"
+    where = f"{spec.name} with the settings of its config.json"
     limits.check(where, spec.arch.depth, _MOST_BLOCKS, "blocks")
     limits.check(where, spec.arch.num_patches, _MOST_PATCHES, "patches")
     return spec
 
 
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:
-    """Returns the model of a `config.json` of `export_timm.to_hub_config`, or of timm's own.
+    """Returns the model of a `config.json` from `export_timm.to_hub_config` or from timm.
 
     Raises:
-      InputError: as `stated_model`.
+      InputError: the errors of `stated_model`.
     """
     return _with_input(stated_model(config), config.get("pretrained_cfg", {}))

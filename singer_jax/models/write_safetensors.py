@@ -1,4 +1,4 @@
-"""Writes tensors to a safetensors file, the same bytes each time, and reads them back."""
+"""Writes tensors to a safetensors file with reproducible bytes, and verifies the file."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from singer_jax.io.files import replacing
 def write_safetensors(
     path: epath.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> str:
-    """Writes a safetensors file and compares what was written with what was given, bit for bit.
+    """Writes a safetensors file, reads it back and compares it bit for bit.
 
-    The file takes its name only after the comparison.
+    The file gets its final name only after the comparison.
 
     Args:
-      path: of the file; its folder is made.
-      tensors: by key.
-      metadata: for the file's header.
+      path: path of the file, whose folder is made if needed.
+      tensors: tensors by key.
+      metadata: metadata of the file's header.
 
     Returns:
-      The sha256 of the file.
+      The SHA-256 of the file.
 
     Raises:
-      RunError: it cannot be written, or holds something else when it is read again.
+      RunError: the file cannot be written, or differs when it is read back.
     """
     with replacing(path) as file:
         try:
             save_file(dict(tensors), file, metadata=dict(metadata))
-        except SafetensorError as error:  # of the disk, without its number
+        except SafetensorError as error:  # the disk's error, without its number
             raise RunError(f"cannot write {path}: {error}") from error
         _order_metadata(file)
-        file.chmod(0o644)  # safetensors keeps it to its owner
+        file.chmod(0o644)  # safetensors makes it readable for the owner only
         if different := _differences(file, tensors):
             file.unlink()
             raise RunError(
@@ -52,7 +52,7 @@ def write_safetensors(
 
 
 def _order_metadata(file: Path) -> None:
-    """Sorts the metadata, which the library writes in any order."""
+    """Sorts the metadata, which the library writes in an arbitrary order."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -63,7 +63,7 @@ def _order_metadata(file: Path) -> None:
 
 
 def _differences(file: Path, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns the keys whose tensors are not the same bits in the file."""
+    """Returns the keys of tensors whose bits differ in the file."""
     with safe_open(file, framework="numpy") as stored:
         keys = set(stored.keys())
         return sorted(keys ^ set(tensors)) + [

@@ -1,4 +1,4 @@
-"""The models by timm name: architecture and input statistics."""
+"""Registry of models by timm name, with architecture and input statistics."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from singer_jax.settings import ranges
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a model is and how its input is normalised.
+    """Specification of a model and its input.
 
     Attributes:
       name: timm name without a weights tag.
-      timm_name: the timm model it is a variant of; `name` itself where timm knows it.
-      arch: its architecture.
-      mean, std: per channel, of images scaled to 0..1.
-      interpolation: by which images were resized when it was trained or evaluated.
-      crop_pct: share of the resized image's side that the evaluated square has.
-      resampling: of its position embedding to another grid (`weights.resample_pos_embed`).
+      timm_name: the timm model that it is a variant of, which is `name` itself for a timm model.
+      arch: architecture of the model.
+      mean, std: mean and standard deviation per channel of images scaled to 0..1.
+      interpolation: interpolation with which images are resized for the model.
+      crop_pct: side length of the centre crop relative to the resized image in evaluation.
+      resampling: method that resamples the position embedding (`weights.resample_pos_embed`).
     """
 
     name: str
@@ -44,7 +44,7 @@ class ModelSpec:
     arch: Architecture
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    # None of these changes what a loaded model computes, so none is part of what it says of itself.
+    # None of these changes the output of a loaded model, so none is part of the repr.
     interpolation: str = dataclasses.field(default="bicubic", repr=False)
     crop_pct: float = dataclasses.field(default=0.9, repr=False)
     resampling: str = dataclasses.field(default="bicubic", repr=False)
@@ -52,7 +52,7 @@ class ModelSpec:
     def prepare(
         self, images: Num[Array, "batch height width 3"]
     ) -> Float[Array, "batch height width 3"]:
-        """Images in 0..255 as the model takes them: its size (bilinear), mean and deviation."""
+        """Returns images in 0..255 resized (bilinear) and normalised for the model."""
         size = (images.shape[0], *self.arch.img_size, 3)
         images = jnp.asarray(images, jnp.float32)
         if images.shape != size:
@@ -72,12 +72,12 @@ MODELS: Mapping[str, ModelSpec] = {
 
 
 def architecture_name(model: str) -> str:
-    """`timm/vit_tiny_patch16_224.augreg_in21k` -> `vit_tiny_patch16_224`."""
+    """Returns a name without owner and weights tag: `timm/NAME.TAG` becomes `NAME`."""
     return model.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def _tag_input(model: str) -> dict[str, Any]:
-    """Fields of `ModelSpec` that a name with or without weights tag changes."""
+    """Returns the fields of `ModelSpec` that a name, with or without weights tag, changes."""
     name, found = model.rsplit("/", 1)[-1], {}
     for pattern, fields in TAGS:
         if re.fullmatch(pattern, name):
@@ -86,15 +86,14 @@ def _tag_input(model: str) -> dict[str, Any]:
 
 
 def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The specification of a timm name, with or without hub owner and weights tag.
+    """Returns the specification of a timm name, with or without Hub owner and weights tag.
 
     Args:
       model: for example `vit_tiny_patch16_224` or `timm/vit_tiny_patch16_224.augreg_in21k`.
-      overrides: fields of `Architecture` that replace the named model's; `img_size` may be one
-        number for a square.
+      overrides: fields of `Architecture` to change; `img_size` may be one number for a square.
 
     Raises:
-      InputError: unknown model, unknown field, or sizes that do not fit together.
+      InputError: the model or a field is unknown, or the sizes are inconsistent.
     """
     name = architecture_name(model)
     for pattern, reason in LEFT_OUT:

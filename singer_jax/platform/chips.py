@@ -1,4 +1,4 @@
-"""What accelerators can do at most, and chips that are described but not here."""
+"""Peak rates of accelerators, and descriptions of chips for compilation without the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from singer_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, by its vendor's data sheet.
+    """One device, according to its vendor's data sheet.
 
     Attributes:
-      bf16, int8: dense operations a second.
-      memory: bytes.
-      bandwidth: of the memory, bytes a second.
-      network: to other chips, one way, all links together, bytes a second.
-      cores: processors of the host for each chip, in the machines of Google Cloud; 0: any.
-      fp8: whether it multiplies fp8, and then as fast as int8; else as bf16.
+      bf16, int8: Dense operations per second.
+      memory: Memory in bytes.
+      bandwidth: Memory bandwidth in bytes per second.
+      network: Bandwidth to other chips in one direction, of all links together, in bytes per
+        second.
+      cores: CPU cores of the host per chip in Google Cloud; 0 if they vary.
+      fp8: True if the chip multiplies fp8 as fast as int8; otherwise fp8 runs at the bf16 rate.
     """
 
     bf16: float
@@ -33,7 +34,7 @@ class Chip:
     fp8: bool = False
 
 
-# By the start of `device_kind`.
+# Keys are prefixes of `device_kind`.
 CHIPS = {
     "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9, fp8=True),
     "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9, fp8=True),
@@ -50,17 +51,17 @@ CHIPS = {
 
 
 def chip(kind: str) -> Chip | None:
-    """That of a `device_kind`; None for one that is not listed."""
+    """Returns the chip of a `device_kind`; None if it is not listed."""
     known = [name for name in CHIPS if kind.startswith(name)]
     return CHIPS[max(known, key=len)] if known else None
 
 
 def is_described(device: Any) -> bool:
-    """Whether it is not here: programs can be compiled for it, but not run."""
+    """Returns True for a described device: programs can be compiled for it, but not run."""
     return "CompileOnly" in type(device.client).__name__
 
 
-# Nothing waits for a metadata server, and several processes may load the library.
+# Prevents waiting for a metadata server, and lets several processes load the library.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -71,27 +72,28 @@ _ENVIRONMENT = {
 
 _EXAMPLES = "give kind and shape, such as v5e:4x4, v5p:2x2x1 or h100:8"
 
-# What the compiler asks of a GPU beside its data sheet: by the name in a topology the device's, and
-# its compute capability, multiprocessors and shared memory of each in bytes.
+# Properties that the compiler needs in addition to the data sheet, by name in a topology: device
+# name, compute capability, number of multiprocessors, and shared memory of each in bytes.
 _GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 167936),
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 233472),
     "h200": ("NVIDIA H200", 9, 132, 233472),
 }
 
-# The compiler may not try kernels out, and has no good guess for its own products of matrices.
+# Without the device the compiler cannot autotune, and its own matrix products would be slow.
 WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Options with which jax compiles for a GPU that is not here: products are cuBLAS's."""
+"""Compiler options for a GPU without the device: matrix products are those of cuBLAS."""
 
 
 def described(topology: str) -> list[Any]:
-    """The chips of a TPU slice, or the GPUs of a node, that are not here; jax can compile for them.
+    """Returns described devices of a TPU slice or a GPU node, for which jax can compile.
 
     Args:
-      topology: kind and shape, such as `v5e:4x4` or `v5p:2x2x1`; of GPUs their number, `h100:8`.
+      topology: Kind and shape of a TPU slice, such as `v5e:4x4` or `v5p:2x2x1`, or kind and number
+        of GPUs, such as `h100:8`.
 
     Raises:
-      InputError: no such chips, or their compiler is not installed.
+      InputError: The topology is unknown, or its compiler is not installed.
     """
     from jax.experimental import topologies
 
@@ -120,7 +122,7 @@ def described(topology: str) -> list[Any]:
 
 
 def _target(kind: str) -> str:
-    """A `GpuTargetConfigProto`, by which XLA compiles without the device."""
+    """Returns a `GpuTargetConfigProto`, with which XLA compiles without the device."""
     name, capability, cores, shared = _GPUS[kind]
     sheet = chip(name)
     return f"""

@@ -1,8 +1,8 @@
-"""What a compiled program moves, read from its text: memory traffic and collectives.
+"""Memory traffic and collectives of a compiled program, computed from its HLO text.
 
-`Compiled.cost_analysis` counts the body of a loop once, and on a TPU every slice that is fetched
-ahead as if it were the whole array. Here loops count as often as they run, a slice as what it is,
-arrays with the padding of their tiles, and what stays in the chip's fast memory not at all.
+`Compiled.cost_analysis` counts the body of a loop once, and on a TPU every prefetched slice as the
+whole array. Here a loop counts as often as it runs, and a slice with its own size. Arrays count
+with the padding of their tiles, and arrays in the chip's fast memory do not count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
-# They move nothing themselves.
+# Operations without memory traffic of their own.
 _FREE = (
     "parameter",
     "get-tuple-element",
@@ -47,7 +47,12 @@ _CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations)=(\{[^
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a program: its bytes, tiles filled up, and whether it lies in main memory."""
+    """An array of a program.
+
+    Attributes:
+      size: Size in bytes, including the padding of tiles.
+      main: True if it lies in main memory.
+    """
 
     size: int
     main: bool
@@ -55,7 +60,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program."""
+    """One instruction of a program."""
 
     name: str
     opcode: str
@@ -68,12 +73,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a program moves on one device, where every condition goes the cheaper way.
+    """The traffic of a program on one device; a condition counts with its cheaper branch.
 
     Attributes:
-      traffic: bytes to and from main memory.
-      collectives: how often each kind runs, and the bytes of its results.
-      by_part: the traffic by `jax.named_scope`; that of no such scope under "".
+      traffic: Bytes read from and written to main memory.
+      collectives: Number of runs of each kind, and the bytes of its results.
+      by_part: Traffic by `jax.named_scope`; traffic outside the named scopes is under "".
     """
 
     traffic: float
@@ -82,18 +87,18 @@ class Moved:
 
 
 def moved(text: str, unknown_trips: float = 1, parts: Sequence[str] = ()) -> Moved:
-    """Reads a compiled program.
+    """Computes the traffic of a compiled program.
 
     Args:
-      text: `Compiled.as_text()`.
-      unknown_trips: how often a loop runs of which the compiler does not know it.
-      parts: names of scopes.
+      text: Text of the program, from `Compiled.as_text()`.
+      unknown_trips: Assumed trip count of a loop whose trip count is unknown.
+      parts: Names of scopes.
     """
     return _Program(text, unknown_trips, parts).moved()
 
 
 def part_of(names: str, parts: Sequence[str]) -> str:
-    """The first of some scopes in a stack of names such as `jit(step)/transpose(jvp(student))`."""
+    """Returns the first scope in a stack of names such as `jit(step)/transpose(jvp(student))`."""
     found = [name for name in re.findall(r"\w+", names) if name in parts]
     return found[0] if found else ""
 
@@ -164,7 +169,7 @@ class _Program:
         known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
-        # A compiler that does not say it: jax counts from 0 to a constant.
+        # If the compiler does not report the trip count: jax counts from 0 to a constant.
         condition = self.named[loop.called["condition"][0]]
         (root,) = [one for one in condition.values() if one.root]
         bounds = [condition[name].attributes for name in root.operands if name in condition]
@@ -174,7 +179,7 @@ class _Program:
         return self.unknown_trips
 
     def _traffic(self, computation: str, one: Instruction) -> float:
-        """Of an instruction that is no loop, branch or call."""
+        """Returns the traffic of an instruction that is no loop, branch or call."""
         if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
             return 0
         arrays = [self._arrays(computation, name) for name in one.operands]
@@ -204,7 +209,11 @@ class _Program:
         return sum(reads) + writes
 
     def _of_fusion(self, one: Instruction, reads: Sequence[float], writes: float) -> float:
-        """A fused slice reads what it takes; a fused update in place writes what it puts."""
+        """Returns the traffic of a fusion.
+
+        A fused slice counts with the elements that it reads, and a fused in-place update with those
+        that it writes.
+        """
         name = one.called["calls"][0]
         inside = self.computations[name]
         given = {
@@ -248,7 +257,7 @@ class _Program:
 
     @staticmethod
     def _is_slice(user: Instruction, position: int) -> bool:
-        """Whether it reads a part of this operand; an update in place reads none of its first."""
+        """Returns True if it reads only a part of this operand; an in-place update reads none."""
         sliced = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
         return position == 0 and user.opcode in sliced
 
@@ -284,7 +293,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Behind the parenthesis that closes the first one."""
+    """Returns the position after the parenthesis that closes the first one."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")

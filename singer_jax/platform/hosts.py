@@ -1,8 +1,8 @@
-"""Several processes of one job: how they find each other, and how they stop and fail together.
+"""Several processes of one job: joining, stopping and failing together.
 
-Beside their computations they talk through the key-value store of JAX's coordinator, which a thread
-of each process reads. So a process that fails tells the others why, instead of leaving them in a
-collective that never ends, and a signal to one of them stops all after the same step.
+A thread of each process reads the key-value store of JAX's coordinator. A process that fails
+reports the reason there, so that the others do not wait in a collective that never ends. A signal
+to one process stops all of them after the same step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from singer_jax.platform import signals
 LOG = logging.getLogger("singer_jax")
 
 _POLL = 0.5  # seconds
-_SILENCE = 40  # seconds without a sign of a process, after which JAX ends all others
+_SILENCE = 40  # seconds without a heartbeat of a process, after which JAX ends all others
 _EXPECTED = (InputError, RunError, Stopped, signals.Interrupted)
-# What a collective on CPUs raises, mostly as a ValueError, where another process is gone.
+# Message of a collective on CPUs, mostly in a ValueError, if another process has died.
 _GONE = re.compile(r"\bGloo\b")
 _KEYS = "singer_jax/"
 _FLAGS = "--coordinator=HOST:PORT --processes=N --process=I"
@@ -50,21 +50,21 @@ def join(
     Cloud TPU, SLURM, Open MPI and Kubernetes are detected by JAX.
 
     Args:
-      coordinator: HOST:PORT of process 0, where nothing is to be detected; by default the
-        environment's JAX_COORDINATOR_ADDRESS.
-      processes: how many there are; JAX_NUM_PROCESSES.
-      process: which one this is, from 0; JAX_PROCESS_ID.
-      timeout: seconds to wait for the others.
+      coordinator: HOST:PORT of process 0, to disable the detection; by default
+        JAX_COORDINATOR_ADDRESS of the environment.
+      processes: Number of processes; by default JAX_NUM_PROCESSES.
+      process: Index of this process, counted from 0; by default JAX_PROCESS_ID.
+      timeout: Seconds to wait for the other processes.
 
     Raises:
-      InputError: the three do not fit together, or the others cannot be found.
+      InputError: The three arguments are inconsistent, or the others cannot be found.
     """
     given = _given(coordinator, processes, process, os.environ)
     if given.get("num_processes") == 1 or (not given and _alone(os.environ)):
         return
     if not given and xla_bridge.backends_are_initialized():
-        return  # already at work, alone or joined
-    # It would take SIGTERM over.
+        return  # JAX is already in use, with or without other processes
+    # The preemption service would replace the handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     with _deadline(timeout, given):
         try:
@@ -83,22 +83,22 @@ def join(
         global _group
         _group = _Group(distributed.global_state)
         if _group.process > 0:
-            LOG.setLevel(logging.WARNING)  # the first process tells the story
+            LOG.setLevel(logging.WARNING)  # only the first process logs the progress
         signals.on_leaving(_group.fail)
 
 
 def stop_after(step: int) -> bool:
-    """Whether to stop after this step; all processes answer alike, at no cost.
+    """Returns True to stop after this step, in all processes after the same step.
 
     Args:
-      step: rises from call to call, by the same steps in all processes.
+      step: Number of the step. It increases from call to call, in all processes alike.
     """
     return _group.stop_after(step) if _group else signals.requested()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """All processes leave the block together, or fail together with one reason and status."""
+    """Makes all processes leave the block together, or fail with one reason and exit status."""
     try:
         yield
     except BaseException as error:
@@ -114,9 +114,10 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_within(seconds: float) -> Iterator[None]:
-    """A failure inside ends all processes by then, also where cleaning up waits for another one.
+    """Ends all processes at most `seconds` after a failure inside, even if the cleanup hangs.
 
-    One that is gone is not waited for: JAX would end the others, `_SILENCE` later and at length.
+    If another process has died, the limit is shorter: after `_SILENCE` JAX would end the others
+    with a long message.
     """
     try:
         yield
@@ -134,7 +135,7 @@ def _reason(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _EXPECTED):
         return error.status, lines[0]
     if _GONE.search(lines[0]):
-        return 1, f"another process is gone, finished checkpoints are kept: {lines[0]}"
+        return 1, f"another process died, finished checkpoints are kept: {lines[0]}"
     return 1, f"{type(error).__name__}: {lines[0]}"
 
 
@@ -144,7 +145,7 @@ def _given(
     process: int | None,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Arguments of `jax.distributed.initialize`; empty where all is left to detection."""
+    """Returns the arguments of `jax.distributed.initialize`; empty to use JAX's detection."""
     names = {
         "--coordinator": ("JAX_COORDINATOR_ADDRESS", coordinator),
         "--processes": ("JAX_NUM_PROCESSES", processes),
@@ -159,7 +160,7 @@ def _given(
             found[flag] = None if found[flag] is None else int(found[flag])
         except ValueError:
             raise InputError(
-                f"{flag} or {names[flag][0]}: {found[flag]!r} is not a number"
+                f"{flag} or {names[flag][0]}: {found[flag]!r} is not a number; give an integer"
             ) from None
     address, count, number = found.values()
     if count == 1 and not number and address is None:
@@ -174,14 +175,14 @@ def _given(
         raise InputError(f"--coordinator: {address!r}; give HOST:PORT of process 0")
     if count < 1 or not 0 <= number < count:
         raise InputError(
-            f"--process: {number} of --processes {count}; processes are counted from 0"
+            f"--process: {number} of --processes {count}; give N >= 1 processes, numbered from 0"
         )
     if number == 0 and count > 1:
         try:
             socket.create_server(("", int(match[1]))).close()
         except OSError as error:
             raise InputError(
-                f"--coordinator: port {match[1]} of this machine: {error.strerror}; give a free one"
+                f"--coordinator: port {match[1]} of this machine: {error.strerror}; use a free port"
             ) from error
     return {
         "coordinator_address": address,
@@ -192,16 +193,19 @@ def _given(
 
 
 def _alone(environment: Mapping[str, str]) -> bool:
-    """Inside a SLURM job, but started by hand: JAX would wait for tasks that never come."""
+    """Returns True for a process started in a SLURM job without srun, which runs alone.
+
+    JAX would wait for other tasks that never start.
+    """
     started = {"SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"} & set(environment)
     alone = "SLURM_JOB_ID" in environment and all(environment[name] == "1" for name in started)
     if alone and environment.get("SLURM_NTASKS", "1") != "1":
-        LOG.warning("one process for all: SLURM starts several where srun starts this command")
+        LOG.warning("running as one process of the SLURM job; use srun to start all tasks")
     return alone
 
 
 def _no_cluster(error: Exception, environment: Mapping[str, str]) -> bool:
-    """Nothing was detected, or only a pod of Kubernetes that belongs to no indexed job."""
+    """Returns True if JAX detected no cluster, or a Kubernetes pod outside an indexed job."""
     pod = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" not in environment
     return pod or "coordinator_address should be defined" in str(error)
 
@@ -211,18 +215,18 @@ def _check_alone(environment: Mapping[str, str]) -> None:
         count = int(environment.get(variable) or 1)
         if count > 1:
             raise InputError(
-                f"{launcher} started {count} processes, but not in a way that JAX can detect; "
-                f"give each {_FLAGS}"
+                f"{launcher} started {count} processes that JAX cannot detect; give each process "
+                f"{_FLAGS}"
             )
 
 
 @contextlib.contextmanager
 def _deadline(timeout: int, given: dict[str, Any]) -> Iterator[None]:
-    """Ends the process where the others don't come; JAX itself would abort it."""
+    """Ends the process if the others do not join in time; JAX itself would abort it."""
     where = f" at {given['coordinator_address']}" if given else ""
 
     def leave() -> None:
-        signals.say(f"the other processes did not come{where} within {timeout} s")
+        signals.say(f"the other processes did not join{where} within {timeout} s; check their logs")
         os._exit(1)
 
     timer = threading.Timer(timeout, leave)
@@ -235,7 +239,7 @@ def _deadline(timeout: int, given: dict[str, Any]) -> Iterator[None]:
 
 
 class _Group:
-    """This process among the others."""
+    """The coordination of this process with the others of the job."""
 
     def __init__(self, state: Any) -> None:
         self.client, self.process, self.processes = (
@@ -256,12 +260,12 @@ class _Group:
             self.step = step
             if not self.announced:
                 return False
-        # The threads agree among themselves, whatever their processes wait for.
+        # The watcher threads agree on a step, even if the main threads of their processes wait.
         self.agreed.wait()
         return step >= self.stop_step
 
     def fail(self, status: int, line: str) -> NoReturn:
-        """Ends all processes; what was announced first is the reason."""
+        """Ends all processes; the first announced failure is reported."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             where = "" if status == Stopped.status else f" (process {self.process})"
             self.client.key_value_set(f"{_KEYS}failed", json.dumps([status, line + where]))
@@ -270,21 +274,21 @@ class _Group:
         self._leave(status, line)
 
     def finish(self) -> None:
-        """Waits until all others have finished, too."""
+        """Waits until all processes have finished."""
         self.client.wait_at_barrier("singer_jax_end", 24 * 3600 * 1000)
         self.finished.set()
         self.watcher.join()
         jax.distributed.shutdown()
 
     def _leave(self, status: int, line: str) -> NoReturn:
-        """Without the barrier of JAX's shutdown, at which the others may never arrive."""
-        self.leaving.acquire()  # for good: one thread says it
+        """Ends the process without JAX's shutdown barrier, which the others may never reach."""
+        self.leaving.acquire()  # never released, so that only one thread reports
         signals.say(line)
         sys.stdout.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{_KEYS}left/{self.process}", "")
             deadline = time.monotonic() + 20
-            # The coordinator lives in process 0; who loses it is aborted.
+            # Process 0 runs the coordinator; a process that loses it is aborted.
             while self.process == 0 and time.monotonic() < deadline:
                 if len(self.client.key_value_dir_get(f"{_KEYS}left/")) == self.processes:
                     break
@@ -292,14 +296,14 @@ class _Group:
         os._exit(status)
 
     def _aborted(self, number: int) -> NoReturn:
-        """Instead of the stack of every thread; a process that is leaving anyway does so."""
+        """Reports an abort by JAX in one line instead of the stack of every thread."""
         if self.leaving.acquire(timeout=30):
-            signals.say("another process is gone, finished checkpoints are kept; JAX says it above")
+            signals.say("another process died, finished checkpoints are kept; see JAX's log above")
         os._exit(1)
 
     def _watch(self) -> None:
         while not self.finished.wait(_POLL):
-            # Where the coordinator is gone, JAX ends this process.
+            # If the coordinator has died, JAX ends this process.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 found = dict(self.client.key_value_dir_get(_KEYS))
                 if f"{_KEYS}failed" in found:
@@ -315,10 +319,10 @@ class _Group:
 
 
 def _on_abort(leave: Callable[[int], NoReturn]) -> Any:
-    """Has `leave` called where JAX aborts the process, as it does where the coordinator is gone.
+    """Installs `leave` as handler of SIGABRT, which JAX raises if the coordinator has died.
 
-    Python's own handlers run in the main thread, which an abort does not wait for, and what JAX
-    calls instead (`missed_heartbeat_callback`) cannot be given a Python function: it throws.
+    Python's own signal handlers run in the main thread, for which an abort does not wait. JAX's
+    `missed_heartbeat_callback` is no alternative: it throws if it is a Python function.
     """
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)

@@ -1,4 +1,4 @@
-"""How much of an evaluation is on a device at once."""
+"""Sizes of the batches and chunks of an evaluation, chosen from the memory of a device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _SHARE = 4  # a quarter of the memory; the rest is for parameters, programs and 
 
 
 def fitting(mesh: Mesh, bytes_each: float) -> int:
-    """How many things of a size fit onto each device of a mesh, beside all else: at least one.
+    """Returns how many items of a size fit into a quarter of each device's memory, at least one.
 
-    Every size of a batch, of a bank and of a chunk that an evaluation chooses by itself comes from
-    here. The answer is the same in every process.
+    An evaluation chooses the sizes of its batches, feature banks and chunks with it. The result is
+    the same in every process.
 
     Args:
-      mesh: of the devices.
-      bytes_each: what one of the things takes on a device.
+      mesh: Mesh of the devices.
+      bytes_each: Memory of one item on a device in bytes.
     """
     return max(1, int(device_memory(mesh) / _SHARE // bytes_each))

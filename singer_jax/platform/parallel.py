@@ -1,7 +1,7 @@
-"""The device mesh and what is sharded over it.
+"""The device mesh and the sharding of batches and parameters.
 
-One mesh with two axes. A batch is split over both; parameters over `fsdp` (fully sharded data
-parallelism) by the rules below and replicated over `data`. One device is a 1 x 1 mesh.
+The mesh has two axes. A batch is split over both. Parameters are split over `fsdp` (fully sharded
+data parallelism) by the rules below and replicated over `data`. One device is a 1 x 1 mesh.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from singer_jax.platform import backends, chips
 from singer_jax.settings.ranges import COUNT, optional
 from singer_jax.settings.settings import Settings, setting
 
-# Which dimension of a parameter is split over `fsdp`; the first rule that matches the end of a
+# The dimension of a parameter that is split over `fsdp`. The first rule that matches the end of a
 # parameter's path decides, also inside an optimizer state. Everything else is replicated.
 SHARDING_RULES = (
     (r"(qkv|q_proj|k_proj|v_proj|fc1|fc1_g|fc1_x|q|kv)/kernel", PartitionSpec(None, "fsdp")),
@@ -35,24 +35,32 @@ SHARDING_RULES = (
     (r"adapter/\d+/kernel", PartitionSpec(None, "fsdp")),
 )
 
-_PART = 2**26  # bytes that a process sends to the others at once
+_PART = 2**26  # bytes that a process sends to the others in one message
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings(Settings):
-    """How the devices are arranged."""
+    """Settings of the device mesh."""
 
     data: int | None = setting(
-        None, optional(COUNT), "devices over which batches alone are split; None: all / fsdp"
+        None,
+        optional(COUNT),
+        "Number of devices along the mesh axis `data`, over which only batches are split. "
+        "None: all devices / fsdp.",
     )
-    fsdp: int = setting(1, COUNT, "devices over which parameters are split too")
+    fsdp: int = setting(
+        1,
+        COUNT,
+        "Number of devices along the mesh axis `fsdp`, over which batches and parameters are "
+        "split.",
+    )
 
 
 def start() -> None:
-    """Keeps compiled programs between runs.
+    """Enables the persistent compilation cache.
 
     Raises:
-      InputError: JAX_PLATFORMS names a backend that cannot be started here.
+      InputError: JAX_PLATFORMS names a backend that cannot be started on this machine.
     """
     if jax.config.jax_platforms:
         try:
@@ -60,11 +68,11 @@ def start() -> None:
         except RuntimeError as error:
             raise InputError(
                 f"JAX_PLATFORMS: {jax.config.jax_platforms!r} cannot be started on this machine; "
-                "unset it, or install what it needs"
+                "unset it, or install its drivers and jax plugin"
             ) from error
     if jax.config.jax_compilation_cache_dir is None:
         cache = files.cache_folder()
-        if cache is None:  # in a container without a home: programs are compiled at each start
+        if cache is None:  # a container without a home folder: programs are compiled at each start
             return
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -72,13 +80,14 @@ def start() -> None:
 
 @contextlib.contextmanager
 def computing(precision: str | None = None) -> Iterator[None]:
-    """Sets the precision of what this thread traces inside, and leaves nothing behind.
+    """Sets the precision of matrix products that this thread traces inside the context.
 
-    Numbers have 32 bits at most, also where JAX_ENABLE_X64 is set.
+    64-bit numbers are disabled, even if JAX_ENABLE_X64 is set.
 
     Args:
-      precision: `bfloat16` leaves float32 products to the backend's default. Otherwise they are
-        computed in full: no TF32, no bfloat16 passes. None: as `float32`.
+      precision: `bfloat16` computes float32 products with the backend's default precision. Other
+        values compute them in full precision, without TF32 or bfloat16 passes. None means
+        `float32`.
     """
     products = None if precision == "bfloat16" else "highest"
     with jax.default_matmul_precision(products), jax.enable_x64(False):
@@ -88,22 +97,26 @@ def computing(precision: str | None = None) -> Iterator[None]:
 def make_mesh(
     data: int | None = None, fsdp: int = 1, described: Sequence[Any] | None = None
 ) -> Mesh:
-    """A `data` x `fsdp` mesh; `data` None takes all devices.
+    """Makes a `data` x `fsdp` mesh; `data` None takes all devices.
 
     Args:
-      data, fsdp: sizes of its axes.
-      described: devices that are not here (`chips.described`); None: those that are.
+      data, fsdp: Sizes of the axes.
+      described: Described devices (`chips.described`); None for the devices of this machine.
 
     Raises:
-      InputError: if the devices are not a multiple of `fsdp` or too few.
+      InputError: The number of devices is not a multiple of `fsdp`, or too small.
     """
     devices = list(jax.devices() if described is None else described)
     if fsdp < 1 or (data is None and len(devices) % fsdp):
-        raise InputError(f"mesh.fsdp: {fsdp} does not divide the {len(devices)} devices")
+        raise InputError(
+            f"mesh.fsdp: {fsdp} does not divide the {len(devices)} devices; use a divisor of "
+            f"{len(devices)}"
+        )
     data = len(devices) // fsdp if data is None else data
     if data < 1 or data * fsdp > len(devices):
         raise InputError(
-            f"mesh: data {data} x fsdp {fsdp} needs more than the {len(devices)} devices"
+            f"mesh: data {data} x fsdp {fsdp} needs more than the {len(devices)} devices; reduce "
+            "mesh.data or mesh.fsdp"
         )
     mesh = jax.make_mesh(
         (data, fsdp),
@@ -116,29 +129,29 @@ def make_mesh(
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) < jax.process_count():
         raise InputError(
-            f"mesh: data {data} x fsdp {fsdp} takes devices of {len(processes)} of "
-            f"{jax.process_count()} hosts; take some of each, or start fewer"
+            f"mesh: data {data} x fsdp {fsdp} uses devices of only {len(processes)} of "
+            f"{jax.process_count()} processes; use devices of all, or start fewer processes"
         )
     return mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over every device."""
+    """Returns the sharding of a batch: examples are split over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding of an array that every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def leaf_name(path: tuple) -> str:
-    """A leaf's place in a tree, such as `params/student/blocks/0/attn/qkv/kernel`."""
+    """Returns a leaf's path in a tree, such as `params/student/blocks/0/attn/qkv/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every leaf of `tree` (arrays or `jax.ShapeDtypeStruct`s) by the rules."""
+    """Returns a sharding by the rules for every leaf (arrays or `jax.ShapeDtypeStruct`s)."""
 
     def choose(path: tuple, leaf: Any) -> NamedSharding:
         name = leaf_name(path)
@@ -153,7 +166,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def with_shardings(mesh: Mesh, tree: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s that carry the sharding of the rules."""
+    """Returns `jax.ShapeDtypeStruct`s with the shardings of the rules."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -168,18 +181,18 @@ def _divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds, onto the devices."""
+    """Puts a host array that every process holds onto the devices."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
-    """Which of an array's rows lie on this process's devices, in ascending order."""
+    """Returns the indices of an array's rows on this process's devices, in ascending order."""
     parts = sharding.addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
 def put_rows(batch: Any, sharding: NamedSharding, rows: int) -> Any:
-    """This process's `local_rows` of a batch of `rows` rows (NumPy arrays), onto its devices."""
+    """Puts this process's `local_rows` of a batch of `rows` rows (NumPy) onto its devices."""
     held = local_rows(sharding, rows)
 
     def put_array(array: np.ndarray) -> jax.Array:
@@ -194,9 +207,10 @@ def put_rows(batch: Any, sharding: NamedSharding, rows: int) -> Any:
 
 
 def of_first_process(value: Any) -> Any:
-    """What process 0 holds (anything that can be pickled), in every process.
+    """Returns the value of process 0 (any picklable object) in every process.
 
-    For what only process 0 may decide or read: the others might see another file system.
+    It is used if only process 0 may decide or read files, because the others may see another file
+    system.
     """
     if jax.process_count() == 1:
         return value
@@ -213,19 +227,20 @@ def of_first_process(value: Any) -> Any:
 
 
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """This process's part of a global batch (NumPy arrays), onto its devices."""
+    """Puts this process's part of a global batch (NumPy arrays) onto its devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def platform(mesh: Mesh) -> str:
-    """Of the devices of a mesh, which need not be those of this machine."""
+    """Returns the platform of a mesh's devices, which need not be those of this machine."""
     return mesh.devices.flat[0].platform
 
 
 def gather_of_processes(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
-    """Puts together a part of each process on the devices, without waiting; None for one process.
+    """Returns a function that gathers a part of each process; None if there is one process.
 
-    The parts are those of a batch, so that their rows are divided among the devices.
+    The function does not block. The parts are those of a batch, so that their rows can be divided
+    among the devices.
     """
     if jax.process_count() == 1:
         return None
@@ -236,10 +251,10 @@ def gather_of_processes(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
 
 @functools.cache
 def device_memory(mesh: Mesh) -> int:
-    """Bytes of the smallest of the mesh's devices.
+    """Returns the memory in bytes of the mesh's smallest device.
 
-    What the device says (GPU, TPU), or the data sheet of one that is only described; the CPU says
-    nothing, its devices share the host's memory.
+    GPUs and TPUs report it; that of described devices comes from the data sheet. CPU devices share
+    the memory of the host.
     """
     first = mesh.devices.flat[0]
     if chips.is_described(first):
@@ -248,13 +263,13 @@ def device_memory(mesh: Mesh) -> int:
     found = min(
         (device.memory_stats() or {}).get("bytes_limit", host) for device in mesh.local_devices
     )
-    if jax.process_count() > 1:  # all must choose the same sizes; MiB, as integers have 32 bits
+    if jax.process_count() > 1:  # all processes must agree; in MiB, because integers have 32 bits
         found = int(multihost_utils.process_allgather(np.int32(found >> 20)).min()) << 20
     return found
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Options for `jax.jit` of a function with a backward pass."""
+    """Returns the options of `jax.jit` for a function with a backward pass."""
     options = dict(backends.choices(platform(mesh)).compiler_options)
     if platform(mesh) == "gpu" and chips.is_described(mesh.devices.flat[0]):
         options |= chips.WITHOUT_A_GPU

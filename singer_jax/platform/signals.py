@@ -1,9 +1,9 @@
-"""Requests to stop: what SIGTERM and SIGINT (Ctrl-C) do to a job.
+"""Handling of stop requests by SIGTERM and SIGINT (Ctrl-C).
 
-By default either ends the command with one line and exit status 75: nothing is under way that the
-same command would not do again. A job that has something to save does it inside `deferred`, where a
-request only sets `requested`; there a second Ctrl-C, a second later, ends the process at once.
-(Launchers deliver one signal twice, to a process and to its group.)
+By default either signal ends the command with one line and exit status 75; the same command repeats
+the interrupted work. A job with something to save runs inside `deferred`, where a request only sets
+`requested`. There a second Ctrl-C, at least a second later, ends the process at once. (Launchers
+deliver one signal twice, to a process and to its group.)
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from typing import Any, NoReturn
 from singer_jax.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_PATIENCE = 20  # seconds for what runs and for cleaning up, outside of `deferred`
+_PATIENCE = 20  # seconds for the running operation and the cleanup, outside of `deferred`
 bar_is_shown = threading.Event()
-"""Set while the last line on stderr is a progress bar's, which has no end."""
+"""Set while the last line on stderr is a progress bar without a newline."""
 
 _asked = threading.Event()
 _deferring = threading.Event()
 _shielding = threading.Event()
 _held: list[int] = []
 _leaving: list[Callable[[int, str], NoReturn]] = []
-_ignored: list[Callable[[Any], object]] = []  # what tells of other exceptions in finalisers
+_ignored: list[Callable[[Any], object]] = []  # hooks for other exceptions in finalisers
 
 
 class Interrupted(BaseException):
-    """A signal has come and nothing is to be saved; like KeyboardInterrupt no `Exception`.
+    """A signal stopped the command, and there is nothing to save.
+
+    Like KeyboardInterrupt it is no subclass of `Exception`.
 
     Args:
-      number: of the signal.
+      number: Number of the signal.
     """
 
     status = Stopped.status
@@ -50,9 +52,10 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Answers the signals for the whole command; in the main thread, around everything.
+    """Handles the signals for the whole command; enter it in the main thread, around everything.
 
-    A thread hears them as well: Python's handlers wait until a compilation returns.
+    A thread receives the signals as well, because Python's handlers wait until a compilation
+    returns.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -60,7 +63,7 @@ def handled() -> Iterator[None]:
     _take()
     _ignored.append(sys.unraisablehook)
     sys.unraisablehook = _ask_again
-    # What is left behind where a process leaves at once is cleaned up; that needs no words.
+    # The resource tracker cleans up after a process that ends at once; its warning is not useful.
     words = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
     os.environ["PYTHONWARNINGS"] = ",".join(words)
     threading.Thread(target=_listen, args=(reader,), daemon=True, name="signals").start()
@@ -76,41 +79,41 @@ def handled() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Returns True if this process was asked to stop."""
     return _asked.is_set()
 
 
 def on_leaving(leave: Callable[[int, str], NoReturn]) -> None:
-    """Where a signal ends the process at once, `leave(status, line)` does it."""
+    """Registers `leave(status, line)` to end the process when a signal ends it at once."""
     _leaving.append(leave)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first request only sets `requested`: the job saves and raises `Stopped`.
+    """Makes the first request only set `requested`, so that the job saves and raises `Stopped`.
 
     Raises:
-      Stopped: at the end of the block, where the job has not answered the request itself.
+      Stopped: At the end of the block, if the job has not raised it itself.
     """
     if signal.getsignal(signal.SIGINT) is _interrupt:
-        _take()  # again: libtpu takes SIGTERM over when JAX starts it
+        _take()  # again, because libtpu replaces the handler of SIGTERM when JAX starts it
     _deferring.set()
     try:
         yield
     finally:
         _deferring.clear()
     if requested():
-        raise Stopped("stopped, everything is saved; the same command continues")
+        raise Stopped("stopped, everything is saved; run the same command to continue")
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """What starts inside never sees the signals, and its start is not broken off; main thread only.
+    """Blocks the signals for processes that start inside, and delays requests until its end.
 
-    A request waits for the end of the block.
+    It works in the main thread only.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    _shielding.set()  # other threads take the signals still, and Python answers them in this one
+    _shielding.set()  # other threads still receive the signals, and Python handles them in this one
     try:
         yield
     finally:
@@ -121,8 +124,9 @@ def shielded() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line of the command on stderr, from any thread."""
-    # Past loggers and streams, whose locks the main thread may hold, and below a progress bar.
+    """Writes one line to stderr, from any thread."""
+    # Loggers and streams are bypassed, because the main thread may hold their locks. The line is
+    # written below a progress bar.
     bar = "\n" if bar_is_shown.is_set() else ""
     os.write(2, f"{bar}singer_jax: {line}\n".encode())
 
@@ -141,7 +145,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _ask_again(given: Any) -> None:
-    """Where the signal came in a finaliser, which raises nothing, it comes again a moment later."""
+    """Sends the signal again a moment later if it arrived in a finaliser, which cannot raise."""
     if not isinstance(given.exc_value, Interrupted):
         _ignored[-1](given)
         return
@@ -153,7 +157,7 @@ def _ask_again(given: Any) -> None:
 
 def _stopped_by(number: int) -> str:
     name = signal.Signals(number).name
-    return f"stopped by {name}; the same command goes on from what is saved"
+    return f"stopped by {name}; run the same command to continue from the last saved state"
 
 
 def _listen(reader: int) -> NoReturn:
@@ -184,11 +188,12 @@ def _leave(line: str) -> NoReturn:
 
 
 def _end(status: int) -> NoReturn:
-    """At once: an interpreter that ends lets a second signal kill it and waits for all threads.
+    """Ends the process at once, without the shutdown of the interpreter.
 
-    Those of libraries wait for ever after a failed disk, or tell it again.
+    During the shutdown a second signal would kill the process, and threads of libraries can wait
+    for ever after a disk failure or report it again.
     """
-    _asked.set()  # what comes now raises nothing
+    _asked.set()  # later signals raise nothing
     _kill_children()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -197,4 +202,4 @@ def _end(status: int) -> NoReturn:
 
 def _kill_children() -> None:
     for child in multiprocessing.active_children():
-        child.kill()  # one that hangs does not see that this process ends
+        child.kill()  # a child that hangs would not notice the end of this process

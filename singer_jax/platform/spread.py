@@ -1,4 +1,4 @@
-"""Rows of features split over the devices of a mesh, and batches of them."""
+"""Rows of features that are split over the devices of a mesh, and batches of these rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from singer_jax.platform import parallel
 
 
 def spread(mesh: Mesh, rows: Any, count: int) -> Num[Array, "devices*rows ..."]:
-    """An equal block of the first rows on each device; zeros after the last of them.
+    """Splits the first rows into blocks of equal size, one for each device, padded with zeros.
 
     Args:
-      mesh: of the devices.
-      rows: an array or a memory-mapped file; every process reads all blocks and keeps its own.
-      count: how many of them.
+      mesh: Mesh of the devices.
+      rows: An array or a memory-mapped file; every process reads all blocks and keeps its own.
+      count: Number of rows to use.
     """
     size = -(-count // mesh.size)
     shape = (size * mesh.size, *rows.shape[1:])
@@ -37,9 +37,9 @@ def spread(mesh: Mesh, rows: Any, count: int) -> Num[Array, "devices*rows ..."]:
 def pick(
     mesh: Mesh, rows: Num[Array, "rows ..."], index: Int[Array, " batch"]
 ) -> Num[Array, "batch ..."]:
-    """`rows[index]` of spread rows, split over the devices again; traceable.
+    """Returns `rows[index]` of spread rows, split over the devices; traceable.
 
-    Each device adds the rows that it holds, so that a batch travels and never the rows.
+    Each device contributes the rows that it holds, so only a batch is communicated.
     """
     axes = mesh.axis_names
     whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))

@@ -1,1 +1,1 @@
-"""Pictures of what a run has learnt."""
+"""Pictures and HTML pages of the results of runs."""

@@ -1,4 +1,4 @@
-"""What the report of a run shows, computed from its checkpoint: tokens, norms, singular values."""
+"""Contents of a run's report, computed from its checkpoint: tokens, norms, singular values."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import Setups, setup_students
 from singer_jax.training.step import TrainState
 
-_FITTED = 256  # training images that the maps to the teacher's features are fitted on
+_FITTED = 256  # number of training images to fit the maps to the teacher's features
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMaps:
-    """One model's patch tokens on the shown images.
+    """Patch tokens of one model on the shown images.
 
     Attributes:
-      name: of the model.
-      tokens: of its last block.
+      name: name of the model.
+      tokens: patch tokens of the last block.
       grid: rows and columns of patches.
-      cosine: similarity of each patch to the teacher's; None for the teacher itself, and where
+      cosine: cosine similarity of each patch to the teacher's; None for the teacher itself, and if
         the grids differ.
     """
 
@@ -60,9 +60,9 @@ class ModelMaps:
 
 @dataclasses.dataclass(frozen=True)
 class LayerNorms:
-    """Patch norms of a distilled layer, before and after refinement, and its null space.
+    """Patch norms of a distilled layer before and after refinement, and its null space.
 
-    `name` says which layer, and for which of several students it is refined.
+    `name` states the layer, and the student for which it is refined if there are several.
     """
 
     name: str
@@ -75,17 +75,17 @@ class LayerNorms:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything that a page shows.
+    """Contents of a report page.
 
     Attributes:
-      title: of the run.
-      config: as nested dicts.
-      rows: of metrics.jsonl.
-      images: as the models saw them.
+      title: title of the page.
+      config: configuration of the run, as nested dicts.
+      rows: rows of metrics.jsonl.
+      images: pixels as the models saw them.
       models: teacher, refined teachers, students, baselines.
-      layers: of a method with refiners.
-      results: rows of numbers by name, with the names of the columns; published ones included.
-      note: below the results.
+      layers: patch norms of the distilled layers, for methods with refiners.
+      results: numbers by row and column name, including published ones.
+      note: note below the results.
     """
 
     title: str
@@ -104,16 +104,16 @@ def restore(
     """Restores a run: its setups, states, the teacher's parameters, and the checkpoint's step.
 
     Args:
-      run: the work directory.
-      settings: those of the run.
-      step: the step of the checkpoint; None: as `Checkpoints.step_to_read`.
+      run: work directory.
+      settings: settings of the run.
+      step: step of the checkpoint; None: as `Checkpoints.step_to_read`.
 
     Raises:
-      InputError: no finished checkpoint.
-      RunError: no checkpoint without corruption.
+      InputError: the run has no finished checkpoint.
+      RunError: every checkpoint is corrupt.
     """
     source = open_source(settings.data, TRAIN)
-    # On the devices that are here, not those of the training.
+    # On this machine's devices, which may differ from those of the training.
     settings = dataclasses.replace(
         settings,
         mesh=parallel.MeshSettings(),
@@ -129,13 +129,15 @@ def restore(
 
 
 def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; none where there is no such file.
+    """Returns the rows of a run's metrics.jsonl; empty if there is no such file.
 
-    What is no row, such as a last line that is being written, and no number is left out.
+    Lines that are not JSON objects, such as a line that is still being written, and values that are
+    not numbers are skipped.
 
     Args:
-      run: the work directory.
-      student: one of several, whose metrics get the names of a single one's, without the others'.
+      run: work directory.
+      student: one of several students; its metrics get the names that a single student's have, and
+        the other students' metrics are left out.
     """
     file = metrics_file(run)
     lines = limits.read_text(file).splitlines() if file.is_file() else []
@@ -154,7 +156,7 @@ def read_metrics(run: epath.Path, student: str = "") -> list[dict[str, float]]:
 
 
 def _numbers(line: str) -> dict[str, float]:
-    """Of a line of metrics.jsonl; none where it is no JSON object."""
+    """Returns the numbers of a line of metrics.jsonl; empty if it is not a JSON object."""
     try:
         row = json.loads(line)
     except (RecursionError, ValueError):
@@ -176,11 +178,11 @@ def collect(
     """Runs the models on a few images.
 
     Args:
-      run: the work directory.
-      settings: those of the run.
-      step: the step of its checkpoint.
-      students: the students by the names that are shown, those of other runs included.
-      shown: the number of images.
+      run: work directory.
+      settings: settings of the run.
+      step: step of the checkpoint.
+      students: students by display name, including those of other runs.
+      shown: number of images.
 
     Returns:
       the report, without a table of results.
@@ -223,7 +225,7 @@ def collect(
             for batch in batches:
                 put = parallel.put_rows(batch["image"], sharding, batch_size)
                 parts.append(jax.device_get(patches_of(teacher_params, put)))
-        # What is left over is the padding of the last batch.
+        # The remaining rows are the padding of the last batch.
         return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(images)], *parts)
 
     of_shown, of_fitted = run_on(few), run_on(fitted)
@@ -275,7 +277,7 @@ def _test_or_train(settings: DistillSettings, train: Source) -> Source:
 
 
 def trained_singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
-    """The method of each student that learns by SiNGER."""
+    """Returns the method of each student that is trained with SiNGER."""
     found = {}
     for name, own in prepared.each.items():
         params, constants = states[name].params["method"], states[name].constants["method"]
@@ -294,5 +296,5 @@ def _pixels(source: Source, size: int) -> UInt8[np.ndarray, "images size size 3"
 
 
 def column_order(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns of several rows, in the order in which they first occur."""
+    """Returns the columns of several rows, in order of first occurrence."""
     return list(dict.fromkeys(column for row in rows for column in row))

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page."""
+"""HTML report of a run: one self-contained page."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from singer_jax.io.files import write_text
 from singer_jax.report.collect import LayerNorms, ModelMaps, Report, column_order
 
 _FOLDER = Path(__file__).parent
-# Readable on white and on black.
+# Colours that are readable on white and on black.
 _INK = "#808890"
 _MOST_PANELS = 500
-_LONGEST_NAME = 200  # characters of it in a plot
+_LONGEST_NAME = 200  # largest number of characters of a name in a plot
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _STYLE = {
     "svg.fonttype": "none",
@@ -46,11 +46,11 @@ _STYLE = {
 
 
 def write_page(file: epath.Path, report: Report) -> None:
-    """Writes the page; it needs no network and no other file.
+    """Writes the page, which needs no network and no other file.
 
     Args:
-      file: index.html; its folder is made.
-      report: what it shows.
+      file: path of index.html; its folder is created.
+      report: contents of the page.
     """
     sections = [
         _section("Results", _table(report.results) + _paragraph(report.note)),
@@ -71,8 +71,8 @@ def write_comparison(
     """Writes the page of several runs: one table, and the curves of the first run of each row.
 
     Args:
-      file: index.html; its folder is made.
-      rows: cells in words, by row and column.
+      file: path of index.html; its folder is created.
+      rows: formatted cells by row and column.
       curves: rows of metrics.jsonl, by row of the table.
     """
     names = column_order([row for of_run in curves.values() for row in of_run])
@@ -99,16 +99,16 @@ def _write(file: epath.Path, title: str, sections: Sequence[str], data: dict[str
         "sections": "\n".join(filter(None, sections)),
         "data": json.dumps(data).replace("<", "\\u003c"),
         "script": script,
-        # Should a stranger's name ever become markup, the browser still runs this script alone.
+        # Even if an untrusted name became markup, the browser would run only this script.
         "sha256": base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),
     }
-    # All at once: a name in one part may look like the place of another.
+    # One substitution for all parts, since a name in one part may look like another's placeholder.
     page = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], (_FOLDER / "page.html").read_text())
     write_text(file, page)
 
 
 def format_text(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """The table for a terminal."""
+    """Returns the table as text for a terminal."""
     columns = column_order(list(rows.values()))
     cells = [["", *columns]]
     cells += [[name, *(row.get(column, "-") for column in columns)] for name, row in rows.items()]
@@ -145,7 +145,7 @@ def _table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def _maps() -> str:
-    """Filled in by page.js from the data."""
+    """Returns the containers that page.js fills from the data."""
     return (
         '<p class="note">Click a patch of any picture to see which patches are similar to it. '
         "Patch norms are divided by each model's median, so that one scale fits all.</p>"
@@ -156,7 +156,7 @@ def _maps() -> str:
 
 
 def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
-    """A drawing a panel, so that they flow on a narrow screen."""
+    """Returns one SVG per panel, so that the panels wrap on a narrow screen."""
     limits.check("metrics.jsonl", len(panels), _MOST_PANELS, "panels")
     drawings = ""
     with matplotlib.rc_context(_STYLE):
@@ -172,22 +172,22 @@ def _plots(panels: Sequence[Callable[[Axes], Any]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name that matplotlib is not to typeset."""
+    """Returns a name with the characters escaped that matplotlib would typeset."""
     return shown(text[:_LONGEST_NAME]).replace("$", r"\$")
 
 
 def _training(rows: Sequence[Mapping[str, float]]) -> str:
-    """Loss terms and learning rate over the steps, and what was evaluated on the way."""
-    panels: dict[tuple[str, str], dict[str, str]] = {}  # columns by label, by title and scale
+    """Returns plots of loss terms, learning rate and evaluation metrics over the steps."""
+    panels: dict[tuple[str, str], dict[str, str]] = {}  # by (title, scale): column names by label
     for name in column_order(list(rows)):
         group, _, rest = name.partition("/")
         student, _, metric = rest.rpartition("/")
-        if group == "eval":  # val/loss, of one of several students NAME/val/loss
+        if group == "eval":  # val/loss, or NAME/val/loss for one of several students
             student, _, place = student.rpartition("/")
             metric = f"{place}/{metric}"
             panels.setdefault((metric, "linear"), {})[student or metric] = name
         elif metric == "loss" or metric.startswith("loss_"):
-            # All terms of a single student are in one panel.
+            # All loss terms of a single student share one panel.
             panels.setdefault((metric if student else "", "log"), {})[student or metric] = name
         elif metric == "learning_rate":
             panels.setdefault((metric, "linear"), {})[student or metric] = name
@@ -237,7 +237,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _data(report: Report) -> dict[str, Any]:
-    """What page.js draws: bytes in base64, one map after the other."""
+    """Returns the data that page.js draws: maps as bytes in base64, one after the other."""
     if not report.models:
         return {}
     norms = {m.name: np.linalg.norm(m.tokens, axis=-1) for m in report.models}
@@ -275,7 +275,7 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _principal_colours(model: ModelMaps) -> np.ndarray:
-    """The first three principal components of all shown patches as red, green and blue."""
+    """Returns the first three principal components of all shown patches as red, green and blue."""
     from sklearn.decomposition import PCA
 
     images, patches, dim = model.tokens.shape

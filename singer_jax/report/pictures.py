@@ -1,4 +1,4 @@
-"""Maps of patch norms and of the likeness to the teacher, in the manner of the paper's Figure 2."""
+"""Maps of patch norms and of the similarity to the teacher, as in the paper's Figure 2."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def save_patch_maps(
     norms: Float[np.ndarray, "images rows columns"],
     cosine: Float[np.ndarray, "images rows columns"],
 ) -> None:
-    """One column an image: the input, the patch norms, the cosine similarity to the teacher.
+    """Draws input, patch norms and cosine similarity to the teacher, one column per image.
 
     Args:
-      path: of the PNG; its folder is made.
-      title: the model.
-      images: as the model saw them.
-      norms: of the last block's patch tokens.
-      cosine: of the same tokens with the teacher's, -1 to 1.
+      path: path of the PNG file; its folder is created.
+      title: name of the model.
+      images: pixels as the model saw them.
+      norms: norms of the last block's patch tokens.
+      cosine: cosine similarity of the same tokens to the teacher's, -1 to 1.
     """
     figure = Figure(figsize=(1.5 * len(images) + 1.2, 4.9), layout="constrained")
     figure.suptitle(title)
@@ -54,13 +54,13 @@ def save_norm_maps(
     maps: Mapping[str, Float[np.ndarray, "images rows columns"]],
     largest: float | None = None,
 ) -> None:
-    """One row an image, one column a model or layer: the patch norms, over the median of each.
+    """Draws patch norms relative to each model's median: a row per image, a column per model.
 
     Args:
-      path: of the PNG; its folder is made.
-      images: as the models saw them.
+      path: path of the PNG file; its folder is created.
+      images: pixels as the models saw them.
       maps: patch norms of each model or layer.
-      largest: ratio to the median at the end of the colour bar, which is one for all; None: that
+      largest: upper end of the shared colour bar, as a ratio to the median; None: the largest ratio
         of the first model.
     """
     figure = Figure(figsize=(1.75 * (len(maps) + 1), 1.8 * len(images) + 0.3), layout="constrained")
@@ -87,13 +87,13 @@ def save_spectra(
     curves: Mapping[int, Mapping[str, Float[np.ndarray, " dim"]]],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Singular values of each layer, a line a source, with the thresholds where they are crossed.
+    """Draws the singular values of each layer, one line per source, and marks the thresholds.
 
     Args:
-      path: of the PNG; its folder is made.
-      title: the model.
-      curves: by layer and source, descending.
-      rows: with `layer`, `source`, `tau`, `null_dim` and `dim`.
+      path: path of the PNG file; its folder is created.
+      title: name of the model.
+      curves: singular values by layer and source, descending.
+      rows: rows with `layer`, `source`, `tau`, `null_dim` and `dim`.
     """
     figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
     figure.suptitle(title)

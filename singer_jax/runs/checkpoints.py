@@ -1,7 +1,7 @@
-"""Checkpoints of a run: orbax, asynchronous, with a checksum per leaf and a manifest of the files.
+"""Asynchronous orbax checkpoints of a run, with a checksum per leaf and a manifest of the files.
 
-A flipped bit in stored array data is usually not noticed by the storage layer, so every leaf is
-compared with a checksum that was taken on the device when it was saved. `singer_jax.runs.verify`
+The storage layer usually does not detect a flipped bit in array data. Therefore every leaf is
+compared with a checksum that was computed on the device when it was saved. `singer_jax.runs.verify`
 verifies the files.
 """
 
@@ -34,10 +34,10 @@ LOG = logging.getLogger("singer_jax")
 def checksum(leaf: Array, version: int = 1) -> UInt32[Array, ""]:
     """Returns a checksum of the bits of an array, the same on any number of devices.
 
-    Version 2 sums `verify.mix(bits_i, i)` mod 2^32: any change of one element changes it, and
-    changes of several elements are missed once in 2^32. Version 1 sums bits_i (2 i + 1) and misses
-    some changes of two elements, such as two flipped signs. Older checkpoints hold it, and it is
-    what tells one model from another.
+    Version 2 sums `verify.mix(bits_i, i)` mod 2^32. It detects any change of one element, and
+    misses changes of several elements with probability 2^-32. Version 1 sums bits_i (2 i + 1) and
+    misses some changes of two elements, such as two flipped signs. Older checkpoints contain it,
+    and `fingerprint` uses it.
     """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
@@ -63,11 +63,14 @@ def _of_each_block(params: Params, stacked: bool) -> dict[str, UInt32[Array, "..
 
 
 def fingerprint(params: Params, stacked: bool = False) -> str:
-    """Of a model's parameters by name, shape, dtype and checksum; the same on any mesh.
+    """Returns a hash of a model's parameters by name, shape, dtype and checksum.
+
+    It is the same on any mesh.
 
     Args:
-      params: of the model.
-      stacked: as `models.architecture.ComputePolicy.stacked`; changes nothing.
+      params: Parameters of the model.
+      stacked: `models.architecture.ComputePolicy.stacked` of the model; the result does not depend
+        on it.
     """
     found, described = jax.device_get(_of_each_block(params, stacked)), []
     for name, leaf in by_name(params).items():
@@ -82,8 +85,8 @@ def fingerprint(params: Params, stacked: bool = False) -> str:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the storage says of a failure, in one line; None where it is none of the storage."""
-    # Orbax wraps what the storage found in a bare Exception.
+    """Returns the message of a storage failure in one line; None for other errors."""
+    # Orbax wraps the error of the storage in a bare Exception.
     found = error.__cause__ if type(error) is Exception else error
     if not isinstance(found, (OSError, ValueError)):
         return None
@@ -95,12 +98,12 @@ class Checkpoints:
     """The checkpoints of a work directory.
 
     Args:
-      folder: of the work directory; `checkpoints/` below it is made.
-      keep: how many of the latest ones stay; None: all.
-      read_only: nothing is made or removed, so that a run in progress can be read.
+      folder: The work directory; `checkpoints/` is created in it.
+      keep: Number of the latest checkpoints to keep; None for all.
+      read_only: Creates and removes nothing, so that a run in progress can be read.
 
     Raises:
-      InputError: a URL to which orbax cannot write.
+      InputError: The folder is a URL to which orbax cannot write.
     """
 
     def __init__(
@@ -125,17 +128,17 @@ class Checkpoints:
         self.watch = verify.Watch(self.manager.directory)
 
     def latest_step(self) -> int | None:
-        """Steps done in the latest finished checkpoint; None where there is none."""
+        """Returns the step of the latest finished checkpoint; None if there is none."""
         return self.manager.latest_step()
 
     def newest_whole(self) -> int | None:
-        """Steps done in the latest finished checkpoint that is what was saved; None: there is none.
+        """Returns the step of the latest finished checkpoint without corruption; None without any.
 
-        Those after it are damaged, and stay where they are until `set_aside`. The first process
-        reads them, for all.
+        Later checkpoints are damaged and stay in place until `set_aside`. The first process reads
+        them for all processes.
 
         Raises:
-          RunError: there are checkpoints, but none is whole.
+          RunError: There are checkpoints, but all are damaged.
         """
 
         def look() -> int | None:
@@ -145,13 +148,13 @@ class Checkpoints:
                 reason = verify.find_corruption(folder, record=not self.read_only)
                 if reason is None:
                     return step
-                if step in verify.finished(self.manager.directory):  # else just removed by the run
+                if step in verify.finished(self.manager.directory):  # else the run just removed it
                     found[step] = reason
             if found:
                 reasons = "; ".join(f"{step}: {reason}" for step, reason in found.items())
                 raise RunError(
                     f"{self.manager.directory}: no checkpoint is whole ({reasons}); use a new "
-                    "--workdir, or put back a copy"
+                    "--workdir, or restore a backup"
                 )
             return None
 
@@ -160,16 +163,16 @@ class Checkpoints:
     def step_to_read(self, step: int | None = None) -> int:
         """Returns the step of the checkpoint that a reader takes; for all processes together.
 
-        It is `step` where that is given, and else that of the newest checkpoint without corruption,
-        as for training. A warning names the newer ones that are passed over.
+        It is `step` if it is given, and otherwise that of the newest checkpoint without corruption,
+        as for training. A warning names newer checkpoints that are skipped.
 
         Raises:
-          InputError: no checkpoint is finished, or none of the given step.
-          RunError: there are checkpoints, but none without corruption.
+          InputError: No checkpoint is finished, or there is none of the given step.
+          RunError: There are checkpoints, but all are damaged.
         """
         run, finished = self.manager.directory.parent, sorted(self.manager.all_steps())
         if not finished:
-            raise InputError(f"run: {run} has no finished checkpoint yet")
+            raise InputError(f"run: {run} has no finished checkpoint yet; wait for the first one")
         if step is not None:
             if step not in finished:
                 raise InputError(f"step: {run} holds checkpoints {finished}, not {step}")
@@ -182,7 +185,7 @@ class Checkpoints:
         return found
 
     def set_aside(self) -> None:
-        """Moves the checkpoints that were found damaged out of the way; by all processes."""
+        """Moves damaged checkpoints to `checkpoints.damaged/`; called by all processes together."""
         damaged = parallel.of_first_process(dict(self.watch.damaged))
         if not damaged:
             return
@@ -191,7 +194,7 @@ class Checkpoints:
             for step, reason in damaged.items():
                 self._move_aside(step, reason)
                 del self.watch.damaged[step]
-        parallel.of_first_process(None)  # none reads the folder before
+        parallel.of_first_process(None)  # a barrier: no process reads the folder before this
         self.manager.reload()
 
     def _move_aside(self, step: int, reason: str) -> None:
@@ -202,15 +205,15 @@ class Checkpoints:
         if not folder.is_dir():
             return
         try:
-            LOG.warning("%s, set aside in %s", found, verify.set_aside(folder, reason))
+            LOG.warning("%s, moved to %s", found, verify.set_aside(folder, reason))
         except failures(folder) as error:
-            raise RunError(f"{found} and cannot be set aside: {error}") from error
+            raise RunError(f"{found} and cannot be moved away: {error}") from error
 
     def save(self, state: Any, step: int, meta: dict[str, Any]) -> None:
-        """Starts to save a tree of arrays; `meta` is stored as JSON beside it.
+        """Starts to save a tree of arrays, with `meta` as JSON.
 
         Raises:
-          RunError: this one, or the one before, cannot be written.
+          RunError: This checkpoint or the previous one cannot be written.
         """
         self.set_aside()
         found = jax.device_get(_checksums(state))
@@ -220,34 +223,34 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state),
             meta=ocp.args.JsonSave(manifests.sealed(meta)),
         )
-        with self._writing():  # which waits for the save before
-            if jax.process_index() == 0:  # one may be left of a checkpoint that was removed by hand
+        with self._writing():  # waits for the previous save
+            if jax.process_index() == 0:  # left over if a checkpoint was removed by hand
                 manifests.remove(self.manager.directory / str(step))
             self.manager.save(step, args=arguments)
         if jax.process_index() == 0:
             self.watch.started(step)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was stored beside the state; raises as `restore`."""
+        """Returns the metadata of a checkpoint; raises the errors of `restore`."""
         with self._reading(step):
             return self.manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             ).meta
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """A saved state, or a part of it, onto the shardings of `abstract`.
+        """Restores a saved state, or a part of it, with the shardings of `abstract`.
 
         Args:
-          step: of the checkpoint.
-          abstract: `jax.ShapeDtypeStruct`s with shardings; the whole state, or a dict of some of
-            its fields with some of their entries.
+          step: Step of the checkpoint.
+          abstract: `jax.ShapeDtypeStruct`s with shardings for the whole state, or for a dict of
+            some of its fields with some of their entries.
 
         Raises:
-          RunError: a leaf has another shape, dtype or checksum than when it was saved.
+          RunError: A leaf has another shape, dtype or checksum than when it was saved.
         """
         saved = self._saved_leaves(step)
         for name, leaf in by_name(abstract).items():
-            # Orbax would cast silently.
+            # Checked here, because orbax would cast silently.
             found = saved.get(name)
             if found is None or (leaf.shape, leaf.dtype) != (found.shape, found.dtype):
                 raise self._damaged(step, f"it holds no {leaf.dtype}{list(leaf.shape)} at {name}")
@@ -295,16 +298,16 @@ class Checkpoints:
         folder = self.manager.directory
         return RunError(
             f"checkpoint {step} in {folder} is damaged or of another run: {reason}; the job "
-            "check_run says which ones are whole"
+            "check_run lists the undamaged ones"
         )
 
     def restore_student(self, step: int, abstract: Params, name: str = "") -> Params:
-        """A student's parameters alone, trained and untouched; raises as `restore`.
+        """Restores only a student's parameters, trained and frozen; raises as `restore`.
 
         Args:
-          step: of the checkpoint.
-          abstract: as for `restore`.
-          name: which of several students.
+          step: Step of the checkpoint.
+          abstract: The student's parameters as `jax.ShapeDtypeStruct`s with shardings.
+          name: Name of the student if the run has several.
         """
         saved, within = self._saved_leaves(step), f"{name}/" if name else ""
         trained, untouched = split(
@@ -316,14 +319,18 @@ class Checkpoints:
         return join(found["params"]["student"], found["constants"]["student"])
 
     def wait(self) -> None:
-        """Until everything is on disk; raises `RunError` where it cannot be."""
+        """Waits until everything is on disk.
+
+        Raises:
+          RunError: A checkpoint cannot be written.
+        """
         with self._writing():
             self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save, verifies it, and closes.
 
-        Where a stop was requested, nothing is verified any more: the next start does it.
+        After a stop request it skips the verification, which the next start then does.
 
         Raises:
           RunError: The last save cannot be written.
@@ -342,10 +349,10 @@ def step_to_read(run: epath.Path, step: int | None = None) -> int:
     """Returns `Checkpoints.step_to_read` of a work directory.
 
     Raises:
-      InputError: it holds no checkpoints, or as `Checkpoints.step_to_read`.
-      RunError: as `Checkpoints.step_to_read`.
+      InputError: The directory holds no checkpoints, or `Checkpoints.step_to_read` raises it.
+      RunError: `Checkpoints.step_to_read` raises it.
     """
     if not checkpoints_folder(run).is_dir():
-        raise InputError(f"run: {run} holds no checkpoints")
+        raise InputError(f"run: {run} holds no checkpoints; give the work directory of a run")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         return checkpoints.step_to_read(step)

@@ -1,14 +1,14 @@
-"""A work directory, or a folder of one that a job writes, belongs to one job at a time.
+"""A lock that lets only one job at a time write to a work directory or a folder in it.
 
-The job that holds it keeps `running.json` there: which machine and process it is and since when,
-touched every few seconds as a sign of life. No lock of the file system is asked for: those of
-shared disks are not to be trusted, and object stores have none.
+The job that holds the lock keeps `running.json` there, with its host, its process and its start
+time, and touches it every few seconds as a heartbeat. File-system locks are not used, because they
+are unreliable on shared disks, and object stores have none.
 
-Of two starts at the same time one refuses. What a killed process left behind is taken over: on its
-own machine at once, on another one when no sign of life came for `SILENCE`; no clocks are compared.
-A run that was taken for dead (suspended, or cut off from the disk) saves nothing more: it looks
-before each save. Behind a URL two starts at the same time can both pass where a write takes longer
-than `SETTLE`; then the one that wrote first stops before its next save.
+If two jobs start at the same time, one of them refuses. The lock of a killed process is taken over:
+at once on the same machine, and on another machine after `SILENCE` seconds without a heartbeat; no
+clocks are compared. A run that was considered dead (suspended, or cut off from the disk) checks the
+lock before each save and then saves nothing more. For a URL, two starts at the same time can both
+succeed if a write takes longer than `SETTLE`; the one that wrote first stops before its next save.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ from singer_jax.runs.workdir import LOCK_FILE
 
 LOG = logging.getLogger("singer_jax")
 
-BEAT = 10.0  # seconds between two signs of life
-SILENCE = 60.0  # seconds without one, after which a run of another machine is taken for dead
-SETTLE = 1.0  # seconds in which another start at the same time will have written
+BEAT = 10.0  # seconds between two heartbeats
+SILENCE = 60.0  # seconds without a heartbeat after which a run on another machine counts as dead
+SETTLE = 1.0  # seconds within which another start at the same time has written its file
 
 
 @contextlib.contextmanager
 def holding(folder: epath.Path, active: bool = True) -> Iterator[RunLock]:
-    """Holds a work directory, which is there, for the time of the block.
+    """Holds the lock of an existing work directory inside the context.
 
     Args:
-      folder: the work directory.
-      active: False in all but one of the processes that share it: nothing is done.
+      folder: The work directory.
+      active: True in one of the processes that share the directory; False in the others, which do
+        nothing.
 
     Raises:
-      InputError: another run holds it.
+      InputError: Another run holds the lock.
     """
     holder = RunLock(folder, active)
     try:
@@ -59,7 +60,7 @@ def holding(folder: epath.Path, active: bool = True) -> Iterator[RunLock]:
 
 
 class RunLock:
-    """A run in its work directory; see `holding`."""
+    """The lock of a run on its work directory; see `holding`."""
 
     def __init__(self, folder: epath.Path, active: bool = True) -> None:
         self.folder, self.file, self.active = folder, folder / LOCK_FILE, active
@@ -74,7 +75,11 @@ class RunLock:
         self._thread = threading.Thread(target=self._live, daemon=True, name="holding")
 
     def take(self) -> None:
-        """Raises `InputError` where another run holds the folder."""
+        """Takes the lock.
+
+        Raises:
+          InputError: Another run holds it.
+        """
         if not self.active:
             return
         with writing(self.folder):
@@ -83,7 +88,11 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises `RunError` where the folder is no longer this run's."""
+        """Checks that this run still holds the lock.
+
+        Raises:
+          RunError: The lock was taken over or removed, or cannot be read.
+        """
         if not self.active:
             return
         try:
@@ -91,15 +100,15 @@ class RunLock:
         except failures(self.folder) as error:
             raise RunError(f"cannot read {self.file}: {error}") from error
         if not self._own(found):
-            by = f"taken over by {_told(found)}" if found else f"{LOCK_FILE} is gone"
-            raise RunError(f"{self.folder} is no longer this run's, nothing more is saved: {by}")
+            by = f"taken over by {_told(found)}" if found else f"{LOCK_FILE} is missing"
+            raise RunError(f"{self.folder} no longer belongs to this run, which stops saving: {by}")
 
     def release(self) -> None:
-        """Leaves the folder to others."""
+        """Releases the lock."""
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
-        with contextlib.suppress(*failures(self.folder)):  # then the next start finds it dead
+        with contextlib.suppress(*failures(self.folder)):  # if it fails, the next start takes over
             if self.active and self._own(_read(self.file)):
                 self.file.unlink()
 
@@ -107,8 +116,8 @@ class RunLock:
         return bool(found) and found.get("id") == self.content["id"]
 
     def _make(self) -> bool:
-        """Writes the file where there is none."""
-        if is_remote(self.file):  # an object would be written over
+        """Writes the file and returns True, unless it exists."""
+        if is_remote(self.file):  # an existing object would be overwritten
             return False
         try:
             with Path(self.file).open("x") as file:
@@ -116,26 +125,29 @@ class RunLock:
         except FileExistsError:
             return False
         except OSError:
-            self.file.unlink(missing_ok=True)  # of a full disk: there, and empty
+            self.file.unlink(missing_ok=True)  # on a full disk it exists, but is empty
             raise
         return True
 
     def _replace(self) -> None:
-        """Takes the place of what is there, where that is no living run."""
+        """Takes over an existing lock if its run is dead."""
         found = _read(self.file)
         if found is not None and not self._ends(found):
             raise InputError(
-                f"--workdir: {self.folder} is held by {_told(found)}; wait for its end, or use "
+                f"--workdir: {self.folder} is in use by {_told(found)}; wait for its end, or use "
                 "another --workdir"
             )
         self._write()
         time.sleep(SETTLE)
         found = _read(self.file)
         if not self._own(found):
-            raise InputError(f"--workdir: {self.folder} was just taken by {_told(found or {})}")
+            raise InputError(
+                f"--workdir: {self.folder} is in use by {_told(found or {})}, which started at the "
+                "same time; use another --workdir"
+            )
 
     def _write(self) -> None:
-        """Puts the file in place of what is there."""
+        """Writes the file and replaces an existing one."""
         if is_remote(self.file):
             self.file.write_text(json.dumps(self.content))
         else:
@@ -144,14 +156,14 @@ class RunLock:
             own.replace(self.file)
 
     def _ends(self, found: Mapping[str, Any]) -> bool:
-        """Whether the run that holds the folder is dead, or ends within `SILENCE`."""
+        """Returns True if the run that holds the lock is dead, or ends within `SILENCE`."""
         if found.get("machine") and found["machine"] == self.content.get("machine"):
             if _born(found.get("process")) == found.get("born"):
                 return False
             LOG.warning("%s: taken over from %s, which is dead", self.folder, _told(found))
             return True
         LOG.info(
-            "%s is held by %s; waiting %.0f s for a sign of life",
+            "%s is in use by %s; waiting %.0f s for a heartbeat",
             self.folder,
             _told(found),
             SILENCE,
@@ -164,11 +176,11 @@ class RunLock:
                 return True
             if now != seen:
                 return False
-        LOG.warning("%s: taken over from %s, which is silent", self.folder, _told(found))
+        LOG.warning("%s: taken over from %s, which has no heartbeat", self.folder, _told(found))
         return True
 
     def _sign(self) -> object:
-        """What changes with each sign of life; None where the folder is free."""
+        """Returns a value that changes with each heartbeat; None if there is no lock."""
         try:
             return self.file.read_text(), is_remote(self.file) or os.stat(self.file).st_mtime_ns
         except FileNotFoundError:
@@ -176,7 +188,7 @@ class RunLock:
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(Exception):  # a disk that does not answer: no sign of life
+            with contextlib.suppress(Exception):  # no heartbeat if the disk does not answer
                 if not self._own(_read(self.file)):
                     continue
                 if is_remote(self.file):
@@ -187,7 +199,7 @@ class RunLock:
 
 
 def _read(file: epath.Path) -> dict[str, Any] | None:
-    """What a file says; None where there is none, and nothing known of one that is cut."""
+    """Returns the content of a lock file: None without a file, empty for a truncated one."""
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
@@ -199,20 +211,20 @@ def _read(file: epath.Path) -> dict[str, Any] | None:
 
 def _told(found: Mapping[str, Any]) -> str:
     if not {"process", "host", "since"} <= set(found):
-        return f"a run that {LOCK_FILE} does not name"
+        return f"an unknown process ({LOCK_FILE} is incomplete)"
     return f"process {found['process']} of {found['host']} since {found['since']}"
 
 
 def _machine() -> str:
-    """This boot of this machine, and within it the container whose process numbers these are."""
+    """Returns an identifier of this boot of this machine and of its process namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _born(process: object) -> str | None:
-    """When a process started, as the kernel counts (their numbers are used again).
+    """Returns the start time of a process in kernel ticks, because process numbers are reused.
 
-    None: it has ended, or the kernel tells nothing.
+    It is None if the process has ended or the kernel does not report it.
     """
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
-"""Manifests of checkpoints: size and digest of each file, once the contents were verified.
+"""Manifests of checkpoints: the size and digest of each file of a verified checkpoint.
 
-A manifest lies in `checkpoints.manifests/STEP.json` beside the folder of the checkpoints. With it a
-checkpoint is verified by hashing its files, without decoding an array.
+A manifest is stored in `checkpoints.manifests/STEP.json` next to the folder of the checkpoints.
+With it a checkpoint is verified by hashing its files, without decoding arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """Returns the digest of a JSON object; its own key `digest` does not count."""
+    """Returns the digest of a JSON object without its key `digest`."""
     text = json.dumps({k: v for k, v in content.items() if k != "digest"}, sort_keys=True)
     return _blake2b(text.encode()).hexdigest()
 
@@ -36,12 +36,12 @@ def seal(content: Mapping[str, Any]) -> str:
 def file_digests(folder: epath.Path, given_up: Callable[[], bool] = lambda: False) -> FileDigests:
     """Returns size and digest of each file of a checkpoint.
 
-    Local files are hashed with BLAKE2b. An object store computes the CRC32C of each object itself;
-    that one is taken, without reading the object.
+    Local files are hashed with BLAKE2b. For an object store the CRC32C that it computes itself is
+    used, without reading the object.
 
     Args:
       folder: The folder of the checkpoint.
-      given_up: Asked between parts of a file; where it is true, the result is not complete.
+      given_up: Called between parts of a file; if it returns True, the result is incomplete.
 
     Raises:
       OSError: A file cannot be read.
@@ -59,7 +59,7 @@ def file_digests(folder: epath.Path, given_up: Callable[[], bool] = lambda: Fals
 
 
 def changed(known: FileDigests, files: FileDigests) -> list[str]:
-    """Returns the files that are missing, new or other than a manifest says."""
+    """Returns the files that are missing, new or different from the manifest."""
     names = known.keys() | files.keys()
     return sorted(name for name in names if known.get(name) != files.get(name))
 
@@ -75,7 +75,7 @@ def write(checkpoint: epath.Path, files: FileDigests) -> None:
 
 
 def read(checkpoint: epath.Path) -> FileDigests | None:
-    """Returns what the manifest of a checkpoint says; None where there is none.
+    """Returns the content of the manifest of a checkpoint; None if there is none.
 
     Raises:
       ValueError: The manifest is damaged.
@@ -90,12 +90,12 @@ def read(checkpoint: epath.Path) -> FileDigests | None:
 
 
 def remove(checkpoint: epath.Path) -> None:
-    """Removes the manifest of a checkpoint, where there is one."""
+    """Removes the manifest of a checkpoint if it exists."""
     place(checkpoint).unlink(missing_ok=True)
 
 
 def prune(checkpoints: epath.Path, steps: Collection[int]) -> None:
-    """Removes the manifests of all checkpoints but those of `steps`."""
+    """Removes the manifests of all checkpoints except those of `steps`."""
     folder = manifests_folder(checkpoints)
     if not folder.is_dir():
         return

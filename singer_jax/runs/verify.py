@@ -1,11 +1,11 @@
-"""Verifies checkpoints on disk, and sets those aside that are damaged.
+"""Verifies checkpoints on disk, and moves damaged ones to `checkpoints.damaged/`.
 
-The first check after a save reads every array back, compares it with the checksum that was taken on
-the device, and writes a manifest. Later checks hash the files and compare them with the manifest;
-arrays are read again only where a file differs.
+The first check after a save reads every array back, compares it with the checksum that was computed
+on the device, and writes a manifest. Later checks hash the files and compare them with the
+manifest. They read the arrays again only if a file differs.
 
-Only files are read here, array by array and without a device. So a thread can do it during a
-training, and one process for all.
+Verification reads files array by array and needs no device. Therefore a thread can verify during
+training, and one process can verify for all.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from singer_jax.runs.workdir import damaged_folder
 LOG = logging.getLogger("singer_jax")
 
 CHECKSUM = 2  # version of the checksums of new checkpoints
-_PART = 2**20  # elements of a leaf whose products are in memory at a time
-# Where a disk or store cannot be reached now: no sign of damage.
+_PART = 2**20  # elements of a leaf that are processed at a time
+# Errors of a disk or store that cannot be reached now, which do not indicate corruption.
 _NOT_NOW = {
     getattr(errno, name)
     for name in ("EACCES", "EPERM", "ETIMEDOUT", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
@@ -46,9 +46,9 @@ _UNREACHABLE = re.compile(
 
 
 def mix(bits: Any, index: Any) -> Any:
-    """Returns bits that depend on value and place; both are uint32 arrays, of NumPy or of JAX.
+    """Mixes the bits of values with their indices; both are uint32 arrays of NumPy or JAX.
 
-    For each index the map is one to one. It is the finaliser of MurmurHash3.
+    The map of the values is one to one for each index. It is the finaliser of MurmurHash3.
     """
     bits = bits ^ (index * np.uint32(0x9E3779B1))
     bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
@@ -57,7 +57,7 @@ def mix(bits: Any, index: Any) -> Any:
 
 
 def checksum(leaf: np.ndarray, version: int = 1) -> int:
-    """Returns what `checkpoints.checksum` returns, for an array in memory."""
+    """Returns the same value as `checkpoints.checksum`, for an array in host memory."""
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
     bits = np.ascontiguousarray(leaf).reshape(-1).view(unsigned)
     total = 0
@@ -70,27 +70,30 @@ def checksum(leaf: np.ndarray, version: int = 1) -> int:
 
 
 def checksum_version(meta: Mapping[str, Any]) -> int:
-    """Returns the version of the checksums of a checkpoint, from what is stored beside its state.
+    """Returns the version of the checksums of a checkpoint from its metadata.
 
     Raises:
-      ValueError: This version is not known here.
+      ValueError: The version is unknown.
     """
     version = meta.get("checksum_version", 1)
     if version not in (1, 2):
         raise ValueError(
-            f"checksums of version {version!r}; a newer version of singer_jax wrote it"
+            f"unknown checksum version {version!r}; a newer version of singer_jax wrote it"
         )
     return version
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by `parallel.leaf_name`."""
+    """Returns the leaves of a tree by `parallel.leaf_name`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {parallel.leaf_name(path): leaf for path, leaf in leaves}
 
 
 def finished(folder: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder, ascending; none where it is not there."""
+    """Returns the steps of the finished checkpoints in a folder in ascending order.
+
+    It returns an empty list if the folder does not exist.
+    """
     if not folder.is_dir():
         return []
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
@@ -99,27 +102,27 @@ def finished(folder: epath.Path) -> list[int]:
 def find_corruption(
     folder: epath.Path, given_up: Callable[[], bool] = lambda: False, *, record: bool = False
 ) -> str | None:
-    """Returns why a finished checkpoint is not what was saved; None where it is whole.
+    """Returns the reason why a finished checkpoint is corrupt; None if it is not.
 
     A checkpoint whose files differ from its manifest, but whose arrays and settings are those that
-    were saved, counts as whole; a warning names the files.
+    were saved, is not corrupt; a warning names the files.
 
     Args:
       folder: The folder of the checkpoint.
-      given_up: Asked before each array; where it is true, None is returned.
-      record: Writes the manifest of a whole checkpoint that has none.
+      given_up: Called before each array; if it returns True, the result is None.
+      record: Writes the manifest of a valid checkpoint that has none.
 
     Raises:
-      RunError: The checkpoint cannot be read now, which says nothing about it.
+      RunError: The checkpoint cannot be read at present; it need not be corrupt.
     """
     try:
         return _verify(folder, given_up, record)
-    except Exception as error:  # what readers raise on any bytes at all
+    except Exception as error:  # readers may raise any exception on corrupt bytes
         found = error.__cause__ if type(error) is Exception else error
         lines = str(found).split("[tensorstore_spec")[0].strip().splitlines() or [""]
         reason = f"{type(found).__name__}: {lines[0]}"
         if _not_now(found, folder):
-            raise RunError(f"cannot read {folder}: {reason}") from error
+            raise RunError(f"cannot read {folder} at present, try again: {reason}") from error
         return reason
 
 
@@ -130,7 +133,7 @@ def _verify(folder: epath.Path, given_up: Callable[[], bool], record: bool) -> s
     except (KeyError, ValueError, *failures(folder)) as error:
         suspect = f"its manifest is damaged ({error})"
     try:
-        # Hashed before they are read: what changes in between differs from the manifest later.
+        # Hashed before they are read, so that a later check detects a change in between.
         files = manifests.file_digests(folder, given_up) if known or record else {}
     except OSError as error:
         if _not_now(error, folder):
@@ -147,18 +150,18 @@ def _verify(folder: epath.Path, given_up: Callable[[], bool], record: bool) -> s
     if reason or given_up():
         return reason
     if suspect:
-        LOG.warning("%s: %s; what it holds is what was saved, so it is used", folder, suspect)
+        LOG.warning("%s: %s; its arrays match their checksums, so it is used", folder, suspect)
     elif record:
         _record(folder, files)
     return None
 
 
 def _record(folder: epath.Path, files: manifests.FileDigests) -> None:
-    """Writes a manifest; a disk that takes none now is no sign of damage."""
+    """Writes a manifest; a failure to write it is only a warning."""
     try:
         manifests.write(folder, files)
     except failures(folder) as error:
-        LOG.warning("%s: cannot write its manifest now: %s", folder, error)
+        LOG.warning("%s: cannot write its manifest, a later check tries again: %s", folder, error)
 
 
 def _not_now(error: BaseException, folder: epath.Path) -> bool:
@@ -172,10 +175,10 @@ def _not_now(error: BaseException, folder: epath.Path) -> bool:
 
 
 def _difference(folder: epath.Path, given_up: Callable[[], bool]) -> str | None:
-    """Reads everything back; None where it is what was saved."""
+    """Reads everything back and returns a difference from what was saved; None without any."""
     meta = json.loads((folder / "meta" / "metadata").read_text())
-    if "digest" in meta and meta["digest"] != manifests.seal(meta):  # older ones have none
-        return "what is stored beside the state does not match its digest"
+    if "digest" in meta and meta["digest"] != manifests.seal(meta):  # older checkpoints have none
+        return "its metadata does not match its digest"
     if "checksums" not in meta:
         return "it holds no checksums"
     described = by_name(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
@@ -188,7 +191,7 @@ def _difference(folder: epath.Path, given_up: Callable[[], bool]) -> str | None:
     ]
     unlike = sorted((set(expected) ^ set(described)) | (set(map(_path, expected)) ^ set(listed)))
     if unlike:
-        return f"what it holds is not what was saved: {unlike[0]}"
+        return f"it does not hold the arrays that were saved: {unlike[0]}"
     read = _reader(folder / "state")
     for name, value in expected.items():
         if given_up():
@@ -209,7 +212,7 @@ def _path(name: str) -> str:
 def _reader(folder: epath.Path) -> Callable[[str], np.ndarray]:
     base = f"{folder}/" if is_remote(folder) else {"driver": "file", "path": f"{folder}/"}
     store = {"driver": "ocdbt", "base": base}
-    # One leaf in memory at a time, and one thread: the cores are the training's.
+    # One leaf in memory at a time and one thread, because the training needs the cores.
     one = {"limit": 1}
     limits = {"data_copy_concurrency": one, "cache_pool": {"total_bytes_limit": 0}}
     context = tensorstore.Context(limits)
@@ -222,9 +225,9 @@ def _reader(folder: epath.Path) -> Callable[[str], np.ndarray]:
 
 
 def set_aside(folder: epath.Path, reason: str) -> epath.Path:
-    """Moves a damaged checkpoint to `checkpoints.damaged/`, with the reason in a file beside.
+    """Moves a damaged checkpoint to `checkpoints.damaged/` and writes the reason to a file there.
 
-    Its manifest is removed, so that none is left for the next checkpoint of that step.
+    It removes the manifest, so that it is not used for the next checkpoint of the same step.
     """
     aside = damaged_folder(folder.parent)
     place, number = aside / folder.name, 1
@@ -238,18 +241,18 @@ def set_aside(folder: epath.Path, reason: str) -> epath.Path:
 
 
 class Watch:
-    """Verifies in a thread, while the training continues, what was saved.
+    """Verifies saved checkpoints in a thread while the training continues.
 
-    After each save the new checkpoint is read back and gets its manifest. One of the older ones is
-    hashed in turn, so that damage is found while there is still a whole checkpoint. An object store
-    checks and repairs what it holds itself: there each checkpoint is read once. (What was just
-    written may come from the memory of the machine and not from its disk.)
+    After each save the new checkpoint is read back and its manifest is written. One of the older
+    checkpoints is hashed in turn, so that corruption is detected while there is still a valid
+    checkpoint. An object store checks and repairs its objects itself, so each checkpoint is read
+    only once there. (A new checkpoint may be read from the page cache instead of the disk.)
 
     Args:
       folder: The folder of the checkpoints.
 
     Attributes:
-      damaged: Reasons by step.
+      damaged: Reasons of corruption by step.
     """
 
     def __init__(self, folder: epath.Path) -> None:
@@ -261,7 +264,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="checkpoints")
 
     def started(self, step: int) -> None:
-        """Announces a save; it is verified when it is finished."""
+        """Announces a save, which is verified once it is finished."""
         if self._thread.ident is None:
             self._thread.start()
         self._started.put(step)
@@ -271,7 +274,7 @@ class Watch:
         self._end()
 
     def close(self) -> None:
-        """Ends the thread after the array or part of a file that it reads."""
+        """Ends the thread after the array or part of a file that it is reading."""
         self._closed.set()
         self._end()
 
@@ -286,10 +289,10 @@ class Watch:
             try:
                 self._read_back(step)
             except (RunError, *failures(self.folder)) as error:
-                LOG.warning("%s: cannot be read back now: %s", self.folder, error)
+                LOG.warning("%s: cannot read back a checkpoint: %s", self.folder, error)
 
     def _latest(self) -> int | None:
-        """Waits for a save and returns its step; of several saves that of the last."""
+        """Waits for a save and returns its step; after several saves that of the last."""
         step = self._started.get()
         while step is not None and not self._started.empty():
             newer = self._started.get()
@@ -301,14 +304,14 @@ class Watch:
 
     def _read_back(self, step: int) -> None:
         while max(steps := finished(self.folder), default=-1) < step:
-            if self._ending.is_set():  # the save has failed, or nobody waits for it
+            if self._ending.is_set():  # the save has failed, or the job is ending
                 return
             self._ending.wait(self._poll)
         older = [other for other in steps if other < step and not is_remote(self.folder)]
         self._turn += 1
         for each in {step, older[self._turn % len(older)]} if older else {step}:
             reason = self._damage(each)
-            # It may just be removed, because it is one more than are kept.
+            # It may be in the process of removal, because only the latest ones are kept.
             if reason and not self._closed.wait(4 * self._poll) and self._damage(each):
                 self.damaged[each] = reason
                 LOG.warning("%s is damaged: %s", self.folder / str(each), reason)

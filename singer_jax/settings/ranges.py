@@ -1,6 +1,6 @@
-"""What a setting may be: small objects that decide it and say it in words.
+"""Ranges of setting values: small objects that check a value and describe the allowed values.
 
-They hold no names of settings; a field of `singer_jax.settings.settings` names one.
+A range does not know the name of its setting, which is a field of `singer_jax.settings.settings`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from singer_jax.errors import InputError, unknown
 
 
 class Allowed(Protocol):
-    """A set of values; `str` of it says which, as words behind "give"."""
+    """A set of values; its `str` describes them and completes "give ..." in an error."""
 
     def admits(self, value: Any) -> bool:
-        """Whether a value belongs to it."""
+        """Returns whether a value belongs to the set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A finite number; no bool, and no float where a whole number is meant.
+    """A finite number, which is not a bool.
 
     Attributes:
-      low, high: smallest and largest number; None: no such bound.
-      low_open, high_open: whether the bound itself is excluded.
-      whole: an int.
+      low, high: smallest and largest number; None: no bound.
+      low_open, high_open: True if the bound itself is excluded.
+      whole: True if only an int is allowed.
     """
 
     low: float | None = None
@@ -62,7 +62,7 @@ def _number(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of some names."""
+    """One of several names."""
 
     names: tuple[str, ...]
 
@@ -89,8 +89,8 @@ class Text:
     """One line of text.
 
     Attributes:
-      pattern: a regular expression that matches all of it.
-      form: the pattern in words.
+      pattern: regular expression that matches the whole text.
+      form: description of the pattern.
     """
 
     pattern: str = ".*"
@@ -120,10 +120,10 @@ class Nothing:
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
-    """Nothing: it is said in another place.
+    """No value: the key is set in another place.
 
     Attributes:
-      where: that place, in words.
+      where: description of that place.
     """
 
     where: str
@@ -137,12 +137,13 @@ class Elsewhere:
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-    """A tuple (or list) of such values.
+    """A tuple (or list) of values of one kind.
 
     Attributes:
-      item: what each of them may be.
-      length: how many; None: any number from `least` on.
-      ascending: none is smaller than the one before.
+      item: range of each value.
+      length: number of values; None: any number of at least `least`.
+      least: smallest number of values.
+      ascending: True if no value may be smaller than the one before.
     """
 
     item: Allowed
@@ -168,7 +169,7 @@ class Each:
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-    """A value of any of several kinds."""
+    """A value that belongs to any of several ranges."""
 
     kinds: tuple[Allowed, ...]
 
@@ -193,12 +194,12 @@ NAME = Text(".*\\S.*", "a name or folder")
 
 
 def optional(allowed: Allowed) -> Either:
-    """Such a value or None."""
+    """Returns the range that also admits None."""
     return Either((allowed, Nothing()))
 
 
 def check(name: str, value: Any, allowed: Allowed) -> None:
-    """Raises `InputError` with the setting, its value and what is allowed."""
+    """Raises `InputError` with the setting, its value and the allowed values if it is invalid."""
     if allowed.admits(value):
         return
     kinds = allowed.kinds if isinstance(allowed, Either) else (allowed,)

@@ -1,4 +1,4 @@
-"""Settings and metrics that were renamed, so that older runs are still read.
+"""Renamed settings and metrics, so that older runs can still be read.
 
 `config.json` and `metrics.jsonl` of an older run hold the former names. A command line that uses a
 former name is refused with the current one.
@@ -39,7 +39,7 @@ _KEYS = {f"method.{old}": f"method.{new}" for old, new in _METHOD.items()} | {
     "data.strict": "data.fail_on_unreadable",
     "accumulation": "grad_accum_steps",
 }
-# Settings of single jobs, which stand in no section.
+# Settings of single jobs, which are in no section.
 _OF_JOBS = {
     "append_last": "include_last_layer",
     "quantile": "outlier_quantile",
@@ -50,7 +50,7 @@ _OF_JOBS = {
 }
 _VALUES = {"students.execution": {"together": "parallel", "one_by_one": "sequential"}}
 
-# The former key itself, or behind the section of a run or a student; sections have keys below them.
+# The former key, alone or below the section of a run or a student; a section has keys below it.
 _PATTERNS = [
     (re.compile(rf"(?P<before>|.+\.){re.escape(old)}(?P<below>|\..+)"), new)
     for old, new in _KEYS.items()
@@ -58,7 +58,7 @@ _PATTERNS = [
 
 
 def current_key(key: str) -> str:
-    """Returns today's name of a setting; the same name where it was not renamed."""
+    """Returns the current name of a setting, which is the given name unless it was renamed."""
     if key in _OF_JOBS:
         return _OF_JOBS[key]
     for pattern, new in _PATTERNS:
@@ -69,7 +69,7 @@ def current_key(key: str) -> str:
 
 
 def current(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of an older `config.json`, by dotted key, under today's names."""
+    """Returns the settings of an older `config.json`, by dotted key, under their current names."""
     found = {}
     for key, value in flat.items():
         new = current_key(key)
@@ -79,7 +79,7 @@ def current(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_metric(name: str) -> str:
-    """Returns today's name of a metric of an older `metrics.jsonl`."""
+    """Returns the current name of a metric of an older `metrics.jsonl`."""
     group, *rest = name.split("/")
     if group == "train" and rest[-1:] == ["waiting"]:
         rest[-1] = "data_wait_fraction"

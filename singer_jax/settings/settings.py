@@ -1,14 +1,14 @@
-"""Settings: frozen dataclasses whose fields say their default, unit, range and meaning.
+"""Settings: frozen dataclasses whose fields have a default, a unit, a range and a description.
 
-Each room declares those that its code reads; a section is a field that holds settings. From them
-come the check of a configuration, its keys (`section.key`), and docs/configuration.md.
+Each package declares the settings that its code reads; a section is a field that holds settings.
+The check of a configuration, its keys (`section.key`) and docs/configuration.md derive from them.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol, TypeVar
 
 from singer_jax.errors import InputError, unknown
@@ -17,12 +17,12 @@ from singer_jax.settings.ranges import Allowed, Elsewhere
 from singer_jax.settings.renamed import current_key
 
 ABSENT = object()
-"""The default of a key that need not be there."""
+"""The default of a key that may be missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One value: its default, what it may be, what it means, in which unit."""
+    """One value: its default, its range, its description and its unit."""
 
     default: Any
     allowed: Allowed
@@ -31,30 +31,30 @@ class Setting:
 
 
 def setting(default: Any, allowed: Allowed, meaning: str, unit: str = "") -> Any:
-    """A field of `Settings`."""
+    """Returns a field of `Settings` with a default, a range, a description and a unit."""
     metadata = {"setting": Setting(default, allowed, meaning, unit)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class Section(Protocol):
-    """How the keys of a section follow from its value."""
+    """The interface that derives the keys of a section from its value."""
 
     def leaves(self, value: Any, prefix: str) -> dict[str, Setting]:
-        """As `leaves` of a value."""
+        """Returns the keys of a value, as the function `leaves`."""
 
     def to_dict(self, value: Any) -> dict[str, Any]:
-        """As `to_dict` of a value."""
+        """Returns the values by key, as the function `to_dict`."""
 
     def from_flat(self, value: Any, flat: Mapping[str, Any], prefix: str) -> Any:
-        """As `from_flat`, from a value with the defaults."""
+        """Returns the value with other values, as the function `from_flat`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a piece of code lets its user choose.
+    """Base class of all settings, which checks every value against the range of its field.
 
     Raises:
-      InputError: a value that its field may not have.
+      InputError: a value is outside the range of its field.
     """
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Settings:
 
 
 class _Fields:
-    """The keys are the fields of the settings that the section holds."""
+    """Section whose keys are the fields of the settings that it holds."""
 
     def leaves(self, value: Settings, prefix: str) -> dict[str, Setting]:
         return leaves(value, prefix)
@@ -79,7 +79,7 @@ class _Fields:
 
 
 def section(default: Any, kind: Section | None = None) -> Any:
-    """A field of `Settings` that holds settings, or what `kind` says."""
+    """Returns a field of `Settings` that holds settings, or a value whose keys `kind` derives."""
     return dataclasses.field(
         default_factory=lambda: copy.copy(default), metadata={"section": kind or _Fields()}
     )
@@ -89,7 +89,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def leaves(settings: Settings, prefix: str = "") -> dict[str, Setting]:
-    """Every key of settings, those of their sections included; the defaults are their values."""
+    """Returns every key of settings, including their sections; the defaults are the values."""
     found: dict[str, Setting] = {}
     for field in dataclasses.fields(settings):
         key, value = prefix + field.name, getattr(settings, field.name)
@@ -101,7 +101,7 @@ def leaves(settings: Settings, prefix: str = "") -> dict[str, Setting]:
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
-    """The values by key, a dict for each section."""
+    """Returns the values by key, with a nested dict for each section."""
     return {
         field.name: value
         if "setting" in field.metadata
@@ -112,15 +112,15 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 
 
 def from_flat(settings: S, flat: Mapping[str, Any], prefix: str = "") -> S:
-    """These settings with other values.
+    """Returns settings with other values.
 
     Args:
-      settings: keep their value where no other is given.
-      flat: values by key; keys that are not theirs are not read.
-      prefix: of their keys.
+      settings: values for the keys that `flat` does not have.
+      flat: values by dotted key; other keys are ignored.
+      prefix: prefix of the keys of these settings in `flat`.
 
     Raises:
-      InputError: a value that its field may not have.
+      InputError: a value is outside the range of its field.
     """
     changed = {}
     for field in dataclasses.fields(settings):
@@ -137,11 +137,12 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
     """Raises `InputError` for the first key that is unknown, wrong or missing.
 
     Args:
-      known: by key; NAME in one stands for any name.
-      flat: values by key, as of `flatten`.
+      known: settings by key; NAME in a key stands for any name.
+      flat: values by dotted key, as returned by `flatten`.
     """
+    sections = {key.partition("NAME")[0] for key in known if "NAME." in key}
     for key, value in flat.items():
-        place = _place(key, known)
+        place = key if key in known else _place(key, sections)
         if value == {} and any(other.startswith(f"{place}.") for other in known):
             continue
         if place not in known and current_key(key) != key:
@@ -159,28 +160,30 @@ def check(known: Mapping[str, Setting], flat: Mapping[str, Any]) -> None:
         )
 
 
-def _place(key: str, known: Mapping[str, Setting]) -> str:
-    """The key with NAME in the place of a name, where the known keys have one there."""
-    for section in {other.partition("NAME")[0] for other in known if "NAME." in other}:
-        if key.startswith(section) and key not in known:
+def _place(key: str, sections: Set[str]) -> str:
+    """Returns the key with NAME in the place of a name, where a section has keys of any name."""
+    for section in sections:
+        if key.startswith(section):
             _, dot, rest = key.removeprefix(section).partition(".")
             return f"{section}NAME{dot}{rest}"
     return key
 
 
 def below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The values whose keys start with `prefix`, by the rest of their keys."""
+    """Returns the values whose keys start with `prefix`, by the rest of their keys."""
     start = len(prefix)
     return {key[start:]: value for key, value in flat.items() if key.startswith(prefix)}
 
 
 def flatten(nested: Any, prefix: str = "", *, empty: bool = False) -> dict[str, Any]:
-    """Values of nested dicts by dotted key; lists as tuples, so that JSON changes nothing.
+    """Returns the values of nested dicts by dotted key, with lists converted to tuples.
+
+    Values that were stored as JSON therefore compare equal.
 
     Args:
       nested: the dicts.
-      prefix: of their keys.
-      empty: whether a dict without keys is a value, `{}`.
+      prefix: prefix of the returned keys.
+      empty: True if an empty dict is a value.
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():

@@ -1,1 +1,1 @@
-"""State, step, optimiser and the loop of a training run."""
+"""The state, the step, the optimiser and the loop of a training run."""

@@ -1,9 +1,10 @@
-"""The step in which a loss or gradient first was no finite number: what replays it.
+"""A record of the first step with a non-finite loss or gradient, from which it is replayed.
 
-The state before that step is no longer there when its metrics are read, because states are donated;
-keeping it would cost memory and time in every step. A run is a function of state and step, so what
-is written is small: the step, its images and the settings. The state comes from the last good
-checkpoint, or of a student that was stopped among several, which keeps it, from any later one.
+When the metrics of a step are read, the state before it no longer exists, because states are
+donated; keeping it would cost memory and time in every step. A run is a deterministic function of
+state and step, so the record is small: the step, its images and the settings. The state is read
+from the last good checkpoint. A student that was stopped among several keeps its state, so for it
+any later checkpoint will do.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from singer_jax.training.settings import DistillSettings, of_saved
 
 
 class Captured(NamedTuple):
-    """A step that went wrong.
+    """A recorded step with a non-finite loss or gradient.
 
     Attributes:
-      step: its number, from 1.
-      student: which of several; empty for the only one.
-      found: what was found, in words.
-      records: indices of the images of its global batch, in order of the data.
-      images: what they are called.
-      config: of the run.
+      step: Number of the step, counted from 1.
+      student: Name of the student; empty if the run has only one.
+      found: Description of the non-finite value.
+      records: Indices of the images of the global batch, in the order of the data.
+      images: Names of these images.
+      config: Configuration of the run.
     """
 
     step: int
@@ -45,7 +46,7 @@ class Captured(NamedTuple):
 
     @property
     def settings(self) -> DistillSettings:
-        """Of the run."""
+        """Settings of the run."""
         return of_saved(self.config)
 
 
@@ -57,10 +58,10 @@ def capture(
     student: str,
     found: str,
 ) -> str:
-    """Writes `nan/STUDENT.json` (`nan/student.json`), in the first process.
+    """Writes `nan/STUDENT.json` (`nan/student.json` for the only student) in the first process.
 
     Returns:
-      the command that replays the step, or why there is none.
+      The command that replays the step, or the reason why it could not be recorded.
     """
     if jax.process_index() == 0:
         records = batch_records(source, settings.seed, settings.batch_size, step - 1)
@@ -77,15 +78,17 @@ def capture(
 
 
 def read(run: epath.Path, student: str) -> Captured:
-    """What `capture` wrote of a student.
+    """Reads the step that `capture` recorded for a student.
 
     Raises:
-      InputError: nothing that can be read.
+      InputError: No step is recorded, or the file cannot be read.
     """
     file = captured_step_file(run, student)
     try:
         return Captured(**json.loads(file.read_text()))
     except FileNotFoundError:
-        raise InputError(f"run: {file} is not there; no such step was recorded") from None
+        raise InputError(
+            f"run: {file} does not exist; the run recorded no step with a non-finite loss"
+        ) from None
     except (ValueError, TypeError) as error:
-        raise InputError(f"run: {file} is damaged: {error}") from error
+        raise InputError(f"run: {file} is damaged, the step cannot be replayed: {error}") from error

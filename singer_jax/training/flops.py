@@ -1,8 +1,8 @@
-"""How many floating-point operations a training step takes, counted without a compiler.
+"""The number of floating-point operations of a training step, counted without a compiler.
 
-Matrix products and convolutions, two operations a multiply-add, as model FLOPs utilisation counts
-them; what is computed again (rematerialisation) counts again. The backends of accelerators do not
-tell before a program is compiled, and then they count one device and the body of a loop once.
+Only matrix products and convolutions count, with two operations per multiply-add, as for model
+FLOPs utilisation. Recomputed blocks (rematerialisation) count again. XLA's own cost analysis needs
+a compiled program, covers one device, and counts the body of a loop once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from singer_jax.training.step import PARTS, Students, TrainState
 def step_flops(
     students: Students, states: Mapping[str, TrainState], teacher: Any, batch_size: int
 ) -> int:
-    """The sum of `parts_flops`."""
+    """Returns the sum of `parts_flops`."""
     return sum(parts_flops(students, states, teacher, batch_size).values())
 
 
@@ -37,13 +37,13 @@ def parts_flops(
     batch_size: int,
     quantised: bool = False,
 ) -> dict[str, int]:
-    """Operations of one step on all devices together, by its parts.
+    """Counts the operations of one step on all devices together, by part of the step.
 
     Args:
-      students: of the step.
-      states, teacher: as it takes them; may be abstract.
-      batch_size: global.
-      quantised: only those of products of 8-bit numbers.
+      students: The students of the step.
+      states, teacher: Arguments of the step; they may be abstract.
+      batch_size: Global batch size.
+      quantised: Counts only products of 8-bit numbers.
     """
     grad_accum_steps = next(iter(students.each.values())).grad_accum_steps
     images = batch_size // grad_accum_steps
@@ -79,20 +79,20 @@ def parts_flops(
 
 
 def count(function: Any, *args: Any) -> int:
-    """Operations of the matrix products and convolutions of a function.
+    """Counts the operations of the matrix products and convolutions of a function.
 
     Args:
-      function: traceable.
-      args: its arguments; may be abstract.
+      function: A traceable function.
+      args: Arguments of the function; they may be abstract.
 
     Raises:
-      ValueError: they are inside a loop whose length is not known.
+      ValueError: They are inside a loop of unknown length.
     """
     return sum(count_parts(function, *args).values())
 
 
 def count_parts(function: Any, *args: Any) -> collections.Counter[str]:
-    """`count` by the scopes `PARTS`; what is in none of them under ""."""
+    """Returns `count` for each scope in `PARTS`, and under "" for operations outside of them."""
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -125,13 +125,13 @@ def _of_equation(equation: Any, quantised: bool) -> Mapping[str, int]:
         return max(inner, key=lambda branch: branch.total())
     total = sum(inner, collections.Counter())
     if name == "while" and total:
-        raise ValueError("a loop of unknown length holds matrix products")
+        raise ValueError("a while loop of unknown length contains matrix products; use a scan")
     times = params["length"] if name == "scan" else 1
     return {part: times * number for part, number in total.items()}
 
 
 def _of_convolution(equation: Any) -> int:
-    """Padding and the holes of a dilated input are not multiplied."""
+    """Counts a convolution without products with padding or the zeros of a dilated input."""
     params = equation.params
     inputs, kernel = (variable.aval.shape for variable in equation.invars)
     output = equation.outvars[0].aval.shape

@@ -1,4 +1,4 @@
-"""The methods' losses on images that are not trained on."""
+"""Validation losses: the losses of the methods on held-out images."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from singer_jax.training.step import Metrics, TrainState
 
 
 class HeldOut:
-    """Losses of students on a test split, the same images and random numbers every time.
+    """Losses of students on a test split, with the same images and random numbers every time.
 
-    In the place of an image that cannot be read another one of the split is taken, so that the
-    batches stay whole and the losses comparable.
+    An unreadable image is replaced by another one of the split, so that the batches stay complete
+    and the losses comparable.
 
     Args:
-      run: of the students.
-      test: the images.
-      batch_size: at most; a step's, so that no more memory is needed than a step takes.
-      workers: of the loader.
-      replaced: called with the indices of the images that could not be read.
+      run: Setups of the students.
+      test: The held-out images.
+      batch_size: Largest batch size; that of a step, so that a step's memory suffices.
+      workers: Number of workers of the loader.
+      replaced: Called with the indices of the images that could not be read.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HeldOut:
     def __call__(
         self, states: Mapping[str, TrainState], teacher: Params | None
     ) -> dict[str, dict[str, float]]:
-        """Of each student `loss` and `loss_<term>`, averaged over the images."""
+        """Returns `loss` and `loss_<term>` of each student, averaged over the images."""
         found: list[dict[str, dict[str, float]]] = []
         weights = []
         for number, batch in enumerate(self._batches()):
@@ -70,7 +70,7 @@ class HeldOut:
         return jax.tree.map(lambda *values: float(np.average(values, weights=weights)), *found)
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
-        """All images: whole batches, a smaller one, and what is left of fewer than the devices."""
+        """Yields all images: full batches, a smaller one, and a rest smaller than the devices."""
         mesh, images = self.run.any.mesh, len(self.test)
         whole = images // self.batch_size * self.batch_size
         rest = images % mesh.size

@@ -1,4 +1,4 @@
-"""Which starts continue a run, and which are another one."""
+"""Checks that a start continues the run of its work directory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def check_same_run(
     saved: dict[str, Any],
     former_data: str = "",
 ) -> None:
-    """Compares a start with the checkpoint that it continues: only that binds a work directory.
+    """Checks that the settings and images are those of the checkpoint that a start continues.
 
-    `former_data` is the digest that older versions gave the same images, where it was another one.
+    A work directory without a checkpoint can be used with any settings. `former_data` is the digest
+    that older versions computed for the same images, where it differs.
+
+    Raises:
+      InputError: They differ from those of the checkpoint.
     """
     changed = _differences(settings, saved["config"])
     if changed:
@@ -37,7 +41,7 @@ def check_same_run(
         )
 
 
-# A run may be continued with other values of these; any other difference is another run.
+# Keys whose values may change when a run is continued; no other key may.
 _RESUMABLE = (
     "steps",
     "epochs",
@@ -58,9 +62,9 @@ def _resumable(key: str) -> bool:
 
 
 def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
-    """Keys whose values make these settings another run than the saved one, and both values.
+    """Lists the keys that must not change but differ from the saved run, with both values.
 
-    Settings that the run does not read make no difference.
+    Settings that the run does not read are ignored.
     """
     theirs = current(flatten(saved))
     theirs |= flatten(to_dict(of_saved(saved)))
@@ -75,8 +79,12 @@ def _differences(settings: DistillSettings, saved: dict[str, Any]) -> list[str]:
 def check_same_teacher(
     settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
 ) -> None:
-    """Compares the teacher's weights with those of the checkpoint that a start continues."""
-    # Checkpoints of older versions say nothing of them.
+    """Checks that the teacher's weights are those of the checkpoint that a start continues.
+
+    Raises:
+      InputError: The weights differ.
+    """
+    # Checkpoints of older versions do not record the teacher's weights.
     if "teacher" in saved and saved["teacher"] != meta.get("teacher"):
         raise InputError(
             f"{workdir} was trained with other teacher weights than {settings.teacher.weights} now "

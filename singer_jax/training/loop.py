@@ -1,4 +1,4 @@
-"""The training loop: steps, their metrics, what is saved between them, and when to stop."""
+"""The training loop: steps, metrics, checkpoints, evaluations and stops."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ States = Mapping[str, TrainState]
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings(Settings):
-    """When a run is saved."""
+    """Settings of the checkpoints."""
 
-    every_steps: int = setting(1000, COUNT, "between two checkpoints", "steps")
-    keep: int = setting(2, COUNT, "how many of them are kept, the latest")
+    every_steps: int = setting(1000, COUNT, "Number of steps between checkpoints.")
+    keep: int = setting(2, COUNT, "Number of checkpoints to keep; older ones are deleted.")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalsSettings(Settings):
-    """Evaluation while training: kNN and the held-out losses, on the test split."""
+    """Settings of the evaluation during training: kNN and validation losses on the test split."""
 
-    every_steps: int = setting(0, FROM_ZERO, "between two evaluations; 0: never", "steps")
+    every_steps: int = setting(0, FROM_ZERO, "Number of steps between evaluations. 0: never.")
     images: int = setting(
         1000,
         COUNT,
-        "number of test images; kNN compares with as many training images, or with 10 a class (up "
-        "to 20,000) where that is more",
+        "Number of test images. kNN compares them with as many training images, or with 10 images "
+        "per class (at most 20,000) if that is more.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopHooks:
-    """What happens between steps.
+    """Functions that the loop calls between steps.
 
     Attributes:
-      save: keeps the states after so many steps; may still write when it returns.
-      save_every: steps.
-      kept_in: where `save` keeps it, for messages.
-      saved: returns when everything is written.
-      evaluate: measures the states with the teacher's parameters; None: never.
-      evaluate_every: steps.
-      first: sees the states and metrics of the first step.
+      save: Saves the states after the given number of steps; writing may continue after it returns.
+      save_every: Number of steps between two calls of `save`.
+      kept_in: Place in which `save` stores the states, for messages.
+      saved: Waits until everything is written.
+      evaluate: Evaluates the states with the teacher's parameters; None for no evaluation.
+      evaluate_every: Number of steps between two calls of `evaluate`.
+      first: Called with the states and metrics of the first step.
     """
 
     save: Callable[[States, int], None]
@@ -74,19 +74,22 @@ def train(
     between: LoopHooks,
     recorder: Recorder,
 ) -> States:
-    """Steps from `recorder.start` to `recorder.steps`.
+    """Trains from step `recorder.start` to step `recorder.steps`.
 
     Args:
-      step_fn: of `Students`, as `jit_step` makes it, compiled.
-      states: of the students by name, before the first of these steps; donated.
-      teacher: its parameters.
-      batches: on the devices, as many as there are steps, with the count of unreadable images.
-      between: what happens between steps.
-      recorder: of the metrics.
+      step_fn: The compiled step of `Students`, as `jit_step` makes it.
+      states: States of the students by name before the first step; donated.
+      teacher: Parameters of the teacher.
+      batches: Batches on the devices, one for each step, with the count of unreadable images.
+      between: Functions that are called between steps.
+      recorder: Recorder of the metrics.
+
+    Returns:
+      The states after the last step.
 
     Raises:
-      Stopped: on request, saved.
-      RunError: a loss or gradient of every student that is not finite; what `batches` raises.
+      Stopped: A stop was requested; the states are saved.
+      RunError: The loss or gradient of every student is not finite, or `batches` raises it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.deferred())
@@ -104,12 +107,13 @@ def train(
                 recorder.flush()
                 recorder.evaluate(step, functools.partial(between.evaluate, states, teacher))
             if last or stop or step % between.save_every == 0:
-                recorder.flush()  # raises, so that no state is saved after a loss that is no number
+                recorder.flush()  # raises, so that no state is saved after a non-finite loss
                 with recorder.saving():
                     between.save(states, step)
             if stop:
                 raise Stopped(
-                    f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}"
+                    f"stopped after step {step} of {recorder.steps}, saved in {between.kept_in}; "
+                    "run the same command to continue"
                 )
             if not last:
                 with recorder.waiting():

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules as the official code runs them."""
+"""Optimisers and learning-rate schedules, equal to those of the official code."""
 
 from __future__ import annotations
 
@@ -22,41 +22,49 @@ from singer_jax.settings.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """How parameters are updated."""
+    """Settings of the optimiser."""
 
-    name: str = setting("adamw", OneOf(("adamw", "sgd")), "which optimiser")
-    learning_rate: float = setting(1e-3, NOT_NEGATIVE, "the peak of the schedule")
-    b1: float = setting(0.9, DECAY, "decay of AdamW's first moment")
-    b2: float = setting(0.999, DECAY, "decay of AdamW's second moment")
-    eps: float = setting(1e-8, NOT_NEGATIVE, "added to the root of AdamW's second moment")
-    weight_decay: float = setting(1e-4, NOT_NEGATIVE, "of every parameter")
-    momentum: float = setting(0.9, DECAY, "of SGD")
-    max_grad_norm: float = setting(0.0, NOT_NEGATIVE, "largest norm of all gradients; 0: any")
+    name: str = setting("adamw", OneOf(("adamw", "sgd")), "Name of the optimiser.")
+    learning_rate: float = setting(1e-3, NOT_NEGATIVE, "Peak learning rate of the schedule.")
+    b1: float = setting(0.9, DECAY, "Decay rate of AdamW's first moment.")
+    b2: float = setting(0.999, DECAY, "Decay rate of AdamW's second moment.")
+    eps: float = setting(
+        1e-8, NOT_NEGATIVE, "Constant added to the square root of AdamW's second moment."
+    )
+    weight_decay: float = setting(1e-4, NOT_NEGATIVE, "Weight decay of every trained parameter.")
+    momentum: float = setting(0.9, DECAY, "Momentum of SGD.")
+    max_grad_norm: float = setting(
+        0.0, NOT_NEGATIVE, "Global norm to which gradients are clipped. 0: no clipping."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings(Settings):
-    """The learning rate by step."""
+    """Settings of the learning-rate schedule."""
 
-    name: str = setting("cosine", OneOf(("cosine", "multistep")), "its shape")
-    warmup_epochs: int = setting(5, FROM_ZERO, "linear warm-up of `cosine`", "epochs")
-    min_lr_ratio: float = setting(1e-4, SHARE, "last over largest learning rate of `cosine`")
-    milestones: tuple[int, ...] = setting(
-        (30, 60, 90), Each(COUNT), "when `multistep` lowers the learning rate", "epochs"
+    name: str = setting("cosine", OneOf(("cosine", "multistep")), "Shape of the schedule.")
+    warmup_epochs: int = setting(5, FROM_ZERO, "Number of epochs of linear warm-up of `cosine`.")
+    min_lr_ratio: float = setting(
+        1e-4, SHARE, "Ratio of the last to the peak learning rate of `cosine`."
     )
-    gamma: float = setting(0.1, POSITIVE, "what `multistep` multiplies it with")
+    milestones: tuple[int, ...] = setting(
+        (30, 60, 90), Each(COUNT), "Epochs after which `multistep` multiplies the rate by `gamma`."
+    )
+    gamma: float = setting(
+        0.1, POSITIVE, "Factor by which `multistep` multiplies the learning rate at a milestone."
+    )
 
 
 def make_schedule(
     settings: ScheduleSettings, learning_rate: float, steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The learning rate as a function of the step.
+    """Returns the learning rate as a function of the step.
 
     Args:
-      settings: of the schedule.
-      learning_rate: the peak.
-      steps: of the whole run.
-      steps_per_epoch: ceil(examples / batch).
+      settings: Settings of the schedule.
+      learning_rate: Peak learning rate.
+      steps: Number of steps of the whole run.
+      steps_per_epoch: Number of steps per epoch, ceil(examples / batch).
     """
     if settings.name == "cosine":
         warmup = settings.warmup_epochs * steps_per_epoch
@@ -68,11 +76,11 @@ def make_schedule(
 def make_optimizer(
     settings: OptimizerSettings, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """AdamW, or SGD with weight decay added to the gradient, equal to PyTorch's.
+    """Makes AdamW, or SGD with weight decay added to the gradient, equal to PyTorch's.
 
     Args:
-      settings: of the optimiser; the learning rate is `schedule`'s.
-      schedule: learning rate by step.
+      settings: Settings of the optimiser; the learning rate comes from `schedule`.
+      schedule: Learning rate by step.
     """
     if settings.name == "adamw":
         update = optax.adamw(

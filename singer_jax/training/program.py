@@ -1,4 +1,4 @@
-"""The training step as a program: its shardings, its memory, and how several students share it."""
+"""The compiled training step: its shardings, its memory, and the execution of several students."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from singer_jax.training.step import Distillation, Students, TrainState
 def jit_step(
     distillation: Distillation | Students, mesh: Mesh, state: Any, teacher: Params | None
 ) -> Callable:
-    """`distillation.step` under `jax.jit` with the shardings of `state` and `teacher` as they are.
+    """Returns `distillation.step` under `jax.jit` with the shardings of `state` and `teacher`.
 
-    The state, or those of several students, are donated; metrics come back replicated. All four
-    arguments are given by position.
+    The state, or those of several students, are donated; metrics are returned replicated. All four
+    arguments are positional.
     """
     shardings = jax.tree.map(lambda x: x.sharding, (state, teacher))
     return jax.jit(
@@ -33,12 +33,18 @@ def jit_step(
     )
 
 
-# Of a device's memory; the rest is for batches on their way and for evaluation.
+# Largest share of a device's memory; the rest is for prefetched batches and for evaluation.
 _MOST = 0.9
 
 
 class Program(NamedTuple):
-    """A compiled step, the bytes that it takes on a device, and why this one, for the user."""
+    """A compiled step.
+
+    Attributes:
+      step: The compiled function.
+      peak: Peak memory on a device in bytes.
+      told: Description of the execution of several students for logs; empty for one student.
+    """
 
     step: Callable
     peak: int
@@ -53,22 +59,23 @@ def compile_step(
     batch: Any,
     execution: str | None = None,
 ) -> Program:
-    """`jit_step`, compiled for these arguments; of several students as memory admits.
+    """Compiles `jit_step` for these arguments and chooses the execution of several students.
 
     Args:
-      students: of the step.
-      mesh: of the devices.
-      states, teacher, batch: as the step takes them.
-      execution: `parallel` or `sequential`; None: together, where a device has that much memory and
-        its backend does not prefer the other.
+      students: The students of the step.
+      mesh: Mesh of the devices.
+      states, teacher, batch: Arguments of the step.
+      execution: `parallel` or `sequential`. None selects `parallel` if a device has enough memory
+        and its backend does not prefer `sequential`.
     """
 
     def compiled(execution: str, why: str = "") -> Program:
         which = dataclasses.replace(students, sequential=execution == "sequential")
         step = jit_step(which, mesh, states, teacher)
         step = step.lower(states, teacher, batch, np.bool_(True)).compile()
-        peak, words = peak_memory(step), execution.replace("_", " ")
-        return Program(step, peak, f"{len(students.each)} students {words}, {_gib(peak)}{why}")
+        peak = peak_memory(step)
+        line = f"{len(students.each)} students, {execution}, peak memory {_gib(peak)}{why}"
+        return Program(step, peak, line)
 
     if len(students.each) == 1:
         return compiled("parallel")._replace(told="")
@@ -76,22 +83,24 @@ def compile_step(
         return compiled(execution or "sequential")
     memory = parallel.device_memory(mesh)
     try:
-        together = compiled("parallel", f" of a device's {_gib(memory)}")
+        together = compiled("parallel", f" of {_gib(memory)} per device")
     except jax.errors.JaxRuntimeError as error:  # a compiler that knows its device's memory
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return compiled("sequential", "; together they do not fit")
+        return compiled("sequential", "; parallel execution does not fit into memory")
     if parallel.of_first_process(together.peak <= _MOST * memory):
         return together
     needed = _gib(together.peak)
     del together
-    return compiled("sequential", f"; together they would take {needed} of {_gib(memory)}")
+    return compiled(
+        "sequential", f"; parallel execution needs {needed} of {_gib(memory)} per device"
+    )
 
 
 def peak_memory(compiled: Any) -> int:
-    """Bytes that a compiled program takes on a device, its arguments included.
+    """Returns the peak memory in bytes of a compiled program on a device, arguments included.
 
-    0 on a backend that does not say.
+    It is 0 if the backend does not report it.
     """
     found = compiled.memory_analysis()
     if found is None:

@@ -1,7 +1,7 @@
-"""What a compiled training step takes of a chip, and what follows for a run.
+"""A roofline lower bound for the time of a compiled training step, and its memory.
 
-A roofline: products of matrices at the chip's rate, memory at its bandwidth, whichever is longer,
-and after them the collectives. Nothing is measured; a real step is slower.
+The time is the longer of matrix products at the chip's peak rate and memory traffic at its
+bandwidth, plus the collectives without overlap. Nothing is measured; a real step is slower.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from singer_jax.training.program import compile_step
 from singer_jax.training.setup import Setups
 from singer_jax.training.step import PARTS
 
-# Images that one core decodes, crops and flips in a second, loader included: less than
-# `benchmarks.input` prints, to be on the safe side.
+# Images per second that one core decodes, crops and flips, loader included. It is a conservative
+# estimate, below the rate that `benchmarks.input` prints.
 DECODED = 400
-_HOP = 1e-6  # seconds from chip to chip
+_HOP = 1e-6  # latency from chip to chip in seconds
 
 
 class DoesNotFit(InputError):
-    """A step that takes more memory than a chip has."""
+    """A step needs more memory than a chip has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one step takes, on each chip.
+    """The cost of one step on each chip.
 
     Attributes:
-      kind: of the chips.
-      count: of the chips.
-      images: of the global batch.
-      arguments, temporaries, peak: bytes of memory.
-      flops: operations of matrix products.
-      fast_flops: of them, those that the chip's units for 8 bits do.
-      traffic: bytes to and from memory.
-      collectives: how often each kind runs, and its bytes; without the diagnostics of logged steps.
-      parts: operations and traffic of each part of the step.
-      compile_seconds, compile_cpu_seconds: by the clock, and of all threads.
-      told: how several students share the step.
+      kind: Kind of the chips.
+      count: Number of chips.
+      images: Global batch size.
+      arguments, temporaries, peak: Memory in bytes.
+      flops: Operations of matrix products.
+      fast_flops: Those operations that run on the chip's 8-bit units.
+      traffic: Bytes read from and written to memory.
+      collectives: Number of runs and bytes of each kind, without the diagnostics of logged steps.
+      parts: Operations and traffic of each part of the step.
+      compile_seconds, compile_cpu_seconds: Compile time: wall clock, and CPU time of all threads.
+      told: Description of the execution of several students for logs.
     """
 
     kind: str
@@ -68,18 +68,18 @@ class Cost:
 
     @property
     def chip(self) -> chips.Chip:
-        """The data sheet."""
+        """Data sheet of the chip."""
         return chips.chip(self.kind)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """A step's time by what it waits for."""
+        """Lower bounds of a step's time in seconds, by resource."""
         sent = sum(
             size * (2 if kind == "all-reduce" else 1)
             for kind, (_, size) in self.collectives.items()
         )
         started = sum(count for count, _ in self.collectives.values())
-        # A torus of two dimensions or more; there and back.
+        # The network is a torus of at least two dimensions; data travels there and back.
         hops = 4 * math.isqrt(self.count)
         network = sent / self.chip.network + started * hops * _HOP if self.count > 1 else 0.0
         return {
@@ -91,28 +91,28 @@ class Cost:
 
     @property
     def binds(self) -> str:
-        """What takes the longest."""
+        """Name of the resource that takes the longest."""
         return max(self.seconds, key=self.seconds.get)
 
     @property
     def step_seconds(self) -> float:
-        """Of one step."""
+        """Lower bound of a step's time in seconds."""
         found = self.seconds
         return max(found["operations"], found["memory traffic"]) + found["collectives"]
 
     @property
     def images_per_second(self) -> float:
-        """Of all chips together."""
+        """Upper bound of the throughput of all chips together."""
         return self.images / self.step_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: of the rate for bfloat16."""
+        """Model FLOPs utilisation, relative to the chip's bfloat16 rate."""
         return self.flops / self.chip.bf16 / self.step_seconds
 
 
 def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the trainer puts it onto the devices."""
+    """Returns an abstract batch with the shapes and shardings of a training batch."""
     split, side = parallel.batch_sharding(run.any.mesh), run.image_size
     shape = (batch_size, side, side, 3)
     return {
@@ -122,21 +122,23 @@ def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStru
 
 
 def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
-    """Compiles the step of a run for its devices, and reads the program.
+    """Compiles the step of a run for its devices, and computes its cost from the program.
 
     Args:
-      run: as `setup_students` gives it.
-      batch_size: global.
-      schedule: of several students.
+      run: Setups of the run, as `setup_students` returns them.
+      batch_size: Global batch size.
+      schedule: Execution of several students, as for `compile_step`.
 
     Raises:
-      DoesNotFit: the step does not fit into the memory of a chip.
-      InputError: nothing is known of the chip.
+      DoesNotFit: The step does not fit into the memory of a chip.
+      InputError: The chip is not listed in `platform.chips`.
     """
     mesh = run.any.mesh
     kind = mesh.devices.flat[0].device_kind
     if chips.chip(kind) is None:
-        raise InputError(f"topology: nothing is known of the speed of {kind!r}")
+        raise InputError(
+            f"topology: the speed of {kind!r} is unknown; choose a chip of platform.chips.CHIPS"
+        )
     start, cpu = time.perf_counter(), _cpu_seconds()
     try:
         program = compile_step(
@@ -151,13 +153,13 @@ def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise _does_not_fit(batch_size, mesh) from error
-    if program.peak > chips.chip(kind).memory:  # a GPU's compiler does not mind
+    if program.peak > chips.chip(kind).memory:  # a GPU's compiler does not check it
         raise _does_not_fit(batch_size, mesh)
     seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
     compiled = program.step
     memory = compiled.memory_analysis()
     reads = run.students.teacher_reads
-    # A frozen teacher's blocks are one loop within another, over the blocks that are read.
+    # A frozen teacher's blocks are two nested loops, the outer one over the blocks that are read.
     trips = (max(reads) + 1) / len(reads) if reads else 1
     moved = hlo.moved(compiled.as_text(), trips, PARTS)
     flops = parts_flops(run.students, run.states, run.teacher, batch_size)
@@ -191,7 +193,7 @@ def _does_not_fit(batch_size: int, mesh: Mesh) -> DoesNotFit:
     memory = chips.chip(mesh.devices.flat[0].device_kind).memory
     return DoesNotFit(
         f"batch_size: {batch_size} is {batch_size // mesh.size} images a chip, which does not fit "
-        f"into its memory of {memory / 2**30:.0f} GiB; take a smaller one (batch_size=max finds "
+        f"into its memory of {memory / 2**30:.0f} GiB; use a smaller one (batch_size=max finds "
         "it), grad_accum_steps, student.remat or mesh.fsdp"
     )
 

@@ -1,4 +1,4 @@
-"""All of a distillation, of one student or of several."""
+"""The settings of a distillation of one student or of several."""
 
 from __future__ import annotations
 
@@ -45,23 +45,26 @@ EXECUTIONS = ("parallel", "sequential")
 
 @dataclasses.dataclass(frozen=True)
 class StudentVariant(StudentSettings):
-    """What the students of a run may differ in."""
+    """Settings in which the students of a run may differ."""
 
-    seed: int = setting(0, SEED, "of its parameters and of its method's random numbers")
+    seed: int = setting(
+        0, SEED, "Seed of the student's initial parameters and of its method's random numbers."
+    )
     method: Settings = section(SingerSettings(), MethodSection())
     optimizer: OptimizerSettings = section(OptimizerSettings())
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentsSettings:
-    """The students of a run; none where it is the run's own `student`.
+    """Settings of several students of a run; empty if the run has only its `student`.
 
     Attributes:
-      named: each by its name, which is that of a folder.
-      execution: how a step goes through them; None: as it suits the devices.
+      named: Settings of each student by its name, which is also the name of a folder.
+      execution: Execution of the students in a step, `parallel` or `sequential`; None to choose by
+        the device.
 
     Raises:
-      InputError: a name that is no file name, or two that some file systems do not tell apart.
+      InputError: A name is not a valid file name, or two names differ only in case.
     """
 
     named: Mapping[str, StudentVariant] = dataclasses.field(default_factory=dict)
@@ -72,20 +75,23 @@ class StudentsSettings:
         for name in self.named:
             if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", name, re.ASCII):
                 raise InputError(
-                    f"students: {name!r} is no file name; give up to 64 letters, digits, _ and -"
+                    f"students: {name!r} is not a valid name; use up to 64 letters, digits, _ and -"
                 )
             if name.lower() in seen:
                 raise InputError(
-                    f"students: {name!r} is also the name of {seen[name.lower()]}; give another"
+                    f"students: {name!r} is also the name of {seen[name.lower()]}; use another name"
                 )
             seen[name.lower()] = f"the student {name!r}"
 
 
 class _Students:
-    """`execution`, and of each student by its NAME the keys that differ from the run's own."""
+    """The key `execution`, and under the name of each student its keys that differ from the run."""
 
     def leaves(self, value: StudentsSettings, prefix: str) -> dict[str, Setting]:
-        meaning = "all at once, or one after the other in less memory; None: as it suits the device"
+        meaning = (
+            "Execution of several students in a step: `parallel`, or `sequential` in less memory. "
+            "None: `parallel` if it fits into memory and the backend does not prefer `sequential`."
+        )
         known = {"execution": Setting(value.execution, optional(OneOf(EXECUTIONS)), meaning)}
         for key in _shared():
             known[f"NAME.{key}"] = Setting(ABSENT, Elsewhere("once for the run"), "")
@@ -109,7 +115,7 @@ class _Students:
         named = dict(value.named)
         for name in dict.fromkeys(key.partition(".")[0] for key in given):
             own = settings_lib.below(given, f"{name}.")
-            # A method of its own is taken instead of a sum that the run says.
+            # A student's own method replaces the run's weighted sum of methods.
             sums = "method.name" in own and not settings_lib.below(own, "method.method_weights.")
             of_run = {
                 k: v for k, v in common.items() if not (sums and "method.method_weights." in k)
@@ -122,7 +128,7 @@ _OWN = ("seed", "method.", "optimizer.")
 
 
 def _shared() -> list[str]:
-    """The keys of a run that its students share."""
+    """Returns the keys of a run that all of its students share."""
     found = []
     for field in dataclasses.fields(DistillSettings):
         if field.name in ("student", "students", "seed", "method", "optimizer"):
@@ -137,20 +143,28 @@ def _shared() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class DistillSettings(Settings):
-    """All of a distillation."""
+    """Settings of a distillation."""
 
-    job: str = setting("distill", OneOf(("distill",)), "the command")
-    seed: int = setting(0, SEED, "of everything random")
+    job: str = setting("distill", OneOf(("distill",)), "Name of the command.")
+    seed: int = setting(0, SEED, "Seed of all random numbers.")
     steps: int | None = setting(
-        None, optional(COUNT), "of the run; None: epochs x ceil(examples / batch_size)"
+        None,
+        optional(COUNT),
+        "Number of training steps. None: epochs x ceil(examples / batch_size).",
     )
-    epochs: int = setting(100, COUNT, "passes over the images, where `steps` is None")
-    batch_size: int = setting(512, COUNT, "of all devices together", "images")
-    grad_accum_steps: int = setting(1, COUNT, "micro-batches a step")
+    epochs: int = setting(
+        100, COUNT, "Number of passes over the training images if `steps` is None."
+    )
+    batch_size: int = setting(
+        512, COUNT, "Global batch size: number of images per step, summed over all devices."
+    )
+    grad_accum_steps: int = setting(
+        1, COUNT, "Number of micro-batches per step over which gradients are accumulated."
+    )
     precision: str = setting(
         "bfloat16",
         OneOf(tuple(PRECISIONS)),
-        "of activations, and of the teacher's parameters",
+        "Precision of activations and of the teacher's parameters.",
     )
     teacher: TeacherSettings = section(TeacherSettings())
     student: StudentSettings = section(StudentSettings())
@@ -166,11 +180,11 @@ class DistillSettings(Settings):
 
     @property
     def method_name(self) -> str:
-        """The method's name, or those of the summed ones; of each student."""
+        """Names of the methods of each student, those of a sum joined by +."""
         return ", ".join(" + ".join(methods.chosen(own.method)) for own in self.each().values())
 
     def each(self) -> dict[str, DistillSettings]:
-        """The run of each student by its name; of the run's own student, named "", this one."""
+        """Returns the settings of each student's run by name; the only student has the name ""."""
         own = [field.name for field in dataclasses.fields(StudentSettings)]
         return {
             name: dataclasses.replace(
@@ -185,12 +199,12 @@ class DistillSettings(Settings):
         } or {"": self}
 
 
-# What runs did that are older than these keys, where that is no longer the default.
+# Values for runs that are older than these keys, if they differ from the current defaults.
 _FORMER = {"method.match.norm_clip_quantile": 1.0}
 
 
 def of_saved(config: Mapping[str, Any]) -> DistillSettings:
-    """The settings of a run from those it has written; what is newer than the run is as it was."""
+    """Returns the settings of a saved run; keys newer than the run get their former behaviour."""
     return from_flat(DistillSettings(), _FORMER | current(flatten(config)))
 
 

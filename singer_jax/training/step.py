@@ -19,23 +19,23 @@ from singer_jax.models.params import Keys, Params, split
 from singer_jax.runs.metrics import StepMetrics
 
 Features = Mapping[int, Float[Array, "batch tokens dim"]]
-"""Raw residual streams by block, as `VisionTransformer.streams_at` gives them."""
+"""Raw residual streams by block, as `VisionTransformer.streams_at` returns them."""
 
 Metrics = dict[str, Float[Array, ""]]
 
 PARTS = ("teacher", "student", "method", "optimizer")
-"""The scopes of a step; the method's passes through the teacher's blocks are its own."""
+"""The scopes of a step; the method's passes through the teacher's blocks count as `method`."""
 
 
 class TrainState(NamedTuple):
-    """All that changes in a run and all that a checkpoint must hold.
+    """The complete state of a training run, which a checkpoint stores.
 
     Attributes:
-      step: steps done.
-      params: what the optimiser updates, under `student` and `method`.
-      constants: what it does not: student parameters outside the distilled path, null spaces,
-        statistics of the teacher's tokens.
-      opt_state: of optax.
+      step: Number of completed steps.
+      params: Trained parameters, under `student` and `method`.
+      constants: Variables that the optimiser does not update: student parameters outside the
+        distilled path, null spaces, statistics of the teacher's tokens.
+      opt_state: State of the optax optimiser.
     """
 
     step: Int[Array, ""]
@@ -45,12 +45,12 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a student learns from a batch, averaged over the micro-batches.
+    """Metrics and gradients of a student for a batch, averaged over the micro-batches.
 
     Attributes:
-      metrics: of the state before the step.
-      gradients: of its `params`.
-      means: what the method keeps statistics of (`Method.observe`); mostly nothing.
+      metrics: Metrics of the state before the step.
+      gradients: Gradients of the state's `params`.
+      means: Means for the statistics of the method (`Method.observe`); empty for most methods.
     """
 
     metrics: Metrics
@@ -60,17 +60,19 @@ class StepOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """The static half of a student's training step: everything but arrays.
+    """The static part of a student's training step: everything except arrays.
 
     Attributes:
-      student, teacher: networks; no teacher for a method that needs none.
-      method: graph definition of the method.
-      optimizer: of the state's `params`.
-      schedule: learning rate by step, for the metrics.
-      blocks, head: how many of the student's blocks the loss reads, and whether its head.
-      teacher_reads: blocks of the teacher whose features the method reads.
-      seed: of the random numbers of the steps.
-      grad_accum_steps: micro-batches a step; losses and gradients are averaged over them.
+      student, teacher: Networks; the teacher is None for a method that needs none.
+      method: Graph definition of the method.
+      optimizer: Optimiser of the state's `params`.
+      schedule: Learning rate by step, for the metrics.
+      blocks, head: Number of the student's blocks that the loss reads, and True if it reads the
+        head.
+      teacher_reads: Teacher blocks whose features the method reads.
+      seed: Seed of the random numbers of the steps.
+      grad_accum_steps: Number of micro-batches per step, over which losses and gradients are
+        averaged.
     """
 
     student: Network
@@ -85,7 +87,7 @@ class Distillation:
     grad_accum_steps: int = 1
 
     def teach(self, teacher: Params | None, batch: Any) -> Features:
-        """The frozen teacher's features that the method reads; none without a teacher."""
+        """Returns the frozen teacher's features that the method reads; empty without a teacher."""
         return teach(self.teacher, self.teacher_reads, teacher, batch)
 
     def loss(
@@ -98,19 +100,20 @@ class Distillation:
         key: jax.Array,
         logged: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The sum of the method's terms, and metrics.
+        """Returns the sum of the method's loss terms, and metrics.
 
         Args:
-          params, constants: of a state.
-          teacher: its parameters.
-          features: as `teach` gives them.
-          batch: as for `step`; of a micro-batch with `row`, where each image is in the step's.
-          key: of the method's random numbers.
-          logged: whether the method's diagnostics are among the metrics (else they are 0); None
-            leaves them out.
+          params, constants: Parts of a state.
+          teacher: Parameters of the teacher.
+          features: Features as `teach` returns them.
+          batch: A batch as for `step`; a micro-batch also has `row`, the index of each image in the
+            batch of the step.
+          key: Key of the method's random numbers.
+          logged: True to compute the method's diagnostics, False to set them to 0; None leaves them
+            out of the metrics.
 
         Returns:
-          the loss, and each term as `loss_<name>` beside the diagnostics.
+          The loss, and the metrics: each term as `loss_<name>`, and the diagnostics.
         """
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
@@ -134,7 +137,7 @@ class Distillation:
     def observe(
         self, state: TrainState, teacher: Params | None, features: Features
     ) -> dict[str, Any]:
-        """The `means` of a batch."""
+        """Returns the `means` of a batch for the statistics of the method."""
         if self.teacher is None:
             return {}
         with jax.named_scope("method"):
@@ -142,7 +145,7 @@ class Distillation:
             return self._method(state).observe(taught)
 
     def absorb(self, state: TrainState, means: dict[str, Any]) -> TrainState:
-        """The state with the means of a batch in the statistics of its method."""
+        """Returns the state with the method's statistics updated with the means of a batch."""
         if not means:
             return state
         method = self._method(state)
@@ -161,7 +164,7 @@ class Distillation:
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
     ) -> tuple[Metrics, Params]:
-        """Metrics and gradients of `state.params`, averaged over the micro-batches."""
+        """Returns metrics and gradients of `state.params`, averaged over the micro-batches."""
         return Students({"": self}).gradients({"": state}, teacher, batch, logged)[""][:2]
 
     def step(
@@ -171,12 +174,12 @@ class Distillation:
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
     ) -> tuple[TrainState, Metrics]:
-        """As `Students.step`, of this one."""
+        """Runs `Students.step` for this student only."""
         states, metrics = Students({"": self}).step({"": state}, teacher, batch, logged)
         return states[""], metrics[""]
 
     def update(self, state: TrainState, found: StepOutput) -> tuple[TrainState, Metrics]:
-        """The state after a step, and the metrics with `grad_norm` and `learning_rate`."""
+        """Returns the state after a step, and the metrics with `grad_norm` and `learning_rate`."""
         metrics, gradients, means = found
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
@@ -189,7 +192,7 @@ class Distillation:
         return TrainState(state.step + 1, params, constants, opt_state), metrics
 
     def init(self, student: Params, method: Method) -> TrainState:
-        """The state before the first step; traceable."""
+        """Returns the state before the first step; traceable."""
         trained, untouched = self.split_path(student)
         _, parts, constants = nnx.split(method, nnx.Param, FrozenVariable)
         params = {"student": trained, "method": nnx.to_pure_dict(parts)}
@@ -197,10 +200,10 @@ class Distillation:
         return TrainState(jnp.int32(0), params, constants, self.optimizer.init(params))
 
     def split_path(self, student: Params) -> tuple[Params, Params]:
-        """Student parameters on the distilled path, and those that no gradient reaches.
+        """Splits the student's parameters into those on the distilled path and the others.
 
-        The latter are not updated at all, weight decay included (as in the official code). Nor is
-        a planted vector.
+        No gradient reaches the others. They are not updated, not even by weight decay (as in the
+        official code). A synthetic outlier vector is not updated either.
         """
 
         def on_path(keys: Keys) -> bool:
@@ -215,12 +218,12 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True)
 class Students:
-    """The static half of a step of several students, who learn from one teacher's features.
+    """The static part of a step of several students that share the teacher's forward pass.
 
     Attributes:
-      each: their distillations by name, with the same teacher and number of micro-batches.
-      sequential: whether a student's gradients are finished before the next one is computed, so
-        that the activations of one of them are kept at a time.
+      each: Distillations by name of the student, with the same teacher and number of micro-batches.
+      sequential: True to compute the gradients of one student after the other, so that only the
+        activations of one are in memory at a time.
     """
 
     each: Mapping[str, Distillation]
@@ -228,16 +231,16 @@ class Students:
 
     @property
     def teacher(self) -> Network | None:
-        """Theirs; None where no method reads one."""
+        """The teacher of all students; None if no method reads one."""
         return next((own.teacher for own in self.each.values() if own.teacher), None)
 
     @property
     def teacher_reads(self) -> tuple[int, ...]:
-        """The teacher's blocks whose features any of the methods reads."""
+        """Teacher blocks whose features any of the methods reads."""
         return tuple(sorted({layer for own in self.each.values() for layer in own.teacher_reads}))
 
     def teach(self, teacher: Params | None, batch: Any) -> Features:
-        """The frozen teacher's features that any of the methods reads; none without a teacher."""
+        """Returns the frozen teacher's features that any method reads; empty without a teacher."""
         return teach(self.teacher, self.teacher_reads, teacher, batch)
 
     def gradients(
@@ -247,7 +250,10 @@ class Students:
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
     ) -> dict[str, StepOutput]:
-        """Of each student. Its method's statistics hold the examples at hand before its loss."""
+        """Returns the output of each student for a batch.
+
+        The statistics of a method are updated with a micro-batch before its loss is computed.
+        """
         grad_accum_steps = next(iter(self.each.values())).grad_accum_steps
         keys = {
             name: jax.random.fold_in(jax.random.key(own.seed), states[name].step)
@@ -259,7 +265,7 @@ class Students:
             found: dict[str, StepOutput] = {}
             for name, own in self.each.items():
                 if self.sequential and found:
-                    # Nothing of this student starts before all of the last one's is there.
+                    # The computation of this student starts after that of the previous student.
                     last = next(reversed(found))
                     seen, found[last] = jax.lax.optimization_barrier((seen, found[last]))
                 features, examples = seen
@@ -297,20 +303,20 @@ class Students:
         batch: Any,
         logged: Bool[Array, ""] | bool = True,
     ) -> tuple[dict[str, TrainState], StepMetrics]:
-        """One update of every student's state.
+        """Updates the state of every student.
 
-        Of several students, one whose loss or gradient is not finite keeps its state, then and in
-        all later steps: its count of steps stays behind the others'.
+        If there are several students, one with a non-finite loss or gradient keeps its state in
+        this and all later steps; its count of steps stays behind that of the others.
 
         Args:
-          states: before the step; donated where the step is jitted.
-          teacher: its parameters, frozen.
+          states: States before the step; donated if the step is jitted.
+          teacher: Frozen parameters of the teacher.
           batch: `image` [batch, height, width, 3] in 0..255 and `label` [batch].
-          logged: whether the metrics will be read as a row: the methods' diagnostics are 0 in other
+          logged: True if the metrics are logged; the diagnostics of the methods are 0 in other
             steps.
 
         Returns:
-          the states after the step, and metrics of the parameters before it.
+          The states after the step, and metrics of the parameters before it.
         """
         found = self.gradients(states, teacher, batch, logged)
         after, each = {}, {}
@@ -329,9 +335,9 @@ class Students:
 
 
 def micro_batches(batch: Any, count: int) -> Any:
-    """A batch as `count` parts along a new first axis.
+    """Splits a batch into `count` parts along a new first axis.
 
-    Every `count`-th example goes into one part, so that each device splits what it already holds.
+    Every `count`-th example belongs to the same part, so that each device splits its own examples.
     """
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -339,7 +345,7 @@ def micro_batches(batch: Any, count: int) -> Any:
 def teach(
     network: Network | None, reads: Sequence[int], params: Params | None, batch: Any
 ) -> Features:
-    """The features of a batch after the blocks `reads` of a frozen teacher; none without one."""
+    """Returns a frozen teacher's features after the blocks `reads`; empty without a teacher."""
     if network is None:
         return {}
     model = network.merge(params)
@@ -348,6 +354,6 @@ def teach(
 
 
 def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:
-    """What `compute` returns, or zeros without computing it."""
+    """Returns the result of `compute` if the condition is true, else zeros of the same shapes."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
     return jax.lax.cond(condition, compute, lambda: zeros)

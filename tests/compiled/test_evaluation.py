@@ -24,7 +24,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from tests.compiled.compiling import Compile, abstract
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 TASKS = {
     "classification": Classification(1000),

@@ -15,9 +15,11 @@ from tests import cli
 
 COMPILER = Path(sys.prefix) / "gpu_compiler"
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> str:
-    assert COMPILER.is_dir(), "bash launch/test.sh installs the compiler for GPUs"
+    assert COMPILER.is_dir(), "bash launch/test.sh --all installs the compiler for GPUs"
     path = os.pathsep.join([str(COMPILER), os.getcwd()])
     environment = cli.environment() | {"PYTHONPATH": path}
     done = subprocess.run(
@@ -63,5 +65,5 @@ def test_a_plan_for_a_node():
         "--config.topology=h100:8",
         "--config.batch_size=64",
     )
-    assert "h100:8: 8 x NVIDIA H100 80GB HBM3; batch 64, 8 images a chip" in printed
+    assert "h100:8: 8 x NVIDIA H100 80GB HBM3; batch 64, 8 images per chip" in printed
     assert "all-reduce" in printed and "images/s, MFU" in printed

@@ -28,7 +28,7 @@ from singer_jax.training.setup import Setups, setup_students
 from tests import tiny
 from tests.compiled.compiling import Compile
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 TEACHER, SMALL, STUDENT = (f"vit_{size}_patch16_224" for size in ("large", "small", "tiny"))
 IMAGES = 16  # on four chips

@@ -14,7 +14,7 @@ from singer_jax.data.imagenet import imagenet_wnids
 
 
 def jpeg(number: int) -> bytes:
-    """An image of its own for each number."""
+    """Returns a different image for each number."""
     buffer = io.BytesIO()
     color = (number * 37 % 256, number * 91 % 256, number % 256)
     Image.new("RGB", (20 + number % 5, 18), color).save(buffer, "JPEG")
@@ -22,7 +22,7 @@ def jpeg(number: int) -> bytes:
 
 
 def tar_bytes(members: Mapping[str, bytes]) -> bytes:
-    """An uncompressed archive."""
+    """Returns an uncompressed archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in members.items():
@@ -33,7 +33,7 @@ def tar_bytes(members: Mapping[str, bytes]) -> bytes:
 
 
 def write_imagenet(folder: Path, classes: Iterable[int] = (3, 0, 999), each: int = 4) -> Path:
-    """ImageNet's two archives, with some of its classes."""
+    """Writes ImageNet's two archives with some of its classes."""
     folder.mkdir(parents=True, exist_ok=True)
     wnids = imagenet_wnids()
     inner = {
@@ -49,7 +49,7 @@ def write_imagenet(folder: Path, classes: Iterable[int] = (3, 0, 999), each: int
 
 
 def write_webdataset(folder: Path, shards: int = 2, each: int = 6) -> Path:
-    """Shards with a class and a JSON text for each image."""
+    """Writes shards with a class and a JSON text for each image."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, first in (("train", 0), ("validation", 100)):
         for shard in range(shards):
@@ -64,7 +64,7 @@ def write_webdataset(folder: Path, shards: int = 2, each: int = 6) -> Path:
 
 
 def write_parquet(folder: Path, rows: int = 12, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
-    """Shards as the hub's library `datasets` writes them."""
+    """Writes shards in the format of the Hub's library `datasets`."""
     folder.mkdir(parents=True, exist_ok=True)
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}

@@ -1,6 +1,6 @@
 """A program that loads batches, for tests of its workers: FOLDER REPORTS WORKERS [wait].
 
-Each process that decodes leaves a report of itself; the main process prints digests of six batches.
+Each decoding process writes a report; the main process prints digests of six batches.
 """
 
 import json
@@ -18,7 +18,7 @@ from singer_jax.data.sources import TRAIN, FolderSource
 
 
 class Reporting(TrainTransform):
-    """A transform that says in which process it runs."""
+    """A transform that reports the process in which it runs."""
 
     def __call__(self, image: object, rng: np.random.Generator) -> np.ndarray:
         import jax

@@ -150,6 +150,6 @@ STATISTICS = dict.fromkeys(
 
 
 def normalised(task: str, pixels: np.ndarray) -> np.ndarray:
-    """Pixels of 0 to 255 as the official code's models see them."""
+    """Returns pixels of 0 to 255, normalised as in the official code."""
     mean, std = map(np.float64, STATISTICS[task])
     return (pixels / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""The data sets of Table 1, read from small files in their real formats."""
+"""The data sets of Table 1, read from small files in their original formats."""
 
 import io
 import os
@@ -59,7 +59,7 @@ def test_official_layouts_give_images_and_labels(root, name, train, test, classe
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_sets_own_folder_under_any_name_is_as_good_as_the_folder_around_it(root, tmp_path, name):
+def test_data_set_is_found_in_its_own_folder_and_in_the_parent(root, tmp_path, name):
     own = next(f for f in BENCHMARKS[name].folders if os.path.isdir(os.path.join(root, f)))
     expected = open_benchmark(name, root, TEST)
     paths = [os.path.join(root, own)]
@@ -72,7 +72,7 @@ def test_a_sets_own_folder_under_any_name_is_as_good_as_the_folder_around_it(roo
         assert not any(find_folder(other, path) for other in others)
 
 
-def test_flowers_are_those_of_their_lists(root):
+def test_flowers_splits_follow_the_official_lists(root):
     source = open_benchmark("flowers", root, TEST)
     assert [source.describe(i)[-9:] for i in range(2)] == ["00007.jpg", "00008.jpg"]
 
@@ -104,7 +104,7 @@ def test_nyud_is_read_through_its_transposed_axes(root):
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth"])
 def test_training_crops_move_labels_with_their_pixels(kind):
-    """Labels that are a function of the colour stay one after crop, resize and flip."""
+    """Labels that are a function of the colour remain so after crop, resize and flip."""
     grey = np.repeat(np.arange(0, 140, 5, dtype=np.uint8), 5)
     image = np.broadcast_to(grey[None, :, None], (140, 140, 3))
     still = ColorJitter(probability=0.0)
@@ -148,7 +148,7 @@ def test_dense_batches_carry_a_label_for_each_pixel(root, name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_not_installed_says_where_it_was_looked_for(tmp_path, name):
+def test_missing_data_set_names_the_searched_folders(tmp_path, name):
     with pytest.raises(NotInstalled, match=BENCHMARKS[name].folders[0]):
         open_benchmark(name, str(tmp_path), TEST)
 
@@ -167,7 +167,7 @@ def test_what_is_not_installed_says_where_it_was_looked_for(tmp_path, name):
         ("flowers", "flowers-102/setid.mat"),
     ],
 )
-def test_a_half_unpacked_set_names_what_is_missing(root, tmp_path, name, gone):
+def test_partly_unpacked_data_set_names_the_missing_files(root, tmp_path, name, gone):
     shutil.copytree(root, tmp_path / "data")
     target = tmp_path / "data" / gone
     shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -192,7 +192,7 @@ def test_masks_and_depths_of_another_kind_are_named(tmp_path):
 
 @pytest.mark.parametrize("task", table1.TASKS)
 def test_the_paper_protocol_normalises_pixels_as_the_official_code(root, task):
-    """From the archive's file to what the model sees."""
+    """Compares the model input for a file of the archive."""
     benchmark = table1.TASKS[task]
     transform = {
         "segmentation": SegmentationTransform(16, train=False),
@@ -212,7 +212,7 @@ def test_the_paper_protocol_normalises_pixels_as_the_official_code(root, task):
 
 
 class SingerTestScenes(tfds.core.GeneratorBasedBuilder):
-    """The features of TFDS's set of that name, prepared for real."""
+    """A prepared data set with the features of TFDS's data set scene_parse150."""
 
     VERSION = tfds.core.Version("1.0.0")
     NAME = "singer_test_scenes"

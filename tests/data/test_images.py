@@ -73,7 +73,7 @@ def test_exif_orientation_is_applied_only_where_asked():
 
 
 def with_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
-    """A JPEG with the orientation 6 and further tags: number, kind, count, four bytes."""
+    """Returns a JPEG with orientation 6 and further tags: number, kind, count, four bytes."""
     entries = [(0x112, 3, 1, struct.pack("<H", 6)), *tags]
     table = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + table + bytes(4)
@@ -91,7 +91,7 @@ def with_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
         (0x8769, 7, 4, b"abcd"),
     ],
 )
-def test_a_broken_tag_beside_the_orientation_costs_nothing(tag):
+def test_damaged_exif_tags_do_not_affect_the_orientation(tag):
     np.testing.assert_array_equal(pixels(with_exif(tag), exif=True), pixels(with_exif(), exif=True))
     assert pixels(with_exif(tag), exif=True).shape == (30, 20, 3)
 
@@ -107,7 +107,7 @@ def test_every_orientation_is_undone():
 
 
 def test_text_and_profiles_of_a_png_count_under_our_limit(monkeypatch):
-    """Generators of images write workflows of megabytes into their text."""
+    """Image generators write workflows of several megabytes into the text chunks."""
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 2**21, zip=True)
     image = Image.fromarray(RGB)
@@ -139,8 +139,8 @@ def test_damaged_images_raise_what_the_loader_expects(stored):
         pixels(stored)
 
 
-def test_an_error_in_a_transform_is_not_the_images(tmp_path):
-    """It would be reported as a hundred unreadable images."""
+def test_transform_errors_are_not_reported_as_unreadable_images(tmp_path):
+    """An error in a transform must not be reported as a hundred unreadable images."""
     image = open_image(encoded(Image.fromarray(RGB), "PNG"))
     with pytest.raises(ValueError, match="high - low"):
         TrainTransform(8, scale=(1.0, 0.1))(image, np.random.default_rng(0))
@@ -203,7 +203,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(500, 375), (90, 120), (1601, 1203), (2200, 300)])
 def test_fast_crops_are_the_exact_ones_nearly(size):
-    """The same box and the same flip; enlarged, reduced, and halved by the decoder."""
+    """Covers the same box and flip: enlarged, reduced, and halved by the decoder."""
     stored = encoded(photo(*size), "JPEG", quality=90)
     for seed in range(8):
         rngs = [np.random.default_rng(seed) for _ in range(2)]
@@ -227,7 +227,7 @@ def test_fast_crops_are_the_exact_ones_nearly(size):
     ],
     ids=["png", "grey", "cmyk", "array"],
 )
-def test_what_is_no_jpeg_in_colours_is_the_same_fast_or_exact(stored):
+def test_other_formats_are_equal_with_fast_and_exact_decoding(stored):
     found = [
         TrainTransform(8, fast=fast)(open_image(stored), np.random.default_rng(0))
         for fast in (True, False)
@@ -247,7 +247,7 @@ def test_a_fast_crop_of_a_turned_image_is_turned():
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9])
-def test_a_jpeg_that_ends_too_early_is_damaged_fast_or_exact(kept):
+def test_truncated_jpeg_is_unreadable_with_fast_and_exact_decoding(kept):
     whole = encoded(photo(90, 120), "JPEG", quality=95)
     for fast in (True, False):
         opened = open_image(whole[: int(kept * len(whole))])

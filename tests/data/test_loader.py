@@ -114,7 +114,8 @@ def test_an_unreadable_image_is_replaced_the_same_way_counted_and_named(tmp_path
         count.add(batch)
     assert count.unreadable == 2  # in each of the two epochs
     assert sorted(lines) == [
-        f"unreadable image, replaced: {tmp_path / name}" for name in ("003.jpg", "004.jpg")
+        f"skipping unreadable image (replaced): {tmp_path / name}"
+        for name in ("003.jpg", "004.jpg")
     ]
     (clean,) = first(eval_batches(source, CentreCrop(8), batch_size=10), 1)
     readable = np.delete(clean["image"], [3, 4], axis=0)
@@ -122,7 +123,7 @@ def test_an_unreadable_image_is_replaced_the_same_way_counted_and_named(tmp_path
 
 
 def test_replacements_come_from_anywhere_and_follow_from_seed_epoch_and_index(tmp_path):
-    """Half of the folder in one stretch, as when a whole class is damaged."""
+    """Half of the folder is unreadable in one stretch, like a class that is damaged as a whole."""
     source = damaged_folder(tmp_path, 24, list(range(12)))
     options = {"batch_size": 24, "seed": 0}
     replaced = []
@@ -175,7 +176,7 @@ def test_a_run_ends_above_the_share_of_different_unreadable_images():
         count.add(found(20))
 
 
-def test_a_few_unreadable_images_of_few_never_end_a_run():
+def test_fewer_than_twenty_unreadable_images_never_stop_a_run():
     source = Subset(DigitsSource(TRAIN), np.arange(28))
     count = UnreadableCount(source, lambda line: None)
     for _ in range(100):
@@ -202,7 +203,7 @@ def test_automatic_workers_are_the_cores_but_one(monkeypatch):
 
 
 def run_loading(folder: Path, reports: Path, workers: int, *more: str) -> subprocess.Popen:
-    """tests/data/loading.py in a process of its own; it prints a digest of six batches."""
+    """Runs tests/data/loading.py in a separate process, which prints digests of six batches."""
     reports.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.data.loading", str(folder), str(reports), str(workers)]
     return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
@@ -256,7 +257,7 @@ batches.close()
 
 @pytest.mark.parametrize("how", ["script", "module", "command", "stdin"])
 def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
-    """The program parses no absl flags and has no guard around what it does."""
+    """The program neither parses absl flags nor has a main guard."""
     (tmp_path / "program.py").write_text(LOADING)
     arguments = {
         "script": [str(tmp_path / "program.py")],
@@ -283,7 +284,7 @@ def test_batches_of_one_image_are_those_of_larger_ones():
     np.testing.assert_array_equal(images, np.concatenate([batch["image"] for batch in whole]))
 
 
-def test_workers_leave_with_a_killed_parent_and_leave_nothing_behind(tmp_path):
+def test_workers_exit_when_their_parent_is_killed(tmp_path):
     write_images(tmp_path / "images", 10)
     before = set(os.listdir("/dev/shm"))
     process = run_loading(tmp_path / "images", tmp_path / "reports", 2, "wait")

@@ -1,4 +1,4 @@
-"""What containers give: processors by control groups of both versions, and little shared memory."""
+"""Limits of containers: processors by control groups of both versions, and shared memory."""
 
 import os
 from collections import namedtuple
@@ -79,7 +79,7 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch, own, files, expec
         (64, 2, (2, False), "67 MB free, 771 MB needed"),  # 512 crops of 224 in Docker
         (2000, 2, (2, True), ""),
         (2000, 16, (16, False), "--shm-size=5g"),
-        (0, 2, (0, False), "decoded in a thread"),
+        (0, 2, (0, False), "using one decoding thread"),
     ],
 )
 def test_batches_go_through_shared_memory_where_they_fit(
@@ -145,7 +145,7 @@ def test_without_shared_memory_batches_are_the_same(monkeypatch):
 
 @pytest.mark.parametrize("home", ["~", "{tmp}/file", "/proc/none"])
 def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch, home):
-    """`~` is what is left of it where the user is not known."""
+    """The home directory of an unknown user remains `~`."""
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home.format(tmp=tmp_path))
@@ -153,7 +153,7 @@ def test_without_a_home_there_is_no_cache_and_no_error(tmp_path, monkeypatch, ho
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        parallel.start("bfloat16")
+        parallel.start()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -1,4 +1,4 @@
-"""Generated pictures: what class, mask and depth say is what geometry says."""
+"""Generated images: class, mask and depth agree with the geometry."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ INSIDE = {
 
 
 def in_body(body: Body, points: np.ndarray) -> np.ndarray:
-    """The signed function of points [..., 3] of the world, in float64."""
+    """Returns the signed function of world points [..., 3] in float64."""
     cos, sin = np.cos(body.yaw), np.sin(body.yaw)
     turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
     own = (points - np.array(body.centre)) @ turn.T / np.array(body.half)
@@ -46,7 +46,7 @@ def in_body(body: Body, points: np.ndarray) -> np.ndarray:
 
 
 def rays(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The eye, and where pixels look, [size, size, 3], in float64."""
+    """Returns the camera position and the view directions [size, size, 3] in float64."""
     steps = (np.arange(size) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(steps * scene.spread, -steps * scene.spread)
     axis = np.array([0, -np.sin(scene.pitch), np.cos(scene.pitch)])
@@ -82,7 +82,7 @@ def test_a_picture_follows_from_split_and_index_in_any_process():
 
 @pytest.mark.parametrize("index", range(10))
 def test_each_pixel_shows_the_nearest_surface_at_its_depth(index):
-    """By walking along the rays in float64: a class each, and whatever stands around it."""
+    """Checked by marching along the rays in float64, with an image of each class."""
     scene, size = compose(TEST, index), 24
     picture = render(scene, size)
     eye, view = rays(scene, size)
@@ -156,7 +156,7 @@ def test_a_shadow_lies_where_a_body_hides_the_sun():
 
 
 def sources(split: str) -> list:
-    """The three kinds of labels."""
+    """Returns the sources of the three kinds of labels."""
     return [make_source(name, "", split, FEW) for name in LABELS]
 
 
@@ -180,7 +180,7 @@ def test_the_class_is_that_of_the_largest_body_and_each_comes_as_often():
 
 
 def edges(image: np.ndarray) -> np.ndarray:
-    """How strong the edges of eight directions are, in 8 x 8 parts of a picture."""
+    """Returns the strength of edges in eight directions for 8 x 8 parts of an image."""
     down, across = np.gradient(image.mean(axis=-1))
     direction = np.floor(np.arctan2(down, across) % np.pi / np.pi * 8) % 8
     strength = (direction == np.arange(8)[:, None, None]) * np.hypot(down, across)
@@ -189,7 +189,7 @@ def edges(image: np.ndarray) -> np.ndarray:
 
 
 def linear_top1(feature: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Of ridge regression from 300 pictures, on 300 others; chance is 0.1 +- 0.02."""
+    """Returns the top-1 of ridge regression, with 300 images each; chance is 0.1 +- 0.02."""
     found = []
     for split in (TRAIN, TEST):
         source = make_source("scenes", "", split, FEW)
@@ -235,7 +235,7 @@ def test_other_pictures_have_another_fingerprint(monkeypatch):
 
 
 def test_the_pictures_are_those_of_their_version():
-    """Raise `scenes.VERSION` with new numbers here: else runs go on with other pictures."""
+    """With new numbers here, increment `scenes.VERSION`; otherwise runs resume on other images."""
     source = make_source("scenes", "", TEST, FEW)
     halves = [source[index].image.reshape(2, 16, 32, 3).mean(axis=(1, 2)) for index in (0, 5)]
     # Upper and lower half, red, green, blue; rounding differs by less between processors.

@@ -1,4 +1,4 @@
-"""Images in tar files and Parquet shards: what is found, in which order, with which labels."""
+"""Images in tar files and Parquet shards: their detection, order and labels."""
 
 import gzip
 import io
@@ -112,7 +112,7 @@ def test_a_tar_file_is_listed_once_and_again_where_it_changed(tmp_path, monkeypa
 
 
 def test_names_in_an_archive_never_lead_outside(tmp_path):
-    """They are never paths; links and devices are no images."""
+    """Names are never used as paths; links and devices are not images."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in ("../../evil.jpg", "/etc/passwd.jpg"):
@@ -143,13 +143,13 @@ def _header(size: bytes, kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
     ("content", "message"),
     [
         (gzip.compress(tar_bytes({"1.jpg": jpeg(1)})), "compressed; decompress it first"),
-        (b"no tar" * 500, "no complete tar"),
-        (tar_bytes({"1.jpg": jpeg(1)})[:700], "no complete tar|reaches outside"),
-        (_header(b"77777777777\0") + b"x" * 512, "reaches outside"),
-        (_header(b"\xff" * 12) + b"x" * 512, "no complete tar"),  # a negative size
+        (b"no tar" * 500, "not a complete tar"),
+        (tar_bytes({"1.jpg": jpeg(1)})[:700], "not a complete tar|extends past the end"),
+        (_header(b"77777777777\0") + b"x" * 512, "extends past the end"),
+        (_header(b"\xff" * 12) + b"x" * 512, "not a complete tar"),  # a negative size
         (_header(b"00077777777\0", b"x") + b"x" * 2**25, "16,777,215|bytes, more than"),
-        (tar_bytes({"1.jpg": b"x", "1.cls": b"cat"}), "'1.cls' holds no class number"),
-        (tar_bytes({"1.jpg": b"x", "1.cls": b"-5"}), "-5 is no class number"),
+        (tar_bytes({"1.jpg": b"x", "1.cls": b"cat"}), "'1.cls' does not hold a class number"),
+        (tar_bytes({"1.jpg": b"x", "1.cls": b"-5"}), "-5 is not a class number"),
         (tar_bytes({"1.jpg": b"x", "1.cls": b"9" * 9}), "999,999,999|classes, more than"),
         (tar_bytes({"1.jpg": b"x", "1.cls": b"1", "2.jpg": b"y"}), "2.jpg has no label"),
         (tar_bytes({"train/1.jpg": b"x", "val/2.jpg": b"y"}), "unpack it"),
@@ -179,7 +179,7 @@ def test_any_bytes_are_a_tar_file_or_one_line(tmp_path):
         os.unlink(file)
 
 
-def test_words_in_a_path_say_the_split(tmp_path):
+def test_split_is_the_last_split_word_in_the_path(tmp_path):
     names = {
         TRAIN: ["00000.tar", "x-train-1.tar", "train/0.tar", "val-like.d/train_2.tar"],
         TEST: ["imagenet-val-0.tar", "validation/0.tar"],
@@ -194,7 +194,7 @@ def test_words_in_a_path_say_the_split(tmp_path):
         assert {f.relative_to(tmp_path).as_posix() for f in found[split]} == set(names[split])
 
 
-def test_a_folder_of_images_beside_its_archive_is_a_folder(tmp_path):
+def test_image_folder_takes_precedence_over_an_archive_in_it(tmp_path):
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "1.jpg").write_bytes(jpeg(1))
@@ -254,11 +254,11 @@ def test_columns_are_found_by_type_or_asked_for(tmp_path):
         with pytest.raises(InputError, match=message):
             ParquetSource(file, TRAIN, label=asked)
     file = write_table(tmp_path / "y.parquet", left=[b"1"], right=[b"2"], label=[0])
-    with pytest.raises(InputError, match=r"image: y\.parquet has left, right; say which"):
+    with pytest.raises(InputError, match=r"image: y\.parquet has left, right; name one"):
         ParquetSource(file, TRAIN)
     assert contents(ParquetSource(file, TRAIN, image="right")) == [(b"2", 0)]
     file = write_table(tmp_path / "z.parquet", text=["x"], label=[0])
-    with pytest.raises(InputError, match="no column of images; it has text, label"):
+    with pytest.raises(InputError, match="no column of images; its columns are text, label"):
         ParquetSource(file, TRAIN)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, monkeypatch):
     honest = file.read_bytes()
     for end in (0, 10, len(honest) // 2, len(honest) - 1):
         file.write_bytes(honest[:end])
-        with pytest.raises(InputError, match=r"x\.parquet: no complete Parquet file"):
+        with pytest.raises(InputError, match=r"x\.parquet: not a complete Parquet file"):
             ParquetSource(file, TRAIN)
     file.write_bytes(honest)
     monkeypatch.setenv(limits.FACTOR, "1e-7")
@@ -276,5 +276,5 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, monkeypatch):
     for labels in ([0, -2], [2**40, 0], [2**22, 0]):
         file = write_table(tmp_path / "y.parquet", image=[b"a", b"b"], label=labels)
         monkeypatch.delenv(limits.FACTOR, raising=False)
-        with pytest.raises(InputError, match=r"is no class|classes"):
+        with pytest.raises(InputError, match=r"is not a class|classes"):
             contents(ParquetSource(file, TRAIN))

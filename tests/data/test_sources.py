@@ -1,4 +1,4 @@
-"""Where images come from, in the formats that are really in use."""
+"""Image sources in the formats that are in common use."""
 
 import hashlib
 import io
@@ -141,7 +141,7 @@ def test_a_subset_keeps_order_and_names():
 
 
 class SingerTestShapes(tfds.core.GeneratorBasedBuilder):
-    """A small set that is prepared for real, without TensorFlow."""
+    """A small data set that TFDS prepares without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
     NAME = "singer_test_shapes"
@@ -180,7 +180,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path: Path):
 
 
 def prepared(folder: Path, features: dict, splits: list[str]) -> str:
-    """The name of a set with some features and splits, of two examples each."""
+    """Prepares a data set with two examples per split, and returns its name."""
     buffer = io.BytesIO()
     Image.new("RGB", (9, 8), (200, 0, 0)).save(buffer, "PNG")
     values = {tfds.features.Image: buffer.getvalue(), tfds.features.ClassLabel: 1}
@@ -256,7 +256,7 @@ def test_the_test_split_numbers_the_classes_of_the_training_split(tmp_path):
     assert [test[i].label for i in range(4)] == [0, 0, 2, 2]
     assert train.num_classes == test.num_classes == 3
     write_images(tmp_path / "val" / "d", 1)
-    with pytest.raises(InputError, match="d is no class of"):
+    with pytest.raises(InputError, match="d is not a class of"):
         make_source("folder", str(tmp_path), TEST)
 
 
@@ -291,7 +291,7 @@ def test_both_splits_number_their_classes_alike_whatever_lies_beside(tmp_path, m
         assert train == test and set(train.values()) == {0, 1}
 
 
-def test_what_people_call_their_splits_is_found(tmp_path):
+def test_common_names_of_split_folders_are_recognised(tmp_path):
     for number, (train, test) in enumerate((("Train", "Val"), ("training", "validation"))):
         root = tmp_path / str(number)
         for folder in (f"{train}/a", f"{train}/b", f"{test}/a", f"{test}/b"):
@@ -308,19 +308,19 @@ def test_a_test_split_beside_the_classes_is_not_trained_on(tmp_path):
     assert labels_by_file(tmp_path, TEST) == {"b/000.jpg": 1, "b/001.jpg": 1}
 
 
-def test_what_leaves_images_without_labels_is_a_warning(tmp_path, caplog):
+def test_images_without_labels_cause_a_warning(tmp_path, caplog):
     for folder in ("train/a", "train/b", "train/empty", "val"):
         (tmp_path / folder).mkdir(parents=True)
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "train" / "b", 2)
     write_images(tmp_path / "val", 2)
     assert FolderSource(str(tmp_path), TRAIN).num_classes == 3
-    assert "1 of 3 classes have no image: empty" in caplog.text
+    assert "1 of 3 classes have no images: empty" in caplog.text
     assert FolderSource(str(tmp_path), TEST).num_classes == 0
-    assert "2 of 2 images lie in no class folder" in caplog.text
+    assert "2 of 2 images are in no class folder" in caplog.text
     write_images(tmp_path / "train", 1)
     assert FolderSource(str(tmp_path), TRAIN).num_classes == 0
-    assert "1 of 5 images lie in no class folder" in caplog.text
+    assert "1 of 5 images are in no class folder" in caplog.text
 
 
 def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
@@ -335,8 +335,8 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypat
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert labels_by_file(tmp_path, TRAIN) == {"a/000.jpg": 0, "c/000.jpg": 2}
-    assert "cannot read the folders b" in caplog.text
-    assert "1 of 3 classes have no image: b" in caplog.text
+    assert "skipping unreadable folders: b" in caplog.text
+    assert "1 of 3 classes have no images: b" in caplog.text
 
 
 def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp_path):
@@ -360,7 +360,7 @@ def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp
 
 @pytest.fixture
 def no_cached_formats():
-    """Formats are looked for anew, before and after."""
+    """Clears the cache of installed formats before and after a test."""
     caches = (formats._available, formats.readers, formats.suffixes)
     for cache in caches:
         cache.cache_clear()

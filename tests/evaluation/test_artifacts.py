@@ -1,4 +1,4 @@
-"""What became of a planted artifact, on cases made by hand; linear probes in closed form."""
+"""Tests of measures of synthetic artifacts, and of closed-form linear probes."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ MARKED = np.array([[True, False], [False, True]])
 
 
 def planted(share: float) -> np.ndarray:
-    """Two images of two patches, with a share of the vector left in the marked ones."""
+    """Returns two images of two patches, with a share of the vector left in the marked patches."""
     plain = np.arange(12.0).reshape(2, 2, 3)
     return plain + share * MARKED[..., None] * VECTOR
 

@@ -1,4 +1,4 @@
-"""A model to measure: from a run, from weights, and every image once."""
+"""Tests of models for evaluation: loading from runs and weights, and feature extraction."""
 
 import json
 
@@ -23,7 +23,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run whose student is not at its random start any more."""
+    """Creates a tiny run whose student has left its random initialisation."""
     folder = tmp_path_factory.mktemp("run")
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
     config = tiny.config(teacher)

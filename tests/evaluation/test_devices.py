@@ -1,4 +1,4 @@
-"""Probes on eight devices: each works on its own images, and the numbers are those of one."""
+"""Tests that probes on eight devices divide the images and give unchanged results."""
 
 import re
 
@@ -31,7 +31,7 @@ COLLECTIVE = re.compile(
 
 
 class Pixels:
-    """Random images with a label for each pixel; also its own transform."""
+    """Random images with a label for each pixel, and their transform."""
 
     num_classes, exif, takes_label = 4, False, True
 
@@ -73,7 +73,7 @@ def crop_trainer(backbone: Backbone, task: object) -> CropTrainer:
 
 
 def collectives(program: str) -> dict[str, int]:
-    """The bytes of the results of each kind of collective in a compiled program."""
+    """Returns the bytes of the results of each kind of collective in a compiled program."""
     found: dict[str, int] = {}
     for shapes, kind in COLLECTIVE.findall(program):
         for dtype, dims in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes):
@@ -83,13 +83,13 @@ def collectives(program: str) -> dict[str, int]:
 
 
 def iterations(program: str) -> set[int]:
-    """How often the loops of a compiled program run."""
+    """Returns the number of iterations of a compiled program's loops."""
     return {int(n) for n in re.findall(r'"known_trip_count":\{"n":"(\d+)"', program)}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_device_computes_its_own_images_and_exchanges_only_heads(backbone_on, task):
-    """No image, feature or full-size logit leaves its device: a probe's work is divided."""
+    """No image, feature or full-size logit leaves its device, so that a probe's work is divided."""
     programs = {}
     for devices in (1, 8):
         backbone = backbone_on(devices, 1)
@@ -124,7 +124,7 @@ def test_a_device_computes_its_own_images_and_exchanges_only_heads(backbone_on, 
     ("task", "mesh"), [(Segmentation(4), (8, 1)), (Depth(bins=8), (3, 2))], ids=["masks", "depth"]
 )
 def test_crops_train_the_heads_of_one_device(backbone_on, task, mesh):
-    """Also where the batch is no multiple of the devices."""
+    """The batch may be no multiple of the number of devices."""
     chosen, found = np.arange(IMAGES), {}
     for shape in ((1, 1), mesh):
         trainer = crop_trainer(backbone_on(*shape), task)

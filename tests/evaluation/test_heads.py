@@ -1,4 +1,4 @@
-"""Metrics and losses of dense probes against scikit-learn, NumPy and SciPy."""
+"""Tests of dense probes' metrics and losses against scikit-learn, NumPy and SciPy."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def random_head(rng: np.random.Generator, inputs: int, outputs: int) -> dict:
 
 
 def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Half-pixel bilinear interpolation of [rows, columns, out], written out."""
+    """Computes half-pixel bilinear interpolation of [rows, columns, out] explicitly."""
 
     def weights(small: int, large: int) -> np.ndarray:
         position = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
@@ -151,13 +151,13 @@ def test_top_k_are_those_of_scikit_learn(classes, images, seed):
 
 
 def metrics_of(task: object, head: dict, features: np.ndarray, labels: np.ndarray) -> dict:
-    """The metrics of one head on one batch without padding."""
+    """Returns the metrics of one head on one batch without padding."""
     counts = task.count(head, features, labels, np.ones(len(features), bool))
     return task.metrics(jax.device_get(counts))
 
 
 def of_task(task: object) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Features, labels, and the numbers of inputs and of outputs of a head."""
+    """Returns features, labels, and the numbers of inputs and outputs of a head."""
     rng = np.random.default_rng(0)
     if isinstance(task, Classification):
         return np.ones((40, DIM), np.float32), np.arange(40) % task.classes, DIM, task.classes
@@ -217,7 +217,7 @@ def test_equal_logits_are_right_as_often_as_chance(classes):
 
 
 def test_both_mious_leave_out_the_same_classes():
-    """Of a trained probe and of the closed form: a class that is only predicted counts as 0."""
+    """The trained probe and the closed form both count a class that is only predicted as 0."""
     confusion = np.array([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     assert mean_iou(confusion) == pytest.approx((3 / 4 + 2 / 3) / 2)
     confusion[0, 2] = 1

@@ -1,4 +1,4 @@
-"""Two real processes measure, show and export what one does, and write it once."""
+"""Tests that two real processes evaluate, report and export as one does, and write files once."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,8 @@ from singer_jax.config import settings_of
 from singer_jax.jobs import evaluate, export, nullspace, report
 from tests import cli, tiny
 from tests.data import official
+
+pytestmark = pytest.mark.slow
 
 # All jobs in one start of the processes; each has a folder of its own, as hosts that share no disk.
 SCRIPT = """
@@ -33,7 +35,7 @@ with hosts.together():
 
 
 def run_jobs(inputs: Path, workdir: Path) -> None:
-    """Every job that reads a run, on two devices."""
+    """Runs every job that reads a run, on two devices."""
     for name, protocol, mesh in (("fast", "fast", (1, 2)), ("paper", "paper", (2, 1))):
         config = config_lib.evaluation()
         config.run, config.data.path = str(inputs / "run"), str(inputs / "data")
@@ -75,7 +77,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(inputs, tmp_path_factory) -> tuple[Path, Path]:
-    """The folders of one process and of two."""
+    """Returns the folders of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     environment = cli.environment()
     program = ("-c", SCRIPT, str(inputs), str(two))
@@ -88,7 +90,7 @@ def results(inputs, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def numbers(content: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of JSON by their place."""
+    """Returns the leaves of a JSON object by their path."""
     if isinstance(content, dict | list):
         items = content.items() if isinstance(content, dict) else enumerate(content)
         return {k: v for key, part in items for k, v in numbers(part, f"{name}/{key}").items()}

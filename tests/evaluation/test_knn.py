@@ -1,4 +1,4 @@
-"""kNN against a direct computation."""
+"""Tests of kNN against a direct computation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The analysis before training: what it prints is what training would find."""
+"""Tests that the analysis before training prints the numbers that training would find."""
 
 import json
 from pathlib import Path
@@ -63,10 +63,10 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
         ("weight_matrices", ("mpl",), "closest: mlp"),
         ("layers", (7,), "7 is out of range"),
         ("thresholds", ("rank=800",), "800.0 is not in 0..24"),
-        ("rank", 25, "rank: 25 is not in 1..24"),
-        ("quantile", 1.5, "quantile: 1.5"),
+        ("rank", 25, "rank: 25, but the teacher's width is 24"),
+        ("outlier_quantile", 1.5, "outlier_quantile: 1.5"),
         ("images", 0, "images: 0"),
-        ("images", 1, "images: 1, but the source calibrated needs two"),
+        ("images", 1, "images: 1, but calibrated needs 2"),
     ],
 )
 def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words):

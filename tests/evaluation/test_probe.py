@@ -1,4 +1,4 @@
-"""The linear probe: rates trained together, chosen without the test split."""
+"""Tests of the linear probe: rates train together and are selected without the test split."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ TASK, SHAPE = Classification(4), (6, 4)
 
 
 def clusters(images: int, seed: int, classes: int = 4, dim: int = 6) -> Examples:
-    """Examples of classes that overlap a little."""
+    """Returns examples of classes that overlap slightly."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, images).astype(np.int32)
     centres = 2 * np.random.default_rng(0).standard_normal((classes, dim))
@@ -60,7 +60,7 @@ def test_the_rate_is_chosen_without_a_look_at_the_test_split(settings):
 
 
 def test_a_rate_that_diverges_is_named_and_not_chosen(settings, caplog):
-    """Also in depth, where every pixel of such a head used to be left out."""
+    """Depth is included, since it once excluded every pixel of such a head."""
     settings = dataclasses.replace(settings, learning_rates=(1e30, 0.1))
     rng = np.random.default_rng(0)
     features = rng.standard_normal((40, 2, 2, 4)).astype(np.float32)
@@ -130,7 +130,7 @@ def test_views_are_trained_in_turn_and_the_centre_crop_chooses(monkeypatch):
     np.testing.assert_array_equal(trainer.centre(np.arange(20)).features, one.features)
 
     def epochs() -> list[np.ndarray]:
-        """The kernel after each epoch of two steps."""
+        """Returns the kernel after each epoch of two steps."""
         trained = trainer.train(np.arange(20), (0.5,))
         return [np.asarray(heads["kernel"]) for step, heads in trained if step % 2 == 0]
 

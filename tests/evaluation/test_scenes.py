@@ -1,4 +1,4 @@
-"""Generated pictures through the jobs: distilled on, measured in three ways, looked at."""
+"""Tests of the jobs on generated scenes: distillation, three kinds of label, check_data."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ DATA = {"source": "scenes", "workers": 0, "scenes": COUNTS}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Two steps of a copy of the teacher, with the losses and kNN on held-out pictures."""
+    """Trains a copy of the teacher for two steps, with losses and kNN on held-out images."""
     folder = tmp_path_factory.mktemp("run")
     config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
     config.student.weights, config.student.overrides = config.teacher.weights, dict(tiny.TEACHER)
@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_on_them_is_probed_for_class_mask_and_depth(run):
-    """A nearly random backbone: its patches know where they are and what colour they have."""
+    """A nearly random backbone suffices, because its patches encode position and colour."""
     config = evaluation()
     config.run, config.mesh.data = str(run), 1
     config.data.update(DATA)

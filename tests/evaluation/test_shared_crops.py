@@ -1,4 +1,4 @@
-"""Several models on the same decoded crops: the results of each alone, for the decoding of one."""
+"""Tests that several models on the same decoded crops have the results of separate probes."""
 
 import dataclasses
 import itertools
@@ -56,7 +56,7 @@ def probed(
 
 @pytest.fixture(scope="module")
 def alone(backbones, split) -> dict[str, tuple]:
-    """Each model in a probe of its own."""
+    """Returns the results of separate probes of each model."""
     return {name: probed({name: one}, split)[name] for name, one in backbones.items()}
 
 

@@ -1,4 +1,4 @@
-"""The linearised blocks against samples of the real ones, and what they amplify."""
+"""Tests of linearised blocks against samples of the real ones, and of their singular defects."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 from singer_jax.evaluation.singular_defects import linearise, median_angle, singular_defect
-from tests.methods.test_nullspace import MODELS, norm
+from tests.methods.test_nullspace import MLPS, norm, plain
 
 
-@pytest.mark.parametrize("mlp", MODELS)
+@pytest.mark.parametrize("mlp", MLPS)
 def test_the_mlp_is_its_least_squares_map_of_normal_tokens(mlp):
-    """The sampled regression, as the paper does it; scale and centring by hand."""
-    block = MODELS[mlp].blocks[1]
+    """The sampled regression follows the paper; scale and centring are applied by hand."""
+    block = plain(mlp).blocks[1]
     tokens = np.random.default_rng(0).standard_normal((20_000, 12)).astype(np.float32)
     tokens = np.concatenate([tokens, -tokens])  # the even part of the MLP adds no noise
     outputs = np.asarray(jax.jit(block.mlp)(tokens), np.float64)
@@ -24,9 +24,9 @@ def test_the_mlp_is_its_least_squares_map_of_normal_tokens(mlp):
     assert norm(found - expected) < 0.03 * norm(expected)  # samples
 
 
-@pytest.mark.parametrize("mlp", MODELS)
+@pytest.mark.parametrize("mlp", MLPS)
 def test_attention_of_one_token_to_itself_is_value_and_projection(mlp):
-    block = MODELS[mlp].blocks[1]
+    block = plain(mlp).blocks[1]
     token = np.random.default_rng(0).standard_normal((1, 1, 12)).astype(np.float32)
     token -= token.mean()
     token /= token.std()  # so that the norm is its scale alone
@@ -36,7 +36,7 @@ def test_attention_of_one_token_to_itself_is_value_and_projection(mlp):
 
 
 def test_the_defect_is_what_any_token_becomes_in_a_block_that_writes_one_direction():
-    model = nnx.clone(MODELS["mlp"])
+    model = nnx.clone(plain("mlp"))
     direction = np.random.default_rng(1).standard_normal(12)
     direction /= np.linalg.norm(direction)
     kernel = model.blocks[0].mlp.fc2.kernel

@@ -1,4 +1,4 @@
-"""A probe that is stopped goes on to the very same numbers."""
+"""Tests that a stopped probe resumes to exactly the same numbers."""
 
 import functools
 import json
@@ -73,8 +73,9 @@ def test_progress_that_cannot_be_read_or_is_of_another_probe_is_not_continued(co
     assert FileKeeper(file, "other" if content is None else "key", lambda: False).progress.step == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_command_continues_to_the_same_results(tmp_path):
-    """SIGTERM while the rates are compared, and again while the best one is trained."""
+    """SIGTERM arrives during the comparison of rates, and again during the final training."""
     weights = tiny.write_described(tmp_path / "weights")
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(weights)))
@@ -106,6 +107,7 @@ def test_a_stopped_command_continues_to_the_same_results(tmp_path):
     assert tasks == {"digits.json", "digits.npz"}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
     file = tmp_path / "settings.py"
     file.write_text(CONFIG.format(weights=str(tiny.write_described(tmp_path / "weights"))))
@@ -123,7 +125,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
 
 
 def in_phase(file: Path, final: bool) -> bool:
-    """Whether steps are kept of the last training, or of the comparison of rates."""
+    """Returns True if steps of the given phase are kept: final training, or comparison of rates."""
     if not file.exists():
         return False
     with np.load(file) as content:

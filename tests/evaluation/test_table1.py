@@ -1,4 +1,4 @@
-"""One tiny student on all tasks of Table 1, through the real formats."""
+"""Tests of one tiny student on all tasks of Table 1, with the real file formats."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def evaluated(run, data, tmp_path_factory) -> Path:
 
 
 def tokens_and_labels(run: Path, data: str, task: str) -> tuple[np.ndarray, list]:
-    """Raw tokens of the last block and labels of a test split, image by image."""
+    """Returns raw tokens of the last block and labels of a test split, image by image."""
     backbone = load_backbone(parallel.make_mesh(1), run=str(run))
     model = backbone.network.merge(backbone.params)
     benchmark = table1.TASKS[task]
@@ -78,7 +78,7 @@ def tokens_and_labels(run: Path, data: str, task: str) -> tuple[np.ndarray, list
 
 
 def in_numpy(task: str, tokens: np.ndarray, labels: list, head: dict) -> dict[str, float]:
-    """The metrics of a head, written out."""
+    """Computes the metrics of a head in NumPy."""
     kind = table1.TASKS[task].kind
     kernel, bias = (head[name].astype(np.float64) for name in ("kernel", "bias"))
     if kind in ("classification", "transfer"):
@@ -140,7 +140,7 @@ def test_every_cell_is_that_of_numpy(run, data, evaluated):
 
 
 def test_what_is_finished_is_not_done_again(run, data, evaluated, tmp_path):
-    """Killed in the middle and started again: the same results, and no task twice."""
+    """After a kill and a restart, the results are the same and no task runs twice."""
     config = tmp_path / "settings.py"
     flat = {"run": str(run), "data.path": data, "data.workers": 0, "mesh.data": 1, **SETTINGS}
     config.write_text(
@@ -224,7 +224,7 @@ def test_what_is_not_there_is_skipped_and_named(run, tmp_path, capsys):
     [
         ({"tasks": ("nyud2",)}, "closest: nyud"),
         ({"tasks": ("pet",), "data.path": "/nowhere"}, "pet: no folder /nowhere"),
-        ({"data.path": "/nowhere"}, "none of the data sets is there"),
+        ({"data.path": "/nowhere"}, "no data set of Table 1 found"),
         ({"probe.protocol": "quick"}, "unknown probe.protocol"),
         ({"data.normalisation": "none"}, "unknown data.normalisation"),
         ({"run": "/nowhere"}, "/nowhere holds no checkpoints"),

@@ -1,4 +1,4 @@
-"""Calibrated directions: what they hold, what the next block sees of them, over random maps."""
+"""Calibrated directions: their outlier energy and the next block's response, for random maps."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ maps = st.builds(
 
 
 def random_covariance(seed: int, tokens: int) -> np.ndarray:
-    """Of outliers with some directions stronger than others; singular where they are few."""
+    """Covariances of outliers that prefer some directions; singular if the outliers are few."""
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((tokens, DIM)) * rng.gamma(1.0, size=DIM)
     return rows.T @ rows
@@ -59,8 +59,8 @@ def test_the_span_is_that_of_the_top_generalised_eigenvectors(seed):
 
 
 @given(maps, covariances, st.floats(0, 1), st.sampled_from(nullspace.RULES), st.integers(0, 100))
-def test_the_guarantees_are_those_of_any_null_space(w, covariance, threshold, rule, seed):
-    """||D W|| <= (max(S_n) + c eps sigma_1) ||D|| projected, and tau / 2 ||F A B|| filtered."""
+def test_calibrated_spaces_keep_the_bounds_of_any_null_space(w, covariance, threshold, rule, seed):
+    """Bounds: ||D W|| <= (max(S_n) + c eps sigma_1) ||D|| projected, tau / 2 ||F A B|| filtered."""
     space = calibrated(w, covariance.astype(np.float32))
     np.testing.assert_allclose(product(space.vectors.T, space.vectors), np.eye(RANK), atol=1e-5)
     assert np.all(np.diff(space.values) <= 0)
@@ -77,7 +77,7 @@ def test_the_guarantees_are_those_of_any_null_space(w, covariance, threshold, ru
 
 
 @given(maps)
-def test_without_outliers_the_least_visible_directions_are_left(w):
+def test_without_outliers_the_smallest_singular_directions_remain(w):
     found = calibrated(w, np.zeros((DIM, DIM), np.float32))
     plain = nullspace.decompose(w)
     # Rounding: what lies far below the root of e counts as seen alike.
@@ -91,7 +91,7 @@ def teacher() -> VisionTransformer:
 
 
 def planted(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
-    """Features of which every fifth patch has a long vector along one direction added."""
+    """Returns features with a long vector along one direction added to every fifth patch."""
     features = dict(
         enumerate(teacher.features(jax.random.normal(jax.random.key(2), (6, 16, 16, 3))))
     )
@@ -100,8 +100,8 @@ def planted(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
     return ModelFeatures(teacher, {layer: x + added * direction for layer, x in features.items()})
 
 
-def test_a_planted_artifact_is_found(teacher):
-    """Along a direction that the next block sees as much as any, where the weights say nothing."""
+def test_calibration_finds_a_synthetic_artifact(teacher):
+    """The artifact's direction is not in the null space of the next block's weights."""
     plain = nullspace.of_layer(teacher, 3, "mlp")
     seen = planted(teacher, np.asarray(plain.vectors[:, 12]))
     own = settings(weight_matrix="calibrated", rank=2)
@@ -121,8 +121,8 @@ def test_a_planted_artifact_is_found(teacher):
     assert shares[0] > 0.95 and shares[1] < 0.1
 
 
-def test_a_smaller_epsilon_holds_less_and_lets_less_be_seen(teacher):
-    """Of an artifact along directions of which the next block sees much and little."""
+def test_a_smaller_ridge_removes_less_energy_and_perturbs_less(teacher):
+    """The artifact spans directions to which the next block is very or little sensitive."""
     plain, w = nullspace.of_layer(teacher, 3, "mlp"), nullspace.linear_map(teacher, 3, "mlp")
     direction = np.asarray(plain.vectors[:, [0, 8, 16]].sum(axis=1)) / np.sqrt(3)
     covariance = np.outer(direction, direction)
@@ -135,7 +135,7 @@ def test_a_smaller_epsilon_holds_less_and_lets_less_be_seen(teacher):
     assert seen[0] < seen[1] < seen[2]
 
 
-def test_the_covariance_is_that_of_the_outliers_and_adds_up(teacher):
+def test_covariances_of_outliers_are_additive(teacher):
     seen = planted(teacher, np.ones(24) / np.sqrt(24))
     own = settings(weight_matrix="calibrated")
     patches = np.asarray(seen.features[3], np.float64)[:, 1:]
@@ -154,7 +154,7 @@ def test_the_covariance_is_that_of_the_outliers_and_adds_up(teacher):
     np.testing.assert_allclose(sum(halves), expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
-def test_a_sum_of_methods_hands_on_what_was_measured(teacher):
+def test_a_sum_of_methods_passes_measurements_on(teacher):
     seen = planted(teacher, np.ones(24) / np.sqrt(24))
     alone = settings(weight_matrix="calibrated")
     own = WeightedSumSettings(((1.0, alone), (1.0, settings(name="fitnet"))))
@@ -168,7 +168,7 @@ def test_a_sum_of_methods_hands_on_what_was_measured(teacher):
     )
 
 
-def test_uncalibrated_is_one_line(teacher):
+def test_missing_measurements_are_a_one_line_error(teacher):
     assert not methods.needs(settings()).measured
     with pytest.raises(InputError, match="calibrated needs `measured`"):
         Singer(teacher, STUDENT, settings(weight_matrix="calibrated"), nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Spaces, losses and clipping against direct NumPy, and what holds for all inputs."""
+"""Spaces, losses and clipping against direct NumPy, and their properties for all inputs."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def forward(model: VisionTransformer, images: jax.Array) -> ModelFeatures:
 
 @pytest.fixture(scope="module")
 def seen() -> tuple[ModelFeatures, ModelFeatures]:
-    """Teacher and student of some images; the teacher's last norm has scales and biases."""
+    """Features of teacher and student; the teacher's final norm has scales and biases."""
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
     teacher = VisionTransformer(TEACHER, rngs=nnx.Rngs(0))
     teacher.norm.scale[...] += jax.random.normal(jax.random.key(3), (24,))
@@ -47,7 +47,7 @@ def norms(x: np.ndarray) -> np.ndarray:
 
 
 def standardised(x: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Class token and patches apart, as `by` is distributed."""
+    """Standardises class token and patches separately, with the statistics of `by`."""
     result = np.empty_like(x)
     for rows in (slice(0, 1), slice(1, None)):
         result[:, rows] = (x[:, rows] - by[:, rows].mean((0, 1))) / by[:, rows].std((0, 1))
@@ -76,7 +76,7 @@ def loss_of(name: str, prediction: np.ndarray, target: np.ndarray) -> float:
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
 @pytest.mark.parametrize("space", SPACES)
-def test_each_space_and_loss_is_that_of_numpy(seen, space, loss):
+def test_each_space_and_loss_equals_numpy(seen, space, loss):
     teacher, _ = seen
     settings = MatchSettings(target_space=space, loss=loss)
     compare = Comparison(settings, match_tokens(STUDENT, TEACHER, False), (1,))
@@ -91,7 +91,7 @@ def test_each_space_and_loss_is_that_of_numpy(seen, space, loss):
     np.testing.assert_allclose(compare(predicted, teacher, 1), expected, rtol=1e-3)
 
 
-def test_by_default_tokens_are_compared_as_they_are(seen):
+def test_tokens_are_not_transformed_by_default(seen):
     compare = Comparison(MatchSettings(), match_tokens(STUDENT, TEACHER, False), (1,))
     assert compare.target(seen[0], 1) is seen[0].features[1]
     assert not jax.tree.leaves(nnx.state(compare))
@@ -127,7 +127,7 @@ def test_singer_compares_refined_tokens_and_its_refiner_learns_through_the_space
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(refiner))
 
 
-def test_vitkd_mimics_in_the_space_and_generates_as_ever(seen):
+def test_vitkd_mimics_in_the_target_space_and_generates_in_the_residual(seen):
     teacher, student = seen
     plain, l2 = (
         methods.make(
@@ -150,13 +150,13 @@ def test_vitkd_mimics_in_the_space_and_generates_as_ever(seen):
 
 
 def arrays(seed: int, patches: int) -> np.ndarray:
-    """Patches of two images, some with huge norms."""
+    """Returns patches of two images, some with huge norms."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(2, patches, 5)) * rng.gamma(1.0, 5.0, (2, patches, 1))).astype("f4")
 
 
 @given(st.integers(0, 10_000), st.sampled_from((2, 9)), st.sampled_from((0.01, 0.6, 0.99)))
-def test_clipping_scales_down_to_the_quantile_once_and_for_all(seed, patches, quantile):
+def test_clipping_scales_down_to_the_quantile_and_is_idempotent(seed, patches, quantile):
     x = arrays(seed, patches)
     before = norms(x)[..., 0]
     threshold = np.quantile(before, quantile, axis=1, keepdims=True, method="lower")
@@ -179,7 +179,7 @@ def test_class_tokens_and_registers_are_not_clipped(seen):
 
 
 @given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
-def test_l2_does_not_see_the_scale_of_either_side(seed, scale):
+def test_l2_is_invariant_to_the_scale_of_either_side(seed, scale):
     tokens = match_tokens(STUDENT, TEACHER, False)
     compare = Comparison(MatchSettings(target_space="l2"), tokens, ())
     target, predicted = (jnp.asarray(arrays(seed + side, 17)) for side in (0, 1))
@@ -193,7 +193,7 @@ def test_l2_does_not_see_the_scale_of_either_side(seed, scale):
 
 
 @given(st.integers(0, 10_000))
-def test_smooth_l1_is_half_the_square_of_what_is_near_and_the_distance_of_what_is_far(seed):
+def test_smooth_l1_is_quadratic_near_zero_and_linear_elsewhere(seed):
     near = jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (4, 6)), jnp.float32)
     far = near + 2 * jnp.sign(near)
     zero = jnp.zeros_like(near)

@@ -1,4 +1,4 @@
-"""The methods: what they start from, what they match, what reaches which parameter."""
+"""The methods: initialisation, matching of layers, and the parameters that gradients reach."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ STUDENT = Architecture(
 
 
 def settings(protocol: str = "recommended", **keys: object) -> Settings:
-    """Of a method; keys of its null space are given without their section."""
+    """Returns settings of a method; keys of its null space are given without their section."""
     config = default(protocol).method
     config.rank, config.outlier_quantile = 4, 0.8
     for key, value in keys.items():
@@ -113,7 +113,7 @@ def test_one_distilled_layer_is_compared_with_itself(teacher, student, images):
     assert jnp.isfinite(terms["outlier"])
 
 
-@given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.01, 0.99))
+@given(st.integers(0, 10_000), st.sampled_from([2, 9, 30]), st.floats(0.01, 0.99))
 def test_outlier_loss_equals_its_definition(seed, patches, quantile):
     norms = np.random.default_rng(seed).gamma(2.0, size=(3, patches)).astype(np.float32)
     threshold = np.quantile(norms, quantile, axis=1, keepdims=True)
@@ -123,7 +123,7 @@ def test_outlier_loss_equals_its_definition(seed, patches, quantile):
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 40), st.floats(0.01, 0.99))
+@given(st.integers(0, 10_000), st.sampled_from([1, 9, 30]), st.floats(0.01, 0.99))
 def test_the_outlier_threshold_and_its_loss_are_those_of_the_sorted_quantile(seed, patches, q):
     norms = jnp.asarray(np.random.default_rng(seed).gamma(2.0, size=(3, patches)), jnp.float32)
     expected = jnp.quantile(norms, q, axis=1, keepdims=True)
@@ -140,7 +140,7 @@ def test_the_outlier_threshold_and_its_loss_are_those_of_the_sorted_quantile(see
     np.testing.assert_allclose(gradient, jax.grad(by_sorting)(norms), rtol=1e-3, atol=1e-3)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 300), st.floats(0.001, 1.0))
+@given(st.integers(0, 10_000), st.sampled_from([1, 40, 300]), st.floats(0.001, 1.0))
 def test_the_batch_quantile_is_a_number_of_the_batch_at_its_rank(seed, size, quantile):
     values = np.random.default_rng(seed).gamma(2.0, size=size).astype(np.float32)
     values[::7] = values[0]  # equal ones
@@ -170,13 +170,13 @@ def test_gradients_reach_student_adapter_and_refiner_but_no_constant(teacher, st
         )
         return sum(terms.values())
 
-    of_parts, of_student = jax.grad(loss, argnums=(0, 1))(parts, student_params)
+    of_parts, of_student = jax.jit(jax.grad(loss, argnums=(0, 1)))(parts, student_params)
     for leaf in jax.tree.leaves(of_parts):
         assert float(jnp.abs(leaf).max()) > 0
     assert float(jnp.abs(of_student["patch_embed"]["proj"]["kernel"][...]).max()) > 0
 
 
-def test_fitnet_with_weightless_cross_entropy_reaches_the_head(teacher, student, images):
+def test_fitnet_with_cross_entropy_of_weight_zero_reaches_the_head(teacher, student, images):
     weightless = settings("paper", name="fitnet")
     assert methods.needs(weightless).logits and not methods.needs(weightless).labels
     method = methods.make(teacher, STUDENT, weightless, nnx.Rngs(0))
@@ -219,7 +219,7 @@ def test_last_block_learns_from_the_last_block(teacher_depth, student_depth, dat
         ((0, 1, 2), "4 distilled layers, but the student has only 3 blocks"),
     ],
 )
-def test_bad_layers_are_named(layers, message):
+def test_invalid_layers_are_named(layers, message):
     with pytest.raises(InputError, match=message):
         distilled_layers(LayerSettings(layers=layers), (0.75,), TEACHER, STUDENT)
 
@@ -227,7 +227,7 @@ def test_bad_layers_are_named(layers, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("threshold", 1.5, r"1.5 is not in 0..1, the range of the rule quantile"),
+        ("threshold", 1.5, r"1.5 is not in 0..1, the range of threshold_type quantile"),
         ("rank", 25, "method.rank: 25 is not in 1..24"),
     ],
 )
@@ -249,7 +249,7 @@ def test_the_report_warns_where_there_is_no_null_space(teacher, student, images)
 
 @pytest.mark.parametrize("name", ["vitkd", "vitkd_official"])
 @pytest.mark.parametrize("protocol", ["recommended", "paper"])
-def test_the_generator_is_trained_or_saved_as_it_is(teacher, student, images, name, protocol):
+def test_the_generator_is_trained_or_frozen(teacher, student, images, name, protocol):
     of_method = settings(protocol, name=name, mimic_layers=(0,))
     method = methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
     trained = {path[0] for path, _ in nnx.to_flat_state(nnx.state(method, nnx.Param))}
@@ -278,7 +278,7 @@ def test_masking_differs_from_step_to_step(teacher, student, images):
 
 @pytest.mark.parametrize("layers", [(3,), (-1,), (0, 1, 2)])
 def test_vitkd_layers_that_cannot_work_are_named(teacher, layers):
-    """Block 3 is the last; three blocks leave the student none to generate from."""
+    """Block 3 is the last; with three mimicked blocks the student has none to generate from."""
     with pytest.raises(InputError, match=r"^(method|ViTKDSettings)\.mimic_layers"):
         of_method = settings(name="vitkd", mimic_layers=layers)
         methods.make(teacher, STUDENT, of_method, nnx.Rngs(0))
@@ -313,12 +313,12 @@ def test_a_sum_is_its_methods_times_their_weights(teacher, student, images):
     assert {name: float(x) for name, x in terms.items()} == pytest.approx(
         {name: float(x) for name, x in expected.items()}
     )
-    assert any("fitnet: student blocks" in line for _, line in both.report(both.diagnose(seen[0])))
+    assert any("fitnet: layer mapping" in line for _, line in both.report(both.diagnose(seen[0])))
     assert set(both.student_layers) >= set(both.methods["fitnet"].student_layers)
 
 
-def test_weightless_cross_entropy_minds_no_labels(teacher, images):
-    """A head of fewer classes than the data, or of none, has no effect."""
+def test_cross_entropy_of_weight_zero_ignores_labels(teacher, images):
+    """A head with fewer classes than the data, or with none, has no effect."""
     student = VisionTransformer(dataclasses.replace(STUDENT, num_classes=2), rngs=nnx.Rngs(1))
     method = methods.make(teacher, STUDENT, settings("paper", name="fitnet"), nnx.Rngs(0))
     batch = Batch(jnp.array([0, 5, 999]), jax.random.key(0))

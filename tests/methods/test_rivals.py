@@ -1,4 +1,4 @@
-"""Relational distillation and that of the pooled vector: their losses, and a run of each."""
+"""Relational distillation and distillation of the pooled vector: losses, and a run of each."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def adapted(method: methods.Method, layer: int, tokens: jax.Array) -> np.ndarray
 
 
 def normalised(x: np.ndarray) -> np.ndarray:
-    """By a last norm that is still at its start."""
+    """Applies a final norm that is at its initialisation."""
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + TEACHER.norm_eps)
 
@@ -64,7 +64,7 @@ def test_relational_is_the_divergence_of_the_patches_similarities(space):
     np.testing.assert_allclose(terms["kd"], expected, rtol=1e-4)
 
 
-def test_relational_sees_neither_norms_nor_a_rotation():
+def test_relational_is_invariant_to_norms_and_rotations():
     teacher = forward(TEACHER, 0)
     settings = RelationalSettings(layers=(0, 1))
     method = methods.make(teacher.model, TEACHER, settings, nnx.Rngs(0))
@@ -80,8 +80,8 @@ def test_relational_sees_neither_norms_nor_a_rotation():
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
-def test_pooled_compares_what_the_heads_would_read(pool, loss):
-    """Whatever the grids: a vector an image has none."""
+def test_pooled_compares_the_inputs_of_the_heads(pool, loss):
+    """The grids may differ, because one vector per image has no grid."""
     arch = dataclasses.replace(TEACHER, global_pool=pool)
     finer = dataclasses.replace(STUDENT, patch_size=2)
     teacher, student = forward(arch, 0), forward(finer, 1)
@@ -96,7 +96,7 @@ def test_pooled_compares_what_the_heads_would_read(pool, loss):
     np.testing.assert_allclose(terms["kd"], expected[loss], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["relational", "pooled"])
+@pytest.mark.parametrize("name", [pytest.param("relational", marks=pytest.mark.slow), "pooled"])
 def test_a_whole_run(tmp_path, name):
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), name)
     config.optimizer.learning_rate = 1e-2

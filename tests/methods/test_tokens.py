@@ -1,4 +1,4 @@
-"""Which tokens are compared, and how patches come onto another grid."""
+"""The tokens that are compared, and the interpolation of patches to another grid."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ def arch(img_size: int = 16, class_token: bool = True, reg_tokens: int = 0) -> A
 
 
 def numbered(of: Architecture) -> jnp.ndarray:
-    """Tokens that carry their position."""
+    """Returns tokens whose values are their positions."""
     count = of.num_prefix_tokens + of.num_patches
     return jnp.broadcast_to(jnp.arange(float(count))[None, :, None], (1, count, 2))
 
@@ -31,8 +31,8 @@ def numbered(of: Architecture) -> jnp.ndarray:
 @pytest.mark.parametrize(
     ("student", "teacher", "of_student", "of_teacher", "words"),
     [
-        (arch(), arch(), range(17), range(17), "class token, 16 patches"),
-        (arch(), arch(reg_tokens=4), range(17), [0, *range(5, 21)], "class token, 16 patches"),
+        (arch(), arch(), range(17), range(17), "1 class + 16 patches"),
+        (arch(), arch(reg_tokens=4), range(17), [0, *range(5, 21)], "1 class + 16 patches"),
         (arch(reg_tokens=1), arch(reg_tokens=4), range(18), [0, 1, *range(5, 21)], "1 registers"),
         (arch(), arch(class_token=False), range(1, 17), range(16), "16 patches"),
         (arch(class_token=False), arch(reg_tokens=2), range(16), range(3, 19), "16 patches"),
@@ -54,7 +54,7 @@ def test_patches_are_resampled_bilinearly_onto_the_teachers_grid():
     axis = np.array([0.0, 0.25, 0.75, 1.0])  # half-pixel centres, clamped at the edges
     expected = 8 * axis[:, None] + 4 * axis[None, :]
     np.testing.assert_allclose(resampled[1:].reshape(4, 4), expected, atol=1e-5)
-    assert "the student's 2 x 2 resampled" in match.describe()
+    assert "the student's 2 x 2 interpolated" in match.describe()
 
 
 def test_other_grids_without_the_option_are_an_error():

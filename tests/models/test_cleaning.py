@@ -1,4 +1,4 @@
-"""Test-time registers and averaging over views, as a model computes them."""
+"""Test-time registers and averaging over views in a model."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ BEIT = "beit_base_patch16_224"
 
 
 def build(clean: str | None = None, family: str = PLAIN, **policy: object) -> VisionTransformer:
-    """The same random weights for every cleaner; four times six patches."""
+    """Builds a model of 4 x 6 patches, with equal random weights for all removal methods."""
     sizes = tiny.TEACHER | {"img_size": (16, 24), "embed_dim": 32, "init_values": None}
     arch = lookup(family, sizes | {"num_classes": 0}).arch
     model = VisionTransformer(
@@ -52,8 +52,8 @@ def test_activations_move_from_the_patches_to_the_first_token():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_registers_are_a_token_more_that_nobody_sees(images):
-    """Against the blocks one by one, the hidden layer of each gated MLP changed by hand."""
+def test_registers_add_one_token_that_is_removed_from_features(images):
+    """Compares with single blocks in which the hidden layer of each gated MLP is changed."""
     model, plain = build("registers", ROTARY), build(None, ROTARY)
     found = jax.jit(lambda: model.features(images))()
     expected = jax.eval_shape(plain.features, images)
@@ -74,7 +74,7 @@ def test_registers_are_a_token_more_that_nobody_sees(images):
 
 
 def test_an_added_token_has_no_relative_position(images):
-    """Beit: without a moved neuron the token that is added changes others by attention alone."""
+    """In Beit without moved neurons, the added token changes other tokens by attention alone."""
     plain, model = build(None, BEIT), build("registers", BEIT)
     model.register_neurons[...] = jnp.zeros_like(model.register_neurons[...])
     attention = plain.blocks[0].attn
@@ -107,7 +107,7 @@ def test_every_way_to_compute_gives_the_same_features(images, clean):
 
 
 def test_an_added_token_goes_with_its_feature_into_the_next_block(images):
-    """So the info loss of an unchanged feature is 0, as without cleaning."""
+    """The info loss of an unchanged feature is therefore 0, as without artifact removal."""
     model = build("registers")
     teacher = ModelFeatures.of_streams(model, model.streams_at(images, (0, 1)))
     assert teacher.features[0].shape == (2, 1 + 24, 32)

@@ -1,4 +1,4 @@
-"""Exports for transformers: what its models were seen to open is what is still written."""
+"""Exports for transformers: the files equal those that its models were verified to load."""
 
 import json
 

@@ -47,7 +47,7 @@ FORMATS = {
 
 
 def settings(folder: Path) -> ModelSettings:
-    """What a user gives for a recording."""
+    """Returns the settings of a recording."""
     recorded = json.loads((folder / "model.json").read_text())
     file = folder / recorded["file"] if recorded["file"] else folder
     return ModelSettings(recorded["model"], str(file), recorded["overrides"])
@@ -70,7 +70,7 @@ def test_features_equal_those_of_the_library(name):
 
 
 def copied(tmp_path: Path, name: str, **changed: np.ndarray | None) -> Path:
-    """A recording's folder with tensors changed or, for None, left out."""
+    """Copies a recording's folder with tensors changed or, if None, removed."""
     folder = tmp_path / name
     folder.mkdir()
     for file in ("config.json", "model.json"):
@@ -82,7 +82,7 @@ def copied(tmp_path: Path, name: str, **changed: np.ndarray | None) -> Path:
 
 
 def refused(given: ModelSettings) -> str:
-    """What is said of weights that do not fit."""
+    """Returns the error for weights that do not fit."""
     with pytest.raises(InputError) as caught:
         spec, file = resolve_model("teacher", given)
         load_model(spec, file)
@@ -117,7 +117,7 @@ def test_a_wrong_variant_names_the_format_and_the_first_difference(tmp_path):
         ("hf_vit", "num_channels", 1, "num_channels: 1"),
         ("hf_dinov3", "rope_theta", 10_000.0, "rope_theta: 10000.0"),
         ("hf_dinov3", "key_bias", True, "biases"),
-        ("hf_siglip2", "num_patches", 15, "no square"),
+        ("hf_siglip2", "num_patches", 15, "not a square number"),
         ("hf_vit", "model_type", "swin", "model_type 'swin'; known: clip,"),
     ],
 )
@@ -172,5 +172,5 @@ def test_periods_of_another_rope_are_refused(tmp_path):
     tensors["storage_tokens"] = tensors.pop("reg_token")
     tensors["rope_embed.periods"] = 1000.0 ** (np.arange(2, dtype=np.float32) / 2)
     save_file(tensors, tmp_path / "a")
-    with pytest.raises(InputError, match=r"Meta's DINOv3: rope_embed\.periods are not those"):
+    with pytest.raises(InputError, match=r"Meta's DINOv3: rope_embed\.periods differ from those"):
         open_weights(tmp_path / "a")

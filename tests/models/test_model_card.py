@@ -1,4 +1,4 @@
-"""Model cards: what the hub reads, what a person needs, and nothing of the machine."""
+"""Model cards: the front matter for the Hub, the text for users, and no local paths."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ LOCAL["revision"] = None
 
 
 def front_matter(card: str) -> dict[str, object]:
-    """The part that the hub reads."""
+    """Returns the front matter, which the Hub reads."""
     before, text, _ = card.split("---\n", 2)
     assert before == ""
     return yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""Planted artifacts: where they are, that they are what is added, and that nothing trains them."""
+"""Synthetic outliers: position, value, and that no optimiser changes them."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def test_the_vector_is_added_after_its_block_to_marked_patches_and_can_be_subtra
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_it_is_written_by_a_neuron_that_registers_move(stacked):
-    """The added token gets the vector and the patches none, where that neuron is marked."""
+    """If that neuron is marked, the added token gets the vector and no patch does."""
     model, plain = network(), network(dataclasses.replace(ARCH, planted=None))
     features = model.features(IMAGES)
     hidden = [np.asarray(model.hidden(i, features[0], jnp.asarray(IMAGES))) for i in range(2)]

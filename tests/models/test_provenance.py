@@ -1,4 +1,4 @@
-"""Where weights come from: what is said of a file is what is in it."""
+"""Provenance of weights, which must agree with the content of the file."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from singer_jax.models.zoo import lookup
 from tests import tiny
 
 
-def test_a_file_is_told_by_its_hash_its_size_and_its_grid(tmp_path):
+def test_provenance_of_a_file_has_hash_size_and_grid(tmp_path):
     file = tiny.write_teacher(tmp_path / "teacher.safetensors")
     tensors = load_file(file)
     spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0, "img_size": 24})
@@ -32,7 +32,7 @@ def test_a_file_is_told_by_its_hash_its_size_and_its_grid(tmp_path):
     assert same["position_embeddings"] is None
 
 
-def test_random_weights_are_said_to_be_random():
+def test_provenance_of_random_weights():
     found = provenance(lookup("vit_tiny_patch16_224", {}), "", None)
     assert "random weights" in told(found) and "sha256" not in found
 
@@ -51,7 +51,7 @@ def test_a_hub_name_states_its_revision(tmp_path, monkeypatch):
     assert found["weights"] == "timm/mine"
 
 
-def test_a_run_says_it_and_its_export_keeps_it(tmp_path, caplog):
+def test_run_logs_provenance_and_export_contains_it(tmp_path, caplog):
     teacher = tiny.write_teacher(tmp_path / "teacher.safetensors")
     config = tiny.config(teacher)
     config.steps = 1

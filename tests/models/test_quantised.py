@@ -1,4 +1,4 @@
-"""Products in 8 bits: their numbers, their gradient, and a teacher that computes with them."""
+"""Quantised matmuls: rounding errors, gradient, and a quantised teacher."""
 
 import importlib.util
 
@@ -43,7 +43,7 @@ def operands(seed: int, tokens: int, dim: int, outlier: float) -> tuple[jax.Arra
     st.integers(0, 1000), st.integers(1, 9), st.integers(1, 33), st.floats(1, 1e4), st.data()
 )
 def test_errors_are_those_of_rounding(seed, tokens, dim, outlier, data):
-    """A token of huge norm changes no other token's error."""
+    """An outlier token does not change the error of other tokens."""
     format = data.draw(st.sampled_from(FORMATS))
     x, kernel = operands(seed, tokens, dim, outlier)
     found = quantised.product(format)(x, kernel, OVER_LAST)
@@ -79,7 +79,7 @@ def cosines(a: jax.Array, b: jax.Array) -> np.ndarray:
 )
 @pytest.mark.parametrize("format", FORMATS)
 def test_features_of_a_model_with_outlier_tokens(family, format):
-    """On every backend's form; three patches are 100 times as large as the others."""
+    """Tested with the choices of every backend; three patches are 100 times larger."""
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2}
     arch = lookup(family, sizes | {"num_classes": 0, "init_values": None}).arch
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -113,7 +113,7 @@ def settings(tmp_path):
 
 
 def test_a_run_differs_in_the_teacher_s_features_alone(settings):
-    """The null spaces and the student start as without; losses are near; 8-bit work is counted."""
+    """Null spaces and student are unchanged, losses are close, and 8-bit operations are counted."""
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8),
         "label": np.zeros(8, np.int32),

@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is taken: nesting, averaged weights, prefixes and what lies beside."""
+"""Selection of the model in a checkpoint: nesting, averaged weights and prefixes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ KEYS = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight", "head.w
 
 
 def state(value: float = 1.0, prefix: str = "") -> dict[str, np.ndarray]:
-    """Enough of a model to be known as one; every tensor holds one value."""
+    """Returns enough tensors to be recognised as a model, each filled with one value."""
     return {prefix + key: np.full((2, 2), value, np.float32) for key in KEYS}
 
 
@@ -67,7 +67,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_the_model_is_found_in_what_training_writes(tmp_path, name):
+def test_model_is_found_in_training_checkpoints(tmp_path, name):
     content, part, prefix, value = NESTED[name]
     write_torch_file(tmp_path / "a.ckpt", content)
     found = open_weights(tmp_path / "a.ckpt")
@@ -77,13 +77,11 @@ def test_the_model_is_found_in_what_training_writes(tmp_path, name):
     assert all((each.read() == value).all() for each in found.values())
 
 
-def test_a_prefix_is_taken_off_in_safetensors_too(tmp_path):
+def test_prefix_is_removed_in_safetensors_too(tmp_path):
     save_file(state(1, "module.visual.trunk.") | HEAD, tmp_path / "weights")
     found = open_weights(tmp_path / "weights")
     assert set(found) == set(KEYS)
-    assert str(found.taken) == (
-        "prefix module.visual.trunk. taken off, left out: head.mlp.0.weight"
-    )
+    assert str(found.taken) == ("prefix module.visual.trunk. removed, left out: head.mlp.0.weight")
 
 
 def test_weights_key_names_another_part(tmp_path):
@@ -153,7 +151,7 @@ def test_the_old_torch_format_is_read_by_content(tmp_path, name):
 def test_a_damaged_file_of_the_old_format_is_one_line(tmp_path):
     arrays = {"w": np.arange(6, dtype=np.float32)}
     path = write_legacy_file(tmp_path / "a.pth", arrays, elements=1)
-    with pytest.raises(InputError, match="storage 0 has not the 6 elements"):
+    with pytest.raises(InputError, match="storage 0 does not have its 6 elements"):
         open_weights(path)
     whole = write_legacy_file(path, arrays).read_bytes()
     for size in (len(whole) - 1, len(whole) - 30, 40):
@@ -167,7 +165,7 @@ TINY = ModelSettings("vit_tiny_patch16_224", "", tiny.TEACHER)
 
 
 def complete(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a tiny teacher."""
+    """Returns all tensors of a tiny teacher."""
     tiny.write_teacher(path / "whole.safetensors")
     return {key: each.read() for key, each in open_weights(path / "whole.safetensors").items()}
 
@@ -197,11 +195,11 @@ def test_a_folder_of_shards_is_read_whole(tmp_path, kind):
     for wrong, words in (
         ({"w": "../part-0"}, "no file of its folder: refused"),
         ({"w": "/etc/passwd"}, "no file of its folder: refused"),
-        ({"w": "gone"}, "shards that are not there: gone"),
+        ({"w": "gone"}, "shards that do not exist: gone"),
         ({"w": f"part-0.{kind}"}, "does not hold w"),
         ({"w": index.name}, "names itself"),
         ({"w": 3}, "no file of its folder: refused"),
-        ({}, "no index of weights"),
+        ({}, "not an index of weights"),
     ):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(InputError, match=words):
@@ -220,7 +218,7 @@ UNREADABLE = {
     "gzip": (b"\x1f\x8b\x08\x00", "compressed with gzip"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     "tar": (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
-    "JSON": (b'{"a": 1}', "no index of weights"),
+    "JSON": (b'{"a": 1}', "not an index of weights"),
     "nothing": (b"", "is empty"),
     "text": (b"hello, world", "it begins with b'hello, w'"),
 }
@@ -228,7 +226,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
-def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, name, suffix):
+def test_error_for_other_files_names_their_kind(tmp_path, name, suffix):
     content, words = UNREADABLE[name]
     (tmp_path / f"a{suffix}").write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -256,14 +254,14 @@ def test_torchscript_and_whole_models_are_refused_by_name(tmp_path):
         check_weights(zoo.lookup(TINY.model, tiny.TEACHER), tmp_path / "a.pth")
 
 
-def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+def test_error_for_a_file_without_read_permission(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"PK")
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(InputError, match=r"may not be read \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
         open_weights(tmp_path / "a.pth")
 
 
@@ -287,7 +285,7 @@ def test_a_tensor_that_is_not_finite_is_named_at_loading(tmp_path, bad):
     tensors["blocks.1.mlp.fc1.weight"][3, 2] = bad
     save_file(tensors, tmp_path / "a")
     spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
-    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.weight has 1 values that are NaN"):
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.fc1\.weight has 1 NaN"):
         load_model(spec, tmp_path / "a")
 
 
@@ -300,7 +298,7 @@ def test_integers_are_no_weights(tmp_path):
         load_model(spec, tmp_path / "a")
 
 
-def test_a_run_says_which_part_was_taken(tmp_path):
+def test_run_logs_the_loaded_part(tmp_path):
     whole = complete(tmp_path)
     content = {
         "student": {f"module.backbone.{key}": value + 1 for key, value in whole.items()},
@@ -312,7 +310,7 @@ def test_a_run_says_which_part_was_taken(tmp_path):
         *resolve_model("teacher", settings)[:1], settings.weights, tmp_path / "dino.pth"
     )
     assert found["taken"] == (
-        "part teacher, prefix backbone. taken off, left out: head.mlp.0.weight, not taken: "
+        "part teacher, prefix backbone. removed, left out: head.mlp.0.weight, not loaded: "
         "student.module.backbone"
     )
     assert found["taken"] in told(found) and json.loads(json.dumps(found)) == found

@@ -1,4 +1,4 @@
-"""Equality with timm, which `benchmarks.record_timm` has recorded: features, names, input."""
+"""Equality with recordings of timm (`benchmarks.record_timm`): features, names, input."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A `.pth` file is a stranger's: it reads as arrays or is refused in one line."""
+"""Untrusted `.pth` files are read as arrays or refused with a one-line error."""
 
 import os
 import struct
@@ -22,7 +22,7 @@ NAMESPACE = b"cargparse\nNamespace\n)\x81"
 
 
 def refused(path: Path) -> str:
-    """What is said of a file that opens or reads as nothing."""
+    """Returns the error for a file that cannot be opened or read."""
     with pytest.raises(InputError) as caught:
         for found in open_weights(path).values():
             found.read()
@@ -132,7 +132,7 @@ ATTACKS = {
 
 
 def test_no_pickle_crashes_hangs_or_fills_the_memory(tmp_path):
-    """In a process of its own that may take 300 MB beyond its imports."""
+    """Runs in a separate process with a memory limit of 300 MB beyond its imports."""
     for number, pickled in enumerate(ATTACKS.values()):
         write_archive(tmp_path / f"{number}.pth", pickled)
     code = f"""
@@ -194,7 +194,7 @@ def _with(path: Path, *, change=None, **entries: bytes) -> Path:
 
 
 def _central(content: bytes, offset: int, form: str, value: int) -> bytes:
-    """A field of the last entry's record in the archive's directory."""
+    """Returns an archive with one field changed in the last entry of its directory."""
     changed = bytearray(content)
     struct.pack_into(form, changed, content.rindex(b"PK\x01\x02") + offset, value)
     return bytes(changed)
@@ -209,7 +209,7 @@ def test_an_archive_is_what_torch_writes(tmp_path):
         assert "archive/data.pkl is compressed" in refused(path)
     with zipfile.ZipFile(_with(path), "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("archive/data/0", bytes(24))
-    assert "two entries of one name" in refused(path)
+    assert "two entries with the same name" in refused(path)
     assert "big-endian" in refused(_with(path, byteorder=b"big"))
     assert open_weights(_with(path, byteorder=b"little"))
     assert "2 entries data.pkl" in refused(_with(path, **{"more/data.pkl": b""}))
@@ -245,7 +245,7 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
 
 
 def read_or_refused(path: Path) -> None:
-    """The property of the fuzz tests: arrays of the stated shapes, or `InputError`."""
+    """Checks the property of the fuzz tests: arrays of the stated shapes, or `InputError`."""
     try:
         for found in open_weights(path).values():
             assert found.read().shape == found.shape

@@ -1,4 +1,4 @@
-"""The vision transformer: its blocks alone, its dtypes, its sizes."""
+"""The vision transformer: single blocks, dtypes and sizes."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Weights in and out, in the file formats that are really in use."""
+"""Loading and export of weights in the file formats that are in common use."""
 
 import collections
 import dataclasses
@@ -165,7 +165,7 @@ def test_a_position_embedding_of_a_rectangle_is_not_resampled(tmp_path):
         ("a.safetensors", b"\x00" * 40, "not a complete safetensors file"),
         ("a.pth", b"PK not really", "not a complete PyTorch file"),
         ("a.npz", b"", "is empty"),
-        ("a.npz", b"something else", "is no checkpoint: it begins with b'somethin'"),
+        ("a.npz", b"something else", "is not a checkpoint: it begins with b'somethin'"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
@@ -234,7 +234,7 @@ def test_a_safetensors_file_that_is_gone_is_named(tmp_path):
 
 
 def test_the_same_export_is_the_same_bytes(tmp_path):
-    """The library alone writes metadata in another order now and then."""
+    """Without sorting, the library sometimes writes metadata in another order."""
     model, origin = spec(), {"method": "singer", "steps": 3, "file": "/where/\u00e9"}
     weights = tensors(model)
     for number in range(8):
@@ -277,7 +277,7 @@ def test_the_input_that_a_config_json_states_is_exported_again(tmp_path):
     assert spec_of_weights(spec(), tmp_path / "model.safetensors") == model
 
 
-def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
+def test_classes_and_statistics_come_from_the_file(tmp_path):
     model = spec()
     export_timm(tmp_path, model, tensors(model))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -306,7 +306,7 @@ def test_the_file_says_how_many_classes_and_which_statistics(tmp_path):
         (b'{"pretrained_cfg": {"input_size": [3, 224]}}', "pretrained_cfg.input_size"),
     ],
 )
-def test_a_config_json_that_says_nonsense_is_one_line(tmp_path, content, words):
+def test_invalid_config_json_is_a_one_line_error(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_hub_config(tmp_path)
@@ -330,7 +330,7 @@ def test_empty_parts_of_a_config_json_are_as_if_absent(tmp_path):
 
 
 def fake_hub(cache: Path, repo: str, files: dict[str, bytes]) -> None:
-    """A Hugging Face cache that holds a repository."""
+    """Creates a Hugging Face cache that contains a repository."""
     folder = cache / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -369,7 +369,7 @@ def test_a_cached_hub_name_works_without_network(tmp_path):
 def test_weights_land_in_their_sharding_and_are_read_once(
     tmp_path, monkeypatch, name, kind, stacked
 ):
-    """Of a file that several hosts share, each takes what its devices hold."""
+    """Each of several hosts reads only the parts that its devices hold."""
     model, mesh, policy = spec(), parallel.make_mesh(2, 2), ComputePolicy(stacked=stacked)
     weights, parts, whole = tensors(model), [], kind.read
     if kind is SafetensorsTensor:

@@ -1,4 +1,4 @@
-"""`torch.save` without PyTorch: whole files, and single pickled pieces for hand-made ones."""
+"""`torch.save` without PyTorch: complete files, and pickle fragments for hand-made files."""
 
 import collections
 import pickle
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def write_torch_file(path: Path, content: object) -> None:
-    """`torch.save` of nested dicts of arrays, in its zip format and without PyTorch."""
+    """Writes nested dicts of arrays in the zip format of `torch.save`, without PyTorch."""
     rebuild = types.ModuleType("torch._utils")
     torch = types.ModuleType("torch")
 
@@ -72,7 +72,7 @@ def write_torch_file(path: Path, content: object) -> None:
 
 
 def piece(value: object) -> bytes:
-    """The operations that push a value."""
+    """Returns the operations that push a value."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -86,7 +86,7 @@ def tensor(
     kind: bytes = b"ctorch\nFloatStorage\n",
     more: bytes = b"",
 ) -> bytes:
-    """The operations that push a tensor."""
+    """Returns the operations that push a tensor."""
     storage = b"(" + piece("storage") + kind + piece(key) + piece("cpu") + piece(elements)
     storage += more + b"tQ"
     rest = piece(offset) + piece(shape) + piece(strides) + b"\x89)"
@@ -94,13 +94,13 @@ def tensor(
 
 
 def state_dict(*values: bytes) -> bytes:
-    """A pickle of a dict of what operations push, under w0, w1, ..."""
+    """Returns a pickle of a dict w0, w1, ... of the values that operations push."""
     items = b"".join(piece(f"w{number}") + value for number, value in enumerate(values))
     return b"\x80\x02}(" + items + b"u."
 
 
 def write_archive(path: Path, pickled: bytes, data: bytes = bytes(range(24))) -> Path:
-    """A file with a hand-made pickle and one storage."""
+    """Writes a file with a hand-made pickle and one storage."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", data)
@@ -108,12 +108,12 @@ def write_archive(path: Path, pickled: bytes, data: bytes = bytes(range(24))) ->
 
 
 def write_legacy_file(path: Path, content: dict[str, np.ndarray], *, elements: int = 0) -> Path:
-    """A state dict of float32 arrays as `torch.save` wrote it before torch 1.6.
+    """Writes a state dict of float32 arrays in the format before torch 1.6.
 
     Args:
       path: the file.
       content: the arrays.
-      elements: added to the number of elements that each storage is said to have.
+      elements: number that is added to the recorded number of elements of each storage.
     """
     tensors = [
         piece(key)

@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its text: programs whose traffic is known."""
+"""Memory traffic and collectives of compiled programs, for programs with known traffic."""
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def test_collectives():
     assert found.collectives == {"all-reduce": (1, 2 * 4096), "all-gather": (1, 4096)}
 
 
-def test_a_condition_goes_the_cheaper_way():
+def test_a_condition_counts_with_its_cheaper_branch():
     text = TPU.replace(
         "%body (arg",
         "%empty (e: f32[]) -> f32[] {\n  ROOT %e = f32[] parameter(0)\n}\n\n%body (arg",
@@ -122,7 +122,7 @@ def program(function, *shapes, **jit):
 
 
 def test_programs_of_this_machine():
-    """Compiled here: a sum of two arrays, a scan, and a reduction over devices."""
+    """The programs are a sum of two arrays, a scan, and a reduction over devices."""
     side = 256
     size = 4 * side * side
     assert hlo.moved(program(jnp.add, (side, side), (side, side))).traffic == 3 * size

@@ -53,7 +53,7 @@ def test_a_state_comes_back_as_it_was(saved, run):
         assert_same(checkpoints.restore(3, run.any.state), state)
 
 
-def test_another_mesh_can_go_on(saved, teacher_file):
+def test_a_run_resumes_on_another_mesh(saved, teacher_file):
     folder, state = saved
     config = tiny.config(teacher_file)
     config.mesh.data, config.mesh.fsdp = 4, 2
@@ -81,7 +81,7 @@ def array_files(folder: Path) -> list[Path]:
     return [path for path in files if "/d/" in str(path)]
 
 
-def test_a_flipped_bit_is_noticed(saved, run):
+def test_a_flipped_bit_is_detected(saved, run):
     folder, _ = saved
     noticed, tried = 0, 0
     for path in array_files(folder):
@@ -107,13 +107,13 @@ def test_a_flipped_bit_is_noticed(saved, run):
     assert tried and noticed
 
 
-def test_a_half_written_file_is_noticed(saved, run):
+def test_a_half_written_file_is_detected(saved, run):
     folder, _ = saved
     for path in array_files(folder):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with (
         contextlib.closing(Checkpoints(folder, 2)) as checkpoints,
-        pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run says which"),
+        pytest.raises(RunError, match=r"checkpoint 3 in .* is damaged .* check_run lists the "),
     ):
         checkpoints.restore(3, run.any.state)
 
@@ -167,7 +167,7 @@ def test_the_checksum_does_not_depend_on_the_mesh(version):
 
 
 def test_a_fingerprint_is_that_of_the_values_alone(teacher_file):
-    """Neither the mesh nor the layout of the blocks in memory changes it; any value does."""
+    """It depends on all values, but not on the mesh or the layout of the blocks in memory."""
     spec = lookup("vit_tiny_patch16_224", tiny.TEACHER | {"num_classes": 0})
     mesh = parallel.make_mesh(1, 2)
     found = {

@@ -1,4 +1,4 @@
-"""A folder that is written belongs to one job at a time."""
+"""Only one job at a time writes to a folder."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path) -> epath.Path:
 
 
 def left(folder: epath.Path, **changed: object) -> None:
-    """As a run on another machine leaves it behind."""
+    """Writes the lock file of a killed run on another machine."""
     content = {"id": "x", "host": "elsewhere", "process": 7, "since": "2026-01-01 00:00:00+00:00"}
     (folder / lock.LOCK_FILE).write_text(json.dumps(content | changed))
 
@@ -57,7 +57,7 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     assert not any(folder.iterdir())
 
 
-def test_what_a_killed_process_left_is_taken_over_with_a_line(folder, caplog):
+def test_the_lock_of_a_killed_process_is_taken_over_with_a_warning(folder, caplog):
     process = cli.hold(folder)
     process.kill()
     process.wait()
@@ -67,18 +67,18 @@ def test_what_a_killed_process_left_is_taken_over_with_a_line(folder, caplog):
     assert not any(folder.iterdir())
 
 
-def test_a_number_of_a_process_that_is_used_again_is_another_process(folder):
+def test_a_reused_process_number_is_another_process(folder):
     mine = lock.RunLock(folder).content
     left(folder, process=os.getpid(), machine=mine["machine"], born="1")
     with lock.holding(folder) as held:
         held.check()
     left(folder, process=os.getpid(), machine=mine["machine"], born=mine["born"])
-    with pytest.raises(InputError, match="is held by"), lock.holding(folder):
+    with pytest.raises(InputError, match="is in use by"), lock.holding(folder):
         pass
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog, cut):
+def test_the_lock_of_another_machine_is_taken_over_without_heartbeat(folder, caplog, cut):
     left(folder)
     if cut:
         (folder / lock.LOCK_FILE).write_text('{"id": "x", "ho')
@@ -86,10 +86,10 @@ def test_another_machine_is_waited_for_and_taken_over_when_silent(folder, caplog
     with lock.holding(folder) as held:
         held.check()
     assert time.monotonic() - start > lock.SILENCE
-    assert "which is silent" in caplog.text
+    assert "which has no heartbeat" in caplog.text
 
 
-def test_another_machine_that_lives_is_not(folder, monkeypatch):
+def test_a_live_lock_of_another_machine_is_not_taken_over(folder, monkeypatch):
     monkeypatch.setattr(lock, "SILENCE", 60.0)  # its first sign of life ends the wait
     left(folder)
     stop = threading.Event()
@@ -109,7 +109,7 @@ def test_another_machine_that_lives_is_not(folder, monkeypatch):
     assert json.loads((folder / lock.LOCK_FILE).read_text())["id"] == "x"
 
 
-def test_a_run_gives_signs_of_life(folder):
+def test_a_run_sends_heartbeats(folder):
     with lock.holding(folder) as held:
         before = held._sign()
         deadline = time.monotonic() + cli.PATIENCE
@@ -118,7 +118,7 @@ def test_a_run_gives_signs_of_life(folder):
             time.sleep(0.02)
 
 
-def test_of_starts_at_the_same_time_one_continues(folder, monkeypatch):
+def test_only_one_of_simultaneous_starts_continues(folder, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE", 2.0)  # on a busy machine, too
     left(folder)  # by a run that is silent, for which all of them wait
     passed, refused, leave = [], [], threading.Event()
@@ -145,7 +145,7 @@ def test_of_starts_at_the_same_time_one_continues(folder, monkeypatch):
     assert not any(folder.iterdir())
 
 
-def test_a_run_that_was_taken_for_dead_saves_nothing_more(folder):
+def test_a_run_whose_lock_was_taken_over_saves_nothing_more(folder):
     with lock.holding(folder) as held:
         left(folder)
         with pytest.raises(RunError, match="taken over by process 7 of elsewhere"):
@@ -154,7 +154,7 @@ def test_a_run_that_was_taken_for_dead_saves_nothing_more(folder):
     (folder / lock.LOCK_FILE).unlink()
     with lock.holding(folder) as held:
         (folder / lock.LOCK_FILE).unlink()
-        with pytest.raises(RunError, match="is gone"):
+        with pytest.raises(RunError, match="is missing"):
             held.check()
 
 
@@ -164,7 +164,7 @@ def test_processes_of_one_run_share_it(folder):
     assert not any(folder.iterdir())
 
 
-def test_a_disk_that_takes_nothing_is_one_line_and_leaves_nothing(folder, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_file(folder, monkeypatch):
     def full(content: object, file: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -176,7 +176,7 @@ def test_a_disk_that_takes_nothing_is_one_line_and_leaves_nothing(folder, monkey
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A work directory with a finished and evaluated run."""
+    """Returns a work directory with a finished and evaluated run."""
     folder = tmp_path_factory.mktemp("run")
     settings = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     settings.steps = 2
@@ -264,5 +264,5 @@ def test_each_job_that_writes_is_refused_where_another_writes(run, tmp_path, cap
     with lock.holding(epath.Path(folder)):
         assert main.run(job(run), tmp_path / "out") == 2
     printed = capsys.readouterr().err
-    assert f"{folder} is held by process {os.getpid()}" in printed
+    assert f"{folder} is in use by process {os.getpid()}" in printed
     assert not any(folder.rglob("*.json")), "nothing was written"

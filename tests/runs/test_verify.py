@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found and set aside, and the run continues from the one before."""
+"""Damaged checkpoints are detected and moved away, and the run continues from the previous one."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
 
 
 def state(step: int) -> dict:
-    """Leaves of several dtypes, one of them too large to lie among the storage's own data."""
+    """Returns leaves of several dtypes, one of them too large to be stored inline."""
     rng = np.random.default_rng(step)
     large = rng.standard_normal((64, 64)).astype(np.float32)
     return {
@@ -45,7 +45,7 @@ def abstract(mesh):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """A work directory with the checkpoints 2 and 4."""
+    """Returns a work directory with the checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("two")
     with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
         for step in (2, 4):
@@ -72,7 +72,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_the_one_before_goes_on_and_nothing_is_deleted(two, tmp_path, abstract, caplog, kind):
+def test_the_previous_one_is_used_and_nothing_is_deleted(two, tmp_path, abstract, caplog, kind):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     DAMAGES[kind](tmp_path / "checkpoints" / "4")
     damaged = {file.name: file.read_bytes() for file in files(tmp_path / "checkpoints" / "4")}
@@ -86,14 +86,12 @@ def test_the_one_before_goes_on_and_nothing_is_deleted(two, tmp_path, abstract, 
     aside = tmp_path / "checkpoints.damaged"
     assert {file.name: file.read_bytes() for file in files(aside / "4")} == damaged
     reason = (aside / "4.txt").read_text().strip()
-    assert (
-        reason and f"checkpoint 4 is damaged ({reason}), set aside in {aside / '4'}" in caplog.text
-    )
+    assert reason and f"checkpoint 4 is damaged ({reason}), moved to {aside / '4'}" in caplog.text
     with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         assert checkpoints.newest_whole() == 4
 
 
-def test_a_second_one_of_the_same_step_is_kept_beside(two, tmp_path):
+def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(two, tmp_path):
     for _ in range(2):
         shutil.copytree(two, tmp_path, dirs_exist_ok=True)
         verify.set_aside(epath.Path(tmp_path / "checkpoints" / "4"), "tried")
@@ -101,7 +99,7 @@ def test_a_second_one_of_the_same_step_is_kept_beside(two, tmp_path):
     assert names == ["4", "4.2", "4.2.txt", "4.txt"]
 
 
-def test_without_a_whole_one_the_run_fails_in_one_line(two, tmp_path):
+def test_without_a_valid_checkpoint_the_run_fails_with_one_line(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     for step in ("2", "4"):
         (tmp_path / "checkpoints" / step / "meta" / "metadata").unlink()
@@ -118,10 +116,10 @@ def test_without_a_whole_one_the_run_fails_in_one_line(two, tmp_path):
     kind=st.sampled_from(["flip", "cut", "gone"]),
     manifest=st.booleans(),
 )
-def test_a_change_of_any_file_is_noticed_and_what_counts_as_whole_restores(
+def test_a_change_of_any_file_is_detected_and_valid_checkpoints_restore(
     two, abstract, file, place, kind, manifest
 ):
-    """With a manifest it is damage or a warning; without one it may also change nothing."""
+    """With a manifest a change is an error or a warning; without one it may have no effect."""
     folder = epath.Path(two / "checkpoints" / "4")
     target = files(two / "checkpoints" / "4")[file % len(files(two / "checkpoints" / "4"))]
     content, described = target.read_bytes(), manifests.place(folder).read_text()
@@ -150,7 +148,7 @@ def test_a_change_of_any_file_is_noticed_and_what_counts_as_whole_restores(
 
 
 def test_every_save_of_a_finished_run_has_its_manifest(tmp_path, monkeypatch):
-    """And a later check decodes no array."""
+    """A later check decodes no array."""
     with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         for step in (2, 4, 6):
             checkpoints.save(state(step), step, META)
@@ -188,7 +186,7 @@ def test_a_damaged_manifest_leaves_the_decision_to_the_contents(two, tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["read", "file_digests"])
-def test_a_bad_sector_beside_the_contents_leaves_the_decision_to_them(two, monkeypatch, name):
+def test_an_unreadable_manifest_leaves_the_decision_to_the_contents(two, monkeypatch, name):
     def fail(*given: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -217,8 +215,8 @@ def _signs(values: np.ndarray) -> None:
 
 @pytest.mark.parametrize("change", [_swapped, _signs])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_changes_of_two_values_are_damage(tmp_path, manifest, change):
-    """The linear checksum of older checkpoints is blind to these; a bit of a file can be both."""
+def test_changes_of_two_values_are_corruption(tmp_path, manifest, change):
+    """The linear checksum of older checkpoints misses these changes; one bit can cause both."""
     values = np.ones(2**15 + 1, np.float32)
     values[2**15] = 2
     changed = values.copy()
@@ -254,7 +252,7 @@ def test_a_leaf_larger_than_a_part_has_the_same_checksum(monkeypatch):
 
 
 @pytest.mark.parametrize("rotten", [2, 4])
-def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, rotten):
+def test_corruption_is_detected_during_the_run_and_moved_away_at_the_next_save(tmp_path, rotten):
     with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
         checkpoints.save(state(2), 2, META)
         checkpoints.wait()
@@ -284,7 +282,7 @@ def test_rot_is_found_during_the_run_and_set_aside_at_the_next_save(tmp_path, ro
     ],
     ids=repr,
 )
-def test_what_cannot_be_saved_is_one_line_and_the_others_are_kept(two, monkeypatch, error):
+def test_a_failed_save_is_a_one_line_error_and_keeps_other_checkpoints(two, monkeypatch, error):
     def save(*given: object, **named: object) -> None:
         raise error
 
@@ -296,7 +294,7 @@ def test_what_cannot_be_saved_is_one_line_and_the_others_are_kept(two, monkeypat
         assert checkpoints.newest_whole() == 4
 
 
-def test_a_full_disk_is_one_line_and_other_failures_are_not_hidden(tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_other_errors_are_not_hidden(tmp_path):
     with (
         pytest.raises(RunError, match=f"cannot write to {tmp_path} .No space left on device.; "),
         working_disks(epath.Path(tmp_path)),
@@ -316,7 +314,7 @@ def test_a_full_disk_is_one_line_and_other_failures_are_not_hidden(tmp_path):
     ],
     ids=repr,
 )
-def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
+def test_a_temporary_read_error_is_not_corruption(two, monkeypatch, error):
     def read(path: epath.Path) -> None:
         raise error
 
@@ -327,7 +325,7 @@ def test_what_cannot_be_read_now_is_no_damage(two, monkeypatch, error):
     assert "tensorstore_spec" not in str(raised.value)
 
 
-def test_a_file_that_cannot_be_read_now_is_no_damage(two, monkeypatch):
+def test_a_stale_file_handle_is_not_corruption(two, monkeypatch):
     def digests(folder: epath.Path, given_up: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 

@@ -1,4 +1,4 @@
-"""Calibrated runs: what is measured before the first step, on any devices; resumed, not again."""
+"""Calibrated runs: measurements before the first step on any devices, not repeated on resume."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every kind of model, every method: a few real steps at a tiny size."""
+"""A few real training steps at a tiny size for every kind of model and every method."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> S
 
 
 def losses(run: Setups, steps: int = 5, size: int = 16) -> list[float]:
-    """Of steps on one fixed batch."""
+    """Returns the losses of training steps on one fixed batch."""
     teacher = run.load_teacher()
     state = run.init_states(teacher)[""]
     step_fn = jit_step(run.any.distillation, run.any.mesh, state, teacher)
@@ -61,7 +61,7 @@ def losses(run: Setups, steps: int = 5, size: int = 16) -> list[float]:
 
 @pytest.mark.parametrize("model", KINDS)
 def test_every_kind_learns_with_singer(tmp_path, model):
-    """Sharded: which device holds what must fit every parameter."""
+    """The run is sharded, so the sharding rules must fit every parameter."""
     found = losses(run_of(tmp_path, model, **{"mesh.data": 1, "mesh.fsdp": 2}), steps=3)
     assert np.all(np.isfinite(found)) and found[-1] < found[0]
 
@@ -78,7 +78,7 @@ def test_other_methods_learn(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["singer", "vitkd"])
 def test_a_teacher_of_another_family_patch_and_input_size_teaches(tmp_path, method):
-    """A DINOv2-like teacher of 24 pixels and 6 x 6 patches, a student of 16 and 4 x 4."""
+    """A DINOv2-like teacher has 24 pixels and 6 x 6 patches, the student 16 pixels and 4 x 4."""
     model = "vit_small_patch14_reg4_dinov2"
     size = {"img_size": 24, "patch_size": 4}
     teacher = tiny.write_teacher(tmp_path / "teacher.safetensors", model, **size)

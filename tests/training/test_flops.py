@@ -1,4 +1,4 @@
-"""The analytic count of a step's operations against the compiler's, which only the CPU tells."""
+"""The analytic count of a step's operations against that of the CPU compiler."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def prepare(folder, family: str, method: str = "singer", **changes: object) -> S
 
 
 def counted_by_xla(run: Setups, images: int) -> float:
-    """Teacher, loss and gradients of a micro-batch."""
+    """Returns XLA's count of the operations of a micro-batch: teacher, loss and gradients."""
     size, distillation = run.image_size, run.any.distillation
     batch = {
         "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
@@ -99,7 +99,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_parts_of_a_step(tmp_path):
-    """A FitNet's student costs what its features do; the optimiser multiplies no matrices."""
+    """FitNet's student costs as much as its features; the optimiser multiplies no matrices."""
     run = prepare(tmp_path, "vit_base_patch16_224", "fitnet")
     parts = flops.parts_flops(run.students, run.states, run.teacher, 4)
     assert set(parts) == {"teacher", "student", "method"}

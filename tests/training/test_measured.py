@@ -1,4 +1,4 @@
-"""Statistics of the teacher's tokens in the state of a run, and programs with all ways to match."""
+"""Statistics of the teacher's tokens in the state of a run, and programs with all target spaces."""
 
 import shutil
 
@@ -47,7 +47,7 @@ def after_two_steps(run: Setups) -> dict:
 
 
 def test_micro_batches_devices_and_students_measure_what_one_does(teacher_file):
-    """Two students, one of them of a sum of methods, four devices, two micro-batches."""
+    """There are two students, one with a sum of methods, four devices and two micro-batches."""
     students = {
         "tokens": {},
         "sum": {"method": {"method_weights": {"fitnet": 1.0, "relational": 1.0}}},
@@ -74,7 +74,7 @@ def test_nothing_is_measured_where_no_statistics_are_asked_for(teacher_file):
     assert not run.any.state.constants["method"]
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(teacher_file, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(teacher_file, tmp_path):
     config = tiny.config(teacher_file, "singer")
     config.update_from_flattened_dict(STANDARDISED)
     config.steps = 4
@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(teacher_file, tmp_path):
 
 
 def test_no_step_sorts(teacher_file):
-    """Accelerators are slow to; the few largest norms of an image are found by `top_k`."""
+    """Sorting is slow on accelerators; the few largest norms of an image are found by `top_k`."""
     terms = {
         f"method.method_weights.{name}": 1.0
         for name in ("singer", "fitnet", "relational", "pooled")
@@ -99,7 +99,7 @@ def test_no_step_sorts(teacher_file):
 
 
 def primitives(jaxpr) -> set[str]:
-    """Of a program and all in it."""
+    """Returns the primitives of a program and of all programs in it."""
     found = {equation.primitive.name for equation in jaxpr.eqns}
     for equation in jaxpr.eqns:
         for inner in jaxprs_in_params(equation.params):

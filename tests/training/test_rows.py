@@ -1,4 +1,4 @@
-"""A step computes the same on any number of micro-batches, devices and processes."""
+"""A step computes the same with any number of micro-batches, devices and processes."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def teacher_file(tmp_path_factory) -> Path:
 
 
 def gradients(teacher_file: Path, grad_accum_steps: int, shape: tuple[int, int]) -> dict:
-    """Of a student of each method, and its losses, on one batch."""
+    """Returns gradients and losses of a student of each method on one batch."""
     config = tiny.config(teacher_file)
     for name in METHODS:
         method = {"name": name} | OWN.get(name, {})
@@ -56,7 +56,9 @@ def expected(teacher_file) -> dict:
     return gradients(teacher_file, 1, (1, 1))
 
 
-@pytest.mark.parametrize(("grad_accum_steps", "shape"), [(4, (1, 1)), (2, (2, 2))])
+@pytest.mark.parametrize(
+    ("grad_accum_steps", "shape"), [pytest.param(4, (1, 1), marks=pytest.mark.slow), (2, (2, 2))]
+)
 def test_micro_batches_and_devices_change_no_gradient_of_any_method(
     teacher_file, expected, grad_accum_steps, shape
 ):

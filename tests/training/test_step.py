@@ -124,7 +124,7 @@ def test_the_null_space_guarantee_holds_after_real_steps(teacher_file, use, rule
             assert seen <= (largest + slack) * np.linalg.norm(update)
 
 
-def test_what_no_gradient_reaches_is_not_updated(teacher_file):
+def test_parameters_without_gradient_are_not_updated(teacher_file):
     changes = {
         "method.layers": (0,),
         "method.include_last_layer": False,

@@ -1,4 +1,4 @@
-"""Several students of one teacher: each learns what a run of its own would teach it."""
+"""Several students of one teacher: each learns the same as in a separate run."""
 
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ def batch_of(run: Setups, seed: int) -> dict:
 
 
 def train(run: Setups, sequential: bool = False) -> tuple[dict, list[dict]]:
-    """The states after five steps, and their metrics."""
+    """Returns the states after five steps, and their metrics."""
     teacher = run.load_teacher()
     states = run.init_states(teacher)
     schedule = "sequential" if sequential else "parallel"
@@ -81,7 +81,7 @@ def train(run: Setups, sequential: bool = False) -> tuple[dict, list[dict]]:
 
 @functools.cache
 def alone(teacher_file: str, shape: tuple[int, int], grad_accum_steps: int) -> dict:
-    """Of each student by its name, the state and metrics of a run of its own."""
+    """Returns the state and metrics of a separate run of each student, by name."""
     config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
     own_runs = settings_of(config).each()
     return {
@@ -94,7 +94,7 @@ def alone(teacher_file: str, shape: tuple[int, int], grad_accum_steps: int) -> d
     ("shape", "sequential", "grad_accum_steps"),
     [((1, 1), False, 1), ((1, 1), True, 1), ((2, 2), False, 1), ((2, 2), True, 2)],
 )
-def test_each_learns_what_a_run_of_its_own_teaches(
+def test_each_student_learns_the_same_as_in_a_separate_run(
     teacher_file, shape, sequential, grad_accum_steps
 ):
     config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
@@ -112,8 +112,8 @@ def test_each_learns_what_a_run_of_its_own_teaches(
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg=str(keys))
 
 
-def test_what_several_read_is_computed_once(teacher_file):
-    """One pass of the teacher, and one decomposition of each layer that its readers share."""
+def test_shared_computations_run_once(teacher_file):
+    """There is one forward pass of the teacher, and one decomposition of each layer."""
     two = {name: {"method": {"rank": rank}} for name, rank in (("a", 4), ("b", 2))}
     one = prepare(together(teacher_file, {"a": two["a"]}))
     both = prepare(together(teacher_file, two))
@@ -135,12 +135,12 @@ def test_what_several_read_is_computed_once(teacher_file):
     assert teachers(both) == 8  # images that no second pass has seen
 
 
-def test_features_that_nobody_reads_are_not_kept(teacher_file):
+def test_unread_features_are_not_kept(teacher_file):
     one = {"a": {"method": {"layers": (0,), "include_last_layer": False}}}
     assert prepare(together(teacher_file, one)).students.teacher_reads == (0, 1)
 
 
-def test_one_that_goes_wrong_keeps_its_state_and_the_others_learn_as_without_it(teacher_file):
+def test_a_non_finite_student_keeps_its_state_and_does_not_affect_the_others(teacher_file):
     # A learning rate at which the second step's loss is infinite.
     bad = {"method": {"name": "fitnet"}, "optimizer": {"name": "sgd", "learning_rate": 1e30}}
     run = prepare(together(teacher_file, {"singer": STUDENTS["singer"], "bad": bad}))
@@ -167,12 +167,12 @@ def test_one_that_goes_wrong_keeps_its_state_and_the_others_learn_as_without_it(
 @pytest.mark.parametrize(
     ("memory", "prefers", "words"),
     [
-        (2**40, False, "2 students together, .* of a device's 1.02e\\+03 GiB$"),
-        (1, False, "2 students one by one, .*; together they would take"),
-        (2**40, True, "2 students one by one, [^;]* GiB$"),
+        (2**40, False, "2 students, parallel, peak memory .* of 1.02e\\+03 GiB per device$"),
+        (1, False, "2 students, sequential, peak memory .*; parallel execution needs .* GiB"),
+        (2**40, True, "2 students, sequential, peak memory [^;]* GiB$"),
     ],
 )
-def test_the_schedule_suits_the_device_and_is_said(
+def test_the_execution_suits_the_device_and_is_logged(
     teacher_file, monkeypatch, memory, prefers, words
 ):
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: memory)
@@ -187,7 +187,7 @@ def test_the_schedule_suits_the_device_and_is_said(
     assert not program.told
 
 
-def test_one_by_one_takes_less_memory(teacher_file):
+def test_sequential_execution_takes_less_memory(teacher_file):
     same = {name: {"method": {"name": "fitnet"}, "seed": seed} for seed, name in enumerate("abcd")}
     run = prepare(together(teacher_file, same))
     arguments = (run.students, run.any.mesh, run.states, run.teacher, batch_of(run, 0))
@@ -203,8 +203,8 @@ def test_one_by_one_takes_less_memory(teacher_file):
         ({"a": {"batch_size": 4}}, r"students\.a\.batch_size: 4; give it once for the run"),
         ({"a": {"rank": 4}}, r"unknown configuration key 'students\.a\.rank'"),
         ({"a": {"method": {"rank": 0}}}, r"students\.a\.method\.rank: 0; give"),
-        ({"a/b": {"seed": 1}}, r"students: 'a/b' is no file name"),
-        ({"-a": {"seed": 1}}, r"students: '-a' is no file name"),
+        ({"a/b": {"seed": 1}}, r"students: 'a/b' is not a valid name"),
+        ({"-a": {"seed": 1}}, r"students: '-a' is not a valid name"),
         ({"teacher": {"seed": 1}}, r"students: 'teacher' is also the name of the teacher"),
         ({"Tiny": {}, "tiny": {}}, r"students: 'tiny' is also the name of the student 'Tiny'"),
         ({"execution": "both"}, r"unknown students\.execution 'both'"),
@@ -216,7 +216,7 @@ def test_one_by_one_takes_less_memory(teacher_file):
         ),
     ],
 )
-def test_bad_students_are_named(teacher_file, students, words):
+def test_invalid_students_are_named(teacher_file, students, words):
     with pytest.raises(InputError, match=f"^{words}"):
         prepare(together(teacher_file, students))
 
@@ -226,7 +226,7 @@ def test_a_student_cannot_take_the_name_of_a_key():
         StudentsSettings({"execution": StudentVariant()})
 
 
-def test_a_method_of_its_own_is_taken_instead_of_the_run_s_sum(teacher_file):
+def test_a_student_s_method_replaces_the_run_s_sum(teacher_file):
     config = together(teacher_file, {"a": {"method": {"name": "fitnet"}}, "b": {"seed": 1}})
     config.method.method_weights.singer, config.method.method_weights.logit_kd = 1.0, 0.5
     each = settings_of(config).each()
