@@ -80,7 +80,7 @@ def test_nothing_readable_for_a_contact_sheet_is_a_line_and_a_status(tmp_path, c
         out = tmp_path / f"out{number}"
         assert main.run(config, out) == 1
         told = capsys.readouterr()
-        assert told.out.count("no contact sheet: no image can be read, such as") == number + 1
+        assert told.out.count("no contact sheet: no image can be read; first: ") == number + 1
         assert "contact sheet can be read: " in told.err and len(told.err.splitlines()) == 1
         assert (out / "i_test.png").is_file() == (patched is read)
 
