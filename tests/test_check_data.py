@@ -9,8 +9,9 @@ from PIL import Image
 from singer_jax import main
 from singer_jax.config import check_data
 from singer_jax.data.checking import unreadable_images
+from singer_jax.data.images import UnreadableImage
 from singer_jax.data.registry import make_source
-from singer_jax.data.sources import TRAIN
+from singer_jax.data.sources import TRAIN, FolderSource, Record
 from tests import tiny
 
 
@@ -58,6 +59,30 @@ def test_each_image_is_read_once_and_in_order(tmp_path):
     found = [pair for batch in unreadable_images(source) for pair in batch]
     assert [index for index, _ in found] == list(range(40))
     assert {source.describe(index) for index, reason in found if reason} == bad
+
+
+def test_nothing_readable_for_a_contact_sheet_is_a_line_and_a_status(tmp_path, capsys, monkeypatch):
+    """Neither an image nor a source that cannot be read stops the check of what follows."""
+    for split in ("train", "val"):
+        tiny.write_images(tmp_path / "i" / split, 3)
+    (tmp_path / "i" / "train" / "000.jpg").write_bytes(b"no image")
+    config = config_of(tmp_path / "i")
+    config.images, config.decode = 1, False
+    read = FolderSource.__getitem__
+
+    def damaged(source: FolderSource, index: int) -> Record:
+        if index == 0 and source.root.name == "val":
+            raise UnreadableImage("damaged")
+        return read(source, index)
+
+    for number, patched in enumerate((read, damaged)):
+        monkeypatch.setattr(FolderSource, "__getitem__", patched)
+        out = tmp_path / f"out{number}"
+        assert main.run(config, out) == 1
+        told = capsys.readouterr()
+        assert told.out.count("no contact sheet: no image can be read; first: ") == number + 1
+        assert "contact sheet can be read: " in told.err and len(told.err.splitlines()) == 1
+        assert (out / "i_test.png").is_file() == (patched is read)
 
 
 def test_a_folder_without_a_readable_image_is_listed_too(tmp_path, capsys):

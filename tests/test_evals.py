@@ -4,15 +4,17 @@ import json
 import logging
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from singer_jax import main
 from singer_jax.config import report, settings_of
-from singer_jax.data.images import EvalTransform
+from singer_jax.data.checking import readable
+from singer_jax.data.images import EvalTransform, UnreadableImage
 from singer_jax.data.registry import make_source
-from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Subset
+from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Record, Subset, evenly
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
@@ -61,7 +63,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     model = load_backbone(mesh, run=str(tmp_path / "run"))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
-    patches = collect_patches(model.network, model.params, mesh, test, [0])[0]
+    patches = collect_patches(model.network, model.params, mesh, readable(test), [0])[0][0]
     assert len(patches) == 15 and len(np.unique(patches[:, 0], axis=0)) == 8  # none counts twice
     told = []
     kept = model.extract(test, task, transform, left_out=told.extend)
@@ -88,6 +90,31 @@ def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size,
     alone = [loss(number) for number in range(images)]
     assert np.std(alone) > 1e-3 * np.mean(alone)
     assert loss(*range(images)) == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_one_unreadable_image_never_ends_an_evaluation():
+    """Also where it is alone in its batch, as the last image of a split may be."""
+    mesh = SimpleNamespace(mesh=parallel.make_mesh(1))
+    run = SimpleNamespace(any=mesh, students=None, image_size=8)
+    for bad in range(9):
+        replaced: list[int] = []
+        test = Damaged(evenly(DigitsSource(TEST), 9), bad)
+        held_out = HeldOut(run, test, 4, replaced=lambda indices, to=replaced: to.extend(indices))
+        batches = [np.asarray(batch["image"]) for batch in held_out._batches()]
+        assert [len(batch) for batch in batches] == [4, 4, 1] and replaced == [bad]
+
+
+class Damaged(Subset):
+    """A source with one image that cannot be read."""
+
+    def __init__(self, source: Subset, bad: int) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> Record:
+        if index == self.bad:
+            raise UnreadableImage("damaged")
+        return super().__getitem__(index)
 
 
 def test_knn_compares_with_several_images_of_each_class():

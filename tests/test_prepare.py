@@ -6,11 +6,14 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from singer_jax import main
 from singer_jax.config import prepare
 from singer_jax.data import records
+from singer_jax.data.imagenet import imagenet_wnids
 from singer_jax.data.images import UnreadableImage
 from singer_jax.data.records import MANIFEST, RecordSource
 from singer_jax.data.registry import make_source
@@ -64,6 +67,7 @@ def test_records_are_what_they_were_made_of(tmp_path, kind):
         made = pickle.loads(pickle.dumps(made))
         assert contents(made) == contents(source)
         assert (made.num_classes, made.exif) == (source.num_classes, source.exif)
+        assert made.class_names == source.class_names
         assert made.describe(0).startswith(f"{tmp_path}/records record 0 (")
     digests = {make_source(str(tmp_path / "records"), "", s).fingerprint() for s in (TRAIN, TEST)}
     assert len(digests) == 2
@@ -148,6 +152,28 @@ def test_an_unreadable_image_keeps_its_place(tmp_path, capsys):
     made = make_source(str(tmp_path / "records"), "", TRAIN)
     assert made[3].image == b"" and made[3].label == 0
     assert made[4].image == jpeg(4)
+
+
+def test_the_first_image_may_be_one_that_cannot_be_read(tmp_path, capsys):
+    tables = write_parquet(tmp_path / "given", rows=2)
+    for file in tables.iterdir():
+        table = pyarrow.parquet.read_table(file)
+        path_alone = [{"bytes": None, "path": "1.jpg"}]
+        images = pa.array(path_alone + table["image"].to_pylist()[1:], table["image"].type)
+        pyarrow.parquet.write_table(table.set_column(0, "image", images), file)
+    assert run(tables, tmp_path / "records") == 0
+    assert "4 of them cannot be read" in capsys.readouterr().out
+    assert make_source(str(tmp_path / "records"), "", TRAIN)[1].image == jpeg(1)
+
+
+def test_records_of_imagenet_are_read_as_its_files_are(tmp_path):
+    """Not turned by their EXIF tags, from its folders as from its archives."""
+    for split in ("train", "val"):
+        for wnid in imagenet_wnids()[:2]:
+            (tmp_path / "given" / split / wnid).mkdir(parents=True)
+            (tmp_path / "given" / split / wnid / "1.JPEG").write_bytes(jpeg(1))
+    assert run(tmp_path / "given", tmp_path / "records") == 0
+    assert not make_source(str(tmp_path / "records"), "", TRAIN).exif
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 
 from singer_jax.data.dense import ADE20K_CLASSES
 from singer_jax.data.formats import is_image
+from singer_jax.data.imagenet import imagenet_wnids
 from singer_jax.data.images import UnreadableImage
 from singer_jax.data.listing import class_folders, few
 from singer_jax.data.matlab import open_frames, read_numbers
@@ -215,12 +215,6 @@ def _wnid_folders(root: Path) -> Source:
         _LOG.warning("%s: %d class folders without images: %s", root, len(empty), few(empty))
     files = [(f"{name}/{file}", index[name]) for name in names for file in images[name]]
     return ListedSource(root, *_columns(files), num_classes=len(index))
-
-
-def imagenet_wnids() -> list[str]:
-    """Returns the 1,000 WordNet ids in the order of the labels (from tensorflow_datasets)."""
-    package = importlib.resources.files("tensorflow_datasets")
-    return (package / "datasets" / "imagenet2012" / "labels.txt").read_text().split()
 
 
 def _images(folder: Path) -> list[str]:

@@ -22,19 +22,20 @@ def contact_sheet(source: Source, count: int) -> Image.Image:
     Unreadable images are skipped.
 
     Raises:
-      InputError: no image can be read, or a label is invalid.
+      UnreadableImage: no image can be read.
+      InputError: a label is invalid.
     """
     cells = []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
-        record = source[int(index)]
         try:
+            record = source[int(index)]
             cells.append(_cell(open_image(record.image, source.exif), record.label))
         except UnreadableImage:
             continue
         except InputError as error:
             raise InputError(f"{source.describe(int(index))}: {error}") from error
     if not cells:
-        raise InputError(f"no image can be read; first: {source.describe(0)}")
+        raise UnreadableImage(f"no image can be read; first: {source.describe(0)}")
     columns = math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)
     height, width, _ = cells[0].shape

@@ -148,15 +148,18 @@ def eval_batches(
     workers: int = 0,
     strict: bool = False,
     seed: int = 0,
+    part: range | None = None,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[ImageBatch]:
     """Yields every record once in order; the last batch is padded, which `valid` [batch] marks.
 
     The arguments are those of `train_batches`. `seed` matters if the transform uses its generator.
-    `rows` are the rows of each batch that this process reads; None: all rows.
+    `part` are the indices of the records; None: all. An unreadable image is replaced by one of the
+    whole source. `rows` are the rows of each batch that this process reads; None: all rows.
     """
+    part = range(len(source)) if part is None else part
     examples = (
-        grain.MapDataset.range(len(source))
+        grain.MapDataset.range(part.start, part.stop)
         .seed(seed)
         .random_map(LoadExample(source, transform, strict))
     )

@@ -117,10 +117,11 @@ class ParquetSource:
             raise InputError(f"{path}: damaged: {' '.join(str(error).split())[:100]}") from error
 
     def name(self, index: int) -> bytes:
-        """Returns the file and the row of an image."""
+        """Returns the file of an image, and its row in it, from 0."""
         group = int(np.searchsorted(self.ends, index, side="right"))
-        file = self.files[int(self.groups[group, 0])]
-        return f"{file.name} row {index}".encode()
+        number = int(self.groups[group, 0])
+        before = self.groups[self.groups[:, 0] < number, 2].sum()
+        return f"{self.files[number].name} row {index - before}".encode()
 
     def describe(self, index: int) -> str:
         return shown(self.name(index).decode())

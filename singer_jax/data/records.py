@@ -94,6 +94,7 @@ class RecordSource:
         if split not in splits:
             raise NoSplit(f"data: {self.root} has no {split} split; it has {', '.join(splits)}")
         self.num_classes, self.exif = content["classes"], bool(content.get("exif"))
+        self.class_names = _class_names(manifest, content.get("class_names"), self.num_classes)
         self.shards = [read_shard(manifest, entry) for entry in splits[split]]
         for shard in self.shards:
             _check_size(self.root / shard.file, shard)
@@ -135,6 +136,15 @@ class RecordSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+def _class_names(manifest: Path, names: Any, classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes; empty where the manifest says none."""
+    names = [] if names is None else names
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not named or len(names) not in (0, classes):
+        raise InputError(f"{manifest}: damaged: its class_names are not those of {classes} classes")
+    return tuple(names)
 
 
 def _check_size(path: Path, shard: Shard) -> None:

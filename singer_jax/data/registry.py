@@ -13,10 +13,11 @@ from singer_jax.data.benchmarks import (
     open_benchmark,
     tfds_directory,
 )
+from singer_jax.data.listing import list_images
 from singer_jax.data.records import MANIFEST, RecordSource
 from singer_jax.data.scenes import LABELS, SceneSettings, ScenesSource
-from singer_jax.data.shard_files import find_shards
-from singer_jax.data.sources import DigitsSource, FolderSource, Source, TfdsSource
+from singer_jax.data.shard_files import by_split, find_shards
+from singer_jax.data.sources import TRAIN, DigitsSource, FolderSource, NoSplit, Source, TfdsSource
 from singer_jax.data.tars import TarSource
 from singer_jax.errors import InputError, shown
 from singer_jax.io.files import check_local
@@ -200,8 +201,11 @@ def open_path(path: str, split: str, exif: bool = True) -> Source:
         return RecordSource(root, split)
     try:
         return FolderSource(path, split, exif)
-    except InputError:
+    except InputError as error:
         if not root.exists():
+            raise
+        if root.is_dir() and list_images(root).images:  # in any split
+            _check_not_in_shards(root, split, error)
             raise
         if find_shards(root, ".tar"):
             return TarSource(root, split)
@@ -211,3 +215,17 @@ def open_path(path: str, split: str, exif: bool = True) -> Source:
                 "records: --config=configs/prepare.py (docs/data.md)"
             ) from None
         raise
+
+
+def _check_not_in_shards(root: Path, split: str, error: InputError) -> None:
+    """Raises `InputError` where a folder of images holds one of its splits in large files.
+
+    Two kinds of sources number their classes by different rules.
+    """
+    if split == TRAIN or isinstance(error, NoSplit):
+        for suffix in (".tar", ".parquet"):
+            for file in by_split(root, suffix).get(split, ())[:1]:
+                raise InputError(
+                    f"data.path: {shown(str(root))} holds images in folders, but its {split} split "
+                    f"in {shown(file.name)}; unpack it, or move it away"
+                ) from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from singer_jax.data.images import UnreadableImage
 from singer_jax.data.listing import class_folders, few, list_images
-from singer_jax.errors import InputError, shown, unknown
+from singer_jax.errors import InputError, excerpt, shown, unknown
 from singer_jax.io import limits
 
 TRAIN, TEST = "train", "test"
@@ -142,7 +142,20 @@ class FolderSource:
         return shown(str(self._path(index)))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()
+        digest = self._digest_of_paths()
+        if self.num_classes:
+            digest.update(self.labels.astype("<i4").tobytes())
+            digest.update(os.fsencode("\0".join(self.class_names)))
+        return digest.hexdigest()
+
+    def former_fingerprint(self) -> str:
+        """Returns the digest that runs of older versions saved where their labels were these."""
+        if len(np.unique(self.labels)) < self.num_classes:
+            return self.fingerprint()  # they did not count an empty class folder
+        return self._digest_of_paths().hexdigest()
+
+    def _digest_of_paths(self) -> Any:
+        return hashlib.sha256(b"\0".join(self.paths.tolist()))
 
 
 def _check_labels(
@@ -197,6 +210,27 @@ def check_classes(where: object, number: Any) -> None:
     if not isinstance(number, int):
         raise InputError(f"{where}: {number!r} is not a valid number of classes")
     limits.check(where, number, _MOST_CLASSES, "classes")
+
+
+def check_same_classes(train: Source, test: Source) -> None:
+    """Raises `InputError` where the labels of two splits of a data set do not mean the same.
+
+    Numbers are compared where both splits have labels, names where both have some.
+    """
+    numbers = train.num_classes, test.num_classes
+    if all(numbers) and numbers[0] != numbers[1]:
+        raise InputError(
+            f"data: the training split has {numbers[0]:,} classes, the test split {numbers[1]:,}; "
+            "give both the same classes"
+        )
+    names = [getattr(source, "class_names", ()) for source in (train, test)]
+    if all(names) and names[0] != names[1]:
+        pairs = enumerate(zip(*names, strict=True))
+        number, (own, other) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"data: class {number} is {excerpt(own, 40)} in the training split, "
+            f"{excerpt(other, 40)} in the test split; give both the same classes"
+        )
 
 
 def _split_folder(root: Path, split: str) -> tuple[Path, Path, list[str]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
+import logging
 import os
 import re
 import tarfile
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from singer_jax.data import formats
+from singer_jax.data.imagenet import imagenet_wnids, is_imagenet, validation_wnids
 from singer_jax.data.images import LARGEST_FILE, UnreadableImage
 from singer_jax.data.shard_files import by_split, of_split
 from singer_jax.data.sources import TRAIN, Record, check_classes
@@ -28,6 +29,7 @@ from singer_jax.errors import InputError, shown
 from singer_jax.io import limits
 from singer_jax.io.files import cache_folder
 
+_LOG = logging.getLogger("singer_jax")
 _LARGEST_READ = 2**20  # bytes of a header: names and attributes before a member
 _LARGEST_LABEL = 2**20  # bytes of a .cls or .json member
 _MOST_MEMBERS = 2**27
@@ -84,7 +86,7 @@ class TarSource:
             raise InputError(f"data: the tar files of {root} contain no images")
         self.labels, self.class_names, self.num_classes = _labels(root, both, split)
         # torchvision and other readers of ImageNet ignore the EXIF orientation.
-        self.exif = not (self.class_names and set(self.class_names) <= set(imagenet_wnids()))
+        self.exif = not is_imagenet(self.class_names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -116,16 +118,6 @@ class TarSource:
         return digest.hexdigest()
 
 
-def imagenet_wnids() -> list[str]:
-    """Returns the WordNet ids of ImageNet-1k's classes, in the order of their labels."""
-    return _imagenet_list("labels.txt")
-
-
-def _imagenet_list(name: str) -> list[str]:
-    package = importlib.resources.files("tensorflow_datasets")
-    return (package / "datasets" / "imagenet2012" / name).read_text().split()
-
-
 def _labels(
     root: Path, both: dict[str, list[Members]], split: str
 ) -> tuple[np.ndarray, tuple[str, ...], int]:
@@ -144,7 +136,13 @@ def _labels(
     classes_of = {name: _classes(listed) for name, listed in both.items()}
     found = classes_of[split]
     trained = set(classes_of.get(TRAIN, found))
-    if None in trained or len(trained) < 2:
+    if None in {*trained, *found} or len(trained) < 2:
+        flat = found.count(None)
+        if flat and len(trained - {None}) > 1:
+            _LOG.warning(
+                "%s: no labels, since %d of %d images of %s lie in no class folder",
+                *(root, flat, len(found), split),
+            )
         return np.full(len(found), NO_LABEL, np.int32), (), 0
     if trained <= _SPLIT_FOLDERS:
         raise InputError(f"{root}: the tar file contains {', '.join(sorted(trained))}; unpack it")
@@ -169,7 +167,7 @@ def _classes(listed: list[Members]) -> list[str | None]:
     paths = [os.fsdecode(bytes(name)).split("/") for one in listed for name in one.names]
     matched = [_VALIDATION.fullmatch(path[-1]) for path in paths]
     if all(matched):
-        truth = _imagenet_list("validation_labels.txt")
+        truth = validation_wnids()
         numbers = [int(match[1]) for match in matched]
         return [truth[n - 1] if 1 <= n <= len(truth) else None for n in numbers]
     folders = [path[:-1] for path in paths]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from singer_jax.data.checking import readable
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
@@ -35,20 +34,19 @@ def collect_patches(
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """Returns patch tokens after some blocks, and patch norms after each, in every process.
 
-    Unreadable images are left out, because a replacement would count twice.
-
     Args:
       network: the model.
       params: its parameters on `mesh`.
       mesh: devices to run on.
-      images: images to run the model on.
+      images: images to run the model on; all are readable (`checking.readable`), because the
+        replacement of an unreadable one would count twice.
       layers: indices of blocks.
       workers: number of the loader's processes.
 
     Returns:
       the tokens [images, patches, dim] in float32 by block, and norms [blocks, images, patches].
     """
-    prefix, images = network.spec.arch.num_prefix_tokens, readable(images)
+    prefix = network.spec.arch.num_prefix_tokens
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def patches_of(params: Params, images: jax.Array) -> tuple[dict[int, jax.Array], jax.Array]:

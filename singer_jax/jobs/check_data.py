@@ -14,6 +14,7 @@ from singer_jax.data.benchmarks import BENCHMARKS, NotInstalled
 from singer_jax.data.checking import unreadable_images
 from singer_jax.data.contact_sheet import contact_sheet
 from singer_jax.data.images import UnreadableImage
+from singer_jax.data.listing import few
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import DataSettings, make_source, where
 from singer_jax.data.scenes import LABELS
@@ -79,7 +80,7 @@ def _check_all(
     data: DataSettings, names: Iterable[str], settings: CheckDataSettings, workdir: epath.Path
 ) -> None:
     found = unreadable = 0
-    wrong = []
+    wrong, without = [], []
     for name in names:
         benchmark = BENCHMARKS.get(name)
         for split in (TRAIN, TEST):
@@ -106,8 +107,17 @@ def _check_all(
                 if bad == len(source):
                     continue
             sheet = file.parent / f"{file.name}.png"
+            try:
+                picture = contact_sheet(source, settings.images)
+            except UnreadableImage as error:
+                print(f"no contact sheet: {error}")
+                without.append(f"{name} {split}")
+                continue
+            except InputError as error:
+                wrong.append(f"{name} {split}: {error}")
+                continue
             with replacing(sheet) as local:
-                contact_sheet(source, settings.images).save(local)
+                picture.save(local)
             print(f"contact sheet: {sheet}")
     if wrong:
         raise InputError("; ".join(wrong))
@@ -115,6 +125,8 @@ def _check_all(
         raise InputError("data.path: no data set found; see docs/data.md for the expected folders")
     if unreadable:
         raise RunError(f"{unreadable:,} images cannot be read; {workdir} has lists of them")
+    if without:
+        raise RunError(f"no image for the contact sheet can be read: {few(without)}")
 
 
 def _list_unreadable(source: Source, workers: int, file: epath.Path) -> int:

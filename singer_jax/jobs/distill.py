@@ -113,7 +113,8 @@ def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
         meta, saved = _description(settings, run, source), {}
         if start:
             saved = checkpoints.meta(start)
-            check_same_run(settings, workdir, meta, saved)
+            former = getattr(source, "former_fingerprint", source.fingerprint)()
+            check_same_run(settings, workdir, meta, saved, former)
             LOG.info("%s: continuing after step %d of %d", workdir, start, steps)
         stopped = dict(saved.get("stopped", {}))
         # A run that continues keeps the provenance of the weights from which it was started.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from singer_jax.data.images import EvalTransform, UnreadableImage, open_image
+from singer_jax.data.checking import readable
+from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import SizedDataSettings, open_source
 from singer_jax.data.sources import TRAIN, Source, evenly
@@ -127,7 +127,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     if quantised:
         check_installed(quantised)
     images = open_source(data, TRAIN)
-    few = evenly(images, settings.images)
+    few = readable(evenly(images, settings.images))
     if "calibrated" in settings.weight_matrices and len(few) < 2:
         raise InputError("images: 1, but calibrated needs 2; give more or change weight_matrices")
     make_workdir(workdir)
@@ -167,7 +167,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         rows += found
     if jax.process_index() > 0:
         return
-    answer = _verdict(summaries, layers, rows)
+    answer = f"{_verdict(summaries, layers, rows)}; measured on {len(few):,} images"
     print(f"{norm_summary.table(summaries)}\nverdict: {answer}")
     if settings.details:
         print(_table(rows))
@@ -214,15 +214,9 @@ def _save_maps(
     """Draws the norms of a few images in each distilled layer."""
     few = evenly(images, _PICTURED)
     transform = EvalTransform(network.image_size)
-    shown, kept = [], []
-    for number, index in enumerate(few.chosen):
-        with contextlib.suppress(UnreadableImage):  # the loader has replaced this image
-            shown.append(transform(open_image(few[number].image, few.exif)))
-            kept.append(int(index))
-    if not kept:
-        return
+    shown = [transform(open_image(few[n].image, few.exif)) for n in range(len(few))]
     maps = {
-        f"layer {layer}": norm_summary.over_median(of_layer)[kept].reshape(
+        f"layer {layer}": norm_summary.over_median(of_layer)[few.chosen].reshape(
             -1, *network.spec.arch.grid
         )
         for layer, of_layer in norms.items()

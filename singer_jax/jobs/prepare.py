@@ -18,12 +18,14 @@ from etils import epath
 from tqdm.auto import tqdm
 
 from singer_jax.data import records
+from singer_jax.data.imagenet import is_imagenet
+from singer_jax.data.images import UnreadableImage
 from singer_jax.data.loader import worker_count
 from singer_jax.data.parquet import ParquetSource
 from singer_jax.data.records import FORMAT, MANIFEST, Shard
 from singer_jax.data.registry import DataSettings, make_source
 from singer_jax.data.shard_files import find_shards
-from singer_jax.data.sources import TEST, TRAIN, NoSplit, Source
+from singer_jax.data.sources import TEST, TRAIN, NoSplit, Record, Source, check_same_classes
 from singer_jax.errors import InputError, Stopped, shown
 from singer_jax.io import limits
 from singer_jax.io.files import check_local, make_workdir, write_text
@@ -75,6 +77,8 @@ def prepare(settings: PrepareSettings, workdir: epath.Path) -> None:
     classes = {source.num_classes for source in sources.values()}
     if len(classes) > 1:
         raise InputError(f"data: the splits have different numbers of classes, {sorted(classes)}")
+    if len(sources) == 2:
+        check_same_classes(sources[TRAIN], sources[TEST])
     make_workdir(workdir)
     with holding(workdir), signals.deferred():
         _prepare(sources, Path(workdir), max(1, worker_count(settings.data.workers)))
@@ -98,12 +102,20 @@ def _open(settings: PrepareSettings) -> dict[str, Source]:
     if not found:
         raise missing
     for split, source in found.items():
-        record = source[0]
+        record = _first_readable(source)
         if not isinstance(record.image, bytes | Path) or not isinstance(record.label, int):
             raise InputError(
                 f"data.source: {data.source} ({split}) has no image files with classes"
             )
     return found
+
+
+def _first_readable(source: Source) -> Record:
+    """Returns the first record that can be read; raises `InputError` where there is none."""
+    for index in range(len(source)):
+        with contextlib.suppress(UnreadableImage):
+            return source[index]
+    raise InputError(f"none of {len(source):,} images can be read, such as {source.describe(0)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +139,12 @@ def _parts(split: str, count: int) -> list[_Part]:
 
 def _prepare(sources: dict[str, Source], folder: Path, threads: int) -> None:
     first = next(iter(sources.values()))
+    names = getattr(first, "class_names", ())
     about = {
         "format": FORMAT,
         "classes": first.num_classes,
-        "class_names": list(getattr(first, "class_names", ())),
-        "exif": first.exif,
+        "class_names": list(names),
+        "exif": first.exif and not is_imagenet(names),
         "fingerprints": {split: source.fingerprint() for split, source in sources.items()},
     }
     parts = [part for split, source in sources.items() for part in _parts(split, len(source))]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from singer_jax.data.checking import readable
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError, StudentsStopped, listed
@@ -307,7 +308,7 @@ def plant(
     layers = _layers(backbone.arch)
     fields = {"planted": place, "planted_after": layers[0], "planted_patches": settings.patches}
     source = open_source(settings.distilled.data, TRAIN)
-    few = Subset(source, np.arange(min(_SCALED_ON, len(source))))
+    few = readable(Subset(source, np.arange(min(_SCALED_ON, len(source)))))
     of_layers, _ = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
     medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
     unit = _direction(backbone.network.merge(backbone.params), layers[0], direction)

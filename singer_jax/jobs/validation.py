@@ -10,7 +10,7 @@ import numpy as np
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import worker_count
 from singer_jax.data.registry import open_source
-from singer_jax.data.sources import TEST, Source, evenly
+from singer_jax.data.sources import TEST, Source, check_same_classes, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, extract_each
 from singer_jax.evaluation.knn import knn_top1
@@ -43,7 +43,7 @@ class Validation:
       stopped: The students that ended with an error, which are left out; it may grow later.
 
     Raises:
-      InputError: There is no test split.
+      InputError: There is no test split, or its classes are not those of the training split.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class Validation:
         images = settings.evals.images
         self.run, self.stopped = run, stopped
         self.workers = worker_count(settings.data.workers)
-        self.test = evenly(_open_test_split(settings), images)
+        test = _open_test_split(settings)
+        check_same_classes(train_split, test)
+        self.test = evenly(test, images)
         self.bank = evenly(train_split, bank_size(images, train_split.num_classes))
         self.unreadable: set[str] = set()
         bank = self.bank

@@ -11,7 +11,7 @@ import numpy as np
 
 from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
-from singer_jax.data.sources import Source, Subset
+from singer_jax.data.sources import Source
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.training.setup import Setups
@@ -21,8 +21,8 @@ from singer_jax.training.step import Metrics, TrainState
 class HeldOut:
     """Losses of students on a test split, with the same images and random numbers every time.
 
-    An unreadable image is replaced by another one, so that the batches stay complete and the losses
-    comparable.
+    An unreadable image is replaced by another one of the split, so that the batches stay complete
+    and the losses comparable.
 
     Args:
       run: Setups of the students.
@@ -84,14 +84,15 @@ class HeldOut:
             if start == stop:
                 continue
             batches = eval_batches(
-                Subset(self.test, np.arange(start, stop)),
+                self.test,
                 EvalTransform(self.run.image_size),
                 batch_size=batch_size,
                 workers=self.workers,
+                part=range(start, stop),
                 rows=parallel.local_rows(sharding, batch_size),
             )
             with contextlib.closing(batches):
                 for batch in batches:
-                    self.replaced(start + batch["unreadable"][batch["unreadable"] >= 0])
+                    self.replaced(batch["unreadable"][batch["unreadable"] >= 0])
                     given = {key: batch[key] for key in ("image", "label")}
                     yield parallel.put_rows(given, sharding, batch_size)

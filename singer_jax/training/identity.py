@@ -13,11 +13,16 @@ from singer_jax.training.settings import DistillSettings, of_saved
 
 
 def check_same_run(
-    settings: DistillSettings, workdir: epath.Path, meta: dict[str, Any], saved: dict[str, Any]
+    settings: DistillSettings,
+    workdir: epath.Path,
+    meta: dict[str, Any],
+    saved: dict[str, Any],
+    former_data: str = "",
 ) -> None:
     """Checks that the settings and images are those of the checkpoint that a start continues.
 
-    A work directory without a checkpoint can be used with any settings.
+    A work directory without a checkpoint can be used with any settings. `former_data` is the digest
+    that older versions computed for the same images, where it differs.
 
     Raises:
       InputError: They differ from those of the checkpoint.
@@ -29,7 +34,7 @@ def check_same_run(
             f"{workdir} holds the run of another configuration: {'; '.join(changed[:3])}{more}"
             "; use a new --workdir"
         )
-    if saved["data"] != meta["data"]:
+    if saved["data"] not in (meta["data"], former_data):
         raise InputError(
             f"{workdir} was trained on other images than {settings.data.source} "
             f"{settings.data.path} now holds; use a new --workdir or the same images"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from singer_jax.data.tars import imagenet_wnids
+from singer_jax.data.imagenet import imagenet_wnids
 
 
 def jpeg(number: int) -> bytes:

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from singer_jax.data.benchmarks import imagenet_wnids
+from singer_jax.data.imagenet import imagenet_wnids
 
 WNIDS = [imagenet_wnids()[index] for index in (0, 7, 999)]
 

@@ -87,8 +87,41 @@ def test_batches_go_through_shared_memory_where_they_fit(
 ):
     status = namedtuple("Status", "f_bavail f_frsize")(megabytes * 256, 4096)
     monkeypatch.setattr(os, "statvfs", lambda _: status)
-    assert machine.sharing(workers, 512 * 224 * 224 * 3) == expected
+    monkeypatch.setattr(machine, "_warned", set())
+    for _ in range(2):  # a second loader of the same process says nothing more
+        assert machine.sharing(workers, 512 * 224 * 224 * 3) == expected
     assert words in caplog.text and len(caplog.text.splitlines()) == (expected[1] is False)
+
+
+_SLURM = "SLURM_STEP_TASKS_PER_NODE"
+_LOCAL = {"JAX_COORDINATOR_ADDRESS": "localhost:1234", "JAX_NUM_PROCESSES": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "16"}, 4),
+        ({_SLURM: "8"}, 8),
+        ({_SLURM: "4(x2),3", "SLURM_NODEID": "1"}, 4),
+        ({_SLURM: "4(x2),3", "SLURM_NODEID": "2"}, 3),
+        ({_SLURM: "many", "SLURM_NODEID": "x"}, 1),
+        (_LOCAL, 3),
+        (_LOCAL | {"JAX_COORDINATOR_ADDRESS": "host0:1234"}, 1),
+    ],
+)
+def test_processes_of_one_machine_share_its_memory(monkeypatch, environment, expected):
+    assert machine.processes_here(environment) == expected
+    needed = machine._OF_WORKER * 2 + machine._OF_MAIN
+    monkeypatch.setattr(machine, "_warned", set())
+    for name in (_SLURM, "SLURM_NODEID", "OMPI_COMM_WORLD_LOCAL_SIZE", *_LOCAL):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for missing in (0, 1):
+        status = namedtuple("Status", "f_bavail f_frsize")(expected * needed * 2**20 - missing, 1)
+        monkeypatch.setattr(os, "statvfs", lambda _, status=status: status)
+        assert machine.sharing(2, 2**20) == (2, not missing)
 
 
 def test_without_shared_memory_batches_are_the_same(monkeypatch):

@@ -12,11 +12,12 @@ import pyarrow.parquet
 import pytest
 
 from singer_jax.data import tars
+from singer_jax.data.imagenet import imagenet_wnids
 from singer_jax.data.parquet import ParquetSource
 from singer_jax.data.registry import make_source
 from singer_jax.data.shard_files import by_split
 from singer_jax.data.sources import TEST, TRAIN, NoSplit
-from singer_jax.data.tars import TarSource, imagenet_wnids
+from singer_jax.data.tars import TarSource
 from singer_jax.errors import InputError
 from singer_jax.io import limits
 from tests.data.downloads import (
@@ -82,6 +83,15 @@ def test_folders_in_an_archive_are_classes_and_hidden_files_are_none(tmp_path):
     assert source.class_names == ("a", "b")
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.jpg": jpeg(1), "s/2.jpg": jpeg(2)}))
     assert contents(TarSource(tmp_path / "x.tar", TRAIN)) == [(jpeg(1), -1), (jpeg(2), -1)]
+
+
+def test_labels_that_are_dropped_are_named(tmp_path, caplog):
+    members = {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)}
+    for split, more in (("train", {}), ("val", {"3.jpg": jpeg(3)})):
+        (tmp_path / f"{split}.tar").write_bytes(tar_bytes(members | more))
+    assert TarSource(tmp_path, TRAIN).num_classes == 2 and not caplog.text
+    assert TarSource(tmp_path, TEST).num_classes == 0
+    assert "no labels, since 1 of 3 images of test lie in no class folder" in caplog.text
 
 
 def test_a_tar_file_is_listed_once_and_again_where_it_changed(tmp_path, monkeypatch):
@@ -192,6 +202,30 @@ def test_image_folder_takes_precedence_over_an_archive_in_it(tmp_path):
     assert len(make_source(str(tmp_path), "", TRAIN)) == 2
 
 
+def test_both_splits_come_from_one_kind_of_source(tmp_path):
+    """A split in folders and one in a tar file number their classes by different rules."""
+    for n, name in enumerate(("cat", "dog", "emu")):
+        (tmp_path / "a" / "train" / name).mkdir(parents=True)
+        (tmp_path / "a" / "train" / name / "1.jpg").write_bytes(jpeg(n))
+    archive = tar_bytes({"dog/1.jpg": jpeg(1), "emu/1.jpg": jpeg(2)})
+    (tmp_path / "a" / "val.tar").write_bytes(archive)
+    assert make_source(str(tmp_path / "a"), "", TRAIN).num_classes == 3
+    with pytest.raises(InputError, match=r"in folders, but its test split in val\.tar") as found:
+        make_source(str(tmp_path / "a"), "", TEST)
+    assert not isinstance(found.value, NoSplit)
+    (tmp_path / "a" / "val.tar").rename(tmp_path / "a" / "train.tar")
+    with pytest.raises(NoSplit, match="has no test split"):
+        make_source(str(tmp_path / "a"), "", TEST)
+    (tmp_path / "a" / "train").rename(tmp_path / "a" / "val")
+    with pytest.raises(InputError, match=r"its train split in train\.tar"):
+        make_source(str(tmp_path / "a"), "", TRAIN)
+    (tmp_path / "b").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "b" / f"{split}.tar").write_bytes(archive)
+    both = [make_source(str(tmp_path / "b"), "", split) for split in (TRAIN, TEST)]
+    assert both[0].class_names == both[1].class_names == ("dog", "emu")
+
+
 def test_parquet_shards_of_the_hub(tmp_path):
     folder = write_parquet(tmp_path / "data")
     train, test = ParquetSource(folder, TRAIN), ParquetSource(folder, TEST)
@@ -199,6 +233,8 @@ def test_parquet_shards_of_the_hub(tmp_path):
     assert contents(test) == [(jpeg(n), n % 3) for n in range(100, 124)]
     assert train.class_names == ("a", "b", "c") and train.num_classes == 3
     assert train.fingerprint() != test.fingerprint()
+    rows = [f"{file.name} row {row}" for file in train.files for row in range(12)]
+    assert [train.describe(index) for index in range(24)] == rows
     with pytest.raises(InputError, match=r"in order only.*prepare"):
         make_source(str(folder), "", TRAIN)
 

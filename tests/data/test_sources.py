@@ -1,5 +1,6 @@
 """Image sources in the formats that are in common use."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -16,8 +17,19 @@ from singer_jax.data import formats
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.images import open_image, to_rgb
 from singer_jax.data.registry import make_source, summary
-from singer_jax.data.sources import TEST, TRAIN, DigitsSource, FolderSource, Subset, evenly
+from singer_jax.data.sources import (
+    TEST,
+    TRAIN,
+    DigitsSource,
+    FolderSource,
+    Subset,
+    check_same_classes,
+    evenly,
+)
 from singer_jax.errors import InputError
+from singer_jax.settings.settings import to_dict
+from singer_jax.training.identity import check_same_run
+from singer_jax.training.settings import DistillSettings
 from tests.tiny import write_images
 
 
@@ -75,6 +87,32 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path):
     before = FolderSource(str(tmp_path), TRAIN).fingerprint()
     write_images(tmp_path / "more", 1)
     assert FolderSource(str(tmp_path), TRAIN).fingerprint() != before
+
+
+def test_equal_fingerprints_mean_equal_labels(tmp_path):
+    """Also of the same paths; the former digest counts where the labels are as before."""
+    for name in "bc":
+        write_images(tmp_path / "train" / name, 1)
+    before = FolderSource(str(tmp_path), TRAIN)
+    of_paths = hashlib.sha256(b"b/000.jpg\0c/000.jpg").hexdigest()
+    assert before.former_fingerprint() == of_paths != before.fingerprint()
+    (tmp_path / "train" / "a").mkdir()
+    shifted = FolderSource(str(tmp_path), TRAIN)
+    assert (shifted.paths == before.paths).all() and (shifted.labels != before.labels).all()
+    assert shifted.fingerprint() != before.fingerprint()
+    assert shifted.former_fingerprint() == shifted.fingerprint()
+    (tmp_path / "train" / "a").rmdir()
+    write_images(tmp_path / "train", 1)  # in no class folder: no labels
+    flat = FolderSource(str(tmp_path), TRAIN)
+    assert flat.former_fingerprint() == flat.fingerprint()
+
+
+def test_a_run_on_a_labelled_folder_continues_from_its_former_digest():
+    settings = DistillSettings()
+    meta = {"data": "new", "config": to_dict(settings)}
+    check_same_run(settings, Path("run"), meta, meta | {"data": "former"}, "former")
+    with pytest.raises(InputError, match="trained on other images"):
+        check_same_run(settings, Path("run"), meta, meta | {"data": "another"}, "former")
 
 
 @pytest.mark.parametrize(
@@ -373,6 +411,19 @@ def test_the_path_is_the_sets_own_folder_or_the_one_that_holds_it(tmp_path):
         )
     ]
     assert all(files == found[0] for files in found)
+
+
+def test_splits_of_different_classes_are_refused():
+    def split(names: str, classes: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(num_classes=classes, class_names=tuple(names))
+
+    for fine in (("ab", 2), ("", 2), ("", 0)):
+        check_same_classes(split("ab", 2), split(*fine))
+        check_same_classes(split(*fine), split("ab", 2))
+    with pytest.raises(InputError, match="training split has 2 classes, the test split 3"):
+        check_same_classes(split("ab", 2), split("", 3))
+    with pytest.raises(InputError, match="class 1 is b in the training split, c in the test split"):
+        check_same_classes(split("ab", 2), split("ac", 2))
 
 
 def test_evenly_chosen_records_cover_all_classes(tmp_path):

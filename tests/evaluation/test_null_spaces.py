@@ -1,7 +1,9 @@
 """Tests that the analysis before training prints the numbers that training would find."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 from singer_jax import main
 from singer_jax.config import null_spaces
 from singer_jax.evaluation import norm_summary
+from singer_jax.jobs import nullspace as job
 from tests import planted, tiny
 
 
@@ -71,6 +74,28 @@ def test_wrong_settings_are_one_line(config, tmp_path, capsys, key, value, words
     assert main.run(config, tmp_path / "out") == 2
     printed = capsys.readouterr().err
     assert words in printed and len(printed.splitlines()) == 1
+
+
+def test_an_unreadable_image_is_left_out_of_the_measures_and_the_pictures(
+    config, tmp_path, monkeypatch
+):
+    """The result and the norms beside each picture are those of a folder without it."""
+    drawn = []
+    monkeypatch.setattr(
+        job, "save_norm_maps", lambda path, images, maps, largest: drawn.append((images, maps))
+    )
+    config.weight_matrices, config.thresholds = ("mlp",), ("quantile=0.5",)
+    found = []
+    for name, damage in (("damaged", Path.write_bytes), ("without", None)):
+        config.data.path = str(tiny.write_images(tmp_path / name, 10))
+        for number in ("000", "009"):
+            file = tmp_path / name / f"{number}.jpg"
+            damage(file, b"no image") if damage else file.unlink()
+        assert main.run(config, tmp_path / f"of_{name}") == 0
+        found.append(json.loads((tmp_path / f"of_{name}" / "nullspace.json").read_text()))
+    assert found[0] == found[1] and found[0]["images"] == 8
+    assert found[0]["verdict"].endswith("; measured on 8 images")
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
 
 
 @pytest.mark.parametrize("length", [40, 0])
