@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,22 @@ _COMPARED = (1, 3)  # batch sizes
 
 
 def check_onnx() -> None:
-    """Raises `InputError` where the converter is not installed."""
-    if importlib.util.find_spec("jax2onnx") is None:
-        raise InputError(
-            "formats: onnx needs jax2onnx, which is not installed; pip install 'singer-jax[onnx]'"
-        )
+    """Raises `InputError` where the converter or onnxruntime is not installed."""
+    for package in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"formats: onnx needs {package}, which is not installed; "
+                "pip install 'singer-jax[onnx]'"
+            )
 
 
 def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
     """Writes `model.onnx`, after onnxruntime has computed the same as the model.
 
     The program takes `pixel_values`, normalised float32 images [batch, 3, height, width] of any
-    batch size. It returns `last_hidden_state`, the tokens behind the final LayerNorm [batch,
-    tokens, dim], `pooler_output`, what the head reads [batch, dim], and of a model with a head
+    batch size. It returns `last_hidden_state`, the tokens behind the final norm [batch, tokens,
+    dim] (of a model whose last norm follows the pooling, or is left out: the output of the last
+    block), `pooler_output`, what the head reads [batch, dim], and of a model with a head
     `logits`.
 
     Args:
@@ -82,14 +85,15 @@ def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        difference = 0.0
+        differences = []
         for batch in _COMPARED:
             rng = np.random.default_rng(batch)
             images = rng.standard_normal((batch, *shape)).astype(np.float32)
             with jax.default_matmul_precision("highest"):
                 expected = jax.jit(outputs)(images)
             found = session.run(list(names), {INPUT: images})
-            difference = max(difference, *map(_difference, found, expected))
+            differences.append(largest_difference(found, expected))
+        difference = float(np.max(differences))
         if not difference <= _TOLERANCE:
             file.unlink()
             raise RunError(
@@ -99,11 +103,16 @@ def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
     return difference
 
 
+def largest_difference(found: Sequence[np.ndarray], expected: Sequence[jax.Array]) -> float:
+    """Returns the largest difference over the largest value of an output; NaN where one is NaN."""
+    return float(np.max([_difference(*pair) for pair in zip(found, expected, strict=True)]))
+
+
 def _difference(found: np.ndarray, expected: jax.Array) -> float:
     if found.shape != expected.shape:
         return float("inf")
     expected = np.asarray(expected)
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
+    return float(np.abs(found - expected).max() / np.maximum(np.abs(expected).max(), 1e-6))
 
 
 @contextlib.contextmanager

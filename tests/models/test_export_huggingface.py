@@ -61,3 +61,10 @@ def test_the_image_processor_does_what_the_model_states(tmp_path):
     assert stated["crop_size"] == {"height": 32, "width": 32}
     assert (tuple(stated["image_mean"]), tuple(stated["image_std"])) == (spec.mean, spec.std)
     assert stated["resample"] == 2  # bilinear
+
+
+@pytest.mark.parametrize("model", ["vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"])
+def test_models_of_square_images_alone_are_refused_for_others(model):
+    sizes = {"img_size": (16, 32), "patch_size": 8, "num_classes": 0}
+    with pytest.raises(InputError, match="need square images, not 16 x 32"):
+        check_huggingface(lookup(model, sizes))
