@@ -60,6 +60,7 @@ def load_model(
     student: str = "",
     step: int | None = None,
     precision: str = "float32",
+    weights_key: str = "",
 ) -> VisionTransformer:
     """A pretrained or distilled model.
 
@@ -73,6 +74,7 @@ def load_model(
       student: the name of one of several students of a work directory.
       step: the step of the work directory's checkpoint; None: the newest without corruption.
       precision: of activations, `float32` or `bfloat16`.
+      weights_key: part of the weights' file, such as `state_dict`; empty: averaged weights first.
 
     Raises:
       InputError: nothing there, weights of another architecture, or an unknown precision.
@@ -84,6 +86,7 @@ def load_model(
         run=given if of_run else "",
         weights="" if of_run else given,
         model=model,
+        weights_key=weights_key,
         student=student,
         step=step,
         policy=_numerics(precision),

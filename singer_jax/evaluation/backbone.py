@@ -31,9 +31,7 @@ from singer_jax.models.weights import (
     abstract_model,
     from_hub_config,
     load_model,
-    spec_of_weights,
 )
-from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
@@ -289,6 +287,7 @@ def load_backbone(
     run: str = "",
     weights: str = "",
     model: str = "",
+    weights_key: str = "",
     student: str = "",
     step: int | None = None,
     policy: ComputePolicy = ComputePolicy(),
@@ -300,6 +299,7 @@ def load_backbone(
       run: a work directory, whose student is loaded; or else
       weights: a hub name or file, and
       model: its timm name, where neither the hub name nor a `config.json` beside the file says it.
+      weights_key: part of the weights' file, as of `ModelSettings`.
       student: the name of one of several students of the run.
       step: the step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
       policy: dtypes of the model.
@@ -317,13 +317,11 @@ def load_backbone(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
         )
     path = find_weights(weights)
-    stated = read_hub_config(path.parent)
-    if not model and "architecture" in stated:
-        spec = spec_of_weights(from_hub_config(stated), path)
-    else:
-        spec = spec_of_weights(lookup(model or weights), path)
+    if not model and "architecture" not in read_hub_config(path.parent):
+        model = weights
+    spec, file = resolve_model("model", ModelSettings(model, weights, {}, weights_key))
     graph, params = load_model(
-        spec, path, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
+        spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
     return Backbone(Network(spec, graph), params, mesh)
 

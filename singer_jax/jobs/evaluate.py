@@ -72,6 +72,9 @@ class EvaluateSettings(Settings):
     model: str = setting(
         "", TEXT, "timm name of `weights`, where neither the hub name nor a config.json says it"
     )
+    weights_key: str = setting(
+        "", TEXT, "part of the weights' file, such as `state_dict`; empty: averaged weights first"
+    )
     precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "dtype of the activations")
     data: DataSettings = section(DataSettings(source="table1"))
     tasks: tuple[str, ...] = setting(
@@ -173,6 +176,7 @@ def _subjects(
             run=settings.run,
             weights=settings.weights,
             model=settings.model,
+            weights_key=settings.weights_key,
             student=settings.student,
             step=step,
             policy=policy,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,15 +13,16 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, load_backbone
 from singer_jax.io.files import as_path, make_workdir, replacing, writing
+from singer_jax.models import foreign
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
 from singer_jax.models.export_onnx import check_onnx, export_onnx
-from singer_jax.models.export_timm import export_timm, trained_here
+from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
 from singer_jax.models.model_card import HUGGINGFACE_FOLDER, PROGRAM_FILE, write_card
 from singer_jax.models.params import Params
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import provenance
-from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.models.weight_files import WeightsFile, find_weights, open_weights
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
@@ -48,6 +48,9 @@ class ExportSettings(Settings):
     weights: str = setting("", TEXT, "a hub name or file, and")
     model: str = setting(
         "", TEXT, "its timm name, where neither the hub name nor a config.json says it"
+    )
+    weights_key: str = setting(
+        "", TEXT, "part of the weights' file, such as `state_dict`; empty: averaged weights first"
     )
     step: int | None = setting(
         None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
@@ -78,7 +81,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         check_onnx()
     policy = ComputePolicy()
     if settings.weights:
-        dtype = _stored_dtype(find_weights(settings.weights))
+        file = WeightsFile(find_weights(settings.weights), settings.weights_key)
+        dtype = _stored_dtype(file)
         policy = ComputePolicy(param_dtype=dtype)
     run = None if settings.weights else as_path(settings.run or str(workdir))
     step = step_to_read(run, settings.step) if run else settings.step
@@ -87,6 +91,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         run=str(run or ""),
         weights=settings.weights,
         model=settings.model,
+        weights_key=settings.weights_key,
         student=settings.student,
         step=step,
         policy=policy,
@@ -97,8 +102,9 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         made_from = _origin(run, settings.student, step)
         network = dataclasses.replace(network, spec=trained_here(network.spec))
     else:
-        file = find_weights(settings.weights)
         made_from = {"weights": provenance(network.spec, settings.weights, file)}
+    if "timm" in settings.formats:
+        to_hub_config(network.spec)  # says what timm has no argument for
     if "huggingface" in settings.formats:
         check_huggingface(network.spec)
     if jax.process_index() > 0:
@@ -151,7 +157,9 @@ def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     return export_origin(its_settings, meta.get("weights", {}), student, step)
 
 
-def _stored_dtype(path: Path) -> Any:
-    """The dtype of a file's tensors; float32 where they differ."""
-    dtypes = {tensor.dtype for tensor in open_weights(path).values()}
-    return dtypes.pop() if len(dtypes) == 1 else jnp.float32
+def _stored_dtype(file: WeightsFile) -> Any:
+    """Returns the dtype of a file's tensors; float32 where they differ, or have no usual one."""
+    tensors = open_weights(file).items()
+    dtypes = {tensor.dtype for key, tensor in tensors if key != foreign.PERIODS}
+    usual = dtypes <= {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
+    return dtypes.pop() if len(dtypes) == 1 and usual else jnp.float32
