@@ -173,3 +173,18 @@ def test_a_named_part_is_exported_in_a_dtype_that_others_read(tmp_path):
     for key, value in tensors.items():
         assert exported[key].dtype == np.float32
         np.testing.assert_array_equal(exported[key], value + 1)
+
+
+def test_an_epsilon_that_timm_has_no_argument_for_is_refused_before_loading(
+    tmp_path, monkeypatch, capsys
+):
+    tiny.write_teacher(tmp_path / "model.safetensors")
+    spec = zoo.lookup("vit_tiny_patch16_224", {**tiny.TEACHER, "num_classes": 0})
+    stated = to_hub_config(spec)
+    stated["model_args"]["norm_eps"] = 1e-12
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    monkeypatch.setattr("singer_jax.jobs.export.load_backbone", None)
+    config = export()
+    config.weights, config.formats = str(tmp_path), ("timm",)
+    assert main.run(config, tmp_path / "out") == 2
+    assert "norm_eps" in capsys.readouterr().err

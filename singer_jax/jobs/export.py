@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, load_backbone, resolve_weights
 from singer_jax.io.files import as_path, make_workdir, replacing, writing
 from singer_jax.models import foreign
 from singer_jax.models.architecture import ComputePolicy
@@ -22,8 +22,9 @@ from singer_jax.models.model_card import HUGGINGFACE_FOLDER, PROGRAM_FILE, write
 from singer_jax.models.params import Params
 from singer_jax.models.program import features_program
 from singer_jax.models.provenance import provenance
-from singer_jax.models.weight_files import WeightsFile, find_weights, open_weights
+from singer_jax.models.weight_files import WeightsFile, open_weights
 from singer_jax.models.weights import to_timm
+from singer_jax.models.zoo import ModelSpec
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
@@ -81,9 +82,9 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         check_onnx()
     policy = ComputePolicy()
     if settings.weights:
-        file = WeightsFile(find_weights(settings.weights), settings.weights_key)
-        dtype = _stored_dtype(file)
-        policy = ComputePolicy(param_dtype=dtype)
+        spec, file = resolve_weights(settings.weights, settings.model, settings.weights_key)
+        _check_formats(settings.formats, spec)
+        policy = ComputePolicy(param_dtype=_stored_dtype(file))
     run = None if settings.weights else as_path(settings.run or str(workdir))
     step = step_to_read(run, settings.step) if run else settings.step
     backbone = load_backbone(
@@ -103,10 +104,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         network = dataclasses.replace(network, spec=trained_here(network.spec))
     else:
         made_from = {"weights": provenance(network.spec, settings.weights, file)}
-    if "timm" in settings.formats:
-        to_hub_config(network.spec)  # says what timm has no argument for
-    if "huggingface" in settings.formats:
-        check_huggingface(network.spec)
+    _check_formats(settings.formats, network.spec)
     if jax.process_index() > 0:
         return
     folder = export_folder(workdir, settings.student)
@@ -135,6 +133,14 @@ def _write(
         LOG.info("onnxruntime's difference from the model: %.1e of the largest value", difference)
     if set(formats) - {"huggingface"}:
         write_card(folder, spec, made_from)
+
+
+def _check_formats(formats: tuple[str, ...], spec: ModelSpec) -> None:
+    """Raises `InputError` for a format that cannot say what the model is."""
+    if "timm" in formats:
+        to_hub_config(spec)
+    if "huggingface" in formats:
+        check_huggingface(spec)
 
 
 def _check_size(formats: tuple[str, ...], params: Params) -> None:

@@ -301,18 +301,23 @@ def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDic
     integers = [
         f"{key} is {tensors[key].dtype}"
         for key in expected
-        if key in tensors and not jnp.issubdtype(tensors[key].dtype, jnp.floating)
+        if key in tensors and not _is_float(tensors[key].dtype)
     ]
     found = {
         "missing": missing,
         "surplus": surplus,
         "mis-shaped": mis_shaped,
-        "not floats": integers,
+        "not floats of 16 bits or more": integers,
     }
     if any(found.values()):
         told, hint = _unfit(spec, path, tensors), _hint(missing, surplus)
         room = _LONGEST_MESSAGE - (len(told) + len(hint) - len(str(path.parent)))
         raise InputError(f"{told}: {_differences(found, room)}{hint}")
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    """Says that numbers are weights: those of 8 bits need scales, and no file's scales are read."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
 
 # Overrides of a model for weights that lack some keys, or have others.

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -293,12 +294,16 @@ def test_a_tensor_that_is_not_finite_is_named_at_loading(tmp_path, bad):
         load_model(spec, tmp_path / "a")
 
 
-def test_integers_are_no_weights(tmp_path):
+def test_integers_and_floats_of_8_bits_are_no_weights(tmp_path):
     tensors = complete(tmp_path)
+    spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
+    eight = {key: value.astype(ml_dtypes.float8_e4m3fn) for key, value in tensors.items()}
+    write_torch_file(tmp_path / "a.pth", eight)
+    with pytest.raises(InputError, match="is float8_e4m3fn"):
+        load_model(spec, tmp_path / "a.pth")
     tensors["norm.weight"] = tensors["norm.weight"].astype(np.int8)
     save_file(tensors, tmp_path / "a")
-    spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
-    with pytest.raises(InputError, match=r"not floats: norm\.weight is int8"):
+    with pytest.raises(InputError, match=r"not floats of 16 bits or more: norm\.weight is int8"):
         load_model(spec, tmp_path / "a")
 
 
