@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from singer_jax.config import export
+from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.models import zoo
-from singer_jax.models.export_onnx import largest_difference
 from singer_jax.models.export_timm import to_hub_config
+from singer_jax.models.program import check_program, features_program, largest_difference
 from tests import tiny
 
 LOAD_WITHOUT_US = """
@@ -188,3 +190,12 @@ def test_an_epsilon_that_timm_has_no_argument_for_is_refused_before_loading(
     config.weights, config.formats = str(tmp_path), ("timm",)
     assert main.run(config, tmp_path / "out") == 2
     assert "norm_eps" in capsys.readouterr().err
+
+
+def test_a_program_of_another_model_is_refused(run, mesh):
+    backbone = load_backbone(mesh, run=str(run))
+    program = features_program(backbone.network, backbone.params)
+    check_program(program, backbone.network, backbone.params)
+    other = jax.tree.map(lambda leaf: -leaf, backbone.params)
+    with pytest.raises(RunError, match="differs from the model"):
+        check_program(program, backbone.network, other)

@@ -20,7 +20,7 @@ from singer_jax.models.export_onnx import check_onnx, export_onnx
 from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
 from singer_jax.models.model_card import HUGGINGFACE_FOLDER, PROGRAM_FILE, write_card
 from singer_jax.models.params import Params
-from singer_jax.models.program import features_program
+from singer_jax.models.program import check_program, features_program
 from singer_jax.models.provenance import provenance
 from singer_jax.models.weight_files import WeightsFile, open_weights
 from singer_jax.models.weights import to_timm
@@ -68,7 +68,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
 
     `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
     `model.onnx` and `stablehlo` `features.stablehlo`. Weights are read back and compared bit for
-    bit, and the ONNX program is compared with the model, before a file takes its name.
+    bit, and both programs are compared with the model, before a file takes its name.
 
     Args:
       settings: what is exported.
@@ -126,8 +126,10 @@ def _write(
         export_huggingface(theirs, spec, tensors)
         write_card(theirs, spec, made_from, "huggingface")
     if "stablehlo" in formats:
+        program = features_program(network, params)
+        check_program(program, network, params)
         with replacing(folder / PROGRAM_FILE) as file:
-            file.write_bytes(features_program(network, params))
+            file.write_bytes(program)
     if "onnx" in formats:
         difference = export_onnx(folder, network, params)
         LOG.info("onnxruntime's difference from the model: %.1e of the largest value", difference)

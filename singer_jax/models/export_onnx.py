@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from singer_jax.io.files import replacing
 from singer_jax.models.model_card import ONNX_FILE
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
+from singer_jax.models.program import largest_difference
 
 OPSET = 18
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output", "logits")
@@ -101,18 +102,6 @@ def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
                 "its largest value; nothing is written, report it with the versions of both"
             )
     return difference
-
-
-def largest_difference(found: Sequence[np.ndarray], expected: Sequence[jax.Array]) -> float:
-    """Returns the largest difference over the largest value of an output; NaN where one is NaN."""
-    return float(np.max([_difference(*pair) for pair in zip(found, expected, strict=True)]))
-
-
-def _difference(found: np.ndarray, expected: jax.Array) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    expected = np.asarray(expected)
-    return float(np.abs(found - expected).max() / np.maximum(np.abs(expected).max(), 1e-6))
 
 
 @contextlib.contextmanager
