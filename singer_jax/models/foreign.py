@@ -529,7 +529,7 @@ def recognise(where: object, tensors: Mapping[str, StoredTensor]) -> list[tuple[
 
 
 def looks(keys: Iterable[str]) -> str:
-    """Returns whose keys these look like, with a verb; empty: nobody's that is known."""
+    """Returns a remark on the model whose keys these look like; empty where none is known."""
     keys = list(keys)
     for pattern, owner in _LOOKS:
         if any(re.fullmatch(pattern, key) for key in keys):
