@@ -60,6 +60,7 @@ def load_model(
     student: str = "",
     step: int | None = None,
     precision: str = "float32",
+    weights_key: str = "",
 ) -> VisionTransformer:
     """Loads a pretrained or distilled model.
 
@@ -74,6 +75,7 @@ def load_model(
       student: name of the student, if the work directory holds several.
       step: step of the work directory's checkpoint; None: the newest one without corruption.
       precision: dtype of the activations, `float32` or `bfloat16`.
+      weights_key: part of the weights file, such as `state_dict`; empty: averaged weights first.
 
     Raises:
       InputError: nothing was found, the weights are of another architecture, or the precision is
@@ -86,6 +88,7 @@ def load_model(
         run=given if of_run else "",
         weights="" if of_run else given,
         model=model,
+        weights_key=weights_key,
         student=student,
         step=step,
         policy=_numerics(precision),

@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from singer_jax.config import export
+from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import load_backbone
 from singer_jax.models import zoo
 from singer_jax.models.export_timm import to_hub_config
+from singer_jax.models.program import check_program, features_program, largest_difference
 from tests import tiny
 
 LOAD_WITHOUT_US = """
@@ -129,8 +132,11 @@ def test_formats_are_written_side_by_side_and_the_card_names_them(run, tmp_path)
     assert "features.stablehlo" in card and "local-dir:" in card  # what was there before still is
 
 
-def test_onnx_without_its_extra_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("absent", ["jax2onnx", "onnxruntime"])
+def test_onnx_without_its_extra_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, absent
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == absent else name)
     config = export()
     config.weights, config.formats = "not/there", ("onnx",)
     assert main.run(config, tmp_path) == 2
@@ -142,3 +148,54 @@ def test_a_student_that_timm_could_not_be_told_is_refused(tmp_path, capsys):
     config.student.overrides.norm_eps = 1e-3
     assert main.run(config, tmp_path / "run") == 2
     assert "norm_eps" in capsys.readouterr().err
+
+
+def test_a_program_that_returns_nan_differs_from_the_model():
+    ones = [np.ones(2, np.float32), np.ones(2, np.float32)]
+    assert largest_difference(ones, ones) == 0
+    for wrong in ([np.full(2, np.nan, np.float32), ones[1]], [ones[0], ones[1] * np.nan]):
+        assert not largest_difference(wrong, ones) <= 1e-4
+        assert not largest_difference(ones, wrong) <= 1e-4
+
+
+def test_a_named_part_is_exported_in_a_dtype_that_others_read(tmp_path):
+    sizes = {**tiny.TEACHER, "num_classes": 0}
+    spec = zoo.lookup("vit_tiny_patch16_224", sizes)
+    tensors = load_file(tiny.write_teacher(tmp_path / "a.safetensors"))
+    wide = {key: value.astype(np.float64) for key, value in tensors.items()}
+    other = {key: value + 1 for key, value in wide.items()}
+    both = {f"one.{key}": value for key, value in wide.items()}
+    save_file(both | {f"two.{key}": value for key, value in other.items()}, tmp_path / "b")
+    (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
+    config = export()
+    config.weights, config.formats = str(tmp_path / "b"), ("timm",)
+    config.weights_key = "two"
+    assert main.run(config, tmp_path / "out") == 0
+    exported = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    for key, value in tensors.items():
+        assert exported[key].dtype == np.float32
+        np.testing.assert_array_equal(exported[key], value + 1)
+
+
+def test_an_epsilon_that_timm_has_no_argument_for_is_refused_before_loading(
+    tmp_path, monkeypatch, capsys
+):
+    tiny.write_teacher(tmp_path / "model.safetensors")
+    spec = zoo.lookup("vit_tiny_patch16_224", {**tiny.TEACHER, "num_classes": 0})
+    stated = to_hub_config(spec)
+    stated["model_args"]["norm_eps"] = 1e-12
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    monkeypatch.setattr("singer_jax.jobs.export.load_backbone", None)
+    config = export()
+    config.weights, config.formats = str(tmp_path), ("timm",)
+    assert main.run(config, tmp_path / "out") == 2
+    assert "norm_eps" in capsys.readouterr().err
+
+
+def test_a_program_of_another_model_is_refused(run, mesh):
+    backbone = load_backbone(mesh, run=str(run))
+    program = features_program(backbone.network, backbone.params)
+    check_program(program, backbone.network, backbone.params)
+    other = jax.tree.map(lambda leaf: -leaf, backbone.params)
+    with pytest.raises(RunError, match="differs from the model"):
+        check_program(program, backbone.network, other)

@@ -240,6 +240,8 @@ def test_schedule(folder: Path, case: dict):
     expected = load_file(folder / "arrays.safetensors")
     for number, settings in enumerate(case["schedules"]):
         of_schedule = {"name": settings["type"].lower()} | settings
+        if "final_ratio" in settings:
+            of_schedule["min_lr_ratio"] = settings["final_ratio"]
         per_epoch = -(-settings["num_examples"] // settings["batch_size"])
         assert per_epoch == settings["steps_per_epoch"]
         steps = settings["epochs"] * per_epoch

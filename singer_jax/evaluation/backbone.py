@@ -26,14 +26,13 @@ from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
-from singer_jax.models.weight_files import find_weights, read_hub_config
+from singer_jax.models.weight_files import WeightsFile, find_weights, read_hub_config
 from singer_jax.models.weights import (
     abstract_model,
     from_hub_config,
     load_model,
-    spec_of_weights,
 )
-from singer_jax.models.zoo import lookup
+from singer_jax.models.zoo import ModelSpec
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
@@ -294,12 +293,31 @@ def _select(features: Array, labels: Array, valid: Array) -> tuple[np.ndarray, n
     return np.asarray(features)[chosen], np.asarray(labels)[chosen]
 
 
+def resolve_weights(
+    weights: str, model: str = "", weights_key: str = ""
+) -> tuple[ModelSpec, WeightsFile]:
+    """Returns what the model of weights is, and its file, without reading a tensor.
+
+    Args:
+      weights, model, weights_key: as for `load_backbone`.
+
+    Raises:
+      InputError: nothing there, or weights of another architecture.
+    """
+    if not model and "architecture" not in read_hub_config(find_weights(weights).parent):
+        model = weights
+    spec, file = resolve_model("model", ModelSettings(model, weights, {}, weights_key))
+    assert file is not None  # since weights are given
+    return spec, file
+
+
 def load_backbone(
     mesh: Mesh,
     *,
     run: str = "",
     weights: str = "",
     model: str = "",
+    weights_key: str = "",
     student: str = "",
     step: int | None = None,
     policy: ComputePolicy = ComputePolicy(),
@@ -312,6 +330,7 @@ def load_backbone(
       weights: Hub repository or weight file; used if `run` is empty.
       model: timm name of `weights`; needed if neither the Hub name nor a `config.json` beside the
         file states it.
+      weights_key: part of the weights file, as in `ModelSettings`.
       student: name of the student, if the run has several.
       step: step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
       policy: dtypes of the model.
@@ -331,14 +350,9 @@ def load_backbone(
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
         )
-    path = find_weights(weights)
-    stated = read_hub_config(path.parent)
-    if not model and "architecture" in stated:
-        spec = spec_of_weights(from_hub_config(stated), path)
-    else:
-        spec = spec_of_weights(lookup(model or weights), path)
+    spec, file = resolve_weights(weights, model, weights_key)
     graph, params = load_model(
-        spec, path, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
+        spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
     return Backbone(Network(spec, graph), params, mesh)
 

@@ -83,6 +83,11 @@ class EvaluateSettings(Settings):
         TEXT,
         "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
     )
+    weights_key: str = setting(
+        "",
+        TEXT,
+        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
+    )
     precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "Dtype of the activations.")
     data: DataSettings = section(DataSettings(source="table1"))
     tasks: tuple[str, ...] = setting(
@@ -184,6 +189,7 @@ def _subjects(
             run=settings.run,
             weights=settings.weights,
             model=settings.model,
+            weights_key=settings.weights_key,
             student=settings.student,
             step=step,
             policy=policy,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,18 +11,20 @@ import jax.numpy as jnp
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, load_backbone, resolve_weights
 from singer_jax.io.files import as_path, make_workdir, replacing, writing
+from singer_jax.models import foreign
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
 from singer_jax.models.export_onnx import check_onnx, export_onnx
-from singer_jax.models.export_timm import export_timm, trained_here
+from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
 from singer_jax.models.model_card import HUGGINGFACE_FOLDER, PROGRAM_FILE, write_card
 from singer_jax.models.params import Params
-from singer_jax.models.program import features_program
+from singer_jax.models.program import check_program, features_program
 from singer_jax.models.provenance import provenance
-from singer_jax.models.weight_files import find_weights, open_weights
+from singer_jax.models.weight_files import WeightsFile, open_weights
 from singer_jax.models.weights import to_timm
+from singer_jax.models.zoo import ModelSpec
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
@@ -55,6 +56,11 @@ class ExportSettings(Settings):
         TEXT,
         "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
     )
+    weights_key: str = setting(
+        "",
+        TEXT,
+        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
+    )
     step: int | None = setting(
         None,
         optional(COUNT),
@@ -72,7 +78,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
 
     `timm` is `model.safetensors` and `config.json`, `huggingface` a folder of that name, `onnx`
     `model.onnx` and `stablehlo` `features.stablehlo`. Before a file gets its final name, weights
-    are read back and compared bit for bit, and the ONNX program is compared with the model.
+    are read back and compared bit for bit, and both programs are compared with the model.
 
     Args:
       settings: settings of the job.
@@ -87,8 +93,9 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         check_onnx()
     policy = ComputePolicy()
     if settings.weights:
-        dtype = _stored_dtype(find_weights(settings.weights))
-        policy = ComputePolicy(param_dtype=dtype)
+        spec, file = resolve_weights(settings.weights, settings.model, settings.weights_key)
+        _check_formats(settings.formats, spec)
+        policy = ComputePolicy(param_dtype=_stored_dtype(file))
     run = None if settings.weights else as_path(settings.run or str(workdir))
     step = step_to_read(run, settings.step) if run else settings.step
     backbone = load_backbone(
@@ -96,6 +103,7 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         run=str(run or ""),
         weights=settings.weights,
         model=settings.model,
+        weights_key=settings.weights_key,
         student=settings.student,
         step=step,
         policy=policy,
@@ -106,10 +114,8 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         made_from = _origin(run, settings.student, step)
         network = dataclasses.replace(network, spec=trained_here(network.spec))
     else:
-        file = find_weights(settings.weights)
         made_from = {"weights": provenance(network.spec, settings.weights, file)}
-    if "huggingface" in settings.formats:
-        check_huggingface(network.spec)
+    _check_formats(settings.formats, network.spec)
     if jax.process_index() > 0:
         return
     folder = export_folder(workdir, settings.student)
@@ -131,13 +137,23 @@ def _write(
         export_huggingface(theirs, spec, tensors)
         write_card(theirs, spec, made_from, "huggingface")
     if "stablehlo" in formats:
+        program = features_program(network, params)
+        check_program(program, network, params)
         with replacing(folder / PROGRAM_FILE) as file:
-            file.write_bytes(features_program(network, params))
+            file.write_bytes(program)
     if "onnx" in formats:
         difference = export_onnx(folder, network, params)
         LOG.info("onnx: largest difference from the model: %.1e of the largest value", difference)
     if set(formats) - {"huggingface"}:
         write_card(folder, spec, made_from)
+
+
+def _check_formats(formats: tuple[str, ...], spec: ModelSpec) -> None:
+    """Raises `InputError` for a format that cannot say what the model is."""
+    if "timm" in formats:
+        to_hub_config(spec)
+    if "huggingface" in formats:
+        check_huggingface(spec)
 
 
 def _check_size(formats: tuple[str, ...], params: Params) -> None:
@@ -160,7 +176,9 @@ def _origin(run: epath.Path, student: str, step: int) -> dict[str, Any]:
     return export_origin(its_settings, meta.get("weights", {}), student, step)
 
 
-def _stored_dtype(path: Path) -> Any:
-    """Returns the dtype of a file's tensors; float32 if they differ."""
-    dtypes = {tensor.dtype for tensor in open_weights(path).values()}
-    return dtypes.pop() if len(dtypes) == 1 else jnp.float32
+def _stored_dtype(file: WeightsFile) -> Any:
+    """Returns the dtype of a file's tensors; float32 if they differ or have an unusual one."""
+    tensors = open_weights(file).items()
+    dtypes = {tensor.dtype for key, tensor in tensors if key != foreign.PERIODS}
+    usual = dtypes <= {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
+    return dtypes.pop() if len(dtypes) == 1 and usual else jnp.float32

@@ -71,8 +71,12 @@ class SafetensorsTensor:
             raise _not_complete(self.path, error) from error
 
 
-def read_content(path: Path) -> Any:
+def read_content(path: Path, shard: bool = False) -> Any:
     """Returns the tensors of a file by its own keys; a PyTorch file may have other objects too.
+
+    Args:
+      path: the file.
+      shard: an index names it, so that it is no index itself.
 
     Raises:
       InputError: the file is damaged, is not readable or is not a checkpoint.
@@ -84,13 +88,16 @@ def read_content(path: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"weights {path}: cannot be read ({reason})") from error
+    # Before archives: a header may have as many bytes as "PK" says, and none begins like this.
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= whole:
+        return _open_safetensors(path)
     if begin.startswith(b"PK"):
         return open_npz(path) if _is_npz(path) else load_torch_file(path)
     if begin.startswith(b"\x80") and LEGACY_MAGIC in begin[:16]:
         return load_torch_file(path, legacy=True)
-    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= whole:
-        return _open_safetensors(path)
     if begin.lstrip().startswith(b"{"):
+        if shard:
+            raise InputError(f"{path} is named as a shard, but is an index of shards or other JSON")
         return _open_shards(path)
     for magic, problem in _APPEARANCES:
         if begin.lstrip().startswith(magic):
@@ -145,15 +152,21 @@ def _open_shards(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path} names shards that do not exist: {listed(missing)}")
     tensors: dict[str, StoredTensor] = {}
     for name in files:
-        if (path.parent / name).samefile(path):
-            raise InputError(f"{path} names itself as a shard")
-        content = read_content(path.parent / name)
+        content = _shard(path.parent / name)
         keys = [key for key, file in named.items() if file == name]
         lacking = [key for key in keys if not hasattr(content.get(key), "read")]
         if lacking:
             raise InputError(f"{path}: {name} does not hold {listed(lacking)}")
         tensors |= {key: content[key] for key in keys}
     return tensors
+
+
+def _shard(path: Path) -> dict[str, Any]:
+    """Returns the content of one shard, which is never an index of others."""
+    content = read_content(path, shard=True)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is named as a shard, but holds no dict of tensors")
+    return content
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor | Unknown]:

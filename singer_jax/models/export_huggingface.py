@@ -279,6 +279,11 @@ _FAMILIES = (
 def check_huggingface(spec: ModelSpec) -> None:
     """Raises `InputError` if no model of transformers computes the same."""
     _family(spec).settings(spec.arch)
+    height, width = spec.arch.img_size
+    if height != width and _family(spec).modules in (_CLIP, _SIGLIP):
+        raise InputError(
+            f"formats: huggingface's CLIP and SigLIP need square images, not {height} x {width}"
+        )
     if spec.interpolation not in _RESAMPLING:
         raise InputError(f"formats: huggingface has no interpolation {spec.interpolation!r}")
 

@@ -17,6 +17,7 @@ from singer_jax.io.files import replacing
 from singer_jax.models.model_card import ONNX_FILE
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
+from singer_jax.models.program import largest_difference
 
 OPSET = 18
 INPUT, OUTPUTS = "pixel_values", ("last_hidden_state", "pooler_output", "logits")
@@ -27,20 +28,22 @@ _COMPARED = (1, 3)  # batch sizes
 
 
 def check_onnx() -> None:
-    """Raises `InputError` if the converter is not installed."""
-    if importlib.util.find_spec("jax2onnx") is None:
-        raise InputError(
-            "formats: onnx needs jax2onnx, which is not installed; pip install 'singer-jax[onnx]'"
-        )
+    """Raises `InputError` if the converter or onnxruntime is not installed."""
+    for package in ("jax2onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"formats: onnx needs {package}, which is not installed; "
+                "pip install 'singer-jax[onnx]'"
+            )
 
 
 def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
     """Writes `model.onnx` after checking that onnxruntime computes the same as the model.
 
     The program takes `pixel_values`, normalised float32 images [batch, 3, height, width] of any
-    batch size. It returns `last_hidden_state`, the tokens after the final LayerNorm [batch,
-    tokens, dim], `pooler_output`, the input of the head [batch, dim], and `logits` if the model has
-    a head.
+    batch size. It returns `last_hidden_state`, the tokens after the final norm [batch, tokens, dim]
+    (the output of the last block if the last norm follows the pooling or is left out),
+    `pooler_output`, the input of the head [batch, dim], and `logits` if the model has a head.
 
     Args:
       folder: output folder, which is made if needed.
@@ -82,14 +85,15 @@ def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        difference = 0.0
+        differences = []
         for batch in _COMPARED:
             rng = np.random.default_rng(batch)
             images = rng.standard_normal((batch, *shape)).astype(np.float32)
             with jax.default_matmul_precision("highest"):
                 expected = jax.jit(outputs)(images)
             found = session.run(list(names), {INPUT: images})
-            difference = max(difference, *map(_difference, found, expected))
+            differences.append(largest_difference(found, expected))
+        difference = float(np.max(differences))
         if not difference <= _TOLERANCE:
             file.unlink()
             raise RunError(
@@ -97,13 +101,6 @@ def export_onnx(folder: epath.Path, network: Network, params: Params) -> float:
                 "its largest value; nothing is written, report it with the versions of both"
             )
     return difference
-
-
-def _difference(found: np.ndarray, expected: jax.Array) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    expected = np.asarray(expected)
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ so that the comparison with timm's model reports it. Nothing is guessed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from singer_jax.errors import InputError, listed
+from singer_jax.io import limits
 from singer_jax.models.tensors import (
     Derived,
     StoredTensor,
@@ -67,17 +70,22 @@ _HEADS = rf"(?:dino_|ibot_)?head\.(?:mlp\d?|last_layer\d?)\..*|{_COUNTERS}"
 _PRETRAINING = rf"mask_token|masked_embed|decoder_.*|{_HEADS}"
 
 
-def _fused(tensors: Tensors) -> Tensors:
-    """Joins query, key and value, which the rules name `qkv.0`, `qkv.1` and `qkv.2`."""
+def _joined(tensors: Tensors, module: str, parts: int) -> Tensors:
+    """Joins tensors that rules have named `MODULE.0`, `MODULE.1` and so on, where all are there."""
     found: Tensors = {}
     for key, tensor in tensors.items():
-        if match := re.fullmatch(r"(.*\.qkv)\.[012]\.(weight|bias)", key):
-            parts = [f"{match[1]}.{number}.{match[2]}" for number in range(3)]
-            if all(part in tensors for part in parts):
-                found[f"{match[1]}.{match[2]}"] = joined(*(tensors[part] for part in parts))
+        if match := re.fullmatch(rf"(.*\.{module})\.\d\.(weight|bias)", key):
+            names = [f"{match[1]}.{number}.{match[2]}" for number in range(parts)]
+            if key in names and all(name in tensors for name in names):
+                found[f"{match[1]}.{match[2]}"] = joined(*(tensors[name] for name in names))
                 continue
         found[key] = tensor
     return found
+
+
+def _fused(tensors: Tensors) -> Tensors:
+    """Joins query, key and value."""
+    return _joined(tensors, "qkv", 3)
 
 
 def _without_class_position(tensors: Tensors) -> Tensors:
@@ -122,20 +130,25 @@ def _value_bias(key: str, dim: int, masked: bool) -> Callable[[np.ndarray], np.n
     return compute
 
 
-_PERIODS = "rope_embed.periods"
+PERIODS = "rope_embed.periods"
+_MOST_PERIODS = 1024  # a quarter of the width of a head; published ones have 16 or 32
 _ROPE_BASE = 100.0
 
 
 def _meta_dinov3(tensors: Tensors) -> Tensors:
-    """Checks the periods of the rotary positions, which timm computes, and splits biases."""
-    periods = tensors.pop(_PERIODS, None)
+    """Checks the rope's periods, which timm computes, and splits biases.
+
+    The number of periods is checked where the width of a head is known.
+    """
+    periods = tensors.get(PERIODS)
     if periods is not None:
+        if not jnp.issubdtype(periods.dtype, jnp.floating):
+            raise InputError(f"{PERIODS} is {periods.dtype}, no floats")
+        limits.check(PERIODS, math.prod(periods.shape), _MOST_PERIODS, "values")
         stored = np.asarray(periods.read(), np.float64).ravel()
         expected = _ROPE_BASE ** (np.arange(len(stored)) / max(len(stored), 1))
-        if not np.allclose(stored, expected, rtol=0.02):  # some files store them in bfloat16
-            raise InputError(
-                f"{_PERIODS} differ from those of base {_ROPE_BASE:g}, which timm computes"
-            )
+        if not np.allclose(stored, expected, rtol=0.02):  # some are kept in bfloat16
+            raise InputError(f"{PERIODS} are not those of base {_ROPE_BASE:g}, which timm computes")
     return _dinov3_bias(tensors)
 
 
@@ -189,21 +202,8 @@ def _siglip2(tensors: Tensors) -> Tensors:
     return _siglip(tensors)
 
 
-def _fused_swiglu(tensors: Tensors) -> Tensors:
-    """Joins gate and value, which the rules name `fc1.0` and `fc1.1`."""
-    found: Tensors = {}
-    for key, tensor in tensors.items():
-        if match := re.fullmatch(r"(.*\.fc1)\.[01]\.(weight|bias)", key):
-            parts = [f"{match[1]}.{number}.{match[2]}" for number in range(2)]
-            if all(part in tensors for part in parts):
-                found[f"{match[1]}.{match[2]}"] = joined(*(tensors[part] for part in parts))
-                continue
-        found[key] = tensor
-    return found
-
-
 def _hf_dinov2(tensors: Tensors) -> Tensors:
-    return _without_class_position(_fused(_fused_swiglu(tensors)))
+    return _without_class_position(_fused(_joined(tensors, "fc1", 2)))
 
 
 def _hf_dinov3(tensors: Tensors) -> Tensors:
@@ -309,7 +309,7 @@ _META_DINOV3: Rules = (
     (r"blocks\.(\d+)\.mlp\.w3\.(.*)", r"blocks.\1.mlp.fc2.\2"),
 )
 
-# Flax's names in the ViT, augreg and SigLIP releases.
+# Flax's names, as the ViT and augreg releases have them.
 _FLAX_BLOCK = r"Transformer/encoderblock_(\d+)/"
 _FLAX_ATTENTION = rf"{_FLAX_BLOCK}MultiHeadDotProductAttention_\d/"
 _FLAX: Rules = (
@@ -332,11 +332,7 @@ _FLAX: Rules = (
 def _flax(tensors: Tensors) -> Tensors:
     """Converts kernels to PyTorch's layout."""
     found: Tensors = {}
-    representation = [key for key in tensors if key.startswith("pre_logits/")]
     for key, tensor in tensors.items():
-        # With a representation layer, the head does not read the pooled features.
-        if key in representation or (representation and key.startswith("head.")):
-            continue
         stem, _, name = key.rpartition(".")
         if name == "scale":
             found[f"{stem}.weight"] = tensor
@@ -371,7 +367,7 @@ FORMATS = (
     Format(
         "Meta's DINOv3",
         _PROJ,
-        (rf"storage_tokens|{re.escape(_PERIODS)}",),
+        (rf"storage_tokens|{re.escape(PERIODS)}",),
         rules=_META_DINOV3,
         dropped=rf"local_cls_norm\..*|{_PRETRAINING}",
         finish=_meta_dinov3,
@@ -469,6 +465,15 @@ FORMATS = (
     Format(
         "the Flax release of ViT",
         "embedding/kernel",
+        (r"pre_logits/.*",),
+        rules=_FLAX,
+        # The head of a model with a representation layer does not read the pooled features.
+        dropped=r"(?:pre_logits|head)/.*",
+        finish=_flax,
+    ),
+    Format(
+        "the Flax release of ViT",
+        "embedding/kernel",
         rules=_FLAX,
         finish=_flax,
     ),
@@ -494,20 +499,34 @@ _LOOKS = (
 )
 
 
-def recognise(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Format]]:
-    """Returns the formats found in a state dict, each with the prefix of its keys."""
-    found: dict[str, Format] = {}
-    for form in FORMATS:
-        for key in tensors:
-            prefix = key.removesuffix(form.root)
-            if prefix == key or prefix in found or (prefix and prefix[-1] not in "./"):
-                continue
-            if len(found) == _MOST_MODELS:
+def recognise(where: object, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Format]]:
+    """Returns the formats of a state dict, each with the prefix under which its keys lie.
+
+    Args:
+      where: the file, for messages.
+      tensors: the state dict.
+
+    Raises:
+      InputError: more models than a state dict has.
+    """
+    roots = {form.root for form in FORMATS}
+    prefixes = dict.fromkeys(
+        prefix
+        for key in tensors
+        for root in roots
+        if (prefix := key.removesuffix(root)) != key and (not prefix or prefix[-1] in "./")
+    )
+    limits.check(where, len(prefixes), _MOST_MODELS, "models in one state dict")
+    found: list[tuple[str, Format]] = []
+    for prefix in prefixes:
+        bare = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
+        for form in FORMATS:
+            if form.root in bare and form.matches(bare):
+                flat = len(tensors[bare[form.root]].shape) == 2
+                flat = flat and form.name.endswith("SiglipVisionModel")
+                found.append((prefix, _SIGLIP2 if flat else form))
                 break
-            if form.matches(k.removeprefix(prefix) for k in tensors if k.startswith(prefix)):
-                flat = form.name.endswith("SiglipVisionModel") and len(tensors[key].shape) == 2
-                found[prefix] = _SIGLIP2 if flat else form
-    return list(found.items())
+    return found
 
 
 def looks(keys: Iterable[str]) -> str:

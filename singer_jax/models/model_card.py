@@ -52,7 +52,7 @@ tokens, pooled = session.run(["last_hidden_state", "pooler_output"], {{"pixel_va
 ```
 
 `images` are float32 [batch, 3, {height}, {width}], normalised as above. `last_hidden_state` is
-the output of the final LayerNorm.{logits}
+the output of {last}.{logits}
 """,
     "stablehlo": """\
 With JAX alone; `images` are uint8 [batch, {height}, {width}, 3]:
@@ -97,7 +97,9 @@ def model_card(spec: ModelSpec, made_from: Mapping[str, Any], formats: list[str]
     arch = spec.arch
     height, width = arch.img_size
     pooled = "the class token, and not the mean of the patches that the head reads"
+    normed = arch.final_norm and not arch.fc_norm
     words = {
+        "last": "the final norm" if normed else "the last block, without a norm",
         "height": height,
         "width": width,
         "pooler": pooled if arch.global_pool == "avg" else "what a head reads",

@@ -14,7 +14,7 @@ from singer_jax.models.architecture import CLEANERS, FIELDS
 from singer_jax.models.params import Params
 from singer_jax.models.registers import RegisterSettings
 from singer_jax.models.weight_files import WeightsFile, find_weights, read_hub_config
-from singer_jax.models.weights import check_weights, spec_of_weights, stated_model
+from singer_jax.models.weights import check_weights, named_model, spec_of_weights, stated_model
 from singer_jax.models.zoo import ModelSpec
 from singer_jax.settings.ranges import TEXT, Flag, OneOf, optional
 from singer_jax.settings.settings import ABSENT, Setting, Settings, section, setting
@@ -141,11 +141,11 @@ def resolve_model(
         zoo.lookup(model, fields)  # reject a mistyped name before the weights are downloaded
     path = find_weights(settings.weights) if settings.weights else None
     file = WeightsFile(path, settings.weights_key) if path else None
-    stated = read_hub_config(path.parent) if path else {}
-    if not model and "architecture" in stated:
+    stated = read_hub_config(path.parent) if path and not model else {}
+    if "architecture" in stated:
         spec = stated_model(stated, fields)
     elif model:
-        spec = zoo.lookup(model, fields)
+        spec = named_model(model, path.parent, fields) if path else zoo.lookup(model, fields)
     else:
         raise InputError(f"{role}.model: empty; give a timm name such as vit_tiny_patch16_224")
     if file:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from singer_jax.models.checkpoint import INDEX, shards
+from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.weight_files import WeightsFile, open_weights
+from singer_jax.models.weights import model_tensors
 from singer_jax.models.zoo import ModelSpec
 
 Provenance = Mapping[str, Any]
@@ -39,7 +41,7 @@ def provenance(spec: ModelSpec, weights: str, file: Path | WeightsFile | None) -
     }
     if file is None:
         return found
-    tensors = open_weights(file)
+    opened, tensors = file, open_weights(file)
     file = file.path if isinstance(file, WeightsFile) else file
     if file.name.endswith(INDEX):
         names = sorted(set(shards(file).values()))
@@ -52,7 +54,7 @@ def provenance(spec: ModelSpec, weights: str, file: Path | WeightsFile | None) -
         "tensors": len(tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "position_embeddings": _resampled(spec, tensors),
-        "taken": str(tensors.taken),
+        "taken": str(model_tensors(spec, opened).taken),
     }
 
 
@@ -86,14 +88,22 @@ def _revision(file: Path) -> str | None:
 
 
 def _resampled(spec: ModelSpec, tensors: Mapping[str, Any]) -> str | None:
-    stored = tensors.get("pos_embed")
-    if not spec.arch.pos_embed or stored is None:
-        return None
-    prefix = spec.arch.num_embedded_prefix_tokens
-    if stored.shape[1] == prefix + spec.arch.num_patches:
-        return None
-    side = math.isqrt(stored.shape[1] - prefix)
+    """Returns the grids from which and to which positions are resampled; None: they are not."""
     rows, columns = spec.arch.grid
+    stored = tensors.get("pos_embed")
+    biases = tensors.get("blocks.0.attn.relative_position_bias_table")
+    if spec.arch.pos_embed and stored is not None:
+        places = stored.shape[1] - spec.arch.num_embedded_prefix_tokens
+        if places == spec.arch.num_patches:
+            return None
+        side = math.isqrt(places)
+    elif spec.arch.rel_pos_bias and biases is not None:
+        places = biases.shape[0] - NUM_CLASS_DISTANCES
+        if places == (2 * rows - 1) * (2 * columns - 1):
+            return None
+        side = (math.isqrt(places) + 1) // 2
+    else:
+        return None
     return f"resampled from {side} x {side} to {rows} x {columns}"
 
 

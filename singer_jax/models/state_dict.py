@@ -18,7 +18,10 @@ from singer_jax.models.tensors import StoredTensor
 from singer_jax.models.torch_file import Unknown
 
 # Averaged weights, which timm 1.0.31 prefers; also `teacher` if there is a `student`.
-_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+_AVERAGED = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"),
+    *("ema_model", "swa_model"),
+)
 _TEACHER, _STUDENT = "teacher", "student"
 # Names under which training code saves the model, in order of preference.
 _USUAL = ("state_dict", "model", "module", "model_state_dict", "model_state", "net", "network")
@@ -110,7 +113,7 @@ def choose(where: object, content: Any, wanted: str = "") -> StateDict:
     found = [
         _Candidate(path, prefix, form)
         for path, tensors in dicts.items()
-        for prefix, form in foreign.recognise(tensors)
+        for prefix, form in foreign.recognise(where, tensors)
     ]
     # Unknown format: the dict is returned unchanged, and `check_weights` reports its keys.
     found = found or [_Candidate(path, "", None) for path in dicts]
@@ -122,7 +125,7 @@ def choose(where: object, content: Any, wanted: str = "") -> StateDict:
         if isinstance(value, Unknown) and key.startswith(best.prefix)
     }
     form = best.format.name if best.format else ""
-    beside = tuple(each.label for each in found if each != best)
+    beside = (*(each.label for each in found if each != best), *_lists(content))
     taken = Taken(".".join(best.path), best.prefix, form, tuple(left_out), beside)
     return StateDict(tensors, taken, unread)
 
@@ -149,6 +152,20 @@ def _dicts(
         if len(path) < _DEEPEST:
             nested = [(key, each) for key, each in value.items() if isinstance(each, dict)]
             waiting += [((*path, key), each) for key, each in nested[::-1]]
+
+
+def _lists(content: Any) -> Iterator[str]:
+    """Yields the labels of lists of tensors, such as averaged weights without their names."""
+    for name, value in content.items():
+        for path, each in ((name, value), *_nested(name, value)):
+            if isinstance(each, list) and each and all(hasattr(one, "read") for one in each):
+                yield f"{excerpt(path)} (a list of {len(each)} tensors without names)"
+
+
+def _nested(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a dict by their labels."""
+    for key, each in value.items() if isinstance(value, dict) else ():
+        yield f"{name}.{key}", each
 
 
 def _at(content: Any, path: tuple[str, ...]) -> Mapping[str, Any]:

@@ -70,17 +70,18 @@ def changed_arguments(arch: Architecture, base: Architecture) -> dict[str, Any]:
         changed.add("fc_norm")  # the default depends on the pooling
     if kind != "VisionTransformer" and changed & {"global_pool", "fc_norm", "final_norm"}:
         changed |= {"fc_norm", "final_norm"} & set(words)
-    for name in changed - set(words):
+    for name in sorted(changed - set(words)):
         if not name.startswith("planted"):
             raise InputError(
                 f"overrides: {name} of timm's class {kind} cannot be changed: it has no such "
-                "argument and could not load the model"
+                f"argument and could not load the model; it has {name}={getattr(base, name)}"
             )
     found = {words.get(name, name): getattr(arch, name) for name in sorted(changed)}
     if "use_post_transformer_norm" in found:
         found["use_post_transformer_norm"] = arch.final_norm and not arch.fc_norm
     if "rope_type" in found:
         found["use_rot_pos_emb"] = arch.rope_type is not None
+        found["rope_rotate_half"] = arch.rope_type == "dinov3"
     return found
 
 
@@ -127,7 +128,8 @@ def _read_eva(left: dict[str, Any], fields: dict[str, Any], base: Architecture) 
         rope = fields.get("rope_type", base.rope_type or "cat")
         fields["rope_type"] = rope if left.pop("use_rot_pos_emb") else None
     rope = fields.get("rope_type", base.rope_type)
-    if left.pop("rope_rotate_half", rope == "dinov3") != (rope == "dinov3"):
+    halves = left.pop("rope_rotate_half", base.rope_type == "dinov3")
+    if rope is not None and halves != (rope == "dinov3"):
         raise InputError(f"timm's argument rope_rotate_half with rope_type {rope} is not supported")
 
 

@@ -120,10 +120,22 @@ class TorchTensor:
         return np.array(view[part], order="C")
 
 
+# A tensor whose values are the negatives or conjugates of those that are stored, and the like.
+_LAZY = Unknown("stored with metadata that changes its values")
+
+
 def _rebuild_tensor(
-    storage: _Storage | Unknown, offset: int, shape: tuple, strides: tuple, *_: Any
+    storage: _Storage | Unknown,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    _grad: Any = None,
+    _hooks: Any = None,
+    metadata: Any = None,
 ) -> TorchTensor | Unknown:
     """Stands for `torch._utils._rebuild_tensor_v2`, for a tensor that lies inside its storage."""
+    if metadata:
+        return _LAZY
     if isinstance(storage, Unknown):
         return storage
     if not isinstance(storage, _Storage):
@@ -139,9 +151,11 @@ def _rebuild_typed_tensor(
     _grad: Any,
     _hooks: Any,
     dtype: Any,
-    *_: Any,
+    metadata: Any = None,
 ) -> TorchTensor | Unknown:
     """Stands for `torch._utils._rebuild_tensor_v3`, whose storage has no dtype of its own."""
+    if metadata:
+        return _LAZY
     if isinstance(storage, Unknown) or isinstance(dtype, Unknown):
         return dtype if isinstance(dtype, Unknown) else storage
     if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
@@ -378,13 +392,15 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _described(pid: Any) -> tuple[np.dtype | Unknown, str, int]:
     """Returns dtype, key and elements of the identifier that `torch.save` writes for a storage."""
-    kind, dtype, key, _, elements, *_ = pid
+    kind, dtype, key, _, elements, *view = pid
     if kind != "storage" or not isinstance(dtype, (np.dtype, Unknown)) or type(key) is not str:
         raise pickle.UnpicklingError("a reference that is not a storage")
     if type(elements) is not int or elements < 0:
         raise pickle.UnpicklingError(
             f"storage {excerpt(key)}: the number of elements is not an integer"
         )
+    if view and view[0] is not None:
+        raise pickle.UnpicklingError(f"storage {excerpt(key)} is a view of another storage")
     return dtype, key, elements
 
 

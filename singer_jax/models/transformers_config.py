@@ -14,11 +14,7 @@ from typing import Any
 from singer_jax.errors import InputError, excerpt
 from singer_jax.models.architecture import FIELDS
 from singer_jax.settings import ranges
-from singer_jax.settings.ranges import Flag, Range, Text
-
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_HALF = ((0.5,) * 3, (0.5,) * 3)
-_OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+from singer_jax.settings.ranges import POSITIVE, Each, Flag, Range, Text
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -51,12 +47,10 @@ class _Kind:
     Attributes:
       base: the timm model that it is a variant of.
       defaults: default values of its configuration.
-      statistics: default mean and standard deviation of its input.
     """
 
     base: str
     defaults: Mapping[str, Any]
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 _VIT = _BASE | {"intermediate_size": 3072, "qkv_bias": True, "layer_norm_eps": 1e-12}
@@ -81,18 +75,17 @@ _DINOV3 = _BASE | {
     "num_register_tokens": 0,
 }
 _KINDS = {
-    "vit": _Kind("vit_base_patch16_224", _VIT, _HALF),
-    "deit": _Kind("deit_base_distilled_patch16_224", _VIT, _IMAGENET),
-    "dinov2": _Kind("vit_base_patch14_dinov2", _DINOV2 | {"patch_size": 14}, _IMAGENET),
+    "vit": _Kind("vit_base_patch16_224", _VIT),
+    "vit_mae": _Kind("vit_base_patch16_224", _VIT),
+    "deit": _Kind("deit_base_distilled_patch16_224", _VIT),
+    "dinov2": _Kind("vit_base_patch14_dinov2", _DINOV2 | {"patch_size": 14}),
     "dinov2_with_registers": _Kind(
-        "vit_base_patch14_reg4_dinov2", _DINOV2 | {"num_register_tokens": 4}, _IMAGENET
+        "vit_base_patch14_reg4_dinov2", _DINOV2 | {"num_register_tokens": 4}
     ),
-    "dinov3_vit": _Kind("vit_base_patch16_dinov3", _DINOV3, _IMAGENET),
-    "clip_vision_model": _Kind("vit_base_patch16_clip_224", _CLIP, _OPENAI),
-    "siglip_vision_model": _Kind("vit_base_patch16_siglip_224", _SIGLIP, _HALF),
-    "siglip2_vision_model": _Kind(
-        "vit_base_patch16_siglip_224", _SIGLIP | {"num_patches": 256}, _HALF
-    ),
+    "dinov3_vit": _Kind("vit_base_patch16_dinov3", _DINOV3),
+    "clip_vision_model": _Kind("vit_base_patch16_clip_224", _CLIP),
+    "siglip_vision_model": _Kind("vit_base_patch16_siglip_224", _SIGLIP),
+    "siglip2_vision_model": _Kind("vit_base_patch16_siglip_224", _SIGLIP | {"num_patches": 256}),
 }
 # Models of images and text, whose `vision_config` describes the vision model.
 _WITH_TEXT = {
@@ -122,15 +115,23 @@ _ALLOWED = {
 }
 
 
-def as_timm_config(
-    where: object, config: Mapping[str, Any], preprocessing: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns timm's `config.json` for a model of transformers.
+# PIL's numbers of the interpolations.
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_PREPROCESSING = {
+    "image_mean": Each(Range(), length=3),
+    "image_std": Each(POSITIVE, length=3),
+    "rescale_factor": POSITIVE,
+    "resample": Range(0, len(_RESAMPLING) - 1, whole=True),
+    **{f"do_{name}": Flag() for name in ("normalize", "rescale", "resize", "center_crop")},
+}
+
+
+def as_timm_config(where: object, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns timm's `config.json` for transformers' model.
 
     Args:
       where: file that is named in errors.
       config: content of transformers' `config.json`, which has a `model_type`.
-      preprocessing: content of `preprocessor_config.json`; empty if there is no such file.
 
     Raises:
       InputError: timm has no equivalent model, or a value is invalid.
@@ -146,23 +147,70 @@ def as_timm_config(
     model, found = _KINDS[name], {}
     for key, default in model.defaults.items():
         found[key] = vision.get(key, default)
+        if key == "patch_size" and _is_square(found[key]):
+            found[key] = found[key][0]
         ranges.check(f"{where}: {key}", found[key], _ALLOWED[key])
     arguments, base = _arguments(where, name, found), model.base
     if name == "dinov3_vit" and arguments["qkv_bias"]:
         base += "_qkvb"
-    mean, std = (
-        preprocessing.get(key, default)
-        for key, default in zip(("image_mean", "image_std"), model.statistics, strict=True)
-    )
     size = arguments["img_size"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    statistics = {"input_size": [3, height, width], "mean": mean, "std": std}
     return {
         "architecture": base,
         "num_classes": 0,
         "model_args": arguments,
-        "pretrained_cfg": statistics,
+        "pretrained_cfg": {"input_size": [3, height, width]},
     }
+
+
+def as_timm_input(where: object, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `preprocessor_config.json` states of the input, as timm's `pretrained_cfg`.
+
+    Args:
+      where: the file, for messages.
+      stated: its content; what it does not state is left out.
+
+    Raises:
+      InputError: a value that an image processor cannot have.
+    """
+    for key, allowed in _PREPROCESSING.items():
+        if stated.get(key) is not None:
+            ranges.check(f"{where}: {key}", stated[key], allowed)
+    found: dict[str, Any] = {}
+    if stated.get("do_normalize") is False:
+        found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    elif stated.get("image_mean") is not None and stated.get("image_std") is not None:
+        found |= {"mean": list(stated["image_mean"]), "std": list(stated["image_std"])}
+    factor = 1.0 if stated.get("do_rescale") is False else stated.get("rescale_factor")
+    if factor is not None and not math.isclose(255 * factor, 1.0, rel_tol=1e-6):
+        if "mean" not in found:
+            raise InputError(
+                f"{where}: another rescale_factor than 1/255 needs image_mean and _std"
+            )
+        # The model's own images are in 0..1.
+        found = {key: [value / (255 * factor) for value in found[key]] for key in found}
+    if stated.get("do_resize") is False:
+        return found
+    if stated.get("resample") is not None:
+        found["interpolation"] = _RESAMPLING[stated["resample"]]
+    resized, crop = _side(stated.get("size")), _side(stated.get("crop_size"))
+    if resized:
+        cropped = crop is not None and stated.get("do_center_crop") is not False
+        found["crop_pct"] = crop / resized if cropped else 1.0
+    return found
+
+
+def _side(size: Any) -> float | None:
+    """Returns the shorter side that an image processor's size states; None: it states none."""
+    sides = size.values() if isinstance(size, Mapping) else [size]
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        sides = [size["shortest_edge"]]
+    numbers = [side for side in sides if isinstance(side, int) and side > 0]
+    return min(numbers, default=None)
+
+
+def _is_square(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and size[0] == size[1]
 
 
 def _arguments(where: object, name: str, found: Mapping[str, Any]) -> dict[str, Any]:

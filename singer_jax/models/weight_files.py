@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from singer_jax.errors import InputError, listed
+from singer_jax.errors import InputError, excerpt, listed
 from singer_jax.io import limits
 from singer_jax.io.files import as_path, cached, download, is_remote
 from singer_jax.models.architecture import FIELDS
 from singer_jax.models.checkpoint import INDEX, read_content, shards
 from singer_jax.models.state_dict import StateDict, choose
-from singer_jax.models.transformers_config import as_timm_config
+from singer_jax.models.transformers_config import as_timm_config, as_timm_input
 from singer_jax.settings import ranges
 from singer_jax.settings.ranges import POSITIVE, SIDE, Allowed, Each, Range, Text
 
@@ -86,8 +87,11 @@ def find_weights(weights: str) -> Path:
         for file in (path, *(path / name for name in _FILES), exported):
             if file.is_file():
                 return _local(file)
-    except PermissionError as error:
-        raise InputError(f"weights {path}: cannot be read ({error.strerror})") from error
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        name = excerpt(str(path), 100)
+        raise InputError(f"weights {name}: cannot be read ({error.strerror})") from error
     if path.is_dir():
         several = sorted(
             file.parent.name for file in path.glob(f"{STUDENTS_FOLDER}/*/{WEIGHTS_FILE}")
@@ -113,7 +117,7 @@ def _local(file: Path | epath.Path) -> Path:
                 cached(beside).unlink(missing_ok=True)
     local = download(file)
     if is_remote(file) and file.name.endswith(INDEX):
-        for name in shards(local).values():
+        for name in sorted(set(shards(local).values())):
             download(file.parent / name)
     return local
 
@@ -139,6 +143,11 @@ def _download(repo: str) -> Path:
         for name in _FILES:
             kept = huggingface_hub.try_to_load_from_cache(repo, name)
             if isinstance(kept, str):
+                for beside in (CONFIG_FILE, _PREPROCESSING_FILE):
+                    # None: the cache does not say that the repository has no such file.
+                    if huggingface_hub.try_to_load_from_cache(repo, beside) is None:
+                        with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+                            fetch(beside)
                 return _with_shards(Path(kept), fetch)
         for name in _FILES:
             if path := fetch(name):
@@ -191,13 +200,40 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
     content = _read_object(file)
     if "model_type" in content and "architecture" not in content:
         preprocessing = _read_object(folder / _PREPROCESSING_FILE)
-        content = as_timm_config(file, content, preprocessing)
+        content = as_timm_config(file, content)
+        content["pretrained_cfg"] |= as_timm_input(
+            file.with_name(_PREPROCESSING_FILE), preprocessing
+        )
+    return _checked(file, content)
+
+
+def read_input(folder: Path) -> dict[str, Any]:
+    """Returns what the files beside weights state of the input, as timm's `pretrained_cfg`.
+
+    The architecture is not read: a user may have named the model.
+
+    Raises:
+      InputError: as `read_hub_config`, of the input alone.
+    """
+    file = folder / CONFIG_FILE
+    content = _read_object(file)
+    if "pretrained_cfg" in content or "model_type" not in content:
+        stated = {"pretrained_cfg": content.get("pretrained_cfg")}
+        return _checked(file, stated).get("pretrained_cfg") or {}
+    file = folder / _PREPROCESSING_FILE
+    return as_timm_input(file, _read_object(file))
+
+
+def _checked(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns timm's `config.json` with both its sections, without values that are null."""
     stated = {"": content}
     for key in ("model_args", "pretrained_cfg"):
         stated[key] = content.get(key) or {}
     for key, section in stated.items():
         if not isinstance(section, dict):
             raise InputError(f"{file}: {key} is not a JSON object")
+    given = stated["pretrained_cfg"].items()
+    stated["pretrained_cfg"] = {name: value for name, value in given if value is not None}
     for key, allowed in HUB_CONFIG.items():
         section, _, name = key.rpartition(".")
         if name in stated[section]:

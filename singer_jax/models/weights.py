@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -35,11 +36,14 @@ from singer_jax.models.weight_files import (
     WeightsFile,
     open_weights,
     read_hub_config,
+    read_input,
 )
 from singer_jax.models.zoo import ModelSpec, lookup
 from singer_jax.platform.backends import Choices
 
-# Limits of a model in a config.json; published models have up to 40 blocks and 1,369 patches.
+_LOG = logging.getLogger("singer_jax")
+
+# Limits of a model in a config.json; published models have up to 64 blocks and 4,096 patches.
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
 _MOST_NAMED = 5  # keys named in a message
 _LONGEST_MESSAGE = 200  # characters of a message, without the folder of the file
@@ -125,7 +129,7 @@ def spec_of_weights(spec: ModelSpec, weights: Path | WeightsFile) -> ModelSpec:
     head = open_weights(weights).get("head.weight")
     # `check_weights` reports a head whose shape is not [classes, dim].
     arch = dataclasses.replace(spec.arch, num_classes=head.shape[0] if head and head.shape else 0)
-    stated = read_hub_config(_path(weights).parent).get("pretrained_cfg", {})
+    stated = read_input(_path(weights).parent)
     return dataclasses.replace(_with_input(spec, stated), arch=arch)
 
 
@@ -166,7 +170,7 @@ def load_model(
     """
     check_weights(spec, weights)
     graph, abstract = abstract_model(spec.arch, policy)
-    tensors = _tensors(spec, weights)
+    tensors = model_tensors(spec, weights)
     placement = dict(leaves(shardings(abstract))) if shardings else {}
 
     def read(keys: Keys, shape: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
@@ -215,7 +219,7 @@ def _check_finite(path: Path, keys: Keys, array: np.ndarray) -> None:
 
 def check_weights(spec: ModelSpec, weights: Path | WeightsFile) -> None:
     """Raises the errors of `load_model` for keys and shapes without reading any tensor."""
-    tensors, path = _tensors(spec, weights), _path(weights)
+    tensors, path = model_tensors(spec, weights), _path(weights)
     # Checked first, because tracing a model of a hundred blocks takes minutes.
     blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     if spec.arch.depth - blocks > _MOST_MISSING_BLOCKS:
@@ -231,12 +235,35 @@ def _unfit(spec: ModelSpec, path: Path, tensors: StateDict) -> str:
     return f"{path}{f', of {form},' if form else ''} does not hold the weights of {spec.name}"
 
 
-def _tensors(spec: ModelSpec, weights: Path | WeightsFile) -> StateDict:
-    """Returns the tensors of a file by timm's keys; old keys are renamed as in timm."""
+def model_tensors(spec: ModelSpec, weights: Path | WeightsFile) -> StateDict:
+    """Returns the tensors of a file under the keys of timm's model, old ones renamed as by timm.
+
+    Raises:
+      InputError: as `open_weights`; rotary positions of another head width.
+    """
     opened = open_weights(weights)
-    tensors = StateDict(current_names(opened, spec.arch), opened.taken, opened.unread)
-    tensors.pop("mask_token", None)  # mask token of pretraining
-    return _without_zero_biases(spec, tensors)
+    tensors = current_names(opened, spec.arch)
+    tensors.pop("mask_token", None)  # of training to reconstruct
+    _check_periods(spec, _path(weights), tensors)
+    tensors = _without_zero_biases(spec, StateDict(tensors, opened.taken, opened.unread))
+    kept = {id(tensor) for tensor in tensors.values()}
+    left_out = tuple(key for key, tensor in opened.items() if id(tensor) not in kept)
+    taken = opened.taken
+    taken = dataclasses.replace(taken, left_out=(*taken.left_out, *left_out))
+    return StateDict(tensors, taken, opened.unread)
+
+
+def _check_periods(spec: ModelSpec, path: Path, tensors: dict[str, Any]) -> None:
+    """Takes away the periods of DINOv3's rotary positions, which follow from the head width."""
+    arch = spec.arch
+    if arch.rope_type != "dinov3" or (periods := tensors.pop(foreign.PERIODS, None)) is None:
+        return
+    expected = arch.embed_dim // arch.num_heads // 4
+    if math.prod(periods.shape) != expected:
+        raise InputError(
+            f"{path}: {foreign.PERIODS} has {math.prod(periods.shape)} values, {spec.name} with "
+            f"{arch.num_heads} heads {expected}; try overrides num_heads"
+        )
 
 
 def _without_zero_biases(spec: ModelSpec, tensors: StateDict) -> StateDict:
@@ -274,13 +301,13 @@ def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDic
     integers = [
         f"{key} is {tensors[key].dtype}"
         for key in expected
-        if key in tensors and not jnp.issubdtype(tensors[key].dtype, jnp.floating)
+        if key in tensors and not _is_float(tensors[key].dtype)
     ]
     found = {
         "missing": missing,
         "surplus": surplus,
         "mis-shaped": mis_shaped,
-        "not floats": integers,
+        "not floats of 16 bits or more": integers,
     }
     if any(found.values()):
         problem, hint = _unfit(spec, path, tensors), _hint(missing, surplus)
@@ -288,9 +315,14 @@ def _check_keys(spec: ModelSpec, path: Path, abstract: Params, tensors: StateDic
         raise InputError(f"{problem}: {_differences(found, room)}{hint}")
 
 
-# Overrides that fit weights which lack some keys or have additional keys.
+def _is_float(dtype: np.dtype) -> bool:
+    """Says that numbers are weights: those of 8 bits need scales, and no file's scales are read."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+
+
+# Overrides of a model for weights that lack some keys, or have others.
 _MISSING_HINTS = (
-    (r"cls_token", "class_token=False"),
+    (r"cls_token", "class_token=False, global_pool='avg'"),
     (r"blocks\.0\.attn\.qkv\.bias", "qkv_bias=False"),
 )
 _SURPLUS_HINTS = (
@@ -358,7 +390,9 @@ def _can_resample(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
         places = shape[0] - NUM_CLASS_DISTANCES
     else:
         return False
-    return places > 0 and math.isqrt(places) ** 2 == places
+    side = math.isqrt(max(places, 0))
+    # A table has an odd side: as many distances before a patch as behind it, and none.
+    return places > 0 and side**2 == places and (key == "pos_embed" or side % 2 == 1)
 
 
 def _resampled(name: str, stored: np.ndarray, spec: ModelSpec) -> np.ndarray:
@@ -436,6 +470,48 @@ def stated_model(
     limits.check(where, spec.arch.depth, _MOST_BLOCKS, "blocks")
     limits.check(where, spec.arch.num_patches, _MOST_PATCHES, "patches")
     return spec
+
+
+# Fields that no parameter shows: with another value, weights load and compute something else.
+_WITHOUT_PARAMETERS = (
+    *("num_heads", "norm_eps", "act_layer", "post_norm", "attn_pool_num_heads", "rope_type"),
+    *("rope_temperature", "rope_grid_offset", "rope_grid_indexing", "ref_feat_shape"),
+)
+
+
+def named_model(model: str, folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
+    """Returns the model of a timm name, with what a `config.json` beside its weights states.
+
+    A field that no parameter shows, such as the activation, is that of the `config.json`, unless
+    the user overrides it. A `config.json` that cannot be read as a model is named in the log.
+
+    Args:
+      model: the name.
+      folder: of the weights.
+      overrides: fields of `Architecture` that the user gives.
+
+    Raises:
+      InputError: as `lookup`.
+    """
+    spec = lookup(model, overrides)
+    try:
+        config = read_hub_config(folder)
+        if "architecture" not in config:
+            return spec
+        stated = stated_model(config).arch
+    except InputError as error:
+        _LOG.warning("config.json is passed over, since the model is named: %s", error)
+        return spec
+    changed = {
+        name: getattr(stated, name)
+        for name in _WITHOUT_PARAMETERS
+        if name not in overrides and getattr(stated, name) != getattr(spec.arch, name)
+    }
+    if not changed:
+        return spec
+    told = ", ".join(f"{name} {value}" for name, value in changed.items())
+    _LOG.warning("%s: its config.json states %s, which is taken", model, told)
+    return lookup(model, {**overrides, **changed})
 
 
 def from_hub_config(config: Mapping[str, Any]) -> ModelSpec:

@@ -8,8 +8,10 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from singer_jax.errors import InputError
+from singer_jax.evaluation.backbone import resolve_weights
 from singer_jax.models.export_huggingface import check_huggingface, export_huggingface
 from singer_jax.models.export_timm import trained_here
+from singer_jax.models.weights import model_tensors
 from singer_jax.models.zoo import lookup
 from tests.interop.cases import CASES, RECORDED, SIZES, exported, spec_of, tensors_of
 
@@ -61,3 +63,23 @@ def test_the_image_processor_does_what_the_model_states(tmp_path):
     assert stated["crop_size"] == {"height": 32, "width": 32}
     assert (tuple(stated["image_mean"]), tuple(stated["image_std"])) == (spec.mean, spec.std)
     assert stated["resample"] == 2  # bilinear
+
+
+@pytest.mark.parametrize("model", ["vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"])
+def test_models_of_square_images_alone_are_refused_for_others(model):
+    sizes = {"img_size": (16, 32), "patch_size": 8, "num_classes": 0}
+    with pytest.raises(InputError, match="need square images, not 16 x 32"):
+        check_huggingface(lookup(model, sizes))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("deit3")])
+def test_an_export_opens_as_the_same_model(tmp_path, case):
+    model = spec_of(case)
+    export_huggingface(epath.Path(tmp_path), model, tensors_of(model))
+    spec, file = resolve_weights(str(tmp_path))
+    found = model_tensors(spec, file)
+    for key, tensor in tensors_of(model).items():
+        np.testing.assert_array_equal(found[key].read(), tensor, err_msg=key)
+    assert (spec.mean, spec.std, spec.interpolation) == (model.mean, model.std, model.interpolation)
+    for name in ("act_layer", "norm_eps", "num_heads", "rope_type", "rope_temperature"):
+        assert getattr(spec.arch, name) == getattr(model.arch, name)

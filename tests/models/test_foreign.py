@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from singer_jax.errors import InputError
 from singer_jax.models.network import ModelSettings, resolve_model
-from singer_jax.models.weight_files import open_weights, read_hub_config
+from singer_jax.models.weight_files import open_weights, read_hub_config, read_input
 from singer_jax.models.weights import load_model
 
 RECORDED = Path(__file__).parent / "foreign"
@@ -174,3 +174,82 @@ def test_periods_of_another_rope_are_refused(tmp_path):
     save_file(tensors, tmp_path / "a")
     with pytest.raises(InputError, match=r"Meta's DINOv3: rope_embed\.periods differ from those"):
         open_weights(tmp_path / "a")
+
+
+def test_rope_periods_of_another_head_width_are_refused():
+    recorded = json.loads((RECORDED / "meta_dinov3" / "model.json").read_text())
+    heads = recorded["overrides"] | {"num_heads": 2 * recorded["overrides"]["num_heads"]}
+    heads |= {"embed_dim": recorded["overrides"]["embed_dim"]}
+    given = ModelSettings(recorded["model"], str(RECORDED / "meta_dinov3" / "weights.pth"), heads)
+    assert "rope_embed.periods has" in refused(given)
+
+
+def test_rope_periods_are_few_floats(tmp_path):
+    content = dict(open_weights(RECORDED / "meta_dinov3" / "weights.pth"))
+    tensors = {key: tensor.read() for key, tensor in content.items()}
+    for periods in (np.ones(2000, np.float32), np.ones(2, np.int32)):
+        save_file(tensors | {"rope_embed.periods": periods}, tmp_path / "a.safetensors")
+        with pytest.raises(InputError, match=r"rope_embed\.periods"):
+            open_weights(tmp_path / "a.safetensors")
+
+
+def test_a_representation_layer_of_flax_is_said_to_be_left_out(tmp_path):
+    arrays = dict(np.load(RECORDED / "flax_augreg" / "augreg.npz"))
+    arrays |= {"pre_logits/kernel": np.zeros((4, 4)), "head/kernel": np.zeros((4, 2))}
+    np.savez(tmp_path / "a.npz", **arrays)
+    left_out = open_weights(tmp_path / "a.npz").taken.left_out
+    assert {"pre_logits/kernel", "head/kernel"} <= set(left_out)
+
+
+def test_what_a_config_states_wins_over_a_named_model_but_not_over_overrides(tmp_path):
+    folder = copied(tmp_path, "hf_clip_vision")
+    changed = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-4}
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
+    }
+    given = ModelSettings("vit_base_patch16_clip_224", str(folder), sizes)
+    spec, _ = resolve_model("teacher", given)
+    assert spec.arch.act_layer == "quick_gelu"
+    assert spec.arch.norm_eps == config["layer_norm_eps"]
+    given = ModelSettings("vit_base_patch16_clip_224", str(folder), sizes | {"act_layer": "gelu"})
+    assert resolve_model("teacher", given)[0].arch.act_layer == "gelu"
+
+
+def test_a_config_of_an_unknown_model_does_not_block_a_named_one(tmp_path, caplog):
+    folder = copied(tmp_path, "hf_vit")
+    stated = json.loads((folder / "config.json").read_text())
+    sizes = {"img_size": stated["image_size"], "patch_size": stated["patch_size"], "depth": 2}
+    sizes |= {"embed_dim": stated["hidden_size"], "num_heads": stated["num_attention_heads"]}
+    sizes["mlp_ratio"] = stated["intermediate_size"] / stated["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(stated | {"model_type": "vit_msn"}))
+    given = ModelSettings("vit_tiny_patch16_224", str(folder), sizes)
+    assert resolve_model("teacher", given) and "passed over" in caplog.text
+    square = {"model_type": "vit_mae", "patch_size": [stated["patch_size"]] * 2}
+    (folder / "config.json").write_text(json.dumps(stated | square))
+    assert resolve_model("teacher", settings(folder))[0].arch.patch_size == stated["patch_size"]
+
+
+def test_a_preprocessor_states_the_whole_input_and_nothing_is_assumed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert not {"mean", "std"} & set(read_hub_config(tmp_path)["pretrained_cfg"])
+
+    def stated(**content: object) -> dict[str, object]:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        return read_input(tmp_path)
+
+    sizes = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    assert stated(resample=2, **sizes) == {"interpolation": "bilinear", "crop_pct": 0.875}
+    assert stated(size=224) == {"crop_pct": 1.0}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    unscaled = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    assert stated(do_normalize=False, **half) == unscaled
+    found = stated(rescale_factor=1 / 127.5, **half)  # to 0..2
+    assert found == {"mean": pytest.approx([0.25] * 3), "std": pytest.approx([0.25] * 3)}
+    assert stated(rescale_factor=1 / 255) == {}

@@ -62,3 +62,18 @@ def test_a_name_can_neither_break_the_front_matter_nor_the_page():
     assert found["library_name"] == "transformers"
     assert found["pipeline_tag"] == "image-classification"
     assert "`a/b\"\\: 'x'`" in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "the output of the final norm"),
+        ({"global_pool": "avg", "fc_norm": True}, "the output of the last block, without a norm"),
+        ({"final_norm": False}, "the output of the last block, without a norm"),
+    ],
+)
+def test_a_card_says_which_norm_the_hidden_state_has(fields, words):
+    spec = spec_of("vit")
+    spec = dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **fields))
+    card = " ".join(model_card(spec, {}, ["onnx"]).split())
+    assert f"`last_hidden_state` is {words}" in card

@@ -4,13 +4,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from singer_jax.config import export
+from singer_jax.errors import InputError
 from singer_jax.models.provenance import provenance, told
 from singer_jax.models.weight_files import find_weights
+from singer_jax.models.weights import abstract_params, check_weights, to_timm
 from singer_jax.models.zoo import lookup
 from tests import tiny
 
@@ -89,3 +94,26 @@ def test_run_logs_provenance_and_export_contains_it(tmp_path, caplog):
     assert (
         again["sha256"] == hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()
     )
+
+
+def test_resampled_relative_positions_are_told(tmp_path):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    stored = lookup("beit_base_patch16_224", sizes | {"num_classes": 0})
+    abstract = abstract_params(stored.arch)
+    tensors = to_timm(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract))
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert provenance(stored, "a", tmp_path / "a.safetensors")["position_embeddings"] is None
+    larger = lookup("beit_base_patch16_224", sizes | {"num_classes": 0, "img_size": 24})
+    found = provenance(larger, "a", tmp_path / "a.safetensors")
+    assert found["position_embeddings"] == "resampled from 4 x 4 to 6 x 6"
+    table = "blocks.0.attn.relative_position_bias_table"
+    save_file(tensors | {table: np.zeros((36 + 3, 2), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="relative_position_bias_table is"):
+        check_weights(larger, tmp_path / "a.safetensors")
+
+
+def test_what_a_model_does_not_take_is_told(tmp_path):
+    file = tiny.write_teacher(tmp_path / "teacher.safetensors")
+    save_file(load_file(file) | {"mask_token": np.zeros((1, 1, 4), np.float32)}, file)
+    found = provenance(lookup("vit_tiny_patch16_224", tiny.TEACHER), "given", Path(file))
+    assert "left out: mask_token" in found["taken"]

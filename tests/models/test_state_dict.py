@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -58,6 +59,8 @@ NESTED = {
         "teacher.backbone.",
         2,
     ),
+    "swa": ({"state_dict": state(), "swa_model": state(2, "module.")}, "swa_model", "module.", 2),
+    "ema_model": ({"model": state(), "ema_model": state(2)}, "ema_model", "", 2),
     "a teacher without student": ({"model": state(), "teacher": state(2)}, "model", "", 1),
     "Lightning": ({"state_dict": state(1, "model.")}, "state_dict", "model.", 1),
     "open_clip": ({"state_dict": state(1, "module.visual.trunk.")}, "state_dict", None, 1),
@@ -197,7 +200,7 @@ def test_a_folder_of_shards_is_read_whole(tmp_path, kind):
         ({"w": "/etc/passwd"}, "no file of its folder: refused"),
         ({"w": "gone"}, "shards that do not exist: gone"),
         ({"w": f"part-0.{kind}"}, "does not hold w"),
-        ({"w": index.name}, "names itself"),
+        ({"w": index.name}, "is an index of shards"),
         ({"w": 3}, "no file of its folder: refused"),
         ({}, "not an index of weights"),
     ):
@@ -289,12 +292,16 @@ def test_a_tensor_that_is_not_finite_is_named_at_loading(tmp_path, bad):
         load_model(spec, tmp_path / "a")
 
 
-def test_integers_are_no_weights(tmp_path):
+def test_integers_and_floats_of_8_bits_are_no_weights(tmp_path):
     tensors = complete(tmp_path)
+    spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
+    eight = {key: value.astype(ml_dtypes.float8_e4m3fn) for key, value in tensors.items()}
+    write_torch_file(tmp_path / "a.pth", eight)
+    with pytest.raises(InputError, match="is float8_e4m3fn"):
+        load_model(spec, tmp_path / "a.pth")
     tensors["norm.weight"] = tensors["norm.weight"].astype(np.int8)
     save_file(tensors, tmp_path / "a")
-    spec = zoo.lookup(TINY.model, tiny.TEACHER | {"num_classes": 0})
-    with pytest.raises(InputError, match=r"not floats: norm\.weight is int8"):
+    with pytest.raises(InputError, match=r"not floats of 16 bits or more: norm\.weight is int8"):
         load_model(spec, tmp_path / "a")
 
 
@@ -363,7 +370,7 @@ def test_an_npz_of_absurd_arrays_is_one_line(tmp_path):
             {"norm.weight": "fc_norm.weight", "norm.bias": "fc_norm.bias"},
             "try overrides fc_norm=True",
         ),
-        ({"cls_token": "head_dist.weight"}, "class_token=False, distilled=True"),
+        ({"cls_token": "head_dist.weight"}, "class_token=False, global_pool='avg', distilled=True"),
         ({"blocks.0.attn.qkv.bias": ""}, "try overrides qkv_bias=False"),
     ],
 )
@@ -402,3 +409,42 @@ def test_a_repository_of_shards_is_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert find_weights("somebody/mine") == index
     assert set(open_weights(index)) == set(KEYS)
+
+
+def test_averaged_weights_without_names_are_mentioned(tmp_path):
+    names = b"](" + tensor() + tensor() + b"e"
+    pickled = b"\x80\x02}(" + piece("model") + state_dict(tensor())[2:-1]
+    pickled += piece("ema") + b"}(" + piece("shadow_params") + names + b"uu."
+    taken = open_weights(write_archive(tmp_path / "a.pth", pickled)).taken
+    assert taken.part == "model" and "ema.shadow_params (a list of 2 tensors" in str(taken)
+
+
+def test_a_shard_is_never_an_index_nor_a_list(tmp_path):
+    for one, other in ("ab", "ba"):
+        index = json.dumps({"weight_map": {"w": f"{other}.index.json"}})
+        (tmp_path / f"{one}.index.json").write_text(index)
+    with pytest.raises(InputError, match="is an index of shards"):
+        open_weights(tmp_path / "a.index.json")
+    write_archive(tmp_path / "b.index.json", b"\x80\x02](" + tensor() + b"e.")
+    with pytest.raises(InputError, match="holds no dict of tensors"):
+        open_weights(tmp_path / "a.index.json")
+
+
+def test_thousands_of_models_in_one_state_dict_are_refused(tmp_path):
+    tensors = {f"{i}.patch_embed.proj.weight": np.zeros(1, np.float32) for i in range(17)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="17 models in one state dict"):
+        open_weights(tmp_path / "a.safetensors")
+
+
+def test_a_safetensors_header_may_begin_as_an_archive(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header = header.ljust(int.from_bytes(b"PK", "little"))
+    size = len(header).to_bytes(8, "little")
+    (tmp_path / "a").write_bytes(size + header + b"\0\0\x80?")
+    assert open_weights(tmp_path / "a")["w"].read() == 1
+
+
+def test_a_name_that_no_file_may_have_is_one_line():
+    with pytest.raises(InputError, match="File name too long"):
+        find_weights("x" * 300)

@@ -122,3 +122,14 @@ def test_older_keys_are_those_of_timm_now():
     tables = "blocks.0.attn.relative_position_index", "blocks.0.gamma_1"
     assert names("beit_base_patch16_224", *tables) == ["blocks.0.gamma_1"]
     assert names("vit_base_patch16_224", "pre_logits.fc.weight", "norm.bias") == ["norm.bias"]
+
+
+def test_the_pairing_of_rotated_channels_follows_the_rotary_positions():
+    base = zoo.lookup("eva02_tiny_patch14_224").arch
+    arch = dataclasses.replace(base, rope_type="dinov3", ref_feat_shape=None)
+    arguments = changed_arguments(arch, base)
+    assert arguments["rope_rotate_half"] is True
+    assert stated_fields(arguments, base)["rope_type"] == "dinov3"
+    del arguments["rope_rotate_half"]  # timm's own default is False
+    with pytest.raises(InputError, match="rope_rotate_half"):
+        stated_fields(arguments, base)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from singer_jax.errors import InputError
 from singer_jax.models import torch_file
 from singer_jax.models.weight_files import open_weights
-from tests.models.torch_writer import piece, state_dict, tensor, write_archive, write_torch_file
+from tests.models.torch_writer import (
+    piece,
+    state_dict,
+    tensor,
+    write_archive,
+    write_legacy_file,
+    write_torch_file,
+)
 
 FUNCTION = b"ctorch._utils\n_rebuild_tensor_v2\n"
 NAMESPACE = b"cargparse\nNamespace\n)\x81"
@@ -286,3 +293,16 @@ PIECES += [FUNCTION, NAMESPACE, b"ctorch\nFloatStorage\n", b"ccollections\nOrder
 def test_random_pickles_are_read_or_refused(small, pieces):
     path = small.with_name("random.pth")
     read_or_refused(write_archive(path, b"\x80\x04" + b"".join(pieces) + b"."))
+
+
+def test_values_that_only_metadata_tells_are_refused(tmp_path):
+    negated = tensor()[:-2] + b"}(" + piece("neg") + b"\x88utR"
+    with pytest.raises(InputError, match="metadata that changes its values"):
+        open_weights(write_archive(tmp_path / "a.pth", state_dict(negated)))
+    file = write_legacy_file(tmp_path / "b.pth", {"w": np.ones(2, np.float32)})
+    content = file.read_bytes()
+    view = piece("v") + piece(0) + piece(1) + b"\x87"  # of a larger storage
+    assert content.count(b"NtQ") == 1
+    file.write_bytes(content.replace(b"NtQ", view + b"tQ"))
+    with pytest.raises(InputError, match="is a view of another storage"):
+        open_weights(file)

@@ -340,6 +340,20 @@ def fake_hub(cache: Path, repo: str, files: dict[str, bytes]) -> None:
         (snapshot / name).write_bytes(content)
 
 
+def test_a_config_that_is_not_in_the_cache_is_fetched(tmp_path, monkeypatch):
+    fake_hub(tmp_path, "ann/mine", {"model.safetensors": b"", "preprocessor_config.json": b"{}"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def fetch(repo: str, name: str) -> str:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert find_weights("ann/mine").name == "model.safetensors"
+    assert asked == ["config.json"]
+
+
 def test_a_cached_hub_name_works_without_network(tmp_path):
     model = spec()
     export_timm(tmp_path / "export", model, tensors(model))

@@ -22,6 +22,7 @@ def write_torch_file(path: Path, content: object) -> None:
     _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
     rebuild._rebuild_tensor_v2 = _rebuild_tensor_v2
     names = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+    names |= {"float8_e4m3fn": "float8_e4m3fn"}
     for name in names.values():
         setattr(torch, name, type(name, (), {"__module__": "torch", "__qualname__": name}))
 
