@@ -143,12 +143,14 @@ def _meta_dinov3(tensors: Tensors) -> Tensors:
     periods = tensors.get(PERIODS)
     if periods is not None:
         if not jnp.issubdtype(periods.dtype, jnp.floating):
-            raise InputError(f"{PERIODS} is {periods.dtype}, no floats")
+            raise InputError(f"{PERIODS} is {periods.dtype}, not floats")
         limits.check(PERIODS, math.prod(periods.shape), _MOST_PERIODS, "values")
         stored = np.asarray(periods.read(), np.float64).ravel()
         expected = _ROPE_BASE ** (np.arange(len(stored)) / max(len(stored), 1))
-        if not np.allclose(stored, expected, rtol=0.02):  # some are kept in bfloat16
-            raise InputError(f"{PERIODS} are not those of base {_ROPE_BASE:g}, which timm computes")
+        if not np.allclose(stored, expected, rtol=0.02):  # some files store them in bfloat16
+            raise InputError(
+                f"{PERIODS} differ from those of base {_ROPE_BASE:g}, which timm computes"
+            )
     return _dinov3_bias(tensors)
 
 
