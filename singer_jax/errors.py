@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+_MOST_LISTED = 3  # known names that an error lists if there are more than twelve
 _LONGEST = 200  # largest number of characters of a name that is compared with the known names
 
 
@@ -66,5 +67,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     known, name = sorted(known), name[:_LONGEST]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"closest: {', '.join(close)}; " if close else ""
-    listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."
+    some, more = known[:_MOST_LISTED], len(known) - _MOST_LISTED
+    listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(some)} and {more} more"
     return InputError(f"unknown {kind} {name!r}; {hint}known: {listed}")

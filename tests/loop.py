@@ -26,7 +26,7 @@ from singer_jax.io.files import make_workdir, replacing, working_disks
 from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.lock import holding
-from singer_jax.runs.metrics import LOG, MetricsWriter
+from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
 from singer_jax.runs.recorder import Recorder
 from singer_jax.training.loop import LoopHooks, train
 
@@ -75,7 +75,8 @@ def _batches(flags: dict[str, Any], mesh: jax.sharding.Mesh, start: int) -> Iter
 def _step(state: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tuple[Any, Any]:
     mean = batch["image"].mean(0)
     new = {"sum": 0.9 * state["sum"] + mean, "step": state["step"] + 1}
-    return new, {"loss": jnp.sum(new["sum"]), "grad_norm": jnp.sum(mean**2)}
+    metrics = {"loss": jnp.sum(new["sum"]), "grad_norm": jnp.sum(mean**2)}
+    return new, StepMetrics.pack({"": metrics})
 
 
 def run(flags: dict[str, Any], workdir: epath.Path) -> None:
@@ -121,7 +122,7 @@ def _train(
 ) -> dict[str, jax.Array]:
     def step(states: Any, teacher: Any, batch: Any, logs: Any) -> tuple[Any, Any]:
         new, metrics = _step(states[""], batch)
-        return {"": new}, {"": metrics}
+        return {"": new}, metrics
 
     def save(states: Any, now: int) -> None:
         held.check()

@@ -364,7 +364,7 @@ def test_readers_take_the_newest_checkpoint_without_corruption(runs, tmp_path, c
     assert "checkpoint 4 is damaged" in caplog.text and "2 is read instead" in caplog.text
 
     leave = export()
-    leave.run, leave.stablehlo = str(run), False
+    leave.run, leave.formats = str(run), ("timm",)
     assert main.run(leave, tmp_path / "out") == 0
     assert '"steps": 2' in (tmp_path / "out" / "student" / "config.json").read_text()
 

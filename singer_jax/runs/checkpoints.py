@@ -173,7 +173,7 @@ class Checkpoints:
 
         Raises:
           InputError: No checkpoint is finished, or there is none of the given step.
-          RunError: There are checkpoints, but all are damaged.
+          RunError: That of the given step is damaged, or all are.
         """
         run, finished = self.manager.directory.parent, sorted(self.manager.all_steps())
         if not finished:
@@ -181,6 +181,13 @@ class Checkpoints:
         if step is not None:
             if step not in finished:
                 raise InputError(f"step: {run} holds checkpoints {finished}, not {step}")
+            folder = self.manager.directory / str(step)
+            first = jax.process_index() == 0
+            reason = parallel.of_first_process(
+                verify.find_corruption(folder, record=not self.read_only) if first else None
+            )
+            if reason is not None:
+                raise RunError(f"{folder} is damaged ({reason}); choose another step")
             return step
         found = self.newest_whole(before)
         if found is None:

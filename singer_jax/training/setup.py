@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -186,19 +187,27 @@ def setup_students(
             f"{settings.grad_accum_steps} micro-batches"
         )
     students = settings.each()
-    for own in students.values():
+    for name, own in students.items():
         if own.student.model:  # a mistyped name fails before the teacher's weights are downloaded
-            zoo.lookup(own.student.model, own.student.overrides)
+            with _named(name):
+                zoo.lookup(own.student.model, own.student.overrides)
     teacher = None
     if any(methods.needs(own.method).teacher for own in students.values()):
         teacher = make_teacher(settings, mesh, weights_needed)
     each = {}
     for name, own in students.items():
-        try:
+        with _named(name):
             each[name] = _student(own, teacher, examples, num_classes, mesh)
-        except InputError as error:
-            raise InputError(f"students.{name}: {error}" if name else str(error)) from error
     return Setups(each)
+
+
+@contextlib.contextmanager
+def _named(student: str) -> Iterator[None]:
+    """Names one of several students in the errors that are raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"students.{student}: {error}" if student else str(error)) from error
 
 
 def _student(
