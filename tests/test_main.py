@@ -164,7 +164,7 @@ def _empty_folder(config, folder) -> None:
             _break("student.overrides", {"width": 3}),
             [
                 "unknown configuration key 'student.overrides.width'",
-                "student.overrides.embed_dim",
+                "known: student.overrides.",
             ],
         ),
         (_break("grad_accum_steps", 0), ["grad_accum_steps: 0", "at least 1"]),
