@@ -518,7 +518,8 @@ def recognise(where: object, tensors: Mapping[str, StoredTensor]) -> list[tuple[
         for root in roots
         if (prefix := key.removesuffix(root)) != key and (not prefix or prefix[-1] in "./")
     )
-    limits.check(where, len(prefixes), _MOST_MODELS, "models in one state dict")
+    if len(prefixes) > _MOST_MODELS:
+        raise InputError(f"{where}: {len(prefixes)} models in one state dict; give a file of one")
     found: list[tuple[str, Format]] = []
     for prefix in prefixes:
         bare = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
