@@ -47,7 +47,7 @@ def _name(value: Any) -> str:
 
 
 def fields(arguments: Mapping[str, Any], base: Architecture) -> dict[str, Any]:
-    """What timm's arguments, classes and functions included, mean for an `Architecture`."""
+    """Translates timm's arguments, classes and functions included, to fields of `Architecture`."""
     left, found = dict(arguments), {}
     for word in ("block_fn", "attn_layer"):
         if word in left and _name(left[word]) in _UNSUPPORTED:

@@ -92,7 +92,7 @@ def images(size: Any) -> np.ndarray:
 
 
 def _record(case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What timm makes of a case, to which the keys and shapes of its weights are added."""
+    """Returns timm's features of a case, and adds the keys and shapes of the weights to the case."""
     import torch
 
     from benchmarks.step import import_timm

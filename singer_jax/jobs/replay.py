@@ -40,9 +40,9 @@ from singer_jax.training.step import Students, TrainState
 class ReplaySettings(Settings):
     """The step that is replayed."""
 
-    job: str = setting("replay", OneOf(("replay",)), "the command")
-    run: str = setting("", TEXT, "a work directory; empty: --workdir itself")
-    student: str = setting("", TEXT, "one of several students of the run")
+    job: str = setting("replay", OneOf(("replay",)), "Name of the command.")
+    run: str = setting("", TEXT, "Work directory of the run. Empty: --workdir.")
+    student: str = setting("", TEXT, "Name of the student if the run has several.")
 
 
 def replay(settings: ReplaySettings, workdir: epath.Path) -> None:

@@ -29,15 +29,17 @@ from singer_jax.training.settings import DistillSettings
 class ReportSettings(Settings):
     """Settings of the job `report`."""
 
-    job: str = setting("report", OneOf(("report",)), "the command")
-    run: str = setting("", TEXT, "work directory of the run; empty: --workdir itself")
+    job: str = setting("report", OneOf(("report",)), "Name of the command.")
+    run: str = setting("", TEXT, "Work directory of the run. Empty: --workdir.")
     baselines: tuple[str, ...] = setting(
-        (), Each(NAME), "work directories of other runs, whose students are shown as well"
+        (), Each(NAME), "Work directories of other runs whose students are shown as well."
     )
     step: int | None = setting(
-        None, optional(COUNT), "step of the run's checkpoint; None: the newest without corruption"
+        None,
+        optional(COUNT),
+        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
     )
-    images: int = setting(6, COUNT, "number of images that are shown")
+    images: int = setting(6, COUNT, "Number of images that are shown.")
 
 
 def report(settings: ReportSettings, workdir: epath.Path) -> None:

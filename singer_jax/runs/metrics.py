@@ -35,8 +35,8 @@ LOG = logging.getLogger("singer_jax")
 class LogSettings(Settings):
     """Settings of the metrics that a run writes."""
 
-    every_steps: int = setting(50, COUNT, "between two rows of metrics", "steps")
-    wandb: bool = setting(False, Flag(), "also send them to Weights & Biases")
+    every_steps: int = setting(50, COUNT, "Number of steps between rows of metrics.")
+    wandb: bool = setting(False, Flag(), "Send the metrics to Weights & Biases as well.")
 
 
 def metric_name(group: str, student: str, name: str) -> str:

@@ -71,7 +71,7 @@ def digest(weights: Path) -> str:
 
 
 def exported(case: str, folder: Path) -> dict[str, object]:
-    """What the export of a case for transformers holds."""
+    """Returns the content of the export of a case for transformers."""
     spec = spec_of(case)
     export_huggingface(epath.Path(folder), spec, tensors_of(spec))
     config = json.loads((folder / "config.json").read_text())
