@@ -92,7 +92,7 @@ def images(size: Any) -> np.ndarray:
 
 
 def _record(case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns timm's features of a case, and adds the keys and shapes of the weights to the case."""
+    """Returns timm's features of a case; adds the keys and shapes of the weights to the case."""
     import torch
 
     from benchmarks.step import import_timm
