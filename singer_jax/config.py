@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from singer_jax.errors import unknown
 from singer_jax.jobs import JOBS
+from singer_jax.methods import METHODS
 from singer_jax.models.architecture import FIELDS
 from singer_jax.settings import settings as settings_lib
 from singer_jax.settings.ranges import Allowed, Each, Either, Range
@@ -164,9 +165,13 @@ def defaults(job: str) -> Settings:
     return typing.get_type_hints(function)["settings"]()
 
 
-@functools.cache
 def _keys(job: str) -> Mapping[str, Setting]:
-    """Returns every key of a job with its default."""
+    """Returns every key of a job with its default; a method that is added has its keys, too."""
+    return _keys_with(job, tuple(METHODS))
+
+
+@functools.cache
+def _keys_with(job: str, methods: tuple[str, ...]) -> Mapping[str, Setting]:
     return settings_lib.leaves(defaults(job))
 
 
