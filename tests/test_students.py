@@ -61,7 +61,8 @@ def students(workdir: Path) -> dict[str, dict[str, np.ndarray]]:
 def test_each_student_has_its_metrics_and_its_export(whole):
     names = {path.name for path in whole.iterdir()}
     files = {"config.json", "weights.json", "metrics.jsonl"}
-    assert names == files | {"tensorboard", "checkpoints", "students"}
+    folders = {"tensorboard", "checkpoints", "checkpoints.manifests", "students"}
+    assert names == files | folders
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-2])
     shared = ("train/images_per_second", "train/unreadable_images")
     own = ("train/singer/loss_outlier", "train/fitnet/loss_kd", "train/fitnet/learning_rate")

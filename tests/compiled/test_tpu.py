@@ -197,7 +197,7 @@ def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
 
 
 def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):
-    compiles(60, checkpoints._checksums, prepare(tmp_path, chips).state)
+    compiles(60, checkpoints._checksums, prepare(tmp_path, chips).states[""])
 
 
 @pytest.mark.parametrize("source", ["mlp", "mlp_norm", "block"])
