@@ -58,7 +58,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     with caplog.at_level(logging.WARNING):
         assert main.run(page, tmp_path / "page") == 0
     assert (tmp_path / "page" / "report" / "index.html").is_file()
-    assert f"left out: {images / 'val' / 'cat' / '003.jpg'}" in caplog.text
+    assert f"skipping unreadable image: {images / 'val' / 'cat' / '003.jpg'}" in caplog.text
 
     model = load_backbone(mesh, run=str(tmp_path / "run"))
     task, transform = model.classification(2, None), EvalTransform(16)
