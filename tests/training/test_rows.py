@@ -88,7 +88,8 @@ given = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
 if given:
     hosts.join(given["coordinator"], int(given["processes"]), int(given["process"]))
 settings = settings_of(tiny.config("none"))
-run = types.SimpleNamespace(any=types.SimpleNamespace(mesh=parallel.make_mesh()), image_size=8)
+one = types.SimpleNamespace(mesh=parallel.make_mesh(), steps=9)
+run = types.SimpleNamespace(any=one, image_size=8)
 source = open_source(settings.data, "train")
 found = []
 with contextlib.closing(device_batches(settings, run, source, 3)) as batches:
