@@ -64,7 +64,7 @@ def distill(settings: DistillSettings, workdir: epath.Path) -> None:
         process trains in it.
       Stopped: SIGTERM or SIGINT arrived; the run is saved.
       RunError: A non-finite loss, too many unreadable images, or no checkpoint without corruption.
-        Of several students the others are trained and exported before it is raised.
+        If one student of several stops, the others are trained and exported first.
     """
     with parallel.computing(settings.precision):
         _distill(settings, workdir)

@@ -83,7 +83,7 @@ def results_of(
 ) -> tuple[dict[str, dict[str, float | None]], str]:
     """Returns the rows of the results table, published ones included, and a note.
 
-    The rows are those of RUN/evaluation/results.json; of several students, those of
+    The rows are those of RUN/evaluation/results.json; with several students, those of
     RUN/evaluation/NAME/results.json. The name of a row says where other weights were measured
     than those that the page shows.
 
