@@ -15,7 +15,8 @@ LAYERS = """
 errors
 settings io
 platform
-data models
+data
+models
 methods runs
 training evaluation
 report

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, UInt8, UInt32
+from jaxtyping import Array, Float, UInt8, UInt32
 
-from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.classification import Classification
 from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, ComputePolicy
+from singer_jax.models.inference import ImagePass
 from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import WeightsFile, find_weights, read_hub_config
@@ -120,15 +120,6 @@ class Backbone:
         tokens = model.features(self.network.spec.prepare(images))[-1].astype(jnp.float32)
         return task.features(model, tokens).astype(jnp.float32)
 
-    def rows(self, batch_size: int) -> np.ndarray:
-        """Returns the rows of a batch that this process reads."""
-        return parallel.local_rows(parallel.batch_sharding(self.mesh), batch_size)
-
-    def put(self, batch: ImageBatch, batch_size: int) -> dict[str, jax.Array]:
-        """Puts images, labels and `valid` of this process's `rows` of a batch onto the mesh."""
-        given = {key: batch[key] for key in ("image", "label", "valid")}
-        return parallel.put_rows(given, parallel.batch_sharding(self.mesh), batch_size)
-
     def images_at_once(self, task: Task) -> int:
         """Returns the number of images per device that fit into memory in a pass without gradients.
 
@@ -168,8 +159,8 @@ class Backbone:
           RunError: an image cannot be read.
           Exception: any exception of `before_batch`.
         """
-        each = _batches_of_each([self], source, [task], transform, workers, seed, left_out)
-        return (batch for (batch,) in each)
+        images = ImagePass(source, transform, workers, seed, left_out, self.before_batch)
+        return ((features, labels) for (features,), labels in _map([(self, task)], images))
 
     def extract(
         self,
@@ -212,59 +203,29 @@ def extract_each(
     found = {}
     for size in sorted({backbone.image_size for backbone in backbones.values()}):
         names = [name for name, backbone in backbones.items() if backbone.image_size == size]
-        of_size, its_tasks = ([by_name[name] for name in names] for by_name in (backbones, tasks))
-        given = (of_size, source, its_tasks, transform(size), workers)
-        features: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        labels = []
-        for batches in _batches_of_each(*given, left_out=left_out):
-            labels.append(batches[0][1])
-            for name, (of_batch, _) in zip(names, batches, strict=True):
-                features[name].append(of_batch)
+        models = [(backbones[name], tasks[name]) for name in names]
+        asked = models[0][0].before_batch
+        images = ImagePass(source, transform(size), workers, 0, left_out, asked)
+        parts, labels = zip(*_map(models, images), strict=True)
         every_label = np.concatenate(labels)
-        for name in names:
-            found[name] = Examples(np.concatenate(features.pop(name)), every_label)
+        for name, features in zip(names, zip(*parts, strict=True), strict=True):
+            found[name] = Examples(np.concatenate(features), every_label)
     return found
 
 
-def _batches_of_each(
-    backbones: Sequence[Backbone],
-    source: Source,
-    tasks: Sequence[Task],
-    transform: Callable[..., Any],
-    workers: int = 0,
-    seed: int = 0,
-    left_out: Callable[[np.ndarray], None] | None = None,
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Yields, for each batch, one pair of features and labels per model, as `Backbone.batches`."""
-    first = backbones[0]
-    sizes = [own.images_at_once(task) for own, task in zip(backbones, tasks, strict=True)]
-    batch_size = min(sizes) * first.mesh.size
-    batches = eval_batches(
-        source,
-        transform,
-        batch_size=batch_size,
-        workers=workers,
-        strict=left_out is None,
-        seed=seed,
-        rows=first.rows(batch_size),
+def _map(
+    models: Sequence[tuple[Backbone, Task]], images: ImagePass
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Yields, for each batch, the features of each model, and the labels."""
+    mesh = models[0][0].mesh
+    batch_size = min(own.images_at_once(task) for own, task in models) * mesh.size
+    return images.map(
+        lambda batch: [
+            _features(own.network, task, mesh, own.params, batch["image"]) for own, task in models
+        ],
+        mesh,
+        batch_size,
     )
-    pending: list[Any] = []  # batch on the devices while the previous one is copied to the host
-    with contextlib.closing(batches):
-        for batch in batches:
-            first.before_batch()
-            replaced = batch["unreadable"] >= 0  # a replacement would be scored as this image
-            if replaced.any():
-                left_out(batch["unreadable"][batch["valid"] & replaced])
-                batch = batch | {"valid": batch["valid"] & ~replaced}
-            put = first.put(batch, batch_size)
-            computed = [
-                _examples(own.network, task, own.mesh, own.params, put)
-                for own, task in zip(backbones, tasks, strict=True)
-            ]
-            if pending:
-                yield [_select(*arrays) for arrays in pending]
-            pending = computed
-    yield [_select(*arrays) for arrays in pending]
 
 
 @jax.jit
@@ -274,23 +235,12 @@ def _checksums(params: Params) -> list[UInt32[Array, ""]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _examples(
-    network: Network, task: Task, mesh: Mesh, params: Params, batch: dict[str, Array]
-) -> tuple[Float[Array, "batch ..."], Array, Bool[Array, " batch"]]:
-    """Computes features, labels and `valid`, compiled once for all backbones of a network.
-
-    Each device processes its own images. With several processes, every process gets all results.
-    """
-    features = Backbone(network, params, mesh).features(params, batch["image"], task)
-    several = jax.process_count() > 1
-    sharding = parallel.replicated(mesh) if several else parallel.batch_sharding(mesh)
-    found = (features, batch["label"], batch["valid"])
-    return jax.lax.with_sharding_constraint(found, sharding)
-
-
-def _select(features: Array, labels: Array, valid: Array) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.asarray(valid)
-    return np.asarray(features)[chosen], np.asarray(labels)[chosen]
+def _features(
+    network: Network, task: Task, mesh: Mesh, params: Params, images: Array
+) -> Float[Array, "batch ..."]:
+    """Computes features, compiled once for all backbones of a network."""
+    features = Backbone(network, params, mesh).features(params, images, task)
+    return jax.lax.with_sharding_constraint(features, parallel.gathered(mesh))
 
 
 def resolve_weights(

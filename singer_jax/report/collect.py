@@ -26,6 +26,7 @@ from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_t
 from singer_jax.io import limits
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
+from singer_jax.models.inference import ImagePass, leave_out
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
@@ -198,7 +199,7 @@ def collect(
     last = arch.depth - 1
     layers = {layer for singer in singers.values() for layer in singer.teacher_layers}
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=parallel.gathered(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[str, Any]:
         features = network.merge(params).features(network.spec.prepare(images))
         prefix = arch.num_prefix_tokens
@@ -211,20 +212,9 @@ def collect(
         return jax.tree.map(lambda x: x[:, prefix:].astype(jnp.float32), found)
 
     def run_on(images: Source) -> dict[str, dict[int, np.ndarray]]:
-        sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
-        batches = eval_batches(
-            images,
-            EvalTransform(prepared.image_size),
-            batch_size=batch_size,
-            rows=parallel.local_rows(sharding, batch_size),
+        return ImagePass(images, EvalTransform(prepared.image_size), unreadable=leave_out).compute(
+            lambda batch: patches_of(teacher_params, batch["image"]), mesh
         )
-        parts = []
-        with contextlib.closing(batches):
-            for batch in batches:
-                put = parallel.put_rows(batch["image"], sharding, batch_size)
-                parts.append(jax.device_get(patches_of(teacher_params, put)))
-        # The remaining rows are the padding of the last batch.
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(images)], *parts)
 
     of_shown, of_fitted = run_on(few), run_on(fitted)
     target, target_fitted = of_shown["teacher"][last], of_fitted["teacher"][last]
