@@ -236,7 +236,7 @@ def documentation() -> str:
 
 def _table(known: Mapping[str, Setting], paper: Mapping[str, Any]) -> list[str]:
     rows = ["| key | default | description | allowed values |", "|---|---|---|---|"]
-    for key, setting in known.items():
+    for key, setting in sorted(known.items(), key=lambda item: item[0] != "job"):
         default = "" if setting.default is ABSENT else f"`{setting.default!r}`"
         if key in paper:
             default += f", paper `{paper[key]!r}`"

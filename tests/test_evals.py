@@ -16,7 +16,7 @@ from singer_jax.data.images import EvalTransform, UnreadableImage
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Record, Subset, evenly
 from singer_jax.errors import RunError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.jobs import distill, validation
 from singer_jax.platform import parallel
@@ -60,7 +60,7 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     assert (tmp_path / "page" / "report" / "index.html").is_file()
     assert f"skipping unreadable image: {images / 'val' / 'cat' / '003.jpg'}" in caplog.text
 
-    model = load_backbone(mesh, run=str(tmp_path / "run"))
+    model = load_backbone(mesh, ModelSelection(run=str(tmp_path / "run")))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
     patches = collect_patches(model.network, model.params, mesh, readable(test), [0])[0][0]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8, UInt32
 
@@ -37,6 +36,8 @@ from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
 from singer_jax.runs.workdir import checkpoints_folder
+from singer_jax.settings.ranges import COUNT, TEXT, optional
+from singer_jax.settings.settings import Settings, setting
 
 _MOST_IMAGES = 64  # per device and pass; enough to keep a device busy
 
@@ -135,7 +136,17 @@ class Backbone:
         copies = self.mesh.size if jax.process_count() > 1 else 1
         return min(_MOST_IMAGES, fitting(self.mesh, 4 * (widest + copies * features)))
 
-    def batches(
+    def batches(self, task: Task, images: ImagePass) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields features of a task and labels of every image, in order and each exactly once.
+
+        Raises:
+          RunError: an image cannot be read, and `images` does not leave it out.
+          Exception: any exception of `before_batch`.
+        """
+        images = dataclasses.replace(images, before_batch=self.before_batch)
+        return ((features, labels) for (features,), labels in _map([(self, task)], images))
+
+    def extract(
         self,
         source: Source,
         task: Task,
@@ -143,8 +154,8 @@ class Backbone:
         workers: int = 0,
         seed: int = 0,
         left_out: Callable[[np.ndarray], None] | None = None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields features and labels of every image of a split, in order and each exactly once.
+    ) -> Examples:
+        """Returns all of `batches` in memory.
 
         Args:
           source: images of the split.
@@ -159,21 +170,8 @@ class Backbone:
           RunError: an image cannot be read.
           Exception: any exception of `before_batch`.
         """
-        images = ImagePass(source, transform, workers, seed, left_out, self.before_batch)
-        return ((features, labels) for (features,), labels in _map([(self, task)], images))
-
-    def extract(
-        self,
-        source: Source,
-        task: Task,
-        transform: Callable[..., Any],
-        workers: int = 0,
-        seed: int = 0,
-        left_out: Callable[[np.ndarray], None] | None = None,
-    ) -> Examples:
-        """Returns all of `batches` in memory."""
-        batches = self.batches(source, task, transform, workers, seed, left_out)
-        features, labels = zip(*batches, strict=True)
+        images = ImagePass(source, transform, workers, seed, left_out)
+        features, labels = zip(*self.batches(task, images), strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
 
 
@@ -194,11 +192,11 @@ def extract_each(
       source: images of the split.
       tasks: task of each model.
       transform: function from an image size to the transform for it.
-      workers: as for `Backbone.batches`.
-      left_out: as for `Backbone.batches`.
+      workers: as for `Backbone.extract`.
+      left_out: as for `Backbone.extract`.
 
     Raises:
-      RunError: as `Backbone.batches`.
+      RunError: as `Backbone.extract`.
     """
     found = {}
     for size in sorted({backbone.image_size for backbone in backbones.values()}):
@@ -243,13 +241,37 @@ def _features(
     return jax.lax.with_sharding_constraint(features, parallel.gathered(mesh))
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelSelection(Settings):
+    """Settings that select a model: the student of a run, or weights."""
+
+    run: str = setting("", TEXT, "Work directory of a run; its student is read.")
+    student: str = setting("", TEXT, "Name of one of several students of `run`.")
+    step: int | None = setting(
+        None,
+        optional(COUNT),
+        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
+    )
+    weights: str = setting("", TEXT, "Weights to read: Hub repository or file.")
+    model: str = setting(
+        "",
+        TEXT,
+        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
+    )
+    weights_key: str = setting(
+        "",
+        TEXT,
+        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
+    )
+
+
 def resolve_weights(
     weights: str, model: str = "", weights_key: str = ""
 ) -> tuple[ModelSpec, WeightsFile]:
     """Returns what the model of weights is, and its file, without reading a tensor.
 
     Args:
-      weights, model, weights_key: as for `load_backbone`.
+      weights, model, weights_key: as in `ModelSelection`.
 
     Raises:
       InputError: nothing there, or weights of another architecture.
@@ -262,27 +284,13 @@ def resolve_weights(
 
 
 def load_backbone(
-    mesh: Mesh,
-    *,
-    run: str = "",
-    weights: str = "",
-    model: str = "",
-    weights_key: str = "",
-    student: str = "",
-    step: int | None = None,
-    policy: ComputePolicy = ComputePolicy(),
+    mesh: Mesh, selected: ModelSelection, policy: ComputePolicy = ComputePolicy()
 ) -> Backbone:
     """Loads a model for evaluation, from either a run or weights.
 
     Args:
       mesh: devices that hold the model.
-      run: work directory whose student is loaded.
-      weights: Hub repository or weight file; used if `run` is empty.
-      model: timm name of `weights`; needed if neither the Hub name nor a `config.json` beside the
-        file states it.
-      weights_key: part of the weights file, as in `ModelSettings`.
-      student: name of the student, if the run has several.
-      step: step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
+      selected: the model; `weights` is used if `run` is empty.
       policy: dtypes of the model.
 
     Raises:
@@ -290,17 +298,17 @@ def load_backbone(
         another architecture.
       RunError: every checkpoint of the run is corrupt.
     """
-    if run:
-        return _of_run(mesh, as_path(run), student, step, policy)
-    if step is not None:
+    if selected.run:
+        return _of_run(mesh, selected, policy)
+    if selected.step is not None:
         raise InputError(
             "step: needs a run, since only a run has checkpoints; give --config.run=DIR"
         )
-    if not weights:
+    if not selected.weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
         )
-    spec, file = resolve_weights(weights, model, weights_key)
+    spec, file = resolve_weights(selected.weights, selected.model, selected.weights_key)
     graph, params = load_model(
         spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
@@ -332,18 +340,17 @@ def load_teacher(
     return Backbone(Network(spec, graph), params, mesh)
 
 
-def _of_run(
-    mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
-) -> Backbone:
+def _of_run(mesh: Mesh, selected: ModelSelection, policy: ComputePolicy) -> Backbone:
+    run, student = as_path(selected.run), selected.student
     if not checkpoints_folder(run).is_dir():
         raise InputError(f"run: {run} holds no checkpoints; give a work directory that does")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
-        step = checkpoints.step_to_read(step)
+        step = checkpoints.step_to_read(selected.step)
         meta = checkpoints.meta(step)
         students = meta.get("students") or {"": meta["student"]}
         if student not in students:
-            told = ", ".join(students) if "" not in students else "one student without a name"
-            raise InputError(f"student: {student!r}, but {run} has {told}")
+            known = ", ".join(students) if "" not in students else "one student without a name"
+            raise InputError(f"student: {student!r}, but {run} has {known}")
         spec = from_hub_config(students[student])
         graph, abstract = abstract_model(spec.arch, policy)
         abstract = parallel.with_shardings(mesh, abstract)

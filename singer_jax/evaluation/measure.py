@@ -22,8 +22,9 @@ from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import Probed, ProbeResult, ProbeSettings, probe_each
 from singer_jax.evaluation.progress import Keeper
 from singer_jax.evaluation.segmentation import Segmentation
-from singer_jax.evaluation.store import stored_examples
+from singer_jax.evaluation.store import stored_examples, views_of
 from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrainer
+from singer_jax.models.inference import ImagePass
 
 
 class Split(NamedTuple):
@@ -122,8 +123,8 @@ def _probe_group(
         extract = functools.partial(backbone.extract, task=task, transform=centre, workers=workers)
         bank: Examples | None = None
         if settings.protocol == "fast":
-            views = [centre] + [augment] * settings.views
-            of_views = (backbone, split.train, task, views, workers, seed)
+            transforms = [centre] + [augment] * settings.views
+            of_views = backbone, task, views_of(split.train, transforms, workers, seed)
             bank = stored_examples(model.store, *of_views) if model.store else _in_memory(*of_views)
             shape = task.head_shape(backbone.arch)
             trainer = FeatureTrainer(task, bank, shape, settings, seed, backbone.mesh)
@@ -173,20 +174,10 @@ def without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _in_memory(
-    backbone: Backbone,
-    source: Source,
-    task: Task,
-    views: Sequence[Callable[..., Any]],
-    workers: int,
-    seed: int,
-) -> Examples:
+def _in_memory(backbone: Backbone, task: Task, views: Sequence[ImagePass]) -> Examples:
     """Returns `stored_examples` in float32 and without files."""
-    extracted = [
-        backbone.extract(source, task, transform, workers, seed + view)
-        for view, transform in enumerate(views)
-    ]
-    features, labels = (np.concatenate([e[part] for e in extracted]) for part in (0, 1))
+    batches = [batch for view in views for batch in backbone.batches(task, view)]
+    features, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Examples(features, labels, len(views))
 
 

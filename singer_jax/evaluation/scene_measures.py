@@ -165,19 +165,21 @@ class SceneMeasures:
         labels, tested = self.train.classes, self.test.classes
         classes, surfaces = int(labels.max()) + 1, int(self.train.masks.max()) + 1
         near = Examples(train[:, 0], labels), Examples(test[:, 0], tested)
-        left_out = self.train_marked, self.marked
 
-        def dense(name: str) -> tuple[np.ndarray, ...]:
-            of_train, of_test = (
-                _by_patch(getattr(one, name), backbone.arch.grid) for one in (self.train, self.test)
-            )
-            return train[:, prefix:], of_train, test[:, prefix:], of_test
+        def dense(name: str) -> list[linear.DenseSplit]:
+            of_train = train, self.train, self.train_marked
+            return [
+                linear.DenseSplit(
+                    tokens[:, prefix:], _by_patch(getattr(scenes, name), backbone.arch.grid), marked
+                )
+                for tokens, scenes, marked in (of_train, (test, self.test, self.marked))
+            ]
 
         return {
             "linear_top1": linear.top1(train[:, 0], labels, test[:, 0], tested, classes),
             "knn_top1": 100 * knn_top1(*near, classes=classes),
-            "miou": linear.mean_iou(*dense("masks"), surfaces, *left_out),
-            "depth_rmse": linear.depth_rmse(*dense("depth"), *left_out),
+            "miou": linear.mean_iou(*dense("masks"), surfaces),
+            "depth_rmse": linear.depth_rmse(*dense("depth")),
             "norm_ratio": norm_ratio(test[:, prefix:]),
         }
 

@@ -33,7 +33,7 @@ from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
 from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
-from singer_jax.runs.recorder import Recorder, in_words, stall_watchdog
+from singer_jax.runs.recorder import RecordedSteps, Recorder, in_words, stall_watchdog
 from singer_jax.runs.workdir import config_file, export_folder, origins_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.artifact_removal import load_teacher
@@ -229,12 +229,14 @@ def _open_recorder(job: _Job, start: int, stack: contextlib.ExitStack) -> Record
     stack.callback(writer.close)
     recorder = Recorder(
         writer,
-        start=start,
-        steps=run.any.steps,
-        every=settings.log.every_steps,
-        batch_size=settings.batch_size,
-        flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
-        devices=run.any.mesh.devices.ravel(),
+        RecordedSteps(
+            start=start,
+            steps=run.any.steps,
+            every=settings.log.every_steps,
+            batch_size=settings.batch_size,
+            flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
+            devices=run.any.mesh.devices.ravel(),
+        ),
         stopped=job.stopped,
         capture=functools.partial(capture, job.workdir, settings, job.source),
     )

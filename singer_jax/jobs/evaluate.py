@@ -20,7 +20,13 @@ from singer_jax.data.registry import DataSettings, announced, open_source
 from singer_jax.data.sources import TEST, TRAIN
 from singer_jax.errors import InputError, Stopped
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone, load_teacher
+from singer_jax.evaluation.backbone import (
+    Backbone,
+    Examples,
+    ModelSelection,
+    load_backbone,
+    load_teacher,
+)
 from singer_jax.evaluation.measure import (
     ProbedModel,
     Split,
@@ -48,14 +54,14 @@ from singer_jax.runs.workdir import (
     results_file,
     task_file,
 )
-from singer_jax.settings.ranges import COUNT, SEED, TEXT, Each, OneOf, optional
-from singer_jax.settings.settings import Settings, section, setting, to_dict
+from singer_jax.settings.ranges import SEED, TEXT, Each, OneOf
+from singer_jax.settings.settings import section, setting, to_dict
 from singer_jax.training.restore import read_settings
 from singer_jax.training.settings import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(Settings):
+class EvaluateSettings(ModelSelection):
     """Settings of the job `evaluate`."""
 
     job: str = setting("evaluate", OneOf(("evaluate",)), "Name of the command.")
@@ -70,23 +76,8 @@ class EvaluateSettings(Settings):
         TEXT,
         "Name of one of several students of `run`. Empty: all students and the teacher.",
     )
-    step: int | None = setting(
-        None,
-        optional(COUNT),
-        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
-    )
     weights: str = setting(
         "", TEXT, "Weights to evaluate: Hub repository or file. Set either this or `run`."
-    )
-    model: str = setting(
-        "",
-        TEXT,
-        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
-    )
-    weights_key: str = setting(
-        "",
-        TEXT,
-        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
     )
     precision: str = setting("float32", OneOf(tuple(PRECISIONS)), "Dtype of the activations.")
     data: DataSettings = section(DataSettings(source="table1"))
@@ -172,9 +163,8 @@ def _subjects(
     backbones: dict[str, Backbone] = {}
     if students and not settings.student:
         for name in students:
-            backbones[name] = load_backbone(
-                mesh, run=settings.run, student=name, step=step, policy=policy
-            )
+            selected = ModelSelection(run=settings.run, student=name, step=step)
+            backbones[name] = load_backbone(mesh, selected, policy)
         if any(methods.needs(own.method).teacher for own in students.values()):
             data = run.data
             try:
@@ -184,16 +174,8 @@ def _subjects(
             except InputError as error:
                 LOG.warning("the teacher is not evaluated: %s", error)
     else:
-        backbones[settings.student] = load_backbone(
-            mesh,
-            run=settings.run,
-            weights=settings.weights,
-            model=settings.model,
-            weights_key=settings.weights_key,
-            student=settings.student,
-            step=step,
-            policy=policy,
-        )
+        selected = dataclasses.replace(settings, step=step)
+        backbones[settings.student] = load_backbone(mesh, selected, policy)
     found = []
     for name, backbone in backbones.items():
         folder = model_folder(workdir, name)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from singer_jax.data.loader import eval_batches
+from singer_jax.data.loader import LoaderOptions, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.platform import parallel
 
@@ -60,14 +60,13 @@ class ImagePass:
           Exception: any exception of `before_batch`.
         """
         sharding, batch_size = parallel.batch_sharding(mesh), batch_size or _PER_DEVICE * mesh.size
+        rows = parallel.local_rows(sharding, batch_size)
         batches = eval_batches(
             self.source,
             self.transform,
             batch_size=batch_size,
-            workers=self.workers,
-            strict=self.unreadable is None,
             seed=self.seed,
-            rows=parallel.local_rows(sharding, batch_size),
+            options=LoaderOptions(self.workers, self.unreadable is None, rows),
         )
         with contextlib.closing(batches):
             for batch in batches:

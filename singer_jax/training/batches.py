@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
+from singer_jax.data.loader import LoaderOptions, UnreadableCount, train_batches, worker_count
 from singer_jax.data.sources import Source
 from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG
@@ -44,10 +44,12 @@ def device_batches(
         batch_size=size,
         seed=settings.seed,
         start=start,
-        workers=worker_count(data.workers),
-        strict=data.fail_on_unreadable,
-        # Row i of the batch is image i of the step, on any number of processes.
-        rows=parallel.local_rows(sharding, size),
+        options=LoaderOptions(
+            worker_count(data.workers),
+            data.fail_on_unreadable,
+            # Row i of the batch is image i of the step, on any number of processes.
+            parallel.local_rows(sharding, size),
+        ),
     )
     with contextlib.closing(batches):
         for step, batch in enumerate(batches, start + 1):

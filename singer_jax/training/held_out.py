@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches
+from singer_jax.data.loader import LoaderOptions, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
@@ -87,9 +87,8 @@ class HeldOut:
                 self.test,
                 EvalTransform(self.run.image_size),
                 batch_size=batch_size,
-                workers=self.workers,
                 part=range(start, stop),
-                rows=parallel.local_rows(sharding, batch_size),
+                options=LoaderOptions(self.workers, rows=parallel.local_rows(sharding, batch_size)),
             )
             with contextlib.closing(batches):
                 for batch in batches:

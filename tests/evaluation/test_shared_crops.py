@@ -13,7 +13,7 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import Stopped
 from singer_jax.evaluation import measure, trainers
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone
 from singer_jax.evaluation.measure import ProbedModel, Split, probe_models
 from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.evaluation.progress import FileKeeper, Keeper
@@ -29,7 +29,7 @@ KIND = "classification"
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> dict[str, Backbone]:
     weights = tiny.write_described(tmp_path_factory.mktemp("weights"))
-    one = load_backbone(parallel.make_mesh(1), weights=str(weights))
+    one = load_backbone(parallel.make_mesh(1), ModelSelection(weights=str(weights)))
     larger = jax.tree.map(lambda leaf: 1.1 * leaf, one.params)
     return {"one": one, "two": dataclasses.replace(one, params=larger)}
 

@@ -19,7 +19,7 @@ from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.sources import TEST
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.platform import parallel
 from tests import tiny
 from tests.data import official
@@ -59,7 +59,7 @@ def evaluated(run, data, tmp_path_factory) -> Path:
 
 def tokens_and_labels(run: Path, data: str, task: str) -> tuple[np.ndarray, list]:
     """Returns raw tokens of the last block and labels of a test split, image by image."""
-    backbone = load_backbone(parallel.make_mesh(1), run=str(run))
+    backbone = load_backbone(parallel.make_mesh(1), ModelSelection(run=str(run)))
     model = backbone.network.merge(backbone.params)
     benchmark = table1.TASKS[task]
     source = open_benchmark(benchmark.data, data, TEST)
