@@ -36,7 +36,9 @@ def config(teacher_file):
 
 
 @pytest.mark.parametrize("clean", CLEANERS)
-def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys, clean):
+def test_a_resumed_run_keeps_the_neurons_that_it_found(
+    config, tmp_path, monkeypatch, capsys, clean
+):
     config.teacher.artifact_removal = clean
     assert main.run(config, tmp_path / "whole") == 0
     found = json.loads((tmp_path / "whole" / "weights.json").read_text())["teacher"]["clean"]

@@ -65,9 +65,9 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
     patches = collect_patches(model.network, model.params, mesh, readable(test), [0])[0][0]
     assert len(patches) == 15 and len(np.unique(patches[:, 0], axis=0)) == 8  # none counts twice
-    told = []
-    kept = model.extract(test, task, transform, left_out=told.extend)
-    assert told == [3] and kept.labels.tolist() == [0] * 7 + [1] * 8
+    left_out = []
+    kept = model.extract(test, task, transform, left_out=left_out.extend)
+    assert left_out == [3] and kept.labels.tolist() == [0] * 7 + [1] * 8
     assert len(np.unique(kept.features, axis=0)) == 8  # cat and dog hold the same eight pictures
     with pytest.raises(RunError, match=r"train/cat/003\.jpg"):
         model.extract(train, task, transform)

@@ -27,7 +27,7 @@ from singer_jax.models import registers
 from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
 from singer_jax.models.model_card import write_card
 from singer_jax.models.params import Params
-from singer_jax.models.provenance import told
+from singer_jax.models.provenance import describe
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
@@ -120,7 +120,7 @@ def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
         # A run that continues keeps the provenance of the weights from which it was started.
         meta["weights"] = saved.get("weights") or run_provenance(settings, run)
         for name, one in meta["weights"].items() if jax.process_index() == 0 else ():
-            LOG.info("%s: %s", name, told(one))
+            LOG.info("%s: %s", name, describe(one))
         job = _Job(settings, workdir, run, source, lock, checkpoints, meta, stopped)
         if start < steps:
             states = _train(job, start)

@@ -510,8 +510,8 @@ def named_model(model: str, folder: Path, overrides: Mapping[str, Any]) -> Model
     }
     if not changed:
         return spec
-    told = ", ".join(f"{name} {value}" for name, value in changed.items())
-    _LOG.warning("%s: its config.json states %s, which is taken", model, told)
+    stated_fields = ", ".join(f"{name} {value}" for name, value in changed.items())
+    _LOG.warning("%s: its config.json states %s, which is taken", model, stated_fields)
     return lookup(model, {**overrides, **changed})
 
 

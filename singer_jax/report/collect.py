@@ -223,8 +223,8 @@ def collect(
         if last in singer.teacher_layers:
             tokens = of_shown[f"refined {name}"][last]
             cosine = cosine_to_teacher(tokens, target, None)
-            told = f"teacher, refined for {name}" if name else "teacher, refined"
-            models.append(ModelMaps(told, tokens, arch.grid, cosine))
+            label = f"teacher, refined for {name}" if name else "teacher, refined"
+            models.append(ModelMaps(label, tokens, arch.grid, cosine))
     for name, backbone in students.items():
         tokens = patch_tokens(backbone, few)
         cosine = None

@@ -107,7 +107,7 @@ def test_the_published_protocol_sees_new_crops(run, tmp_path):
         ({"weights": "vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
     ],
 )
-def test_what_is_not_there_is_named(mesh, arguments, words):
+def test_missing_models_are_named(mesh, arguments, words):
     with pytest.raises(InputError, match=words):
         load_backbone(mesh, ModelSelection(**arguments))
 
