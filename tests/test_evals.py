@@ -20,8 +20,8 @@ from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.jobs import distill, validation
 from singer_jax.platform import parallel
-from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import setup_students
+from singer_jax.training.validation_losses import ValidationLosses
 from tests import tiny
 
 
@@ -81,7 +81,7 @@ def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size,
     run = setup_students(settings_of(config), 64, 10)
     teacher = run.load_teacher()
     states = run.init_states(teacher)
-    held_out = HeldOut(run, DigitsSource(TEST), batch_size)
+    held_out = ValidationLosses(run, DigitsSource(TEST), batch_size)
 
     def loss(*chosen: int) -> float:
         held_out.test = Subset(DigitsSource(TEST), np.array(chosen))
@@ -99,7 +99,9 @@ def test_one_unreadable_image_never_ends_an_evaluation():
     for bad in range(9):
         replaced: list[int] = []
         test = Damaged(evenly(DigitsSource(TEST), 9), bad)
-        held_out = HeldOut(run, test, 4, replaced=lambda indices, to=replaced: to.extend(indices))
+        held_out = ValidationLosses(
+            run, test, 4, replaced=lambda indices, to=replaced: to.extend(indices)
+        )
         batches = [np.asarray(batch["image"]) for batch in held_out._batches()]
         assert [len(batch) for batch in batches] == [4, 4, 1] and replaced == [bad]
 
@@ -137,12 +139,12 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
     """An evaluation must never need more memory than a step."""
     made = []
 
-    class Recorded(HeldOut):
+    class Recorded(ValidationLosses):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             made.append(self.batch_size)
 
-    monkeypatch.setattr(validation, "HeldOut", Recorded)
+    monkeypatch.setattr(validation, "ValidationLosses", Recorded)
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0

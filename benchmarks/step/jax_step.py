@@ -18,7 +18,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
 
 
 def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
-    """Returns the run (`training.setup.Setups`) of this project's step."""
+    """Returns the run (`training.setup.RunSetup`) of this project's step."""
     from singer_jax.settings.settings import from_flat
     from singer_jax.training.settings import DistillSettings
     from singer_jax.training.setup import setup_students

@@ -41,13 +41,13 @@ from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
 from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops
-from singer_jax.training.identity import check_same_run, check_same_teacher
 from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.provenance import export_origin, run_provenance
 from singer_jax.training.restore import restore_states, saved_tree
+from singer_jax.training.resume_checks import check_same_run, check_same_teacher
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import TrainState
 
 
@@ -88,7 +88,7 @@ class _Job:
 
     settings: DistillSettings
     workdir: epath.Path
-    run: Setups
+    run: RunSetup
     source: Source
     lock: RunLock
     checkpoints: Checkpoints
@@ -136,7 +136,7 @@ def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
         raise StudentsStopped(message, stopped)
 
 
-def _warn_of_long_warmup(settings: DistillSettings, run: Setups) -> None:
+def _warn_of_long_warmup(settings: DistillSettings, run: RunSetup) -> None:
     epochs, steps = settings.schedule.warmup_epochs, run.any.steps
     warmup = epochs * run.any.steps_per_epoch
     if settings.schedule.name == "cosine" and steps < warmup:
@@ -150,7 +150,7 @@ def _warn_of_long_warmup(settings: DistillSettings, run: Setups) -> None:
         )
 
 
-def _description(settings: DistillSettings, run: Setups, source: Source) -> dict[str, Any]:
+def _description(settings: DistillSettings, run: RunSetup, source: Source) -> dict[str, Any]:
     """Returns the description of the run that is saved in each checkpoint."""
     specs = {name: own.distillation.student.spec for name, own in run.each.items()}
     configs = {name: to_hub_config(spec) for name, spec in specs.items()}
@@ -264,7 +264,7 @@ def _hooks(job: _Job, validation: Validation | None) -> LoopHooks:
     )
 
 
-def _report_start(run: Setups, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
+def _report_start(run: RunSetup, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     """Logs the reports of the methods after the first step."""
     for name, own in run.each.items():
         params, constants = states[name].params["method"], states[name].constants["method"]

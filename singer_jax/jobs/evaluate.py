@@ -30,7 +30,7 @@ from singer_jax.evaluation.measure import (
     without_infinities,
 )
 from singer_jax.evaluation.probe import ProbeSettings
-from singer_jax.evaluation.progress import FileKeeper
+from singer_jax.evaluation.progress import FileProgressStore
 from singer_jax.evaluation.scoring import score
 from singer_jax.evaluation.task_data import (
     TaskData,
@@ -264,15 +264,17 @@ class _Evaluation:
         for name, (one, test) in group.items():
             folder = one.model.folder
             progress = probe_progress_file(folder, task)
-            keeper = FileKeeper(progress, one.model.progress_key(one.key), self._asked)
+            progress_store = FileProgressStore(
+                progress, one.model.progress_key(one.key), self._asked
+            )
             store = cached(features_folder(folder, task))
-            models[name] = ProbedModel(one.backbone, test, store, keeper)
+            models[name] = ProbedModel(one.backbone, test, store, progress_store)
         found = probe_models(models, benchmark.kind, split, probe, self.settings.seed, self.workers)
         for name, (result, metrics) in found.items():
             one, _ = group[name]
             one.model.write_head(task, result.head)
             one.model.finish(task, one.key, data_digest(split), metrics)
-            models[name].keeper.remove()
+            models[name].progress_store.remove()
 
     def _transfer(self, task: str, one: _Unfinished, test: Examples) -> dict[str, Any]:
         """Returns the metrics of the ImageNet head on another test split."""

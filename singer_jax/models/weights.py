@@ -62,12 +62,14 @@ def _abstract_model(
 ) -> tuple[nnx.GraphDef, Params]:
     """Computes and caches the result of `abstract_model`, which is needed several times."""
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: VisionTransformer(arch, policy, rngs=_OneKey(jax.random.key(0))))
+        nnx.eval_shape(
+            lambda: VisionTransformer(arch, policy, rngs=_SingleKeyRngs(jax.random.key(0)))
+        )
     )
     return graph, nnx.to_pure_dict(state)
 
 
-class _OneKey(NamedTuple):
+class _SingleKeyRngs(NamedTuple):
     """Replacement of `nnx.Rngs`, whose counters take most of the time of a trace."""
 
     key: jax.Array

@@ -35,7 +35,7 @@ from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.restore import restore_states
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import TrainState
 
 _FITTED = 256  # number of training images to fit the maps to the teacher's features
@@ -101,7 +101,7 @@ class Report:
 
 def restore(
     run: epath.Path, settings: DistillSettings, step: int | None = None
-) -> tuple[Setups, dict[str, TrainState], Params | None, int]:
+) -> tuple[RunSetup, dict[str, TrainState], Params | None, int]:
     """Restores a run: its setups, states, the teacher's parameters, and the checkpoint's step.
 
     Args:
@@ -264,7 +264,7 @@ def _test_or_train(settings: DistillSettings, train: Source) -> Source:
         return train
 
 
-def trained_singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
+def trained_singers(prepared: RunSetup, states: Mapping[str, TrainState]) -> dict[str, Singer]:
     """Returns the method of each student that is trained with SiNGER."""
     found = {}
     for name, own in prepared.each.items():

@@ -12,11 +12,11 @@ from singer_jax.data.sources import Source
 from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 
 
 def device_batches(
-    settings: DistillSettings, run: Setups, source: Source, start: int
+    settings: DistillSettings, run: RunSetup, source: Source, start: int
 ) -> Iterator[tuple[Any, int]]:
     """Yields the batches of the steps after `start`, split over the devices.
 

@@ -28,7 +28,7 @@ from singer_jax.data.sources import (
 )
 from singer_jax.errors import InputError
 from singer_jax.settings.settings import to_dict
-from singer_jax.training.identity import check_same_run
+from singer_jax.training.resume_checks import check_same_run
 from singer_jax.training.settings import DistillSettings
 from tests.tiny import write_images
 
