@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from clu import parameter_overview
 from etils import epath
-from flax import nnx
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from singer_jax.data.registry import open_source
@@ -267,9 +266,7 @@ def _hooks(job: _Job, validation: Validation | None) -> LoopHooks:
 def _report_start(run: RunSetup, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     """Logs the reports of the methods after the first step."""
     for name, own in run.each.items():
-        params, constants = states[name].params["method"], states[name].constants["method"]
-        method = nnx.merge(own.distillation.method, params, constants)
-        for level, line in method.report(metrics[name]):
+        for level, line in own.method_of(states[name]).report(metrics[name]):
             LOG.log(level, f"{name}: {line}" if name else line)
 
 
