@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from singer_jax.errors import shown
 from singer_jax.io import limits
@@ -170,8 +171,8 @@ def _points(rows: Sequence[Mapping[str, float]], metric: str) -> list[tuple[floa
 def _maps() -> str:
     """Returns the containers that page.js fills from the data."""
     return (
-        '<p class="note">Click a patch of any picture to see which patches are similar to it. '
-        "Patch norms are divided by each model's median, so that one scale fits all.</p>"
+        '<p class="note">The maps show the patch tokens of the last block. Click a patch to see '
+        "which patches are similar to it.</p>"
         '<div id="images" role="group" aria-label="image"></div>'
         '<div id="quantities" role="group" aria-label="quantity"></div>'
         '<div id="scale"><span></span><div></div><span></span></div>'
@@ -236,6 +237,12 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
             line = zip(*points[name], strict=True)
             axis.plot(*line, marker=marker, markersize=3, label=_plain(label))
         axis.set(yscale=scale, xlabel="step", title=_plain(title or "loss terms"))
+        if scale == "log":
+            low, high = np.log10(axis.get_ylim())
+            few = np.floor(high) - np.ceil(low) < 2  # powers of ten on the axis, less one
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
         if set(columns) != {title}:
             axis.legend()
 
@@ -280,8 +287,8 @@ def _spectra(report: Report) -> str:
     table = {
         layer.name: {
             "threshold": layer.threshold,
-            "singular values below it": layer.null_dim,
-            "of": len(layer.singular_values),
+            "singular values below": layer.null_dim,
+            "all singular values": len(layer.singular_values),
         }
         for layer in report.layers
     }
