@@ -32,7 +32,7 @@ from benchmarks.results import report
 from singer_jax.io import limits
 
 SLOW, GROWTH = 5.0, 512  # seconds, MiB
-_HARD = 2**32  # bytes; a process that asks for more is told that there are none
+_HARD = 2**32  # bytes; a process that asks for more gets none
 # What atheris instruments.
 _GUIDED = ("singer_jax", "zipfile", "pickletools", "json", "PIL", "scipy.io")
 _PACKAGES = ("numpy", "pillow", "simplejpeg", "scipy", "h5py", "safetensors", "tensorflow-datasets")
@@ -54,7 +54,7 @@ class Watched:
         self.enter, self.folder, self.name = enter, folder, name
         self.expected = (InputError, RunError, UnreadableImage)
         self.executions, self.findings = 0, {}
-        self.start = self.told = time.monotonic()
+        self.start = self.written = time.monotonic()
         self.largest = _resident() + GROWTH
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -81,14 +81,14 @@ class Watched:
             kept = self.folder / f"{self.name}-{hashlib.sha1(data).hexdigest()[:12]}"
             kept.write_bytes(data)
             self.findings[wrong] = kept.name
-        if wrong or now - self.told > 1:
+        if wrong or now - self.written > 1:
             self.tell()
 
     def tell(self) -> None:
         """Writes how far it is."""
-        self.told = time.monotonic()
-        told = {"executions": self.executions, "seconds": self.told - self.start}
-        text = json.dumps(told | {"findings": self.findings})
+        self.written = time.monotonic()
+        progress = {"executions": self.executions, "seconds": self.written - self.start}
+        text = json.dumps(progress | {"findings": self.findings})
         (self.folder / f"{self.name}.json").write_text(text)
 
 
@@ -127,13 +127,13 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
         import atheris
 
         with atheris.instrument_imports(include=list(_GUIDED)):
-            from benchmarks import hostile
+            from benchmarks import fuzz_targets
     else:
-        from benchmarks import hostile
+        from benchmarks import fuzz_targets
     inside = folder / f"{name}.files"
     shutil.rmtree(inside, ignore_errors=True)
     inside.mkdir(parents=True)
-    seeds, enter = hostile.ENTRIES[name](inside)
+    seeds, enter = fuzz_targets.ENTRIES[name](inside)
     for seed in seeds:
         enter(seed)  # an honest file is read, and what is imported late is
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -169,7 +169,7 @@ def campaign(
       seconds: of each; 0: no bound.
       executions: of each; 0: no bound.
     """
-    from benchmarks.hostile import COMPILED
+    from benchmarks.fuzz_targets import COMPILED
 
     rows = []
     for name in names:
@@ -190,14 +190,18 @@ def campaign(
         except subprocess.TimeoutExpired:
             ended = "hangs"
         file = folder / f"{name}.json"
-        told = json.loads(file.read_text()) if file.is_file() else {"executions": 0, "seconds": 0}
-        found = list(told.get("findings", {})) + ([f"the process ended: {ended}"] if ended else [])
+        progress = (
+            json.loads(file.read_text()) if file.is_file() else {"executions": 0, "seconds": 0}
+        )
+        found = list(progress.get("findings", {})) + (
+            [f"the process ended: {ended}"] if ended else []
+        )
         rows.append(
             {
                 "entry point": name,
                 "guided by coverage": "yes" if guided else "no",
-                "executions": f"{told['executions']:,}",
-                "seconds": round(told["seconds"]),
+                "executions": f"{progress['executions']:,}",
+                "seconds": round(progress["seconds"]),
                 "findings": len(found),
                 "which": "; ".join(found),
             }
@@ -215,26 +219,26 @@ def main() -> None:
     from_line.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     from_line.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     from_line.add_argument("--guided", action="store_true", help=argparse.SUPPRESS)
-    told = from_line.parse_args()
-    if told.inside and told.guided:
-        fuzz(told.only, told.findings, told.seconds, told.executions, True)
-    from benchmarks.hostile import ENTRIES
+    given = from_line.parse_args()
+    if given.inside and given.guided:
+        fuzz(given.only, given.findings, given.seconds, given.executions, True)
+    from benchmarks.fuzz_targets import ENTRIES
 
-    names = [told.only] if told.only else list(ENTRIES)
-    if told.inside:
+    names = [given.only] if given.only else list(ENTRIES)
+    if given.inside:
         for name in names:
-            fuzz(name, told.findings, told.seconds, told.executions, False)
+            fuzz(name, given.findings, given.seconds, given.executions, False)
         return
-    told.findings.mkdir(parents=True, exist_ok=True)
-    rows = campaign(names, told.findings, told.seconds, told.executions)
+    given.findings.mkdir(parents=True, exist_ok=True)
+    rows = campaign(names, given.findings, given.seconds, given.executions)
     report(
         "Hostile files",
-        f"python -m benchmarks.fuzz --seconds {told.seconds:g}"
-        + (f' --only "{told.only}"' if told.only else ""),
+        f"python -m benchmarks.fuzz --seconds {given.seconds:g}"
+        + (f' --only "{given.only}"' if given.only else ""),
         rows,
         "",
         _PACKAGES,
-        told.keep,
+        given.keep,
     )
     sys.exit(any(row["findings"] for row in rows))
 

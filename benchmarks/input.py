@@ -32,7 +32,7 @@ from benchmarks.make_inputs import write_images
 from benchmarks.results import report
 from benchmarks.step import import_timm
 from singer_jax.data.images import TrainTransform, open_image
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN, Subset
 
@@ -132,9 +132,7 @@ def loaded(folder: Path, batches: int, which: str) -> float:
             TrainTransform(224, fast=which == FAST),
             batch_size=64,
             seed=0,
-            start=0,
-            workers=1,
-            strict=True,
+            options=LoaderOptions(workers=1, strict=True),
         )
         with contextlib.closing(loader):
             for _, _ in zip(range(count), loader, strict=False):

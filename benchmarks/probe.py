@@ -24,10 +24,10 @@ import numpy as np
 from benchmarks.make_inputs import write_images, write_weights
 from benchmarks.results import report
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches, worker_count
+from singer_jax.data.loader import LoaderOptions, eval_batches, worker_count
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.measure import ProbedModel, Split, probe_models, test_examples
 from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.platform import parallel
@@ -50,9 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
             for label in range(8):
                 write_images(count // 8, root / split / str(label))
         write_weights(arguments.model, root / "weights.safetensors")
-        backbone = load_backbone(
-            parallel.make_mesh(), weights=str(root / "weights.safetensors"), model=arguments.model
-        )
+        weights = str(root / "weights.safetensors")
+        selected = ModelSelection(weights=weights, model=arguments.model)
+        backbone = load_backbone(parallel.make_mesh(), selected)
         split = Split(*(make_source("folder", str(root), part) for part in (TRAIN, TEST)))
         workers = worker_count(None)
 
@@ -70,9 +70,8 @@ def main(arguments: argparse.Namespace) -> None:
             backbone.extract(split.train, task, transform, workers)
 
         def read() -> None:
-            batches = eval_batches(
-                split.train, EvalTransform(backbone.image_size), batch_size=64, workers=workers
-            )
+            transform, options = EvalTransform(backbone.image_size), LoaderOptions(workers)
+            batches = eval_batches(split.train, transform, batch_size=64, options=options)
             with contextlib.closing(batches):
                 for _ in batches:
                     pass

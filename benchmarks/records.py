@@ -29,7 +29,7 @@ from benchmarks.results import report
 from singer_jax import main as singer_main
 from singer_jax.config import prepare
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.records import stored_bytes
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN, Source
@@ -70,9 +70,8 @@ def read(source: Source, order: np.ndarray) -> float:
 
 def loaded(source: Source) -> float:
     """Returns images a second of the loader once it runs."""
-    batches = train_batches(
-        source, TrainTransform(224, fast=True), batch_size=_BATCH, seed=0, workers=_WORKERS
-    )
+    transform, options = TrainTransform(224, fast=True), LoaderOptions(_WORKERS)
+    batches = train_batches(source, transform, batch_size=_BATCH, seed=0, options=options)
     with contextlib.closing(batches):
         for _ in range(8):
             next(batches)

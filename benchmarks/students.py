@@ -36,7 +36,7 @@ from singer_jax.models.summary import features_flops
 from singer_jax.platform import parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 
 METHODS = ("fitnet", "vitkd", "singer")
 
@@ -52,7 +52,7 @@ def six_of_vit_large(images: int) -> ConfigDict:
     return config
 
 
-def prepare(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Setups:
+def prepare(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> RunSetup:
     """With a teacher of no content."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "teacher.safetensors"
@@ -66,7 +66,7 @@ def counted() -> list[dict[str, str]]:
     together = step_flops(run.students, run.states, run.teacher, 1)
     alone = {
         name: step_flops(one.students, one.states, one.teacher, 1)
-        for name, one in ((name, Setups({"": own})) for name, own in run.each.items())
+        for name, one in ((name, RunSetup({"": own})) for name, own in run.each.items())
     }
     spec, blocks = run.teacher_model.network.spec, max(run.students.teacher_reads) + 1
     teacher = features_flops(spec.arch, blocks)
@@ -84,7 +84,7 @@ def counted() -> list[dict[str, str]]:
     return rows
 
 
-def described_batch(run: Setups, images: int) -> dict[str, jax.ShapeDtypeStruct]:
+def described_batch(run: RunSetup, images: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of a mesh that need not be here."""
     split = parallel.batch_sharding(run.any.mesh)
     shape = (images, run.image_size, run.image_size, 3)
@@ -101,7 +101,7 @@ def compiled(topology: str, images: int, only: str) -> Iterator[dict[str, str]]:
     run = prepare(config, mesh)
     batch = described_batch(run, config.batch_size)
     programs = {"six, one by one": (run, "sequential"), "six, together": (run, "parallel")}
-    programs |= {name: (Setups({"": own}), "parallel") for name, own in run.each.items()}
+    programs |= {name: (RunSetup({"": own}), "parallel") for name, own in run.each.items()}
     for name, (which, schedule) in programs.items():
         if only and only not in name:
             continue
@@ -139,9 +139,9 @@ def timed(images: int, repeats: int, counts: tuple[int, ...]) -> list[dict[str, 
         parallel.batch_sharding(run.any.mesh),
     )
     names = list(run.each)
-    groups = {(name,): Setups({"": run.each[name]}) for name in names}
+    groups = {(name,): RunSetup({"": run.each[name]}) for name in names}
     groups |= {
-        tuple(names[:count]): Setups({name: run.each[name] for name in names[:count]})
+        tuple(names[:count]): RunSetup({name: run.each[name] for name in names[:count]})
         for count in counts
         if count > 1
     }
@@ -163,7 +163,7 @@ def timed(images: int, repeats: int, counts: tuple[int, ...]) -> list[dict[str, 
         group = tuple(names[:count])
         separate = sum(median[(name,)] for name in group)
         together = median[group]
-        own = Setups({name: run.each[name] for name in group})
+        own = RunSetup({name: run.each[name] for name in group})
         flops = step_flops(own.students, own.states, own.teacher, images)
         apart = sum(
             step_flops(one.students, one.states, one.teacher, images)

@@ -57,87 +57,47 @@ _PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_satur
 }
 
 
-def default(protocol: str = "recommended") -> ConfigDict:
-    """Returns the configuration of the job `distill`.
+def default(protocol: str = "recommended", job: str = "distill") -> ConfigDict:
+    """Returns the configuration of a job with the default of every key.
 
     Args:
       protocol: `recommended`, or `paper` for the settings of the official code, except where it is
         plainly broken (docs/differences.md).
+      job: name of the command.
 
     Raises:
-      InputError: the protocol is unknown.
+      InputError: the protocol or the job is unknown.
     """
-    return _of_job("distill", protocol)
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+    settings = defaults(job)
+    config = ConfigDict(settings_lib.to_dict(settings))
+    for key, known in _keys(job).items():
+        if known.default is None:
+            section, _, name = key.rpartition(".")
+            within = config
+            for part in filter(None, section.split(".")):
+                within = within[part]
+            within[name] = placeholder(_type(known.allowed))
+    if protocol == "paper":
+        config.update_from_flattened_dict(_PAPER.get(job, {}))
+    return config
 
 
-def evaluation(protocol: str = "recommended") -> ConfigDict:
-    """Returns the configuration of the job `evaluate`; raises as `default`."""
-    return _of_job("evaluate", protocol)
-
-
-def probe(protocol: str = "recommended") -> ConfigDict:
-    """Returns the configuration of a probe; raises as `default`."""
-    return evaluation(protocol).probe
-
-
-def export() -> ConfigDict:
-    """Returns the configuration of the job `export`."""
-    return _of_job("export")
-
-
-def report() -> ConfigDict:
-    """Returns the configuration of the job `report`."""
-    return _of_job("report")
-
-
-def compare() -> ConfigDict:
-    """Returns the configuration of the job `compare`."""
-    return _of_job("compare")
-
-
-def prepare() -> ConfigDict:
-    """Returns the configuration of the job `prepare`."""
-    return _of_job("prepare")
-
-
-def check_data() -> ConfigDict:
-    """Returns the configuration of the job `check_data`."""
-    return _of_job("check_data")
-
-
-def check_run() -> ConfigDict:
-    """Returns the configuration of the job `check_run`."""
-    return _of_job("check_run")
-
-
-def replay() -> ConfigDict:
-    """Returns the configuration of the job `replay`."""
-    return _of_job("replay")
-
-
-def models() -> ConfigDict:
-    """Returns the configuration of the job `models`."""
-    return _of_job("models")
-
-
-def null_spaces(protocol: str = "recommended") -> ConfigDict:
-    """Returns the configuration of the job `nullspace`; raises as `default`."""
-    return _of_job("nullspace", protocol)
-
-
-def plan() -> ConfigDict:
-    """Returns the configuration of the job `plan`."""
-    return _of_job("plan")
-
-
-def quickstart(protocol: str = "recommended") -> ConfigDict:
-    """Returns the configuration of the job `quickstart`; raises as `default`."""
-    return _of_job("quickstart", protocol)
-
-
-def study() -> ConfigDict:
-    """Returns the configuration of the job `study`."""
-    return _of_job("study")
+# `default` of each other job.
+check_data = functools.partial(default, job="check_data")
+check_run = functools.partial(default, job="check_run")
+compare = functools.partial(default, job="compare")
+evaluation = functools.partial(default, job="evaluate")
+export = functools.partial(default, job="export")
+models = functools.partial(default, job="models")
+null_spaces = functools.partial(default, job="nullspace")
+plan = functools.partial(default, job="plan")
+prepare = functools.partial(default, job="prepare")
+quickstart = functools.partial(default, job="quickstart")
+replay = functools.partial(default, job="replay")
+report = functools.partial(default, job="report")
+study = functools.partial(default, job="study")
 
 
 def settings_of(config: Any) -> Settings:
@@ -173,23 +133,6 @@ def _keys(job: str) -> Mapping[str, Setting]:
 @functools.cache
 def _keys_with(job: str, methods: tuple[str, ...]) -> Mapping[str, Setting]:
     return settings_lib.leaves(defaults(job))
-
-
-def _of_job(job: str, protocol: str = "recommended") -> ConfigDict:
-    if protocol not in PROTOCOLS:
-        raise unknown("protocol", protocol, PROTOCOLS)
-    settings = defaults(job)
-    config = ConfigDict(settings_lib.to_dict(settings))
-    for key, known in _keys(job).items():
-        if known.default is None:
-            section, _, name = key.rpartition(".")
-            within = config
-            for part in filter(None, section.split(".")):
-                within = within[part]
-            within[name] = placeholder(_type(known.allowed))
-    if protocol == "paper":
-        config.update_from_flattened_dict(_PAPER.get(job, {}))
-    return config
 
 
 def _type(allowed: Allowed) -> type:
@@ -236,7 +179,7 @@ def documentation() -> str:
 
 def _table(known: Mapping[str, Setting], paper: Mapping[str, Any]) -> list[str]:
     rows = ["| key | default | description | allowed values |", "|---|---|---|---|"]
-    for key, setting in known.items():
+    for key, setting in sorted(known.items(), key=lambda item: item[0] != "job"):
         default = "" if setting.default is ABSENT else f"`{setting.default!r}`"
         if key in paper:
             default += f", paper `{paper[key]!r}`"

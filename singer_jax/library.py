@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.io.files import as_path, working_disks
 from singer_jax.jobs import distill as job
 from singer_jax.models import zoo
@@ -85,13 +85,15 @@ def load_model(
     of_run = checkpoints_folder(as_path(given)).is_dir()
     backbone = load_backbone(
         parallel.make_mesh(1),
-        run=given if of_run else "",
-        weights="" if of_run else given,
-        model=model,
-        weights_key=weights_key,
-        student=student,
-        step=step,
-        policy=_numerics(precision),
+        ModelSelection(
+            run=given if of_run else "",
+            student=student,
+            step=step,
+            weights="" if of_run else given,
+            model=model,
+            weights_key=weights_key,
+        ),
+        _numerics(precision),
     )
     loaded = backbone.network.merge(backbone.params)
     loaded.spec = backbone.network.spec

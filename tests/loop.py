@@ -27,7 +27,7 @@ from singer_jax.platform import hosts, parallel, signals
 from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.lock import holding
 from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
-from singer_jax.runs.recorder import Recorder
+from singer_jax.runs.recorder import RecordedSteps, Recorder
 from singer_jax.training.loop import LoopHooks, train
 
 FLAGS = {
@@ -133,12 +133,14 @@ def _train(
         stack.callback(writer.close)
         recorder = Recorder(
             writer,
-            start=start,
-            steps=flags["config.steps"],
-            every=1,
-            batch_size=WIDTH,
-            flops=1,
-            devices=mesh.devices.ravel(),
+            RecordedSteps(
+                start=start,
+                steps=flags["config.steps"],
+                every=1,
+                batch_size=WIDTH,
+                flops=1,
+                devices=mesh.devices.ravel(),
+            ),
         )
         stack.callback(recorder.close)
         between = LoopHooks(

@@ -22,7 +22,7 @@ from benchmarks.make_inputs import write_blank_weights
 from singer_jax.config import PROTOCOLS, settings_of
 from singer_jax.platform import parallel
 from singer_jax.settings.settings import flatten
-from singer_jax.training.setup import Setup, setup_students
+from singer_jax.training.setup import StudentSetup, setup_students
 
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).with_name("shipped")
@@ -74,7 +74,7 @@ def describe(config: ConfigDict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _layers(run: Setup) -> str:
+def _layers(run: StudentSetup) -> str:
     state = run.state
     method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
     pairs = zip(method.teacher_layers, method.student_layers, strict=True)

@@ -41,11 +41,11 @@ def test_all_unreadable_images_are_listed_and_the_status_says_so(tmp_path, capsy
     assert not list((tmp_path / "out").glob("*.txt"))
     bad = set().union(*map(damage, folders))
     assert main.run(config_of(root), tmp_path / "out") == 1
-    told = capsys.readouterr()
-    assert f"{len(bad)} images cannot be read" in told.err
+    printed = capsys.readouterr()
+    assert f"{len(bad)} images cannot be read" in printed.err
     listed = "".join(file.read_text() for file in (tmp_path / "out").glob("*_unreadable.txt"))
     assert {line.split(": ")[0] for line in listed.splitlines()} == bad
-    assert len(listed.splitlines()) == told.out.count("unreadable: ") == len(bad)
+    assert len(listed.splitlines()) == printed.out.count("unreadable: ") == len(bad)
     assert np.asarray(Image.open(tmp_path / "out" / "images_train.png")).any()
     config = config_of(root)
     config.decode = False
@@ -79,9 +79,9 @@ def test_nothing_readable_for_a_contact_sheet_is_a_line_and_a_status(tmp_path, c
         monkeypatch.setattr(FolderSource, "__getitem__", patched)
         out = tmp_path / f"out{number}"
         assert main.run(config, out) == 1
-        told = capsys.readouterr()
-        assert told.out.count("no contact sheet: no image can be read; first: ") == number + 1
-        assert "contact sheet can be read: " in told.err and len(told.err.splitlines()) == 1
+        printed = capsys.readouterr()
+        assert printed.out.count("no contact sheet: no image can be read; first: ") == number + 1
+        assert "contact sheet can be read: " in printed.err and len(printed.err.splitlines()) == 1
         assert (out / "i_test.png").is_file() == (patched is read)
 
 

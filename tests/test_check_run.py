@@ -43,7 +43,7 @@ def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
     process = cli.hold(run)
     try:
         before = {file: file.read_bytes() for file in files(run)}
-        status, told, _ = check(run, capsys)
+        status, lines, _ = check(run, capsys)
         assert status == 0
         assert {file: file.read_bytes() for file in files(run)} == before
         assert main.run(finished[0], run) == 2
@@ -52,11 +52,11 @@ def test_a_whole_run_and_one_that_another_process_holds(finished, run, capsys):
     finally:
         process.kill()
         process.communicate()
-    assert told["checkpoints/2"] == told["checkpoints/4"] == "every checksum matches"
-    assert told["metrics.jsonl"] == "3 rows"
-    assert "sha256 matches" in told["student/model.safetensors"]
-    assert "sha256 matches" in told["weights of teacher"]
-    assert told["config.json"] == told["weights.json"] == "readable"
+    assert lines["checkpoints/2"] == lines["checkpoints/4"] == "every checksum matches"
+    assert lines["metrics.jsonl"] == "3 rows"
+    assert "sha256 matches" in lines["student/model.safetensors"]
+    assert "sha256 matches" in lines["weights of teacher"]
+    assert lines["config.json"] == lines["weights.json"] == "readable"
 
 
 def _cut(name: str):
@@ -81,12 +81,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_damaged_is_named(run, capsys, name):
+def test_corrupt_files_are_named(run, capsys, name):
     DAMAGES[name](run)
-    status, told, error = check(run, capsys)
+    status, lines, error = check(run, capsys)
     name = name.split(",")[0]
     assert status == 1
-    assert [key for key, line in told.items() if line.startswith("CORRUPT: ")] == [name]
+    assert [key for key, line in lines.items() if line.startswith("CORRUPT: ")] == [name]
     assert error.endswith(f"corrupt: {name}\n") and len(error.splitlines()) == 1
 
 
@@ -95,7 +95,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert status == 2 and "not the work directory of a run" in error
 
 
-def test_a_damaged_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
+def test_a_damaged_run_resumes_bit_exact_from_the_previous_checkpoint(
     finished, run, caplog, capsys
 ):
     caplog.set_level(logging.INFO)
@@ -118,6 +118,6 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     assert "continuing after step 2 of 4" in caplog.text
     assert student.read_bytes() == expected
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3, 4]
-    status, told, _ = check(run, capsys)
+    status, lines, _ = check(run, capsys)
     assert status == 0
-    assert told["checkpoints.damaged/4"].startswith("moved here earlier: ")
+    assert lines["checkpoints.damaged/4"].startswith("moved here earlier: ")

@@ -13,7 +13,7 @@ from singer_jax.config import settings_of
 from singer_jax.platform import parallel
 from singer_jax.training import artifact_removal, flops
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import outlier_teacher, tiny
 
 CLEANERS = ("registers", "shift_average")
@@ -36,7 +36,9 @@ def config(teacher_file):
 
 
 @pytest.mark.parametrize("clean", CLEANERS)
-def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys, clean):
+def test_a_resumed_run_keeps_the_neurons_that_it_found(
+    config, tmp_path, monkeypatch, capsys, clean
+):
     config.teacher.artifact_removal = clean
     assert main.run(config, tmp_path / "whole") == 0
     found = json.loads((tmp_path / "whole" / "weights.json").read_text())["teacher"]["clean"]
@@ -65,12 +67,12 @@ def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys,
     assert f"teacher.artifact_removal: '{clean}' -> None" in capsys.readouterr().err
 
 
-def prepare(config, clean, **changes: object) -> Setups:
+def prepare(config, clean, **changes: object) -> RunSetup:
     config.update_from_flattened_dict({"teacher.artifact_removal": clean} | changes)
     return setup_students(settings_of(config), 64, 10)
 
 
-def batch_of(run: Setups) -> dict:
+def batch_of(run: RunSetup) -> dict:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     batch = {"image": images, "label": np.zeros(8, np.int32)}

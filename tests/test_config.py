@@ -126,7 +126,7 @@ KINDS = sorted({type(allowed).__name__ for allowed in KEYS.values()})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(kind):
+def test_a_wrong_value_is_one_line_with_key_value_and_range(kind):
     """Every key of every job, by the kind of its range."""
     for key, allowed in KEYS.items():
         if type(allowed).__name__ != kind:
@@ -276,7 +276,7 @@ def test_a_run_older_than_a_default_is_as_it_was():
 
 
 def test_settings_check_themselves():
-    with pytest.raises(InputError, match=r"^SingerSettings\.rank: 0; give a whole number"):
+    with pytest.raises(InputError, match=r"^SingerSettings\.rank: 0; give an integer"):
         SingerSettings(rank=0)
     with pytest.raises(InputError, match=r"Architecture\.act_layer .relu."):
         Architecture(act_layer="relu")

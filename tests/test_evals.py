@@ -16,12 +16,12 @@ from singer_jax.data.images import EvalTransform, UnreadableImage
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, DigitsSource, Record, Subset, evenly
 from singer_jax.errors import RunError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.jobs import distill, validation
 from singer_jax.platform import parallel
-from singer_jax.training.held_out import HeldOut
 from singer_jax.training.setup import setup_students
+from singer_jax.training.validation_losses import ValidationLosses
 from tests import tiny
 
 
@@ -60,14 +60,14 @@ def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path,
     assert (tmp_path / "page" / "report" / "index.html").is_file()
     assert f"skipping unreadable image: {images / 'val' / 'cat' / '003.jpg'}" in caplog.text
 
-    model = load_backbone(mesh, run=str(tmp_path / "run"))
+    model = load_backbone(mesh, ModelSelection(run=str(tmp_path / "run")))
     task, transform = model.classification(2, None), EvalTransform(16)
     train, test = (make_source(str(images), "", split) for split in (TRAIN, TEST))
     patches = collect_patches(model.network, model.params, mesh, readable(test), [0])[0][0]
     assert len(patches) == 15 and len(np.unique(patches[:, 0], axis=0)) == 8  # none counts twice
-    told = []
-    kept = model.extract(test, task, transform, left_out=told.extend)
-    assert told == [3] and kept.labels.tolist() == [0] * 7 + [1] * 8
+    left_out = []
+    kept = model.extract(test, task, transform, left_out=left_out.extend)
+    assert left_out == [3] and kept.labels.tolist() == [0] * 7 + [1] * 8
     assert len(np.unique(kept.features, axis=0)) == 8  # cat and dog hold the same eight pictures
     with pytest.raises(RunError, match=r"train/cat/003\.jpg"):
         model.extract(train, task, transform)
@@ -81,7 +81,7 @@ def test_held_out_losses_are_those_of_every_image(tmp_path, devices, batch_size,
     run = setup_students(settings_of(config), 64, 10)
     teacher = run.load_teacher()
     states = run.init_states(teacher)
-    held_out = HeldOut(run, DigitsSource(TEST), batch_size)
+    held_out = ValidationLosses(run, DigitsSource(TEST), batch_size)
 
     def loss(*chosen: int) -> float:
         held_out.test = Subset(DigitsSource(TEST), np.array(chosen))
@@ -99,7 +99,9 @@ def test_one_unreadable_image_never_ends_an_evaluation():
     for bad in range(9):
         replaced: list[int] = []
         test = Damaged(evenly(DigitsSource(TEST), 9), bad)
-        held_out = HeldOut(run, test, 4, replaced=lambda indices, to=replaced: to.extend(indices))
+        held_out = ValidationLosses(
+            run, test, 4, replaced=lambda indices, to=replaced: to.extend(indices)
+        )
         batches = [np.asarray(batch["image"]) for batch in held_out._batches()]
         assert [len(batch) for batch in batches] == [4, 4, 1] and replaced == [bad]
 
@@ -137,12 +139,12 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
     """An evaluation must never need more memory than a step."""
     made = []
 
-    class Recorded(HeldOut):
+    class Recorded(ValidationLosses):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             made.append(self.batch_size)
 
-    monkeypatch.setattr(validation, "HeldOut", Recorded)
+    monkeypatch.setattr(validation, "ValidationLosses", Recorded)
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0

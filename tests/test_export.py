@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from singer_jax import main
 from singer_jax.config import export
 from singer_jax.errors import RunError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.models import zoo
 from singer_jax.models.export_timm import to_hub_config
 from singer_jax.models.program import check_program, features_program, largest_difference
@@ -78,7 +78,7 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
     command = [sys.executable, "-c", LOAD_WITHOUT_US, program, tmp_path / "images.npy"]
     subprocess.run([*map(str, command), str(tmp_path / "out.npz")], check=True)
     found = np.load(tmp_path / "out.npz")
-    backbone = load_backbone(mesh, run=str(run))
+    backbone = load_backbone(mesh, ModelSelection(run=str(run)))
     model = backbone.network.merge(backbone.params)
     tokens = model.features(backbone.network.spec.prepare(images))[-1]
     np.testing.assert_allclose(found["tokens"], tokens, rtol=1e-4, atol=1e-5)
@@ -193,7 +193,7 @@ def test_an_epsilon_that_timm_has_no_argument_for_is_refused_before_loading(
 
 
 def test_a_program_of_another_model_is_refused(run, mesh):
-    backbone = load_backbone(mesh, run=str(run))
+    backbone = load_backbone(mesh, ModelSelection(run=str(run)))
     program = features_program(backbone.network, backbone.params)
     check_program(program, backbone.network, backbone.params)
     other = jax.tree.map(lambda leaf: -leaf, backbone.params)

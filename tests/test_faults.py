@@ -71,7 +71,7 @@ def others(tmp_path_factory) -> dict[str, dict[str, object] | None]:
 def check(found: dict[str, object] | None) -> None:
     if found is None:
         pytest.skip("needs root and loop devices")
-    assert found["outcome"] in ("continued", "stopped"), found["told"]
+    assert found["outcome"] in ("continued", "stopped"), found["message"]
 
 
 @pytest.mark.parametrize("name", FEW)

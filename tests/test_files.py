@@ -66,7 +66,7 @@ def test_partial_files_of_killed_processes_are_removed_after_a_day(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", living.name, other.name}
 
 
-def test_the_room_of_a_memory_map_is_reserved_before_it_is_written(tmp_path):
+def test_the_disk_space_of_a_memory_map_is_reserved_before_it_is_written(tmp_path):
     """A write to a hole in the file on a full disk would end the process with SIGBUS."""
     array = store.reserved(tmp_path / "features.npy", np.dtype(np.float16), (1000, 384))
     found = os.stat(tmp_path / "features.npy")
@@ -76,7 +76,7 @@ def test_the_room_of_a_memory_map_is_reserved_before_it_is_written(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), array)
 
 
-def test_a_full_disk_has_no_room_for_a_memory_map_in_one_line(tmp_path, monkeypatch):
+def test_a_memory_map_on_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
     def full(*given: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

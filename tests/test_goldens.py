@@ -282,20 +282,15 @@ def test_probe(folder: Path, case: dict):
     side = math.isqrt(tokens - 1)
     arch = Architecture(img_size=(side, side), patch_size=1, embed_dim=dim, num_heads=1)
     features_of = functools.partial(task.features, SimpleNamespace(arch=arch))
-    step_fn = jax.jit(
-        functools.partial(
-            trainers.sgd_step, task, steps=case["steps"], weight_decay=case["weight_decay"]
-        )
-    )
+    options = trainers.SgdOptions(case["steps"], case["weight_decay"])
+    step_fn = jax.jit(functools.partial(trainers.sgd_step, task, options=options))
     losses = []
     for step in range(case["steps"]):
-        head, loss = step_fn(
-            head,
+        batch = trainers.FeatureBatch(
             features_of(jnp.asarray(expected["features"][step])),
             jnp.asarray(probe_labels(case, expected["labels"][step])),
-            jnp.int32(step),
-            jnp.float32(case["lr"]),
         )
+        head, loss = step_fn(head, batch, jnp.int32(step), jnp.float32(case["lr"]))
         losses.append(loss)
     assert_equal(case, "losses", np.array(losses), expected["losses"])
     final = load_file(folder / "head_final.safetensors")

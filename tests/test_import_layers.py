@@ -1,4 +1,4 @@
-"""The layers of the package: imports point from an upper layer to a lower one."""
+"""The structure of the package: imports point to lower layers, functions take few parameters."""
 
 import ast
 import subprocess
@@ -15,7 +15,8 @@ LAYERS = """
 errors
 settings io
 platform
-data models
+data
+models
 methods runs
 training evaluation
 report
@@ -28,6 +29,14 @@ LEVEL = {
     package: number
     for number, line in enumerate(LAYERS.strip().splitlines())
     for package in line.split()
+}
+MOST_PARAMETERS = 6
+# Functions with more parameters, and the reason.
+LONG_SIGNATURES = {
+    "_rebuild_tensor": "the signature of torch._utils._rebuild_tensor_v2",
+    "_rebuild_typed_tensor": "the signature of torch._utils._rebuild_tensor_v3",
+    "describe_layer": "to be grouped",
+    "loss": "training.step.Distillation.loss: to be grouped",
 }
 INIT = PACKAGE / "__init__.py"
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {INIT})
@@ -83,3 +92,16 @@ def test_no_two_files_import_each_other():
 def test_importing_the_package_loads_nothing_heavy():
     code = "import singer_jax, sys; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("folder", ["singer_jax", "benchmarks"])
+def test_functions_take_few_parameters(folder):
+    long = []
+    for file in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                count = len([one for one in given if one.arg not in ("self", "cls")])
+                if count > MOST_PARAMETERS and node.name not in LONG_SIGNATURES:
+                    long.append(f"{file}:{node.lineno} {node.name}: {count}")
+    assert long == [], "group parameters that belong together in a dataclass"

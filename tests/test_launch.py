@@ -167,7 +167,7 @@ class TestSlurm:
         assert lines(tmp_path / "scontrol.log") == [f"requeue {JOB}"]
         assert (workdir / "student" / "model.safetensors").exists()
 
-    def test_what_is_wrong_is_not_queued_again(self, tmp_path, environment):
+    def test_an_invalid_configuration_is_not_requeued(self, tmp_path, environment):
         job = self.start(tmp_path, environment, "--config=nothing.py", f"--workdir={tmp_path}")
         status, printed = cli.finish(job)
         assert status == 2
@@ -287,7 +287,7 @@ class TestTpuPod:
             (("a", "--workdir=runs/a"), {}, "--workdir: give gs://"),
         ],
     )
-    def test_what_is_wrong(self, tmp_path, arguments, variables, named):
+    def test_invalid_arguments(self, tmp_path, arguments, variables, named):
         done = self.run(tmp_path, "", *arguments, **variables)
         assert done.returncode == 2
         assert named in done.stderr

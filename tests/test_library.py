@@ -125,7 +125,7 @@ def test_a_new_method_trains_by_its_settings_and_by_its_name(hub, tmp_path, monk
     assert json.loads(rows[-1])["train/loss_norms"] > 0
 
 
-def test_what_is_offered_is_there_and_nothing_is_imported_before():
+def test_public_names_exist_and_import_lazily():
     code = (
         "import singer_jax, sys\n"
         "assert not {'jax', 'flax', 'numpy'} & set(sys.modules)\n"

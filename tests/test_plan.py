@@ -121,7 +121,7 @@ class TestCommand:
 
 
 @pytest.mark.slow
-def test_one_reduction_of_what_is_trained(tmp_path):
+def test_trained_parameters_are_reduced_once(tmp_path):
     """With pure data parallelism, only gradients cross the network in large amounts."""
     settings = PlanSettings(plan="singer_vitl_vitt", overrides=TINY)
     found = planned(settings, chips.described("v5e:2x2"))
@@ -215,7 +215,7 @@ def test_the_roofline():
         ({"plan": "singer_vitl_vitt", "batch_size": "6"}, "not divisible"),
     ],
 )
-def test_what_is_wrong(tmp_path, capsys, settings, named):
+def test_invalid_settings(tmp_path, capsys, settings, named):
     config = plan_config()
     config.update(settings)
     assert main.run(config, tmp_path) == 2

@@ -194,7 +194,9 @@ def test_what_cannot_be_prepared_is_one_line(tmp_path, capsys, source, folder, m
     assert message in printed and len(printed.splitlines()) == 1
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_an_error_of_one_line_and_keeps_finished_files(
+    tmp_path, capsys, monkeypatch
+):
     given = write_webdataset(tmp_path / "given")
     made = []
 

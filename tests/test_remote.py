@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 from singer_jax import main
 from singer_jax.config import compare, evaluation, export, report
 from singer_jax.errors import InputError, RunError
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.io import files
 from singer_jax.runs import lock, manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints
@@ -148,13 +148,13 @@ def test_weights_on_a_store_are_those_of_now(run, mesh):
     copied = epath.Path(f"gs://{BUCKET}/copied")
     for name in ("model.safetensors", "config.json"):
         (copied / name).write_bytes((run / "student" / name).read_bytes())
-    expected = load_backbone(mesh, run=str(run)).digest()
+    expected = load_backbone(mesh, ModelSelection(run=str(run))).digest()
     for weights in (run, run / "student", copied / "model.safetensors"):
-        assert load_backbone(mesh, weights=str(weights)).digest() == expected
+        assert load_backbone(mesh, ModelSelection(weights=str(weights))).digest() == expected
     tensors = load((copied / "model.safetensors").read_bytes())
     tensors["cls_token"] += 1
     (copied / "model.safetensors").write_bytes(save(tensors))
-    assert load_backbone(mesh, weights=str(copied)).digest() != expected
+    assert load_backbone(mesh, ModelSelection(weights=str(copied))).digest() != expected
 
 
 def objects(folder: epath.Path, below: str = "") -> set[str]:

@@ -14,7 +14,7 @@ from flax import nnx
 import singer_jax
 from singer_jax import main
 from singer_jax.config import check_data, compare, evaluation, export, report
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.results import VERSION
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
@@ -341,7 +341,7 @@ def test_results_say_how_they_were_made(runs):
     assert found["settings"]["probe"] == expected
     assert found["settings"]["precision"] == "float32" and found["settings"]["seed"] == 0
     assert found["version"] == VERSION and set(found["data"]) == {"digits"}
-    model = load_backbone(parallel.make_mesh(1), run=str(runs / "a"))
+    model = load_backbone(parallel.make_mesh(1), ModelSelection(run=str(runs / "a")))
     assert found["weights"] == {"step": 4, "digest": fingerprint(model.params)}
 
 

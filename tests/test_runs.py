@@ -130,6 +130,6 @@ def test_a_run_whose_only_checkpoint_is_damaged_fails_in_one_line(
     status, printed = finish(start(environment, *arguments, "--config.steps=5"))
     assert status == 1
     # Orbax may report a thread of its own after the command's own line.
-    told = [line for line in printed.splitlines() if line.startswith("singer_jax: ")]
-    assert len(told) == 1 and "no checkpoint is whole (3: " in told[0]
+    lines = [line for line in printed.splitlines() if line.startswith("singer_jax: ")]
+    assert len(lines) == 1 and "no checkpoint is whole (3: " in lines[0]
     assert (tmp_path / "checkpoints" / "3").is_dir()

@@ -51,7 +51,7 @@ _TRIES = 12  # until a command is met before its end
 def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, object]:
     """Injects a fault; what came of it, in a row."""
     begun, used = time.monotonic(), cpu_of_children()
-    outcome, told = "wrong", "missed every time"
+    outcome, message = "wrong", "missed every time"
     for attempt in range(_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         trial = Trial(bench, folder, random.Random(f"{seed}/{attempt}"))
@@ -59,11 +59,11 @@ def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, obj
             FAULTS[name](trial)
             trial.go_on()
             stopped = [ended.line for ended in trial.ended if ended.status in STOPPED]
-            outcome, told = ("stopped", stopped[0]) if stopped else ("continued", "")
+            outcome, message = ("stopped", stopped[0]) if stopped else ("continued", "")
         except Missed:
             continue
         except (Lost, Wrong) as error:
-            outcome, told = type(error).__name__.lower(), str(error)
+            outcome, message = type(error).__name__.lower(), str(error)
             shutil.copytree(folder, f"{folder}.{seed.replace('/', '_')}", dirs_exist_ok=True)
         finally:
             trial.close()
@@ -71,7 +71,7 @@ def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, obj
     seconds = round(time.monotonic() - begun, 1)
     return {
         "outcome": outcome,
-        "told": told,
+        "message": message,
         "seconds": seconds,
         "cpu": round(cpu_of_children() - used, 1),
     }
@@ -107,7 +107,7 @@ def campaign(folder: Path, faults: int, seed: int, only: list[str], alone: bool)
         row = run_trial(bench, name, folder / "trial", f"{seed}/{number}")
         with file.open("a") as stream:
             stream.write(json.dumps({"number": number, "fault": name} | row) + "\n")
-        print(f"{number} {name}: {row['outcome']} ({row['cpu']} s) {row['told']}", flush=True)
+        print(f"{number} {name}: {row['outcome']} ({row['cpu']} s) {row['message']}", flush=True)
 
 
 def table(rows: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -118,7 +118,7 @@ def table(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     kinds["all"] = sum(kinds.values(), collections.Counter())
     return [
         {"fault": name, "times": counts.total()}
-        | {told: counts[outcome] for outcome, told in OUTCOMES.items()}
+        | {heading: counts[outcome] for outcome, heading in OUTCOMES.items()}
         for name, counts in kinds.items()
     ]
 

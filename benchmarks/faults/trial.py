@@ -203,8 +203,8 @@ class Trial:
         for one in ended:
             if one.status != 0:
                 raise Lost(f"does not go on: {one.line}")
-        told = re.search(r"continuing after step (\d+) ", ended[0].printed)
-        if int(told[1] if told else 0) < self.safe:
+        continued = re.search(r"continuing after step (\d+) ", ended[0].printed)
+        if int(continued[1] if continued else 0) < self.safe:
             raise Lost(f"goes on before checkpoint {self.safe}")
         self.compare(self.workdir)
 

@@ -86,6 +86,21 @@ class LoadExample:
         return self.transform(image, rng), np.int32(number)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoaderOptions:
+    """How a process loads a batch; no option changes the content of the rows.
+
+    Attributes:
+      workers: number of decoding processes; 0: decode in a thread of this process.
+      strict: raise at an unreadable image instead of replacing it.
+      rows: rows of each batch that this process reads; None: all.
+    """
+
+    workers: int = 0
+    strict: bool = False
+    rows: np.ndarray | None = None
+
+
 def worker_count(workers: int | None) -> int:
     """Returns the number of decoding processes; the default leaves one core to the main process."""
     if workers is not None:
@@ -100,9 +115,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: int = 0,
-    strict: bool = False,
-    rows: np.ndarray | None = None,
+    options: LoaderOptions = LoaderOptions(),
 ) -> grain.DatasetIterator[ImageBatch]:
     """Yields this process's rows of the batches of steps `start`, `start` + 1, ... without end.
 
@@ -112,20 +125,18 @@ def train_batches(
       batch_size: global batch size.
       seed: seed of the order and the crops.
       start: index of the first step.
-      workers: number of decoding processes; 0: decode in a thread of this process.
-      strict: raise at an unreadable image instead of replacing it.
-      rows: rows of each batch to read; None: all. Rows from `batch_size` on are padding, which
-        `valid` marks.
+      options: how this process loads. Rows from `batch_size` on are padding, which `valid` marks.
     """
-    examples = _order(source, seed).random_map(LoadExample(source, transform, strict))
+    examples = _order(source, seed).random_map(LoadExample(source, transform, options.strict))
     # Slice after random_map, because slices of its input would all draw the same random numbers.
-    if rows is None:
+    if options.rows is None:
         own = batch_size
         dataset = examples.batch(own)
     else:
-        own = len(rows)
-        dataset = _rows_of_batches(examples, batch_size, rows)
-    return _iterate(dataset.slice(slice(start, None)), workers, own * _example_bytes(transform))
+        own = len(options.rows)
+        dataset = _rows_of_batches(examples, batch_size, options.rows)
+    of_batch = own * _example_bytes(transform)
+    return _iterate(dataset.slice(slice(start, None)), options.workers, of_batch)
 
 
 def _order(source: Source, seed: int) -> grain.MapDataset:
@@ -145,27 +156,25 @@ def eval_batches(
     transform: Callable[..., Any],
     *,
     batch_size: int,
-    workers: int = 0,
-    strict: bool = False,
     seed: int = 0,
     part: range | None = None,
-    rows: np.ndarray | None = None,
+    options: LoaderOptions = LoaderOptions(),
 ) -> grain.DatasetIterator[ImageBatch]:
     """Yields every record once in order; the last batch is padded, which `valid` [batch] marks.
 
     The arguments are those of `train_batches`. `seed` matters if the transform uses its generator.
     `part` are the indices of the records; None: all. An unreadable image is replaced by one of the
-    whole source. `rows` are the rows of each batch that this process reads; None: all rows.
+    whole source.
     """
     part = range(len(source)) if part is None else part
     examples = (
         grain.MapDataset.range(part.start, part.stop)
         .seed(seed)
-        .random_map(LoadExample(source, transform, strict))
+        .random_map(LoadExample(source, transform, options.strict))
     )
-    rows = np.arange(batch_size) if rows is None else rows
+    rows = np.arange(batch_size) if options.rows is None else options.rows
     dataset = _rows_of_batches(examples, batch_size, rows)
-    return _iterate(dataset, workers, len(rows) * _example_bytes(transform))
+    return _iterate(dataset, options.workers, len(rows) * _example_bytes(transform))
 
 
 def _example_bytes(transform: Callable[..., Any]) -> int:

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, UInt8, UInt32
+from jaxtyping import Array, Float, UInt8, UInt32
 
-from singer_jax.data.loader import ImageBatch, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.errors import InputError
 from singer_jax.evaluation.classification import Classification
 from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import as_path
 from singer_jax.models.architecture import Architecture, ComputePolicy
+from singer_jax.models.inference import ImagePass
 from singer_jax.models.network import ModelSettings, Network, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.weight_files import WeightsFile, find_weights, read_hub_config
@@ -37,6 +36,8 @@ from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
 from singer_jax.runs.workdir import checkpoints_folder
+from singer_jax.settings.ranges import COUNT, TEXT, optional
+from singer_jax.settings.settings import Settings, setting
 
 _MOST_IMAGES = 64  # per device and pass; enough to keep a device busy
 
@@ -120,15 +121,6 @@ class Backbone:
         tokens = model.features(self.network.spec.prepare(images))[-1].astype(jnp.float32)
         return task.features(model, tokens).astype(jnp.float32)
 
-    def rows(self, batch_size: int) -> np.ndarray:
-        """Returns the rows of a batch that this process reads."""
-        return parallel.local_rows(parallel.batch_sharding(self.mesh), batch_size)
-
-    def put(self, batch: ImageBatch, batch_size: int) -> dict[str, jax.Array]:
-        """Puts images, labels and `valid` of this process's `rows` of a batch onto the mesh."""
-        given = {key: batch[key] for key in ("image", "label", "valid")}
-        return parallel.put_rows(given, parallel.batch_sharding(self.mesh), batch_size)
-
     def images_at_once(self, task: Task) -> int:
         """Returns the number of images per device that fit into memory in a pass without gradients.
 
@@ -144,7 +136,17 @@ class Backbone:
         copies = self.mesh.size if jax.process_count() > 1 else 1
         return min(_MOST_IMAGES, fitting(self.mesh, 4 * (widest + copies * features)))
 
-    def batches(
+    def batches(self, task: Task, images: ImagePass) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields features of a task and labels of every image, in order and each exactly once.
+
+        Raises:
+          RunError: an image cannot be read, and `images` does not leave it out.
+          Exception: any exception of `before_batch`.
+        """
+        images = dataclasses.replace(images, before_batch=self.before_batch)
+        return ((features, labels) for (features,), labels in _map([(self, task)], images))
+
+    def extract(
         self,
         source: Source,
         task: Task,
@@ -152,8 +154,8 @@ class Backbone:
         workers: int = 0,
         seed: int = 0,
         left_out: Callable[[np.ndarray], None] | None = None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields features and labels of every image of a split, in order and each exactly once.
+    ) -> Examples:
+        """Returns all of `batches` in memory.
 
         Args:
           source: images of the split.
@@ -168,21 +170,8 @@ class Backbone:
           RunError: an image cannot be read.
           Exception: any exception of `before_batch`.
         """
-        each = _batches_of_each([self], source, [task], transform, workers, seed, left_out)
-        return (batch for (batch,) in each)
-
-    def extract(
-        self,
-        source: Source,
-        task: Task,
-        transform: Callable[..., Any],
-        workers: int = 0,
-        seed: int = 0,
-        left_out: Callable[[np.ndarray], None] | None = None,
-    ) -> Examples:
-        """Returns all of `batches` in memory."""
-        batches = self.batches(source, task, transform, workers, seed, left_out)
-        features, labels = zip(*batches, strict=True)
+        images = ImagePass(source, transform, workers, seed, left_out)
+        features, labels = zip(*self.batches(task, images), strict=True)
         return Examples(np.concatenate(features), np.concatenate(labels))
 
 
@@ -203,68 +192,38 @@ def extract_each(
       source: images of the split.
       tasks: task of each model.
       transform: function from an image size to the transform for it.
-      workers: as for `Backbone.batches`.
-      left_out: as for `Backbone.batches`.
+      workers: as for `Backbone.extract`.
+      left_out: as for `Backbone.extract`.
 
     Raises:
-      RunError: as `Backbone.batches`.
+      RunError: as `Backbone.extract`.
     """
     found = {}
     for size in sorted({backbone.image_size for backbone in backbones.values()}):
         names = [name for name, backbone in backbones.items() if backbone.image_size == size]
-        of_size, its_tasks = ([by_name[name] for name in names] for by_name in (backbones, tasks))
-        given = (of_size, source, its_tasks, transform(size), workers)
-        features: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        labels = []
-        for batches in _batches_of_each(*given, left_out=left_out):
-            labels.append(batches[0][1])
-            for name, (of_batch, _) in zip(names, batches, strict=True):
-                features[name].append(of_batch)
+        models = [(backbones[name], tasks[name]) for name in names]
+        asked = models[0][0].before_batch
+        images = ImagePass(source, transform(size), workers, 0, left_out, asked)
+        parts, labels = zip(*_map(models, images), strict=True)
         every_label = np.concatenate(labels)
-        for name in names:
-            found[name] = Examples(np.concatenate(features.pop(name)), every_label)
+        for name, features in zip(names, zip(*parts, strict=True), strict=True):
+            found[name] = Examples(np.concatenate(features), every_label)
     return found
 
 
-def _batches_of_each(
-    backbones: Sequence[Backbone],
-    source: Source,
-    tasks: Sequence[Task],
-    transform: Callable[..., Any],
-    workers: int = 0,
-    seed: int = 0,
-    left_out: Callable[[np.ndarray], None] | None = None,
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Yields, for each batch, one pair of features and labels per model, as `Backbone.batches`."""
-    first = backbones[0]
-    sizes = [own.images_at_once(task) for own, task in zip(backbones, tasks, strict=True)]
-    batch_size = min(sizes) * first.mesh.size
-    batches = eval_batches(
-        source,
-        transform,
-        batch_size=batch_size,
-        workers=workers,
-        strict=left_out is None,
-        seed=seed,
-        rows=first.rows(batch_size),
+def _map(
+    models: Sequence[tuple[Backbone, Task]], images: ImagePass
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Yields, for each batch, the features of each model, and the labels."""
+    mesh = models[0][0].mesh
+    batch_size = min(own.images_at_once(task) for own, task in models) * mesh.size
+    return images.map(
+        lambda batch: [
+            _features(own.network, task, mesh, own.params, batch["image"]) for own, task in models
+        ],
+        mesh,
+        batch_size,
     )
-    pending: list[Any] = []  # batch on the devices while the previous one is copied to the host
-    with contextlib.closing(batches):
-        for batch in batches:
-            first.before_batch()
-            replaced = batch["unreadable"] >= 0  # a replacement would be scored as this image
-            if replaced.any():
-                left_out(batch["unreadable"][batch["valid"] & replaced])
-                batch = batch | {"valid": batch["valid"] & ~replaced}
-            put = first.put(batch, batch_size)
-            computed = [
-                _examples(own.network, task, own.mesh, own.params, put)
-                for own, task in zip(backbones, tasks, strict=True)
-            ]
-            if pending:
-                yield [_select(*arrays) for arrays in pending]
-            pending = computed
-    yield [_select(*arrays) for arrays in pending]
 
 
 @jax.jit
@@ -274,23 +233,36 @@ def _checksums(params: Params) -> list[UInt32[Array, ""]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _examples(
-    network: Network, task: Task, mesh: Mesh, params: Params, batch: dict[str, Array]
-) -> tuple[Float[Array, "batch ..."], Array, Bool[Array, " batch"]]:
-    """Computes features, labels and `valid`, compiled once for all backbones of a network.
-
-    Each device processes its own images. With several processes, every process gets all results.
-    """
-    features = Backbone(network, params, mesh).features(params, batch["image"], task)
-    several = jax.process_count() > 1
-    sharding = parallel.replicated(mesh) if several else parallel.batch_sharding(mesh)
-    found = (features, batch["label"], batch["valid"])
-    return jax.lax.with_sharding_constraint(found, sharding)
+def _features(
+    network: Network, task: Task, mesh: Mesh, params: Params, images: Array
+) -> Float[Array, "batch ..."]:
+    """Computes features, compiled once for all backbones of a network."""
+    features = Backbone(network, params, mesh).features(params, images, task)
+    return jax.lax.with_sharding_constraint(features, parallel.gathered(mesh))
 
 
-def _select(features: Array, labels: Array, valid: Array) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.asarray(valid)
-    return np.asarray(features)[chosen], np.asarray(labels)[chosen]
+@dataclasses.dataclass(frozen=True)
+class ModelSelection(Settings):
+    """Settings that select a model: the student of a run, or weights."""
+
+    run: str = setting("", TEXT, "Work directory of a run; its student is read.")
+    student: str = setting("", TEXT, "Name of one of several students of `run`.")
+    step: int | None = setting(
+        None,
+        optional(COUNT),
+        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
+    )
+    weights: str = setting("", TEXT, "Weights to read: Hub repository or file.")
+    model: str = setting(
+        "",
+        TEXT,
+        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
+    )
+    weights_key: str = setting(
+        "",
+        TEXT,
+        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
+    )
 
 
 def resolve_weights(
@@ -299,7 +271,7 @@ def resolve_weights(
     """Returns what the model of weights is, and its file, without reading a tensor.
 
     Args:
-      weights, model, weights_key: as for `load_backbone`.
+      weights, model, weights_key: as in `ModelSelection`.
 
     Raises:
       InputError: nothing there, or weights of another architecture.
@@ -312,27 +284,13 @@ def resolve_weights(
 
 
 def load_backbone(
-    mesh: Mesh,
-    *,
-    run: str = "",
-    weights: str = "",
-    model: str = "",
-    weights_key: str = "",
-    student: str = "",
-    step: int | None = None,
-    policy: ComputePolicy = ComputePolicy(),
+    mesh: Mesh, selected: ModelSelection, policy: ComputePolicy = ComputePolicy()
 ) -> Backbone:
     """Loads a model for evaluation, from either a run or weights.
 
     Args:
       mesh: devices that hold the model.
-      run: work directory whose student is loaded.
-      weights: Hub repository or weight file; used if `run` is empty.
-      model: timm name of `weights`; needed if neither the Hub name nor a `config.json` beside the
-        file states it.
-      weights_key: part of the weights file, as in `ModelSettings`.
-      student: name of the student, if the run has several.
-      step: step of the run's checkpoint; None: as `Checkpoints.step_to_read`.
+      selected: the model; `weights` is used if `run` is empty.
       policy: dtypes of the model.
 
     Raises:
@@ -340,17 +298,17 @@ def load_backbone(
         another architecture.
       RunError: every checkpoint of the run is corrupt.
     """
-    if run:
-        return _of_run(mesh, as_path(run), student, step, policy)
-    if step is not None:
+    if selected.run:
+        return _of_run(mesh, selected, policy)
+    if selected.step is not None:
         raise InputError(
             "step: needs a run, since only a run has checkpoints; give --config.run=DIR"
         )
-    if not weights:
+    if not selected.weights:
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
         )
-    spec, file = resolve_weights(weights, model, weights_key)
+    spec, file = resolve_weights(selected.weights, selected.model, selected.weights_key)
     graph, params = load_model(
         spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )
@@ -382,18 +340,17 @@ def load_teacher(
     return Backbone(Network(spec, graph), params, mesh)
 
 
-def _of_run(
-    mesh: Mesh, run: epath.Path, student: str, step: int | None, policy: ComputePolicy
-) -> Backbone:
+def _of_run(mesh: Mesh, selected: ModelSelection, policy: ComputePolicy) -> Backbone:
+    run, student = as_path(selected.run), selected.student
     if not checkpoints_folder(run).is_dir():
         raise InputError(f"run: {run} holds no checkpoints; give a work directory that does")
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
-        step = checkpoints.step_to_read(step)
+        step = checkpoints.step_to_read(selected.step)
         meta = checkpoints.meta(step)
         students = meta.get("students") or {"": meta["student"]}
         if student not in students:
-            told = ", ".join(students) if "" not in students else "one student without a name"
-            raise InputError(f"student: {student!r}, but {run} has {told}")
+            known = ", ".join(students) if "" not in students else "one student without a name"
+            raise InputError(f"student: {student!r}, but {run} has {known}")
         spec = from_hub_config(students[student])
         graph, abstract = abstract_model(spec.arch, policy)
         abstract = parallel.with_shardings(mesh, abstract)

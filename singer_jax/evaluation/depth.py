@@ -17,13 +17,11 @@ from singer_jax.evaluation.heads import (
     Counts,
     Head,
     Losses,
-    apply_head,
-    by_image,
-    log_likelihood,
     mean_over,
     patch_grid,
+    pixel_counts,
+    pixel_losses,
     pooled,
-    upsample,
 )
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -68,15 +66,12 @@ class Depth:
         labels: Float[Array, "batch height width"],
         valid: Bool[Array, " batch"],
     ) -> Losses:
-        def of_image(logits: Array, depth: Array, valid: Array) -> tuple[Array, Array]:
+        def bins_of(depth: Array) -> tuple[Array, Array]:
             share = jnp.clip(depth / self.max_depth, 0, 1)
-            target = jnp.round(share * (self.bins - 1)).astype(jnp.int32)
-            known = valid & (depth > 0 if self.ignore_missing else jnp.ones_like(depth, bool))
-            likelihood = log_likelihood(upsample(logits, depth.shape), target)
-            return jnp.sum(jnp.where(known, likelihood, 0.0)), jnp.sum(known)
+            known = depth > 0 if self.ignore_missing else jnp.ones_like(depth, bool)
+            return jnp.round(share * (self.bins - 1)).astype(jnp.int32), known
 
-        likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
-        return -jnp.sum(likelihood), jnp.sum(known)
+        return pixel_losses(head, features, labels, valid, bins_of)
 
     def depth(
         self, logits: Float[Array, "height width bins"], temperature: float
@@ -93,8 +88,7 @@ class Depth:
         labels: Float[Array, "batch height width"],
         valid: Bool[Array, " batch"],
     ) -> Counts:
-        def of_image(logits: Array, truth: Array, valid: Array) -> Counts:
-            logits = upsample(logits, truth.shape)
+        def counts_of(logits: Array, truth: Array, valid: Array) -> Counts:
             found = {}
             for temperature in TEMPERATURES:
                 predicted = self.depth(logits, temperature)
@@ -102,8 +96,7 @@ class Depth:
                 found |= {f"{name}_{temperature}": value for name, value in counts.items()}
             return found
 
-        counts = by_image(of_image, apply_head(head, features), labels, valid)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), counts)
+        return pixel_counts(head, features, labels, valid, counts_of)
 
     def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns `depth_metrics` at T = 0.03, and again with the suffix `_t0.6` at T = 0.6."""

@@ -101,6 +101,47 @@ def by_image(function: Callable[..., Any], *arrays: Array) -> Any:
     return jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), arrays)
 
 
+def pixel_losses(
+    head: Head,
+    features: Float[Array, "batch rows columns in"],
+    labels: Num[Array, "batch height width"],
+    valid: Bool[Array, " batch"],
+    target_of: Callable[[Array], tuple[Array, Array]],
+) -> Losses:
+    """Returns the summed cross-entropy of a head over the known pixels, and their number.
+
+    Args:
+      head: the head.
+      features, labels: those of the batch.
+      valid: True for the images that are not padding.
+      target_of: returns the class of each pixel of an image, and True for the known pixels.
+    """
+
+    def of_image(logits: Array, labels: Array, valid: Array) -> tuple[Array, Array]:
+        target, known = target_of(labels)
+        likelihood = log_likelihood(upsample(logits, labels.shape), target)
+        return jnp.sum(jnp.where(valid & known, likelihood, 0.0)), jnp.sum(valid & known)
+
+    likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
+    return -jnp.sum(likelihood), jnp.sum(known)
+
+
+def pixel_counts(
+    head: Head,
+    features: Float[Array, "batch rows columns in"],
+    labels: Num[Array, "batch height width"],
+    valid: Bool[Array, " batch"],
+    counts_of: Callable[[Array, Array, Array], Counts],
+) -> Counts:
+    """Returns the sums of `counts_of(full-size logits, labels, valid)` over the images."""
+
+    def of_image(logits: Array, labels: Array, valid: Array) -> Counts:
+        return counts_of(upsample(logits, labels.shape), labels, valid)
+
+    counts = by_image(of_image, apply_head(head, features), labels, valid)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), counts)
+
+
 def over_devices(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `function(head, features, labels, valid)` that sums over the parts of all devices."""
     whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))

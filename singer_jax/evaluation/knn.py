@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -46,12 +47,10 @@ def knn_top1(
     asked, correct = len(queries.labels), 0
     # Memory for a query's similarities to a device's part, and for a copy that sorting needs.
     step = min(asked, fitting(mesh, 2 * 4 * len(labels) / mesh.size))
-    predict = functools.partial(
-        _predict, mesh, images=bank.images, classes=classes, k=k, temperature=temperature
-    )
+    vote = _Vote(bank.images, classes, k, temperature)
     for start in range(0, asked, step):
         chunk = np.resize(np.arange(start, min(start + step, asked)), step)
-        predicted = predict(values, labels, queries.take(chunk)[0])
+        predicted = _predict(mesh, vote, values, labels, queries.take(chunk)[0])
         valid = min(step, asked - start)
         correct += np.sum((np.asarray(predicted) == queries.labels[chunk])[:valid])
     return float(correct / asked)
@@ -64,28 +63,32 @@ def _unit(features: Float[Array, "images dim"]) -> Float[Array, "images dim"]:
     return features / jnp.maximum(norms, jnp.finfo(features.dtype).tiny)
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("images", "classes", "k", "temperature")
-)
+@dataclasses.dataclass(frozen=True)
+class _Vote:
+    """How the neighbours vote; rows of the bank from `images` on are padding."""
+
+    images: int
+    classes: int
+    k: int
+    temperature: float
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _predict(
     mesh: Mesh,
+    vote: _Vote,
     bank: Float[Array, "bank dim"],
     bank_labels: Int[Array, " bank"],
     queries: Float[Array, "queries dim"],
-    *,
-    images: int,
-    classes: int,
-    k: int,
-    temperature: float,
 ) -> Int[Array, " queries"]:
-    """Returns the class of each query; rows of the bank from `images` on are padding."""
+    """Returns the class of each query."""
     axes = mesh.axis_names
     whole, part = (s.spec for s in (parallel.replicated(mesh), parallel.batch_sharding(mesh)))
 
     def of_device(bank: Array, labels: Array, queries: Array) -> tuple[Array, Array]:
         row = jax.lax.axis_index(axes) * len(bank) + jnp.arange(len(bank))
-        similarity = jnp.where(row < images, queries @ bank.T, -jnp.inf)
-        nearest, index = jax.lax.top_k(similarity, min(k, len(bank)))
+        similarity = jnp.where(row < vote.images, queries @ bank.T, -jnp.inf)
+        nearest, index = jax.lax.top_k(similarity, min(vote.k, len(bank)))
         return nearest, labels[index]
 
     split = jax.sharding.PartitionSpec(None, *part)
@@ -93,7 +96,8 @@ def _predict(
         of_device, mesh=mesh, in_specs=(part, part, whole), out_specs=(split, split)
     )(bank, bank_labels, _unit(queries))
     candidates = jax.lax.with_sharding_constraint((similarity, labels), parallel.replicated(mesh))
-    similarity, index = jax.lax.top_k(candidates[0], k)
+    similarity, index = jax.lax.top_k(candidates[0], vote.k)
     labels = jnp.take_along_axis(candidates[1], index, axis=1)
-    votes = jax.nn.one_hot(labels, classes) * jnp.exp((similarity - 1) / temperature)[..., None]
+    weights = jnp.exp((similarity - 1) / vote.temperature)
+    votes = jax.nn.one_hot(labels, vote.classes) * weights[..., None]
     return jnp.argmax(votes.sum(axis=1), axis=1)

@@ -7,13 +7,25 @@ published protocols are in `evaluation.probe`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from singer_jax.evaluation import segmentation
 
 _PENALTY = 1e-3  # ridge penalty for standardised features, per row
+
+
+class DenseSplit(NamedTuple):
+    """Patch features of a split and the labels of their pixels.
+
+    Patches in `left_out` are used neither for training nor for testing.
+    """
+
+    features: Float[np.ndarray, "images patches dim"]
+    labels: Num[np.ndarray, "images patches pixels"]
+    left_out: Bool[np.ndarray, "images patches"]
 
 
 def fit(
@@ -52,49 +64,34 @@ def top1(
     return float(100 * np.mean(probe(test).argmax(1) == test_labels))
 
 
-def mean_iou(
-    train: Float[np.ndarray, "images patches dim"],
-    train_masks: Int[np.ndarray, "images patches pixels"],
-    test: Float[np.ndarray, "tested patches dim"],
-    test_masks: Int[np.ndarray, "tested patches pixels"],
-    classes: int,
-    train_left_out: Bool[np.ndarray, "images patches"],
-    test_left_out: Bool[np.ndarray, "tested patches"],
-) -> float:
+def mean_iou(train: DenseSplit, test: DenseSplit, classes: int) -> float:
     """Returns the mean intersection over union of the classes in percent, one class per patch.
 
     The probe predicts the share of each class among a patch's pixels. The class with the largest
     share is the prediction for all pixels of the patch. The fit gives every class the same weight,
-    as the mean over classes does. Excluded patches are used neither for training nor for testing.
-    Absent classes are treated as in `segmentation.mean_iou`.
+    as the mean over classes does. Absent classes are treated as in `segmentation.mean_iou`.
     """
-    shares = np.stack([(train_masks == label).mean(-1) for label in range(classes)], axis=-1)
-    shares = shares[~train_left_out]
+    shares = np.stack([(train.labels == label).mean(-1) for label in range(classes)], axis=-1)
+    shares = shares[~train.left_out]
     weights = shares @ (1 / np.maximum(shares.mean(0), 1e-12))
-    probe = fit(train[~train_left_out], shares, weights)
-    predicted = probe(test[~test_left_out]).argmax(1)
-    truth = test_masks[~test_left_out]
+    probe = fit(train.features[~train.left_out], shares, weights)
+    predicted = probe(test.features[~test.left_out]).argmax(1)
+    truth = test.labels[~test.left_out]
     confusion = np.zeros((classes, classes))
     np.add.at(confusion, (truth, predicted[:, None]), 1)
     return 100 * segmentation.mean_iou(confusion)
 
 
-def depth_rmse(
-    train: Float[np.ndarray, "images patches dim"],
-    train_depth: Float[np.ndarray, "images patches pixels"],
-    test: Float[np.ndarray, "tested patches dim"],
-    test_depth: Float[np.ndarray, "tested patches pixels"],
-    train_left_out: Bool[np.ndarray, "images patches"],
-    test_left_out: Bool[np.ndarray, "tested patches"],
-) -> float:
+def depth_rmse(train: DenseSplit, test: DenseSplit) -> float:
     """Returns the root mean squared error of the patches' mean depth, in metres; 0 is missing."""
 
-    def of_patches(depth: np.ndarray, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        known = depth > 0
-        mean = depth.sum(-1) / np.maximum(known.sum(-1), 1)
-        return mean, known.any(-1) & ~left_out
+    def known_patches(split: DenseSplit) -> tuple[np.ndarray, np.ndarray]:
+        known = split.labels > 0
+        mean = split.labels.sum(-1) / np.maximum(known.sum(-1), 1)
+        kept = known.any(-1) & ~split.left_out
+        return split.features[kept], mean[kept]
 
-    mean, kept = of_patches(train_depth, train_left_out)
-    probe = fit(train[kept], mean[kept][:, None])
-    mean, kept = of_patches(test_depth, test_left_out)
-    return float(np.sqrt(np.mean(np.square(probe(test[kept]).ravel() - mean[kept]))))
+    features, depth = known_patches(train)
+    probe = fit(features, depth[:, None])
+    features, depth = known_patches(test)
+    return float(np.sqrt(np.mean(np.square(probe(features).ravel() - depth))))

@@ -17,13 +17,14 @@ from singer_jax.data.images import EvalTransform, TrainTransform
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.backbone import Backbone, Examples, extract_each
 from singer_jax.evaluation.depth import Depth
+from singer_jax.evaluation.feature_store import stored_examples, views_of
 from singer_jax.evaluation.heads import Task
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import Probed, ProbeResult, ProbeSettings, probe_each
-from singer_jax.evaluation.progress import Keeper
+from singer_jax.evaluation.progress import ProgressStore
 from singer_jax.evaluation.segmentation import Segmentation
-from singer_jax.evaluation.store import stored_examples
 from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrainer
+from singer_jax.models.inference import ImagePass
 
 
 class Split(NamedTuple):
@@ -41,13 +42,13 @@ class ProbedModel:
       backbone: model to evaluate.
       test: features of the test split, from `test_examples`.
       store: folder of stored features, for the fast protocol; None keeps them in memory.
-      keeper: keeper of the probe's progress.
+      progress_store: progress of the probe.
     """
 
     backbone: Backbone
     test: Examples
     store: Path | None = None
-    keeper: Keeper = dataclasses.field(default_factory=Keeper)
+    progress_store: ProgressStore = dataclasses.field(default_factory=ProgressStore)
 
 
 def probe_task(
@@ -122,14 +123,14 @@ def _probe_group(
         extract = functools.partial(backbone.extract, task=task, transform=centre, workers=workers)
         bank: Examples | None = None
         if settings.protocol == "fast":
-            views = [centre] + [augment] * settings.views
-            of_views = (backbone, split.train, task, views, workers, seed)
+            transforms = [centre] + [augment] * settings.views
+            of_views = backbone, task, views_of(split.train, transforms, workers, seed)
             bank = stored_examples(model.store, *of_views) if model.store else _in_memory(*of_views)
             shape = task.head_shape(backbone.arch)
             trainer = FeatureTrainer(task, bank, shape, settings, seed, backbone.mesh)
         else:
             trainer = CropTrainer(task, backbone, crops, extract, settings, seed)
-        if kind == "classification" and not model.keeper.progress.nearest:
+        if kind == "classification" and not model.progress_store.progress.nearest:
             top1 = knn_top1(
                 bank or extract(split.train),
                 model.test,
@@ -138,8 +139,8 @@ def _probe_group(
                 temperature=settings.knn_temperature,
                 mesh=backbone.mesh,
             )
-            model.keeper.keep(nearest={"knn_top1": 100 * top1})
-        probed.append(Probed(trainer, model.test, model.keeper, name))
+            model.progress_store.update(nearest={"knn_top1": 100 * top1})
+        probed.append(Probed(trainer, model.test, model.progress_store, name))
     with contextlib.closing(crops):
         results = dict(zip(models, probe_each(probed, settings, seed), strict=True))
     return {name: (result, _metrics(result, models[name])) for name, result in results.items()}
@@ -151,7 +152,7 @@ def _metrics(result: ProbeResult, model: ProbedModel) -> dict[str, Any]:
         {
             **result.last,
             "head_is_finite": all(bool(np.isfinite(part).all()) for part in result.head.values()),
-            **model.keeper.progress.nearest,
+            **model.progress_store.progress.nearest,
             "learning_rate": result.learning_rate,
             "held_out": {str(rate): value for rate, value in result.held_out.items()},
             "best": result.best,
@@ -173,20 +174,10 @@ def without_infinities(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _in_memory(
-    backbone: Backbone,
-    source: Source,
-    task: Task,
-    views: Sequence[Callable[..., Any]],
-    workers: int,
-    seed: int,
-) -> Examples:
+def _in_memory(backbone: Backbone, task: Task, views: Sequence[ImagePass]) -> Examples:
     """Returns `stored_examples` in float32 and without files."""
-    extracted = [
-        backbone.extract(source, task, transform, workers, seed + view)
-        for view, transform in enumerate(views)
-    ]
-    features, labels = (np.concatenate([e[part] for e in extracted]) for part in (0, 1))
+    batches = [batch for view in views for batch in backbone.batches(task, view)]
+    features, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Examples(features, labels, len(views))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.singular_defects import median_angle, singular_defect
 from singer_jax.methods import calibration, nullspace
 from singer_jax.methods.norms import token_norms
+from singer_jax.models.inference import ImagePass, leave_out
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
@@ -38,8 +37,7 @@ def collect_patches(
       network: the model.
       params: its parameters on `mesh`.
       mesh: devices to run on.
-      images: images to run the model on; all are readable (`checking.readable`), because the
-        replacement of an unreadable one would count twice.
+      images: images to run the model on; unreadable ones are left out.
       layers: indices of blocks.
       workers: number of the loader's processes.
 
@@ -48,34 +46,18 @@ def collect_patches(
     """
     prefix = network.spec.arch.num_prefix_tokens
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=parallel.gathered(mesh))
     def patches_of(params: Params, images: jax.Array) -> tuple[dict[int, jax.Array], jax.Array]:
         found = network.merge(params).features(network.spec.prepare(images))
         found = [tokens[:, prefix:].astype(jnp.float32) for tokens in found]
-        norms = jnp.stack([token_norms(tokens) for tokens in found])
+        norms = jnp.stack([token_norms(tokens) for tokens in found], axis=1)
         return {layer: found[layer] for layer in layers}, norms
 
-    norms: list[np.ndarray] = []
-    patches: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
-    batches = eval_batches(
-        images,
-        EvalTransform(network.image_size),
-        batch_size=batch_size,
-        workers=workers,
-        rows=parallel.local_rows(sharding, batch_size),
+    transform = EvalTransform(network.image_size)
+    patches, norms = ImagePass(images, transform, workers, unreadable=leave_out).compute(
+        lambda batch: patches_of(params, batch["image"]), mesh
     )
-    with contextlib.closing(batches):
-        for batch in batches:
-            put = parallel.put_rows(batch["image"], sharding, batch_size)
-            tokens, of_blocks = patches_of(params, put)
-            norms.append(np.asarray(of_blocks))
-            for layer, value in tokens.items():
-                patches[layer].append(np.asarray(value))
-    # The remaining rows are the padding of the last batch.
-    count = len(images)
-    by_layer = {layer: np.concatenate(found)[:count] for layer, found in patches.items()}
-    return by_layer, np.concatenate(norms, axis=1)[:, :count]
+    return patches, norms.swapaxes(0, 1)
 
 
 def describe_layer(

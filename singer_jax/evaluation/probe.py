@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from singer_jax.errors import Stopped
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.heads import Head, Task
-from singer_jax.evaluation.progress import Keeper, Progress
+from singer_jax.evaluation.progress import Progress, ProgressStore
 from singer_jax.evaluation.scoring import are_finite, score
 from singer_jax.runs.metrics import LOG
 from singer_jax.settings.ranges import (
@@ -137,13 +137,13 @@ class Probed:
     Attributes:
       trainer: trainer of its heads.
       test: its features of the test split.
-      keeper: keeper of its progress, from which the probe resumes.
+      progress_store: its progress, from which the probe resumes.
       name: its name in warnings; empty if there is only one model.
     """
 
     trainer: Trainer
     test: Examples
-    keeper: Keeper = dataclasses.field(default_factory=Keeper)
+    progress_store: ProgressStore = dataclasses.field(default_factory=ProgressStore)
     name: str = ""
 
     def head(self, rate: float) -> str:
@@ -156,7 +156,7 @@ def probe(
     test: Examples,
     settings: ProbeSettings,
     seed: int = 0,
-    keeper: Keeper | None = None,
+    progress_store: ProgressStore | None = None,
 ) -> ProbeResult:
     """Returns `probe_each` of one model.
 
@@ -165,9 +165,9 @@ def probe(
       test: features of the test split.
       settings: settings of the probe; `epochs` must be set.
       seed: seed of the choice of held-out images.
-      keeper: keeper of the progress, from which the probe resumes; default: nothing is kept.
+      progress_store: the progress, from which the probe resumes; default: none.
     """
-    return probe_each([Probed(trainer, test, keeper or Keeper())], settings, seed)[0]
+    return probe_each([Probed(trainer, test, progress_store or ProgressStore())], settings, seed)[0]
 
 
 def probe_each(
@@ -191,12 +191,12 @@ def probe_each(
     order = np.random.default_rng(seed).permutation(probed[0].trainer.images)
     if len(rates) > 1:
         cut = max(1, round(settings.val_fraction * len(order)))
-        comparing = [one for one in probed if not one.keeper.progress.held_out]
+        comparing = [one for one in probed if not one.progress_store.progress.held_out]
         _train_each(comparing, order[cut:], [rates] * len(comparing))
         for one in comparing:
             scores = _held_out_scores(one, order[:cut], rates)
-            one.keeper.keep(held_out=scores, step=0, heads=None)
-    chosen = [_best_rate(rates, one.keeper.progress.held_out) for one in probed]
+            one.progress_store.update(held_out=scores, step=0, heads=None)
+    chosen = [_best_rate(rates, one.progress_store.progress.held_out) for one in probed]
     _train_each(probed, order, [(rate,) for rate in chosen], tested=True)
     return [_result(one, rates, rate) for one, rate in zip(probed, chosen, strict=True)]
 
@@ -209,7 +209,7 @@ def _held_out_scores(
     one: Probed, held_out: np.ndarray, rates: Sequence[float]
 ) -> tuple[float, ...]:
     """Returns the score of each rate's head on some images; warns of non-finite heads."""
-    trainer, heads = one.trainer, one.keeper.progress.heads
+    trainer, heads = one.trainer, one.progress_store.progress.heads
     found = score(trainer.task, heads, trainer.centre(held_out), trainer.mesh)
     finite = are_finite(heads)
     for rate in itertools.compress(rates, ~finite):
@@ -221,7 +221,7 @@ def _held_out_scores(
 
 
 def _result(one: Probed, rates: Sequence[float], rate: float) -> ProbeResult:
-    progress, task = one.keeper.progress, one.trainer.task
+    progress, task = one.progress_store.progress, one.trainer.task
     by_epoch = progress.by_epoch
     best = max(range(len(by_epoch)), key=lambda epoch: _score(task, by_epoch[epoch]))
     if not are_finite(progress.heads).all():
@@ -243,7 +243,7 @@ def _train_each(
     rates: Sequence[Sequence[float]],
     tested: bool = False,
 ) -> None:
-    """Trains the heads of all models to the end; afterwards their keepers hold them.
+    """Trains the heads of all models to the end; afterwards their stores hold them.
 
     The heads are kept after every epoch, with their metrics on the test split if `tested`.
 
@@ -253,9 +253,9 @@ def _train_each(
       rates: learning rates of each model.
       tested: True if the test split is scored after every epoch.
     """
-    done = [one.keeper.progress.step for one in probed]
+    done = [one.progress_store.progress.step for one in probed]
     running = {
-        number: one.trainer.train(chosen, rates[number], one.keeper.progress)
+        number: one.trainer.train(chosen, rates[number], one.progress_store.progress)
         for number, one in enumerate(probed)
     }
     while running:
@@ -281,16 +281,16 @@ def _keep(
     """Keeps the heads at the end of an epoch; on a stop, keeps all heads and raises `Stopped`."""
     within = []
     for number, heads in moved.items():
-        trainer, keeper = probed[number].trainer, probed[number].keeper
+        trainer, progress_store = probed[number].trainer, probed[number].progress_store
         if done[number] % trainer.steps_per_epoch(len(chosen)):
             within.append(number)
             continue
         found = score(trainer.task, heads, probed[number].test, trainer.mesh) if tested else []
-        by_epoch = (*keeper.progress.by_epoch, *found)
-        keeper.keep(step=done[number], heads=heads, by_epoch=by_epoch)
-    # One keeper asks for all: processes agree on a stop by the number of times they asked.
-    first = probed[next(iter(moved))].keeper if moved else None
+        by_epoch = (*progress_store.progress.by_epoch, *found)
+        progress_store.update(step=done[number], heads=heads, by_epoch=by_epoch)
+    # One store asks for all: processes agree on a stop by the number of times they asked.
+    first = probed[next(iter(moved))].progress_store if moved else None
     if first and first.stopping():
         for number in within:
-            probed[number].keeper.keep(step=done[number], heads=moved[number])
+            probed[number].progress_store.update(step=done[number], heads=moved[number])
         raise Stopped(first.describe())

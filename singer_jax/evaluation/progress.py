@@ -36,8 +36,8 @@ class Progress:
     by_epoch: tuple[dict[str, float], ...] = ()
 
 
-class Keeper:
-    """Keeper that stores progress in memory only and never requests a stop.
+class ProgressStore:
+    """Progress in memory, which never requests a stop.
 
     Attributes:
       progress: progress from which the probe resumes.
@@ -46,7 +46,7 @@ class Keeper:
     def __init__(self, progress: Progress = Progress()) -> None:
         self.progress = progress
 
-    def keep(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
         """Keeps the fields that have changed."""
         if changes.get("heads") is not None:
             arrays = {name: np.asarray(value) for name, value in changes["heads"].items()}
@@ -62,8 +62,8 @@ class Keeper:
         return "stopped"
 
 
-class FileKeeper(Keeper):
-    """Keeper that stores progress in a file, which only process 0 writes and reads.
+class FileProgressStore(ProgressStore):
+    """Progress in a file, which only process 0 writes and reads.
 
     Args:
       file: path of the `.npz` file; a file with another key, or an unreadable one, is ignored.
@@ -79,8 +79,8 @@ class FileKeeper(Keeper):
         if self.progress.step:
             LOG.info("continuing %s", self._where())
 
-    def keep(self, **changes: Any) -> None:
-        super().keep(**changes)
+    def update(self, **changes: Any) -> None:
+        super().update(**changes)
         if jax.process_index() > 0:
             return
         described = dataclasses.asdict(dataclasses.replace(self.progress, heads=None))

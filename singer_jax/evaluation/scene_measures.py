@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +157,8 @@ class SceneMeasures:
         self, features: Float[np.ndarray, "images tokens dim"]
     ) -> Float[np.ndarray, "images tokens dim"]:
         network, params = self.teacher.network, self.teacher.params
-        found = [_next_block(network, self.first, params, part) for part in _parts(features)]
-        return np.concatenate([np.asarray(part) for part in found]) - features
+        found = _in_parts(lambda part: _next_block(network, self.first, params, part), features)
+        return found - features
 
     def _scores(self, backbone: Backbone) -> dict[str, float]:
         last, prefix = backbone.arch.depth - 1, backbone.arch.num_prefix_tokens
@@ -165,19 +166,21 @@ class SceneMeasures:
         labels, tested = self.train.classes, self.test.classes
         classes, surfaces = int(labels.max()) + 1, int(self.train.masks.max()) + 1
         near = Examples(train[:, 0], labels), Examples(test[:, 0], tested)
-        left_out = self.train_marked, self.marked
 
-        def dense(name: str) -> tuple[np.ndarray, ...]:
-            of_train, of_test = (
-                _by_patch(getattr(one, name), backbone.arch.grid) for one in (self.train, self.test)
-            )
-            return train[:, prefix:], of_train, test[:, prefix:], of_test
+        def dense(name: str) -> list[linear.DenseSplit]:
+            of_train = train, self.train, self.train_marked
+            return [
+                linear.DenseSplit(
+                    tokens[:, prefix:], _by_patch(getattr(scenes, name), backbone.arch.grid), marked
+                )
+                for tokens, scenes, marked in (of_train, (test, self.test, self.marked))
+            ]
 
         return {
             "linear_top1": linear.top1(train[:, 0], labels, test[:, 0], tested, classes),
             "knn_top1": 100 * knn_top1(*near, classes=classes),
-            "miou": linear.mean_iou(*dense("masks"), surfaces, *left_out),
-            "depth_rmse": linear.depth_rmse(*dense("depth"), *left_out),
+            "miou": linear.mean_iou(*dense("masks"), surfaces),
+            "depth_rmse": linear.depth_rmse(*dense("depth")),
             "norm_ratio": norm_ratio(test[:, prefix:]),
         }
 
@@ -186,12 +189,10 @@ def tokens_of(
     backbone: Backbone, scenes: Scenes, layers: Sequence[int], count: int | None = None
 ) -> Tokens:
     """Returns all tokens after some blocks, for the first `count` scenes or for all."""
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for pixels in _parts(scenes.pixels[:count]):
-        of_part = _features(backbone.network, tuple(layers), backbone.params, pixels)
-        for layer, value in of_part.items():
-            found[layer].append(np.asarray(value))
-    return {layer: np.concatenate(values) for layer, values in found.items()}
+    network, params = backbone.network, backbone.params
+    return _in_parts(
+        lambda pixels: _features(network, tuple(layers), params, pixels), scenes.pixels[:count]
+    )
 
 
 def _without_outlier(backbone: Backbone) -> Backbone:
@@ -208,7 +209,7 @@ def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patch
     if not spec.arch.synthetic_outlier:
         return np.zeros((len(scenes.pixels), spec.arch.num_patches), bool)
     find = jax.jit(lambda pixels: marked_patches(spec.prepare(pixels), spec.arch))
-    return np.concatenate([np.asarray(find(pixels)) for pixels in _parts(scenes.pixels)])
+    return _in_parts(find, scenes.pixels)
 
 
 def _by_patch(
@@ -219,8 +220,11 @@ def _by_patch(
     return parts.reshape(count, grid[0] * grid[1], side * side)
 
 
-def _parts(images: np.ndarray) -> list[np.ndarray]:
-    return np.split(images, range(_AT_ONCE, len(images), _AT_ONCE))
+def _in_parts(function: Callable[[np.ndarray], Any], images: np.ndarray) -> Any:
+    """Applies a function that returns a tree with a row per image to parts of the images."""
+    parts = np.split(images, range(_AT_ONCE, len(images), _AT_ONCE))
+    found = [jax.device_get(function(part)) for part in parts]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -14,12 +14,10 @@ from singer_jax.evaluation.heads import (
     Counts,
     Head,
     Losses,
-    apply_head,
-    by_image,
-    log_likelihood,
     mean_over,
     patch_grid,
-    upsample,
+    pixel_counts,
+    pixel_losses,
 )
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -54,13 +52,11 @@ class Segmentation:
         labels: Int[Array, "batch height width"],
         valid: Bool[Array, " batch"],
     ) -> Losses:
-        def of_image(logits: Array, labels: Array, valid: Array) -> tuple[Array, Array]:
-            known = valid & (labels != self.ignore)
-            likelihood = log_likelihood(upsample(logits, labels.shape), jnp.where(known, labels, 0))
-            return jnp.sum(jnp.where(known, likelihood, 0.0)), jnp.sum(known)
+        def classes_of(labels: Array) -> tuple[Array, Array]:
+            known = labels != self.ignore
+            return jnp.where(known, labels, 0), known
 
-        likelihood, known = by_image(of_image, apply_head(head, features), labels, valid)
-        return -jnp.sum(likelihood), jnp.sum(known)
+        return pixel_losses(head, features, labels, valid, classes_of)
 
     def count(
         self,
@@ -69,15 +65,13 @@ class Segmentation:
         labels: Int[Array, "batch height width"],
         valid: Bool[Array, " batch"],
     ) -> Counts:
-        def of_image(logits: Array, labels: Array, valid: Array) -> Array:
-            full = upsample(logits, labels.shape)
-            finite = jnp.all(jnp.isfinite(full), axis=-1)
-            predicted = jnp.where(finite, jnp.argmax(full, axis=-1), self.classes)
+        def counts_of(logits: Array, labels: Array, valid: Array) -> Counts:
+            finite = jnp.all(jnp.isfinite(logits), axis=-1)
+            predicted = jnp.where(finite, jnp.argmax(logits, axis=-1), self.classes)
             known = valid & (labels != self.ignore)
-            return confusion_matrix(predicted, labels, known, self.classes)
+            return {"confusion": confusion_matrix(predicted, labels, known, self.classes)}
 
-        matrices = by_image(of_image, apply_head(head, features), labels, valid)
-        return {"confusion": jnp.sum(matrices, axis=0)}
+        return pixel_counts(head, features, labels, valid, counts_of)
 
     def metrics(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns `miou` (see `mean_iou`) and `accuracy`, in percent."""

@@ -6,9 +6,10 @@ train a head for each learning rate on the same batches at once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.sources import Source, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation.backbone import Backbone, Examples
@@ -43,43 +44,58 @@ def init_head(key: jax.Array, inputs: int, outputs: int) -> Head:
     }
 
 
+class FeatureBatch(NamedTuple):
+    """Features and labels of a batch; `valid` is False for padding, None without padding."""
+
+    features: Float[Array, "batch ..."]
+    labels: Array
+    valid: Bool[Array, " batch"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SgdOptions:
+    """What all steps of a probe share.
+
+    Attributes:
+      steps: number of steps of the whole probe.
+      weight_decay: factor of the parameter that is added to the gradient.
+      mesh: devices over which a batch is split; None: it is not split.
+    """
+
+    steps: int
+    weight_decay: float
+    mesh: Mesh | None = None
+
+
 def sgd_step(
     task: Task,
     head: Head,
-    features: Float[Array, "batch ..."],
-    labels: Array,
+    batch: FeatureBatch,
     step: Int[Array, ""],
     learning_rate: Float[Array, ""],
-    valid: Bool[Array, " batch"] | None = None,
-    *,
-    steps: int,
-    weight_decay: float,
-    mesh: Mesh | None = None,
+    options: SgdOptions,
 ) -> tuple[Head, Float[Array, ""]]:
     """Computes one step of the probe.
 
     Args:
       task: task whose loss is minimised.
       head: head before the step.
-      features: features of the batch.
-      labels: labels of the batch.
+      batch: features and labels.
       step: number of the step, counted from 0.
       learning_rate: peak learning rate, which is that of step 0.
-      valid: True for the images that are not padding; default: all of them.
-      steps: number of steps of the whole probe.
-      weight_decay: factor of the parameter that is added to the gradient.
-      mesh: devices over which the batch is split; default: it is not split.
+      options: what all steps share.
 
     Returns:
       the head after the step, and the loss before it.
     """
 
     def loss_of(head: Head) -> Float[Array, ""]:
-        return mean_loss(task, head, features, labels, valid, mesh)
+        return mean_loss(task, head, *batch, options.mesh)
 
     loss, gradient = jax.value_and_grad(loss_of)(head)
-    rate = cosine_schedule(learning_rate, steps, 0, FINAL_LEARNING_RATE / learning_rate)(step)
-    head = jax.tree.map(lambda p, g: p - rate * (g + weight_decay * p), head, gradient)
+    final_ratio = FINAL_LEARNING_RATE / learning_rate
+    rate = cosine_schedule(learning_rate, options.steps, 0, final_ratio)(step)
+    head = jax.tree.map(lambda p, g: p - rate * (g + options.weight_decay * p), head, gradient)
     return head, loss
 
 
@@ -126,15 +142,12 @@ class _Trainer:
     def step(self, images: int, rates: Sequence[float]) -> Callable[..., Head]:
         """Returns (heads, features, labels, valid, step) -> heads; traceable."""
         peaks = np.asarray(rates, np.float32)
+        steps = self.settings.epochs * self.steps_per_epoch(images)
+        options = SgdOptions(steps, self.settings.weight_decay, self.mesh)
 
         def of_rate(head: Head, peak: Array, *xs: Array) -> Head:
-            features, labels, valid, step = xs
-            of_all = {
-                "steps": self.settings.epochs * self.steps_per_epoch(images),
-                "weight_decay": self.settings.weight_decay,
-                "mesh": self.mesh,
-            }
-            return sgd_step(self.task, head, features, labels, step, peak, valid, **of_all)[0]
+            *batch, step = xs
+            return sgd_step(self.task, head, FeatureBatch(*batch), step, peak, options)[0]
 
         def of_rates(heads: Head, *xs: Array) -> Head:
             in_axes = (0, 0, *[None] * len(xs))
@@ -295,9 +308,7 @@ class CropBatches:
                 batch_size=self.batch_size,
                 seed=self.seed,
                 start=step,
-                workers=self.workers,
-                strict=True,
-                rows=parallel.local_rows(sharding, rows),
+                options=LoaderOptions(self.workers, True, parallel.local_rows(sharding, rows)),
             )
         batch = next(self._stream)
         given = {key: batch[key] for key in ("image", "label", "valid")}

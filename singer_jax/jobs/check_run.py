@@ -41,7 +41,7 @@ class Finding(NamedTuple):
     """Result of checking a file or checkpoint, as text."""
 
     name: str
-    told: str
+    text: str
     damaged: bool = False
 
 
@@ -62,8 +62,8 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
     if not any(path(run).exists() for path in (config_file, checkpoints_folder)):
         raise InputError(f"run: {run} is not the work directory of a run; give one that is")
     damaged = []
-    for name, told, wrong in _findings(run):
-        print(f"{name}: {'CORRUPT: ' if wrong else ''}{told}")
+    for name, text, wrong in _findings(run):
+        print(f"{name}: {'CORRUPT: ' if wrong else ''}{text}")
         if wrong:
             damaged.append(name)
     if damaged:
@@ -120,12 +120,12 @@ def _export(run: epath.Path, folder: epath.Path) -> Iterator[Finding]:
     except InputError as error:
         yield Finding(name, str(error), True)
         return
-    told = f"{len(tensors)} tensors"
+    text = f"{len(tensors)} tensors"
     recorded = None
     if config and not config.damaged:
         origin = json.loads((folder / CONFIG_FILE).read_text()).get("singer_jax") or {}
         recorded = origin.get("sha256")
-    yield _compared(name, told, file, recorded)
+    yield _compared(name, text, file, recorded)
 
 
 def _sources(run: epath.Path) -> Iterator[Finding]:
@@ -141,11 +141,11 @@ def _sources(run: epath.Path) -> Iterator[Finding]:
             yield Finding(f"weights of {role}", f"{file} is not on this machine")
 
 
-def _compared(name: str, told: str, file: Path, recorded: Any) -> Finding:
+def _compared(name: str, text: str, file: Path, recorded: Any) -> Finding:
     if recorded is None:
-        return Finding(name, f"{told}, readable; no sha256 was recorded")
+        return Finding(name, f"{text}, readable; no sha256 was recorded")
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != recorded:
-        return Finding(name, f"{told}, sha256 is {found}, but {recorded} was recorded", True)
-    return Finding(name, f"{told}, sha256 matches the recorded one")
+        return Finding(name, f"{text}, sha256 is {found}, but {recorded} was recorded", True)
+    return Finding(name, f"{text}, sha256 matches the recorded one")

@@ -27,13 +27,13 @@ from singer_jax.models import registers
 from singer_jax.models.export_timm import export_timm, to_hub_config, trained_here
 from singer_jax.models.model_card import write_card
 from singer_jax.models.params import Params
-from singer_jax.models.provenance import told
+from singer_jax.models.provenance import describe
 from singer_jax.models.weights import to_timm
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
 from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
-from singer_jax.runs.recorder import Recorder, in_words, stall_watchdog
+from singer_jax.runs.recorder import RecordedSteps, Recorder, in_words, stall_watchdog
 from singer_jax.runs.workdir import config_file, export_folder, origins_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.artifact_removal import load_teacher
@@ -41,13 +41,13 @@ from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
 from singer_jax.training.capture import capture
 from singer_jax.training.flops import step_flops
-from singer_jax.training.identity import check_same_run, check_same_teacher
 from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
 from singer_jax.training.provenance import export_origin, run_provenance
 from singer_jax.training.restore import restore_states, saved_tree
+from singer_jax.training.resume_checks import check_same_run, check_same_teacher
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import TrainState
 
 
@@ -88,7 +88,7 @@ class _Job:
 
     settings: DistillSettings
     workdir: epath.Path
-    run: Setups
+    run: RunSetup
     source: Source
     lock: RunLock
     checkpoints: Checkpoints
@@ -120,7 +120,7 @@ def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
         # A run that continues keeps the provenance of the weights from which it was started.
         meta["weights"] = saved.get("weights") or run_provenance(settings, run)
         for name, one in meta["weights"].items() if jax.process_index() == 0 else ():
-            LOG.info("%s: %s", name, told(one))
+            LOG.info("%s: %s", name, describe(one))
         job = _Job(settings, workdir, run, source, lock, checkpoints, meta, stopped)
         if start < steps:
             states = _train(job, start)
@@ -136,7 +136,7 @@ def _distill(settings: DistillSettings, workdir: epath.Path) -> None:
         raise StudentsStopped(message, stopped)
 
 
-def _warn_of_long_warmup(settings: DistillSettings, run: Setups) -> None:
+def _warn_of_long_warmup(settings: DistillSettings, run: RunSetup) -> None:
     epochs, steps = settings.schedule.warmup_epochs, run.any.steps
     warmup = epochs * run.any.steps_per_epoch
     if settings.schedule.name == "cosine" and steps < warmup:
@@ -150,7 +150,7 @@ def _warn_of_long_warmup(settings: DistillSettings, run: Setups) -> None:
         )
 
 
-def _description(settings: DistillSettings, run: Setups, source: Source) -> dict[str, Any]:
+def _description(settings: DistillSettings, run: RunSetup, source: Source) -> dict[str, Any]:
     """Returns the description of the run that is saved in each checkpoint."""
     specs = {name: own.distillation.student.spec for name, own in run.each.items()}
     configs = {name: to_hub_config(spec) for name, spec in specs.items()}
@@ -229,12 +229,14 @@ def _open_recorder(job: _Job, start: int, stack: contextlib.ExitStack) -> Record
     stack.callback(writer.close)
     recorder = Recorder(
         writer,
-        start=start,
-        steps=run.any.steps,
-        every=settings.log.every_steps,
-        batch_size=settings.batch_size,
-        flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
-        devices=run.any.mesh.devices.ravel(),
+        RecordedSteps(
+            start=start,
+            steps=run.any.steps,
+            every=settings.log.every_steps,
+            batch_size=settings.batch_size,
+            flops=step_flops(run.students, run.states, run.teacher, settings.batch_size),
+            devices=run.any.mesh.devices.ravel(),
+        ),
         stopped=job.stopped,
         capture=functools.partial(capture, job.workdir, settings, job.source),
     )
@@ -262,7 +264,7 @@ def _hooks(job: _Job, validation: Validation | None) -> LoopHooks:
     )
 
 
-def _report_start(run: Setups, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
+def _report_start(run: RunSetup, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     """Logs the reports of the methods after the first step."""
     for name, own in run.each.items():
         params, constants = states[name].params["method"], states[name].constants["method"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from singer_jax.errors import InputError
-from singer_jax.evaluation.backbone import Backbone, load_backbone, resolve_weights
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone, resolve_weights
 from singer_jax.io.files import as_path, make_workdir, replacing, writing
 from singer_jax.models import foreign
 from singer_jax.models.architecture import ComputePolicy
@@ -30,8 +30,8 @@ from singer_jax.runs.checkpoints import Checkpoints, step_to_read
 from singer_jax.runs.lock import holding
 from singer_jax.runs.metrics import LOG
 from singer_jax.runs.workdir import export_folder
-from singer_jax.settings.ranges import COUNT, TEXT, Each, OneOf, optional
-from singer_jax.settings.settings import Settings, setting
+from singer_jax.settings.ranges import TEXT, Each, OneOf
+from singer_jax.settings.settings import setting
 from singer_jax.training.provenance import export_origin
 from singer_jax.training.settings import of_saved
 
@@ -40,31 +40,15 @@ _LARGEST_PROGRAM = 2_000_000_000  # bytes; StableHLO and ONNX files are limited 
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportSettings(Settings):
+class ExportSettings(ModelSelection):
     """Settings of the job `export`."""
 
     job: str = setting("export", OneOf(("export",)), "Name of the command.")
     run: str = setting(
         "", TEXT, "Work directory of a run; its student is exported. Empty: --workdir."
     )
-    student: str = setting("", TEXT, "Name of one of several students of `run`.")
     weights: str = setting(
         "", TEXT, "Weights to export instead of a run's student: Hub repository or file."
-    )
-    model: str = setting(
-        "",
-        TEXT,
-        "timm name of `weights`. Needed if neither the Hub name nor a config.json states it.",
-    )
-    weights_key: str = setting(
-        "",
-        TEXT,
-        "Part of the weights file to load, such as `state_dict`. Empty: averaged weights first.",
-    )
-    step: int | None = setting(
-        None,
-        optional(COUNT),
-        "Step of the run's checkpoint. None: the newest checkpoint without corruption.",
     )
     formats: tuple[str, ...] = setting(
         ("timm", "stablehlo"),
@@ -98,16 +82,9 @@ def export(settings: ExportSettings, workdir: epath.Path) -> None:
         policy = ComputePolicy(param_dtype=_stored_dtype(file))
     run = None if settings.weights else as_path(settings.run or str(workdir))
     step = step_to_read(run, settings.step) if run else settings.step
-    backbone = load_backbone(
-        parallel.make_mesh(),  # replicated, so that process 0 holds all parameters
-        run=str(run or ""),
-        weights=settings.weights,
-        model=settings.model,
-        weights_key=settings.weights_key,
-        student=settings.student,
-        step=step,
-        policy=policy,
-    )
+    selected = dataclasses.replace(settings, run=str(run or ""), step=step)
+    mesh = parallel.make_mesh()  # replicated, so that process 0 holds all parameters
+    backbone = load_backbone(mesh, selected, policy)
     _check_size(settings.formats, backbone.params)
     network = backbone.network
     if run:  # every process takes part in opening a checkpoint

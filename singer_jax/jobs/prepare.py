@@ -256,11 +256,11 @@ def _make(
         if len(unreadable) <= _NAMED:
             LOG.warning("unreadable image %s: %s", unreadable[-1], shown(reason))
 
-    told = part.indices.start
+    reported = part.indices.start
     for index in records.write_shard(path, source, part.indices, tell):
-        if (index + 1 - told) >= 32 or index + 1 == part.indices.stop:
-            bar.update(index + 1 - told)
-            told = index + 1
-            if signals.requested() and told < part.indices.stop:
+        if (index + 1 - reported) >= 32 or index + 1 == part.indices.stop:
+            bar.update(index + 1 - reported)
+            reported = index + 1
+            if signals.requested() and reported < part.indices.stop:
                 return None
     return Shard(part.file, len(part.indices), path.stat().st_size, records.sha256_of(path))

@@ -17,7 +17,7 @@ from etils import epath
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Source, Subset
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone
 from singer_jax.evaluation.measure import Split, probe_task
 from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ratio, patch_tokens
 from singer_jax.evaluation.probe import ProbeSettings
@@ -73,11 +73,13 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
 
     mesh, students = parallel.make_mesh(), str(workdir / "distilled")
     backbones = {
-        "teacher": load_backbone(mesh, run=str(workdir / "teacher")),
+        "teacher": load_backbone(mesh, ModelSelection(run=str(workdir / "teacher"))),
         "student, untrained": _untrained(distilled),
     }
     for name in distilled.students.named:
-        backbones[f"student, {name}"] = load_backbone(mesh, run=students, student=name)
+        backbones[f"student, {name}"] = load_backbone(
+            mesh, ModelSelection(run=students, student=name)
+        )
     LOG.info("evaluating teacher and students (linear probe, kNN)")
     data = distilled.data
     train, test = (open_source(data, split) for split in (TRAIN, TEST))

@@ -32,7 +32,7 @@ from singer_jax.training.calibration import measure_first_batches
 from singer_jax.training.capture import Captured, read
 from singer_jax.training.program import jit_step
 from singer_jax.training.restore import restore_states
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import Students, TrainState
 
 
@@ -91,7 +91,7 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
 
 
 def _state_before(
-    folder: epath.Path, run: Setups, source: Source, captured: Captured, teacher: Params | None
+    folder: epath.Path, run: RunSetup, source: Source, captured: Captured, teacher: Params | None
 ) -> TrainState:
     """Returns the latest saved state of the student before the step, or its initial state."""
     name, step = captured.student, captured.step

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone
 from singer_jax.evaluation.results import Results, read_results
 from singer_jax.io.files import as_path, make_workdir
 from singer_jax.platform import parallel
@@ -60,12 +60,14 @@ def report(settings: ReportSettings, workdir: epath.Path) -> None:
     mesh = parallel.make_mesh()
     backbones, shown = {}, {}
     for name, own in its_settings.each().items():
-        backbones[name] = load_backbone(mesh, run=str(run), student=name, step=step)
+        backbones[name] = load_backbone(mesh, ModelSelection(run=str(run), student=name, step=step))
         shown[f"student, {name or own.method_name}"] = backbones[name]
     for folder in map(as_path, settings.baselines):
         of_baseline = step_to_read(folder)
         for name, own in read_settings(folder, of_baseline).each().items():
-            backbone = load_backbone(mesh, run=str(folder), student=name, step=of_baseline)
+            backbone = load_backbone(
+                mesh, ModelSelection(run=str(folder), student=name, step=of_baseline)
+            )
             shown[f"student, {name or own.method_name} ({folder.name})"] = backbone
     page, first = report_page(workdir), jax.process_index() == 0
     if first:

@@ -22,7 +22,7 @@ from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError, StudentsStopped, listed
 from singer_jax.evaluation.artifacts import outlier_length
-from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
 from singer_jax.io.files import make_workdir, write_text
@@ -286,7 +286,7 @@ def _teacher(
         return load_teacher(mesh, settings.given)
     _run(settings.base, base)
     _run(plant(settings, teacher, base, folder / "outlier"), folder / "teacher")
-    return load_backbone(mesh, run=str(folder / "teacher"))
+    return load_backbone(mesh, ModelSelection(run=str(folder / "teacher")))
 
 
 def plant(
@@ -304,7 +304,7 @@ def plant(
     if teacher == NONE:
         return dataclasses.replace(settings.tuned, student=student)
     direction, place, ratio = teacher.split("-")
-    backbone = load_backbone(parallel.make_mesh(1), run=str(base))
+    backbone = load_backbone(parallel.make_mesh(1), ModelSelection(run=str(base)))
     layers = _layers(backbone.arch)
     fields = {
         "synthetic_outlier": place,
@@ -376,7 +376,9 @@ def measured(
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows, each = {}, run.each()
     for name in students:
-        student = load_backbone(teacher.mesh, weights=str(export_folder(folder, name)))
+        student = load_backbone(
+            teacher.mesh, ModelSelection(weights=str(export_folder(folder, name)))
+        )
         rows[name] = measures.of_student(student)
         clip = getattr(getattr(each[name].method, "match", None), "norm_clip_quantile", 1)
         if cleaned is not None:

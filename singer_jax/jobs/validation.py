@@ -17,10 +17,10 @@ from singer_jax.evaluation.knn import knn_top1
 from singer_jax.models.params import Params, join
 from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG, metric_name
-from singer_jax.training.held_out import HeldOut
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 from singer_jax.training.step import TrainState
+from singer_jax.training.validation_losses import ValidationLosses
 
 _PER_CLASS = 10  # images of the training split that kNN compares with
 _LARGEST_BANK = 20_000  # which is extracted at each evaluation, unless more are asked for
@@ -49,7 +49,7 @@ class Validation:
     def __init__(
         self,
         settings: DistillSettings,
-        run: Setups,
+        run: RunSetup,
         train_split: Source,
         stopped: Mapping[str, str],
     ) -> None:
@@ -69,7 +69,7 @@ class Validation:
                 len(bank),
                 bank.num_classes,
             )
-        self.held_out = HeldOut(
+        self.losses = ValidationLosses(
             run,
             self.test,
             settings.batch_size // settings.grad_accum_steps,
@@ -91,7 +91,7 @@ class Validation:
           prefix `eval/NAME/`, and `eval/images/unreadable`, the number of images of both splits
           that could not be read since the start, by any process.
         """
-        losses = self.held_out(states, teacher)
+        losses = self.losses(states, teacher)
         active = {name: state for name, state in states.items() if name not in self.stopped}
         metrics = {
             metric_name("eval", name, f"val/{term}"): value

@@ -36,7 +36,7 @@ FAILURES = (
 )
 
 
-class Bounded(io.FileIO):
+class BoundedFile(io.FileIO):
     """A file that refuses to read more bytes at once than an archive's directory may have."""
 
     def read(self, size: int = -1) -> bytes:
@@ -49,7 +49,7 @@ class Bounded(io.FileIO):
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Opens an archive with a directory of bounded size and without duplicate names."""
     limits.file_size(path)
-    with Bounded(path) as file, zipfile.ZipFile(file) as archive:
+    with BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
             raise zipfile.BadZipFile("it has two entries with the same name")

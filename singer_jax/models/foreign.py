@@ -17,7 +17,7 @@ import numpy as np
 from singer_jax.errors import InputError, listed
 from singer_jax.io import limits
 from singer_jax.models.tensors import (
-    Derived,
+    DerivedTensor,
     StoredTensor,
     added,
     joined,
@@ -115,7 +115,7 @@ def _dinov3_bias(tensors: Tensors) -> Tensors:
             raise InputError(f"{key} has shape {list(tensor.shape)}, not three times a width")
         masked = f"{block}qkv.bias_mask" in tensors
         found[f"{block}q_bias"] = rows(tensor, 0, dim)
-        found[f"{block}v_bias"] = Derived(
+        found[f"{block}v_bias"] = DerivedTensor(
             (tensor,), (dim,), tensor.dtype, _value_bias(key, dim, masked)
         )
     return found

@@ -63,7 +63,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def told(found: Provenance) -> str:
+def describe(found: Provenance) -> str:
     """Returns a provenance as one line."""
     statistics = f"input mean {_numbers(found['mean'])}, std {_numbers(found['std'])}"
     if "file" not in found:

@@ -32,7 +32,7 @@ _LONGEST_KEY = 200  # characters of a tensor's name, far above timm's
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
+class LoadedPart:
     """The part of a file that is loaded.
 
     Attributes:
@@ -88,7 +88,7 @@ class StateDict(dict[str, StoredTensor]):
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
-        taken: Taken = Taken(),
+        taken: LoadedPart = LoadedPart(),
         unread: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tensors)
@@ -126,7 +126,7 @@ def choose(where: object, content: Any, wanted: str = "") -> StateDict:
     }
     form = best.format.name if best.format else ""
     beside = (*(each.label for each in found if each != best), *_lists(content))
-    taken = Taken(".".join(best.path), best.prefix, form, tuple(left_out), beside)
+    taken = LoadedPart(".".join(best.path), best.prefix, form, tuple(left_out), beside)
     return StateDict(tensors, taken, unread)
 
 

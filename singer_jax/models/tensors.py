@@ -29,7 +29,7 @@ class StoredTensor(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Derived:
+class DerivedTensor:
     """A tensor that is computed from stored tensors when it is read.
 
     Attributes:
@@ -50,7 +50,7 @@ class Derived:
         return np.ascontiguousarray(whole[part])
 
 
-def joined(*sources: StoredTensor) -> Derived:
+def joined(*sources: StoredTensor) -> DerivedTensor:
     """Returns the concatenation along the first axis.
 
     Raises:
@@ -61,10 +61,10 @@ def joined(*sources: StoredTensor) -> Derived:
         shapes = ", ".join(str(list(each.shape)) for each in sources)
         raise InputError(f"tensors of shapes {shapes[:100]} cannot be joined")
     shape = (sum(each.shape[0] for each in sources), *first.shape[1:])
-    return Derived(sources, shape, first.dtype, lambda *arrays: np.concatenate(arrays))
+    return DerivedTensor(sources, shape, first.dtype, lambda *arrays: np.concatenate(arrays))
 
 
-def reshaped(source: StoredTensor, shape: tuple[int, ...]) -> Derived:
+def reshaped(source: StoredTensor, shape: tuple[int, ...]) -> DerivedTensor:
     """Returns the same elements in another shape.
 
     Raises:
@@ -72,10 +72,10 @@ def reshaped(source: StoredTensor, shape: tuple[int, ...]) -> Derived:
     """
     if math.prod(source.shape) != math.prod(shape):
         raise InputError(f"a tensor of shape {list(source.shape)} is not one of {list(shape)}")
-    return Derived((source,), shape, source.dtype, lambda array: array.reshape(shape))
+    return DerivedTensor((source,), shape, source.dtype, lambda array: array.reshape(shape))
 
 
-def transposed(source: StoredTensor, axes: tuple[int, ...]) -> Derived:
+def transposed(source: StoredTensor, axes: tuple[int, ...]) -> DerivedTensor:
     """Returns the tensor with its axes in another order.
 
     Raises:
@@ -84,10 +84,10 @@ def transposed(source: StoredTensor, axes: tuple[int, ...]) -> Derived:
     if len(source.shape) != len(axes):
         raise InputError(f"a tensor of shape {list(source.shape)} does not have {len(axes)} axes")
     shape = tuple(source.shape[axis] for axis in axes)
-    return Derived((source,), shape, source.dtype, lambda array: array.transpose(axes))
+    return DerivedTensor((source,), shape, source.dtype, lambda array: array.transpose(axes))
 
 
-def rows(source: StoredTensor, start: int, stop: int, axis: int = 0) -> Derived:
+def rows(source: StoredTensor, start: int, stop: int, axis: int = 0) -> DerivedTensor:
     """Returns entries `start` to `stop` along an axis.
 
     Raises:
@@ -97,10 +97,10 @@ def rows(source: StoredTensor, start: int, stop: int, axis: int = 0) -> Derived:
         raise InputError(f"a tensor of shape {list(source.shape)} has no entries {start}:{stop}")
     shape = (*source.shape[:axis], stop - start, *source.shape[axis + 1 :])
     index = (slice(None),) * axis + (slice(start, stop),)
-    return Derived((source,), shape, source.dtype, lambda array: array[index])
+    return DerivedTensor((source,), shape, source.dtype, lambda array: array[index])
 
 
-def added(one: StoredTensor, other: StoredTensor) -> Derived:
+def added(one: StoredTensor, other: StoredTensor) -> DerivedTensor:
     """Returns the sum of two tensors of one shape.
 
     Raises:
@@ -108,14 +108,14 @@ def added(one: StoredTensor, other: StoredTensor) -> Derived:
     """
     if one.shape != other.shape:
         raise InputError(f"tensors of {list(one.shape)} and {list(other.shape)} cannot be added")
-    return Derived((one, other), one.shape, one.dtype, np.add)
+    return DerivedTensor((one, other), one.shape, one.dtype, np.add)
 
 
-def zeros(size: int) -> Derived:
+def zeros(size: int) -> DerivedTensor:
     """Returns a float32 vector of zeros.
 
     Raises:
       InputError: the vector is too large.
     """
     limits.check("a bias", size, _LARGEST_BIAS, "elements")
-    return Derived((), (size,), np.dtype(np.float32), lambda: np.zeros(size, np.float32))
+    return DerivedTensor((), (size,), np.dtype(np.float32), lambda: np.zeros(size, np.float32))

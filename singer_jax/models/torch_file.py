@@ -172,7 +172,7 @@ def _tensor(
         or any(type(number) is not int or number < 0 for number in (offset, *shape, *strides))
     ):
         raise pickle.UnpicklingError(
-            f"{storage.entry}: offset, shape and strides of its tensor are not whole numbers from "
+            f"{storage.entry}: offset, shape and strides of its tensor are not integers >= "
             f"0, in at most {_MOST_DIMENSIONS} dimensions"
         )
     elements = storage.elements * storage.dtype.itemsize // dtype.itemsize

@@ -62,12 +62,14 @@ def _abstract_model(
 ) -> tuple[nnx.GraphDef, Params]:
     """Computes and caches the result of `abstract_model`, which is needed several times."""
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: VisionTransformer(arch, policy, rngs=_OneKey(jax.random.key(0))))
+        nnx.eval_shape(
+            lambda: VisionTransformer(arch, policy, rngs=_SingleKeyRngs(jax.random.key(0)))
+        )
     )
     return graph, nnx.to_pure_dict(state)
 
 
-class _OneKey(NamedTuple):
+class _SingleKeyRngs(NamedTuple):
     """Replacement of `nnx.Rngs`, whose counters take most of the time of a trace."""
 
     key: jax.Array
@@ -510,8 +512,8 @@ def named_model(model: str, folder: Path, overrides: Mapping[str, Any]) -> Model
     }
     if not changed:
         return spec
-    told = ", ".join(f"{name} {value}" for name, value in changed.items())
-    _LOG.warning("%s: its config.json states %s, which is taken", model, told)
+    stated_fields = ", ".join(f"{name} {value}" for name, value in changed.items())
+    _LOG.warning("%s: its config.json states %s, which is taken", model, stated_fields)
     return lookup(model, {**overrides, **changed})
 
 

@@ -145,6 +145,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gathered(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch's results, so that this process can read every row.
+
+    With several processes, every device holds all rows; otherwise each device holds its own.
+    """
+    return replicated(mesh) if jax.process_count() > 1 else batch_sharding(mesh)
+
+
 def leaf_name(path: tuple) -> str:
     """Returns a leaf's path in a tree, such as `params/student/blocks/0/attn/qkv/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -26,6 +26,7 @@ from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_t
 from singer_jax.io import limits
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
+from singer_jax.models.inference import ImagePass, leave_out
 from singer_jax.models.network import ModelSettings
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
@@ -35,7 +36,7 @@ from singer_jax.runs.workdir import metrics_file
 from singer_jax.settings.settings import to_dict
 from singer_jax.training.restore import restore_states
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import TrainState
 
 _FITTED = 256  # number of training images to fit the maps to the teacher's features
@@ -103,7 +104,7 @@ class Report:
 
 def restore(
     run: epath.Path, settings: DistillSettings, step: int | None = None
-) -> tuple[Setups, dict[str, TrainState], Params | None, int]:
+) -> tuple[RunSetup, dict[str, TrainState], Params | None, int]:
     """Restores a run: its setups, states, the teacher's parameters, and the checkpoint's step.
 
     Args:
@@ -201,7 +202,7 @@ def collect(
     last = arch.depth - 1
     layers = {layer for singer in singers.values() for layer in singer.teacher_layers}
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=parallel.gathered(mesh))
     def patches_of(params: Params, images: jax.Array) -> dict[str, Any]:
         features = network.merge(params).features(network.spec.prepare(images))
         prefix = arch.num_prefix_tokens
@@ -214,20 +215,9 @@ def collect(
         return jax.tree.map(lambda x: x[:, prefix:].astype(jnp.float32), found)
 
     def run_on(images: Source) -> dict[str, dict[int, np.ndarray]]:
-        sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
-        batches = eval_batches(
-            images,
-            EvalTransform(prepared.image_size),
-            batch_size=batch_size,
-            rows=parallel.local_rows(sharding, batch_size),
+        return ImagePass(images, EvalTransform(prepared.image_size), unreadable=leave_out).compute(
+            lambda batch: patches_of(teacher_params, batch["image"]), mesh
         )
-        parts = []
-        with contextlib.closing(batches):
-            for batch in batches:
-                put = parallel.put_rows(batch["image"], sharding, batch_size)
-                parts.append(jax.device_get(patches_of(teacher_params, put)))
-        # The remaining rows are the padding of the last batch.
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(images)], *parts)
 
     of_shown, of_fitted = run_on(few), run_on(fitted)
     target, target_fitted = of_shown["teacher"][last], of_fitted["teacher"][last]
@@ -236,8 +226,8 @@ def collect(
         if last in singer.teacher_layers:
             tokens = of_shown[f"refined {name}"][last]
             cosine = cosine_to_teacher(tokens, target, None)
-            told = f"teacher, refined for {name}" if name else "teacher, refined"
-            models.append(ModelMaps(told, tokens, arch.grid, cosine))
+            label = f"teacher, refined for {name}" if name else "teacher, refined"
+            models.append(ModelMaps(label, tokens, arch.grid, cosine))
     for name, backbone in students.items():
         tokens = patch_tokens(backbone, few)
         cosine = None
@@ -300,7 +290,7 @@ def _test_or_train(settings: DistillSettings, train: Source) -> Source:
         return train
 
 
-def trained_singers(prepared: Setups, states: Mapping[str, TrainState]) -> dict[str, Singer]:
+def trained_singers(prepared: RunSetup, states: Mapping[str, TrainState]) -> dict[str, Singer]:
     """Returns the method of each student that is trained with SiNGER."""
     found = {}
     for name, own in prepared.each.items():

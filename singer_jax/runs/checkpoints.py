@@ -125,7 +125,7 @@ class Checkpoints:
             },
         )
         self.read_only = read_only
-        self.watch = verify.Watch(self.manager.directory)
+        self.watch = verify.BackgroundVerifier(self.manager.directory)
 
     def newest_whole(self, before: int | None = None) -> int | None:
         """Returns the step of the latest finished checkpoint without corruption; None without any.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import math
 import sys
@@ -113,6 +114,27 @@ def _progress(start: int, steps: int, active: bool) -> Any:
     return bar
 
 
+@dataclasses.dataclass(frozen=True)
+class RecordedSteps:
+    """The steps that a recorder follows.
+
+    Attributes:
+      start: The number of steps that are done.
+      steps: The number of steps at the end of the run.
+      every: The number of steps between rows.
+      batch_size: The global batch size.
+      flops: The FLOPs of one step on all devices.
+      devices: The devices of the step. If their kind is not listed, `train/mfu` is left out.
+    """
+
+    start: int
+    steps: int
+    every: int
+    batch_size: int
+    flops: int
+    devices: Sequence[jax.Device]
+
+
 class Recorder:
     """Follows a training loop: writes metrics, shows the progress, stops at non-finite numbers.
 
@@ -120,12 +142,7 @@ class Recorder:
 
     Args:
       writer: Takes the rows.
-      start: The number of steps that are done.
-      steps: The number of steps at the end of the run.
-      every: The number of steps between rows.
-      batch_size: The global batch size.
-      flops: The FLOPs of one step on all devices.
-      devices: The devices of the step. If their kind is not listed, `train/mfu` is left out.
+      followed: The steps.
       stopped: The errors of students that stopped before, by name. The recorder adds the students
         that it stops.
       capture: Stores what is needed to replay a step with non-finite numbers. It takes the step,
@@ -137,26 +154,20 @@ class Recorder:
     def __init__(
         self,
         writer: MetricsWriter,
-        *,
-        start: int,
-        steps: int,
-        every: int,
-        batch_size: int,
-        flops: int,
-        devices: Sequence[jax.Device],
+        followed: RecordedSteps,
         stopped: dict[str, str] | None = None,
         capture: Callable[[int, str, str], str] | None = None,
     ) -> None:
-        self.writer, self.every, self.batch_size = writer, every, batch_size
-        peak = peak_flops(devices)
-        self.flops_share = flops / peak if peak else None
-        self.start, self.steps = start, steps
+        self.writer, self.followed = writer, followed
+        self.start, self.steps = followed.start, followed.steps
+        peak = peak_flops(followed.devices)
+        self.flops_share = followed.flops / peak if peak else None
         self.pending: collections.deque[tuple[int, StepMetrics, Mapping[str, Any]]]
         self.pending = collections.deque()
         self.stopped = {} if stopped is None else stopped
         self.capture = capture
-        self.bar = _progress(start, steps, writer.active)
-        self.row_step, self.row_time, self.waited = start + 1, time.perf_counter(), 0.0
+        self.bar = _progress(followed.start, followed.steps, writer.active)
+        self.row_step, self.row_time, self.waited = followed.start + 1, time.perf_counter(), 0.0
         # Seconds since the last row: of evaluations and saves together, and of saves alone.
         self.excluded = self.saving_seconds = 0.0
 
@@ -202,7 +213,7 @@ class Recorder:
         Args:
           step: The number of the step, counted from 1.
         """
-        return step in (self.start + 1, self.steps) or step % self.every == 0
+        return step in (self.start + 1, self.steps) or step % self.followed.every == 0
 
     def add(
         self,
@@ -261,7 +272,7 @@ class Recorder:
             if self.saving_seconds:
                 metrics["train/save_seconds"] = self.saving_seconds
             self._begin_row(step, now)
-            metrics["train/images_per_second"] = steps_per_second * self.batch_size
+            metrics["train/images_per_second"] = steps_per_second * self.followed.batch_size
             metrics["train/data_wait_fraction"] = waiting
             if self.flops_share:
                 metrics["train/mfu"] = steps_per_second * self.flops_share

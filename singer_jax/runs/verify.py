@@ -240,7 +240,7 @@ def set_aside(folder: epath.Path, reason: str) -> epath.Path:
     return place
 
 
-class Watch:
+class BackgroundVerifier:
     """Verifies saved checkpoints in a thread while the training continues.
 
     After each save the new checkpoint is read back and its manifest is written. One of the older

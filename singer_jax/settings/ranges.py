@@ -48,10 +48,10 @@ class Range:
     def __str__(self) -> str:
         bounds = []
         if self.low is not None:
-            bounds.append(f"{'above' if self.low_open else 'of at least'} {_number(self.low)}")
+            bounds.append(f"{'>' if self.low_open else '>='} {_number(self.low)}")
         if self.high is not None:
-            bounds.append(f"{'below' if self.high_open else 'at most'} {_number(self.high)}")
-        kind = "a whole number" if self.whole else "a number"
+            bounds.append(f"{'<' if self.high_open else '<='} {_number(self.high)}")
+        kind = "an integer" if self.whole else "a number"
         return f"{kind} {' and '.join(bounds)}".rstrip()
 
 

@@ -7,9 +7,8 @@ model. Here the norm is a multiple of the image's median, and the block follows 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches, worker_count
+from singer_jax.data.loader import worker_count
 from singer_jax.data.sources import Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.methods.norms import outlier_threshold, token_norms
+from singer_jax.models.inference import ImagePass, leave_out
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.provenance import Provenance
@@ -136,8 +136,10 @@ def find_register_neurons(
             scores = jnp.stack([score(index, x) for index, x in enumerate(inputs)])
         return scores, jnp.sum(outliers.any(axis=1)), jnp.sum(high & outliers, axis=(1, 2))
 
-    batches = _batches(network, mesh, images, workers)
-    parts = [jax.device_get(of_batch(params, *batch)) for batch in batches]
+    parts = [
+        jax.device_get(of_batch(params, batch["image"], batch["valid"]))
+        for batch in _image_pass(network, images, workers).batches(mesh)
+    ]
     scores, with_outliers, already = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
     if not with_outliers:
         raise InputError(
@@ -179,22 +181,18 @@ def describe_artifact_removal(
     """
     networks, params = zip(before, after, strict=True)
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-    def of_batch(
-        params: Sequence[Params], pixels: Array, valid: Bool[Array, " batch"]
-    ) -> tuple[dict[int, dict[str, Array]], Array]:
+    @functools.partial(jax.jit, out_shardings=parallel.gathered(mesh))
+    def changes_of(params: Sequence[Params], pixels: Array) -> dict[int, dict[str, Array]]:
         models = [network.merge(own) for network, own in zip(networks, params, strict=True)]
         seen = [model.features_at(networks[0].spec.prepare(pixels), layers) for model in models]
         return {
             layer: _changes(models[0], *(features[layer].astype(jnp.float32) for features in seen))
             for layer in layers
-        }, valid
+        }
 
-    parts = []
-    for batch in _batches(networks[0], mesh, images, workers):
-        found, valid = jax.device_get(of_batch(params, *batch))
-        parts.append(jax.tree.map(lambda x, valid=valid: x[valid], found))
-    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    whole = _image_pass(networks[0], images, workers).compute(
+        lambda batch: changes_of(params, batch["image"]), mesh
+    )
     return {str(layer): _summary(whole[layer]) for layer in layers}
 
 
@@ -267,19 +265,5 @@ def _above_median(
     return norms > multiple * outlier_threshold(norms, 0.5)
 
 
-def _batches(
-    network: Network, mesh: Mesh, images: Source, workers: int
-) -> Iterator[tuple[Array, Bool[Array, " batch"]]]:
-    """Yields the images on the devices, and True for those that are no padding and readable."""
-    sharding, batch_size = parallel.batch_sharding(mesh), 8 * mesh.size
-    batches = eval_batches(
-        images,
-        EvalTransform(network.image_size),
-        batch_size=batch_size,
-        workers=workers,
-        rows=parallel.local_rows(sharding, batch_size),
-    )
-    with contextlib.closing(batches):
-        for batch in batches:
-            given = batch["image"], batch["valid"] & (batch["unreadable"] < 0)
-            yield parallel.put_rows(given, sharding, batch_size)
+def _image_pass(network: Network, images: Source, workers: int) -> ImagePass:
+    return ImagePass(images, EvalTransform(network.image_size), workers, unreadable=leave_out)

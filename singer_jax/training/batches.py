@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import UnreadableCount, train_batches, worker_count
+from singer_jax.data.loader import LoaderOptions, UnreadableCount, train_batches, worker_count
 from singer_jax.data.sources import Source
 from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 
 
 def device_batches(
-    settings: DistillSettings, run: Setups, source: Source, start: int
+    settings: DistillSettings, run: RunSetup, source: Source, start: int
 ) -> Iterator[tuple[Any, int]]:
     """Yields the batches of the steps after `start`, split over the devices.
 
@@ -44,10 +44,12 @@ def device_batches(
         batch_size=size,
         seed=settings.seed,
         start=start,
-        workers=worker_count(data.workers),
-        strict=data.fail_on_unreadable,
-        # Row i of the batch is image i of the step, on any number of processes.
-        rows=parallel.local_rows(sharding, size),
+        options=LoaderOptions(
+            worker_count(data.workers),
+            data.fail_on_unreadable,
+            # Row i of the batch is image i of the step, on any number of processes.
+            parallel.local_rows(sharding, size),
+        ),
     )
     with contextlib.closing(batches):
         for step, batch in enumerate(batches, start + 1):

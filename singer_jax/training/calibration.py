@@ -17,7 +17,7 @@ from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG
 from singer_jax.training.batches import device_batches
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 from singer_jax.training.step import micro_batches
 
 BATCHES = 8
@@ -25,13 +25,13 @@ BATCHES = 8
 
 
 def measure_first_batches(
-    settings: DistillSettings, run: Setups, source: Source, teacher: Params | None
+    settings: DistillSettings, run: RunSetup, source: Source, teacher: Params | None
 ) -> dict[str, Any]:
     """Measures the teacher on the first batches, which are read apart from the training.
 
     Args:
       settings: Settings of the run.
-      run: Setups of the students.
+      run: RunSetup of the students.
       source: The training images.
       teacher: Parameters of the teacher.
 
@@ -45,11 +45,11 @@ def measure_first_batches(
         return measure(run, teacher, (batch for batch, _ in itertools.islice(batches, BATCHES)))
 
 
-def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, Any]:
+def measure(run: RunSetup, teacher: Params, batches: Iterable[Any]) -> dict[str, Any]:
     """Measures the teacher for the method of each student that needs it.
 
     Args:
-      run: Setups of the students.
+      run: RunSetup of the students.
       teacher: Parameters of the teacher.
       batches: Batches on the devices, as the step takes them.
 
@@ -66,7 +66,7 @@ def measure(run: Setups, teacher: Params, batches: Iterable[Any]) -> dict[str, A
     return totals
 
 
-def jit_add(run: Setups) -> Callable[[dict[str, Any], Params, Any], dict[str, Any]]:
+def jit_add(run: RunSetup) -> Callable[[dict[str, Any], Params, Any], dict[str, Any]]:
     """Returns the jitted function that adds the measurements of a batch to the totals.
 
     Its arguments are the totals (donated), the teacher's parameters and the batch. It splits the

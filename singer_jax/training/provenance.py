@@ -10,10 +10,10 @@ import jax
 
 from singer_jax.models.provenance import Provenance, origin, provenance
 from singer_jax.training.settings import DistillSettings
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 
 
-def run_provenance(settings: DistillSettings, run: Setups) -> dict[str, Provenance]:
+def run_provenance(settings: DistillSettings, run: RunSetup) -> dict[str, Provenance]:
     """Returns the provenance of the teacher and of each student; empty except in process 0.
 
     Args:

@@ -20,7 +20,7 @@ from singer_jax.errors import InputError
 from singer_jax.platform import chips, hlo, parallel
 from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import compile_step
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 from singer_jax.training.step import PARTS
 
 # Images per second that one core decodes, crops and flips, loader included. It is a conservative
@@ -111,7 +111,7 @@ class Cost:
         return self.flops / self.chip.bf16 / self.step_seconds
 
 
-def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(run: RunSetup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns an abstract batch with the shapes and shardings of a training batch."""
     split, side = parallel.batch_sharding(run.any.mesh), run.image_size
     shape = (batch_size, side, side, 3)
@@ -121,11 +121,11 @@ def abstract_batch(run: Setups, batch_size: int) -> dict[str, jax.ShapeDtypeStru
     }
 
 
-def cost(run: Setups, batch_size: int, schedule: str | None = None) -> Cost:
+def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
     """Compiles the step of a run for its devices, and computes its cost from the program.
 
     Args:
-      run: Setups of the run, as `setup_students` returns them.
+      run: RunSetup of the run, as `setup_students` returns them.
       batch_size: Global batch size.
       schedule: Execution of several students, as for `compile_step`.
 

@@ -35,7 +35,7 @@ from singer_jax.training.teacher import Teacher, make_teacher
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class StudentSetup:
     """A student before its first step; no parameters are in memory yet.
 
     Attributes:
@@ -68,14 +68,14 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setups:
+class RunSetup:
     """The students of a run before their first step; they share the data, devices and steps.
 
     Attributes:
       each: Each student by its name; the name of a single student is empty.
     """
 
-    each: Mapping[str, Setup]
+    each: Mapping[str, StudentSetup]
 
     @property
     def students(self) -> Students:
@@ -83,7 +83,7 @@ class Setups:
         return Students({name: own.distillation for name, own in self.each.items()})
 
     @property
-    def any(self) -> Setup:
+    def any(self) -> StudentSetup:
         """One of the students, for the attributes that all share."""
         return next(iter(self.each.values()))
 
@@ -166,7 +166,7 @@ def setup_students(
     num_classes: int,
     mesh: Mesh | None = None,
     weights_needed: bool = True,
-) -> Setups:
+) -> RunSetup:
     """Checks settings against models and devices, and prepares the students of the run.
 
     Args:
@@ -198,7 +198,7 @@ def setup_students(
     for name, own in students.items():
         with _named(name):
             each[name] = _student(own, teacher, examples, num_classes, mesh)
-    return Setups(each)
+    return RunSetup(each)
 
 
 @contextlib.contextmanager
@@ -216,7 +216,7 @@ def _student(
     examples: int,
     num_classes: int,
     mesh: Mesh,
-) -> Setup:
+) -> StudentSetup:
     needs = methods.needs(settings.method)
     if needs.labels and not num_classes:
         raise InputError(
@@ -275,7 +275,7 @@ def _student(
         return draw_student(np.uint32(settings.seed))
 
     state = jax.eval_shape(distillation.init, abstract_student, abstract_method)
-    return Setup(
+    return StudentSetup(
         distillation=distillation,
         mesh=mesh,
         steps=steps,

@@ -22,9 +22,9 @@ from singer_jax.methods import nullspace
 from singer_jax.platform import parallel
 from singer_jax.runs import checkpoints
 from singer_jax.training import calibration
-from singer_jax.training.held_out import HeldOut
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
+from singer_jax.training.validation_losses import ValidationLosses
 from tests import tiny
 from tests.compiled.compiling import Compile
 
@@ -39,7 +39,7 @@ def chips() -> Mesh:
     return tpu_mesh()
 
 
-def prepare(folder, mesh: Mesh, *arguments: str, **changes: object) -> Setups:
+def prepare(folder, mesh: Mesh, *arguments: str, **changes: object) -> RunSetup:
     return prepare_all(folder, mesh, {}, *arguments, **changes)
 
 
@@ -50,7 +50,7 @@ def prepare_all(
     method: str = "singer",
     teacher: str = TEACHER,
     **changes: object,
-) -> Setups:
+) -> RunSetup:
     overrides = {"depth": 4, "num_classes": 1000}
     config = tiny.config("", method)
     config.teacher.model, config.student.model = teacher, STUDENT
@@ -67,7 +67,7 @@ def prepare_all(
     return setup_students(settings_of(config), examples=1000, num_classes=1000, mesh=mesh)
 
 
-def batch_of(run: Setups, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(run: RunSetup, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]:
     split = parallel.batch_sharding(run.any.mesh)
     shape = (size, run.image_size, run.image_size, 3)
     return {
@@ -76,7 +76,7 @@ def batch_of(run: Setups, size: int = IMAGES) -> dict[str, jax.ShapeDtypeStruct]
     }
 
 
-def compile_step(compiles: Compile, at_most: float, run: Setups) -> str:
+def compile_step(compiles: Compile, at_most: float, run: RunSetup) -> str:
     """The text of the compiled step."""
     step = jit_step(run.any.distillation, run.any.mesh, run.any.state, run.teacher)
     logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(run.any.mesh))
@@ -143,7 +143,7 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
     run = prepare_all(tmp_path, chips, several, "fitnet", SMALL)
     logged = jax.ShapeDtypeStruct((), jnp.bool_, sharding=parallel.replicated(chips))
     took = {}
-    for which in (run, Setups({"a": run.each["a"]})):
+    for which in (run, RunSetup({"a": run.each["a"]})):
         students = dataclasses.replace(which.students, sequential=True)
         step = jit_step(students, chips, which.states, which.teacher)
         batch = batch_of(run, 512)
@@ -154,10 +154,10 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    held_out = HeldOut(run, make_source("digits", "", TRAIN), IMAGES)
+    losses = ValidationLosses(run, make_source("digits", "", TRAIN), IMAGES)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(chips))
-    compiles(120, held_out.losses, {"": run.any.state}, run.teacher, batch_of(run), key)
+    compiles(120, losses.losses, {"": run.any.state}, run.teacher, batch_of(run), key)
 
 
 def test_the_initial_state_with_its_null_spaces(tmp_path, chips, compiles: Compile):

@@ -13,7 +13,7 @@ import numpy as np
 from absl import app
 
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.sources import TRAIN, FolderSource
 
 
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     folder, reports, workers, *wait = argv[1:]
     os.environ["REPORTS"] = reports
     source = FolderSource(folder, TRAIN)
-    batches = train_batches(source, Reporting(8), batch_size=4, seed=0, workers=int(workers))
+    options = LoaderOptions(int(workers))
+    batches = train_batches(source, Reporting(8), batch_size=4, seed=0, options=options)
     found = [next(batches)["image"].astype(int).sum(axis=(1, 2, 3)).tolist() for _ in range(6)]
     print(json.dumps(found), flush=True)
     if wait:

@@ -18,7 +18,7 @@ from singer_jax.data.sources import TEST, TRAIN, TfdsSource
 from singer_jax.errors import InputError
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import Backbone
-from singer_jax.jobs.evaluate import _with_statistics as with_statistics
+from singer_jax.evaluation.task_data import with_statistics
 from singer_jax.models.network import Network
 from singer_jax.models.zoo import lookup
 from tests import tiny

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from singer_jax.data.images import EvalTransform as CentreCrop
 from singer_jax.data.images import TrainTransform
 from singer_jax.data.loader import (
+    LoaderOptions,
     UnreadableCount,
     batch_records,
     eval_batches,
@@ -73,9 +74,10 @@ def test_the_records_of_a_batch_are_known_from_its_step():
 
 def test_processes_share_each_global_batch():
     whole = first(train_batches(DIGITS, CROP, batch_size=6, seed=0), 4)
+    options = [LoaderOptions(rows=np.arange(i, 6, 2)) for i in (0, 1)]
     parts = [
-        first(train_batches(DIGITS, CROP, batch_size=6, seed=0, rows=np.arange(i, 6, 2)), 4)
-        for i in (0, 1)
+        first(train_batches(DIGITS, CROP, batch_size=6, seed=0, options=of_process), 4)
+        for of_process in options
     ]
     for step, batch in enumerate(whole):
         expected = sorted(image.tobytes() for image in batch["image"])
@@ -137,7 +139,8 @@ def test_replacements_come_from_anywhere_and_follow_from_seed_epoch_and_index(tm
 def test_strict_raises_with_the_path(tmp_path):
     source = damaged_folder(tmp_path, 4, [2])
     with pytest.raises(RunError, match=str(tmp_path / "002.jpg")):
-        first(train_batches(source, CROP, batch_size=4, seed=0, strict=True), 1)
+        strict = LoaderOptions(strict=True)
+        first(train_batches(source, CROP, batch_size=4, seed=0, options=strict), 1)
 
 
 class Broken(TrainTransform):
@@ -243,13 +246,14 @@ def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
 
 LOADING = """
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.registry import TrainingDataSettings, open_source
 
 source = open_source(TrainingDataSettings(source="digits"), "train")
 with open("started", "a") as file:
     file.write(__name__ + " ")
-batches = train_batches(source, TrainTransform(8), batch_size=2, seed=0, workers=2)
+options = LoaderOptions(workers=2)
+batches = train_batches(source, TrainTransform(8), batch_size=2, seed=0, options=options)
 print([len(next(batches)["label"]) for _ in range(3)])
 batches.close()
 """

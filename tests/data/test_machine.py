@@ -10,7 +10,7 @@ from absl import flags
 
 from singer_jax.data import machine
 from singer_jax.data.images import TrainTransform
-from singer_jax.data.loader import train_batches
+from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.sources import TRAIN, DigitsSource
 from singer_jax.errors import InputError
 from singer_jax.io import files
@@ -128,9 +128,8 @@ def test_without_shared_memory_batches_are_the_same(monkeypatch):
     flags.FLAGS(["test"])
 
     def first(workers: int) -> list[np.ndarray]:
-        batches = train_batches(
-            DigitsSource(TRAIN), TrainTransform(8), batch_size=16, seed=3, workers=workers
-        )
+        options = {"batch_size": 16, "seed": 3, "options": LoaderOptions(workers)}
+        batches = train_batches(DigitsSource(TRAIN), TrainTransform(8), **options)
         try:
             return [next(batches)["image"] for _ in range(3)]
         finally:

@@ -28,7 +28,7 @@ from singer_jax.data.sources import (
 )
 from singer_jax.errors import InputError
 from singer_jax.settings.settings import to_dict
-from singer_jax.training.identity import check_same_run
+from singer_jax.training.resume_checks import check_same_run
 from singer_jax.training.settings import DistillSettings
 from tests.tiny import write_images
 
@@ -126,7 +126,7 @@ def test_a_run_on_a_labelled_folder_continues_from_its_former_digest():
         ("imagenet2012", "{tmp}", TRAIN, "imagenet2012 is not prepared .* prepared records"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, name, path, split, message):
+def test_missing_sources_are_named(tmp_path, name, path, split, message):
     with pytest.raises(InputError, match=message):
         make_source(name, path.format(tmp=tmp_path), split)
 
@@ -339,7 +339,7 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypat
     assert "1 of 3 classes have no images: b" in caplog.text
 
 
-def test_every_suffix_that_is_listed_is_read_and_what_is_left_out_is_counted(tmp_path):
+def test_every_listed_suffix_is_read_and_other_files_are_counted(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
     kinds = {"JPEG": "jpg JPEG jpe jfif", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
     kinds |= {"TIFF": "tif TIFF", "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}

@@ -72,10 +72,12 @@ def test_mean_iou_of_a_case_made_by_hand():
     features = np.array([[[0.0], [0], [1], [1]]])
     masks = np.array([[[0, 0], [0, 0], [1, 1], [1, 0]]])
     none = np.zeros((1, 4), bool)
-    found = linear.mean_iou(features, masks, features, masks, 3, none, none)
+    split = linear.DenseSplit(features, masks, none)
+    found = linear.mean_iou(split, split, 3)
     assert found == pytest.approx(100 * (4 / 5 + 3 / 4) / 2)  # and class 2 is nowhere
     without = np.array([[False, False, False, True]])
-    assert linear.mean_iou(features, masks, features, masks, 3, without, without) == 100
+    split = split._replace(left_out=without)
+    assert linear.mean_iou(split, split, 3) == 100
 
 
 def test_depth_rmse_ignores_unknown_pixels_and_patches_that_are_left_out():
@@ -85,8 +87,8 @@ def test_depth_rmse_ignores_unknown_pixels_and_patches_that_are_left_out():
     depth[0, 3] = 0  # the whole patch
     depth[0, 5] = 99
     left_out = np.array([[False] * 5 + [True]])
-    found = linear.depth_rmse(features, depth, features, depth, left_out, left_out)
-    assert found < 0.01
+    split = linear.DenseSplit(features, depth, left_out)
+    assert linear.depth_rmse(split, split) < 0.01
 
 
 def test_top1():

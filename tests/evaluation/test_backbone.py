@@ -13,7 +13,7 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, Subset
 from singer_jax.errors import InputError
 from singer_jax.evaluation import backbone as backbone_lib
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.evaluation.classification import Classification
 from singer_jax.models import zoo
 from singer_jax.models.export_timm import to_hub_config
@@ -45,7 +45,9 @@ def digits():
 def test_a_checkpoint_and_its_export_give_the_same_features(run, mesh, digits):
     few = Subset(digits, np.arange(10))
     of_run, of_export = (
-        load_backbone(mesh, **where).extract(few, Classification(10), EvalTransform(16)).features
+        load_backbone(mesh, ModelSelection(**where))
+        .extract(few, Classification(10), EvalTransform(16))
+        .features
         for where in ({"run": str(run)}, {"weights": str(run)})
     )
     np.testing.assert_array_equal(of_run, of_export)
@@ -59,7 +61,7 @@ def test_every_image_counts_once_whatever_the_batch(
 ):
     monkeypatch.setattr(backbone_lib, "_MOST_IMAGES", per_device)
     few = Subset(digits, np.arange(11))
-    model = load_backbone(mesh, run=str(run))
+    model = load_backbone(mesh, ModelSelection(run=str(run)))
     task = model.classification(10, token)
     found = model.extract(few, task, EvalTransform(16))
     images = np.stack([EvalTransform(16)(open_image(few[i].image)) for i in range(11)])
@@ -105,15 +107,15 @@ def test_the_published_protocol_sees_new_crops(run, tmp_path):
         ({"weights": "vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
     ],
 )
-def test_what_is_not_there_is_named(mesh, arguments, words):
+def test_missing_models_are_named(mesh, arguments, words):
     with pytest.raises(InputError, match=words):
-        load_backbone(mesh, **arguments)
+        load_backbone(mesh, ModelSelection(**arguments))
 
 
 def test_a_run_without_a_checkpoint_says_so(mesh, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="no finished checkpoint"):
-        load_backbone(mesh, run=str(tmp_path))
+        load_backbone(mesh, ModelSelection(run=str(tmp_path)))
 
 
 def test_a_model_without_class_token_is_probed_on_its_pooled_output(mesh, digits, tmp_path):
@@ -121,7 +123,7 @@ def test_a_model_without_class_token_is_probed_on_its_pooled_output(mesh, digits
     path = tiny.write_teacher(tmp_path / "model.safetensors", model)
     spec = zoo.lookup(model, {**tiny.TEACHER, "num_classes": 0})
     (tmp_path / "config.json").write_text(json.dumps(to_hub_config(spec)))
-    backbone = load_backbone(mesh, weights=str(path))
+    backbone = load_backbone(mesh, ModelSelection(weights=str(path)))
     few = Subset(digits, np.arange(5))
     task = backbone.classification(10, None)
     assert task.token == "pooled"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from singer_jax.data.sources import Record
-from singer_jax.evaluation.backbone import Backbone, Examples, load_backbone
+from singer_jax.evaluation.backbone import Backbone, Examples, ModelSelection, load_backbone
 from singer_jax.evaluation.depth import Depth
 from singer_jax.evaluation.knn import knn_top1
 from singer_jax.evaluation.probe import ProbeSettings
@@ -59,7 +59,9 @@ def weights(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def backbone_on(weights):
-    return lambda data, fsdp: load_backbone(parallel.make_mesh(data, fsdp), weights=weights)
+    return lambda data, fsdp: load_backbone(
+        parallel.make_mesh(data, fsdp), ModelSelection(weights=weights)
+    )
 
 
 def crop_trainer(backbone: Backbone, task: object) -> CropTrainer:

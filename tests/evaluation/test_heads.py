@@ -227,5 +227,6 @@ def test_both_mious_leave_out_the_same_classes():
     features = np.eye(3)[None]
     kept = np.zeros((1, 3), bool)
     tested = np.array([[0, 1, 0]])[..., None]  # class 2 is predicted once and never true
-    found = linear.mean_iou(features, masks, features, tested, 4, kept, kept)
+    splits = (linear.DenseSplit(features, labels, kept) for labels in (masks, tested))
+    found = linear.mean_iou(*splits, 4)
     assert found == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)

@@ -13,10 +13,10 @@ from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import Stopped
 from singer_jax.evaluation import measure, trainers
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone
 from singer_jax.evaluation.measure import ProbedModel, Split, probe_models
 from singer_jax.evaluation.probe import ProbeSettings
-from singer_jax.evaluation.progress import FileKeeper, Keeper
+from singer_jax.evaluation.progress import FileProgressStore, ProgressStore
 from singer_jax.platform import parallel
 from tests import tiny
 
@@ -29,7 +29,7 @@ KIND = "classification"
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> dict[str, Backbone]:
     weights = tiny.write_described(tmp_path_factory.mktemp("weights"))
-    one = load_backbone(parallel.make_mesh(1), weights=str(weights))
+    one = load_backbone(parallel.make_mesh(1), ModelSelection(weights=str(weights)))
     larger = jax.tree.map(lambda leaf: 1.1 * leaf, one.params)
     return {"one": one, "two": dataclasses.replace(one, params=larger)}
 
@@ -43,12 +43,12 @@ def split() -> Split:
 
 
 def probed(
-    backbones: dict[str, Backbone], split: Split, keepers: dict[str, Keeper] | None = None
+    backbones: dict[str, Backbone], split: Split, stores: dict[str, ProgressStore] | None = None
 ) -> dict[str, tuple]:
     tests = measure.test_examples(backbones, KIND, split.test, SETTINGS)
-    keepers = keepers or {name: Keeper() for name in backbones}
+    stores = stores or {name: ProgressStore() for name in backbones}
     models = {
-        name: ProbedModel(backbone, tests[name], keeper=keepers[name])
+        name: ProbedModel(backbone, tests[name], progress_store=stores[name])
         for name, backbone in backbones.items()
     }
     return probe_models(models, KIND, split, SETTINGS)
@@ -92,16 +92,16 @@ def test_each_batch_is_decoded_once_for_all_models(backbones, split, alone, monk
 def test_stopped_together_and_at_different_steps_they_end_with_the_same_bits(
     backbones, split, alone, tmp_path
 ):
-    def keepers(folder: Path, asked: Callable[[], bool]) -> dict[str, FileKeeper]:
-        return {name: FileKeeper(folder / f"{name}.npz", "key", asked) for name in backbones}
+    def stores(folder: Path, asked: Callable[[], bool]) -> dict[str, FileProgressStore]:
+        return {name: FileProgressStore(folder / f"{name}.npz", "key", asked) for name in backbones}
 
     for question in (2, 9):  # while the rates are compared, and after
         folder = tmp_path / str(question)
         folder.mkdir()
         answers = itertools.chain([False] * (question - 1), [True])
         with pytest.raises(Stopped):
-            probed(backbones, split, keepers(folder, lambda answers=answers: next(answers)))
-        steps = [keeper.progress.step for keeper in keepers(folder, bool).values()]
+            probed(backbones, split, stores(folder, lambda answers=answers: next(answers)))
+        steps = [progress_store.progress.step for progress_store in stores(folder, bool).values()]
         assert steps == [question if question < 6 else question - 6] * 2
         (folder / "two.npz").unlink()  # as if it had never been kept
-        assert_same(probed(backbones, split, keepers(folder, bool)), alone)
+        assert_same(probed(backbones, split, stores(folder, bool)), alone)

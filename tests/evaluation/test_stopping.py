@@ -13,7 +13,7 @@ from singer_jax.errors import Stopped
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.evaluation.classification import Classification
 from singer_jax.evaluation.probe import ProbeSettings, probe
-from singer_jax.evaluation.progress import FileKeeper, Keeper
+from singer_jax.evaluation.progress import FileProgressStore, ProgressStore
 from singer_jax.evaluation.trainers import FeatureTrainer
 from singer_jax.platform import memory
 from tests import cli, tiny
@@ -48,9 +48,9 @@ def test_stopped_anywhere_a_probe_ends_with_the_same_bits(bytes_, questions, tmp
     settings = ProbeSettings(epochs=3, batch_size=16, learning_rates=(0.1, 0.5))
     train, test = examples(50, 1), examples(20, 2)
 
-    def run(keeper: Keeper | None = None) -> tuple:
+    def run(progress_store: ProgressStore | None = None) -> tuple:
         trainer = FeatureTrainer(Classification(4), train, (6, 4), settings)
-        result = probe(trainer, test, settings, keeper=keeper)
+        result = probe(trainer, test, settings, progress_store=progress_store)
         return result.head, result.held_out, result.last, result.best, result.best_epoch
 
     file, expected = tmp_path / "probe.npz", run()
@@ -58,19 +58,22 @@ def test_stopped_anywhere_a_probe_ends_with_the_same_bits(bytes_, questions, tmp
     for number in np.diff(questions, prepend=0):
         answers = iter([False] * (number - 1) + [True])
         with pytest.raises(Stopped, match=str(file)):
-            run(FileKeeper(file, "key", lambda answers=answers: next(answers)))
-    np.testing.assert_equal(run(FileKeeper(file, "key", lambda: False)), expected)
+            run(FileProgressStore(file, "key", lambda answers=answers: next(answers)))
+    np.testing.assert_equal(run(FileProgressStore(file, "key", lambda: False)), expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", None])
 def test_progress_that_cannot_be_read_or_is_of_another_probe_is_not_continued(content, tmp_path):
     file = tmp_path / "digits.progress.npz"
-    keeper = FileKeeper(file, "key", lambda: False)
-    keeper.keep(step=3, heads={"bias": np.ones((1, 2), np.float32)})
-    assert FileKeeper(file, "key", lambda: False).progress.step == 3
+    progress_store = FileProgressStore(file, "key", lambda: False)
+    progress_store.update(step=3, heads={"bias": np.ones((1, 2), np.float32)})
+    assert FileProgressStore(file, "key", lambda: False).progress.step == 3
     if content is not None:
         file.write_bytes(content)
-    assert FileKeeper(file, "other" if content is None else "key", lambda: False).progress.step == 0
+    assert (
+        FileProgressStore(file, "other" if content is None else "key", lambda: False).progress.step
+        == 0
+    )
 
 
 @pytest.mark.slow

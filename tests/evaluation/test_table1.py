@@ -19,7 +19,7 @@ from singer_jax.data.dense import DepthTransform, SegmentationTransform
 from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.sources import TEST
 from singer_jax.evaluation import table1
-from singer_jax.evaluation.backbone import load_backbone
+from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.platform import parallel
 from tests import tiny
 from tests.data import official
@@ -59,7 +59,7 @@ def evaluated(run, data, tmp_path_factory) -> Path:
 
 def tokens_and_labels(run: Path, data: str, task: str) -> tuple[np.ndarray, list]:
     """Returns raw tokens of the last block and labels of a test split, image by image."""
-    backbone = load_backbone(parallel.make_mesh(1), run=str(run))
+    backbone = load_backbone(parallel.make_mesh(1), ModelSelection(run=str(run)))
     model = backbone.network.merge(backbone.params)
     benchmark = table1.TASKS[task]
     source = open_benchmark(benchmark.data, data, TEST)
@@ -139,7 +139,7 @@ def test_every_cell_is_that_of_numpy(run, data, evaluated):
     }
 
 
-def test_what_is_finished_is_not_done_again(run, data, evaluated, tmp_path):
+def test_finished_tasks_are_not_repeated(run, data, evaluated, tmp_path):
     """After a kill and a restart, the results are the same and no task runs twice."""
     config = tmp_path / "settings.py"
     flat = {"run": str(run), "data.path": data, "data.workers": 0, "mesh.data": 1, **SETTINGS}
@@ -207,7 +207,7 @@ def test_damaged_features_are_extracted_again(run, data, tmp_path):
     assert (tmp_path / "results.json").read_text() == results
 
 
-def test_what_is_not_there_is_skipped_and_named(run, tmp_path, capsys):
+def test_missing_data_sets_are_skipped_and_named(run, tmp_path, capsys):
     official.pet(tmp_path / "data")
     assert main.run(settings(run, str(tmp_path / "data")), tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from singer_jax import main
 from singer_jax.config import export
 from singer_jax.errors import InputError
-from singer_jax.models.provenance import provenance, told
+from singer_jax.models.provenance import describe, provenance
 from singer_jax.models.weight_files import find_weights
 from singer_jax.models.weights import abstract_params, check_weights, to_timm
 from singer_jax.models.zoo import lookup
@@ -29,7 +29,7 @@ def test_provenance_of_a_file_has_hash_size_and_grid(tmp_path):
     assert found["tensors"] == len(tensors)
     assert found["parameters"] == sum(value.size for value in tensors.values())
     assert found["position_embeddings"] == "resampled from 4 x 4 to 6 x 6"
-    line = told(found)
+    line = describe(found)
     for part in (str(file), found["sha256"], f"{found['parameters']:,}", "mean 0.5/0.5/0.5"):
         assert part in line
     assert json.loads(json.dumps(found)) == found
@@ -39,7 +39,7 @@ def test_provenance_of_a_file_has_hash_size_and_grid(tmp_path):
 
 def test_provenance_of_random_weights():
     found = provenance(lookup("vit_tiny_patch16_224", {}), "", None)
-    assert "random weights" in told(found) and "sha256" not in found
+    assert "random weights" in describe(found) and "sha256" not in found
 
 
 def test_a_hub_name_states_its_revision(tmp_path, monkeypatch):
@@ -52,7 +52,7 @@ def test_a_hub_name_states_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     file = find_weights("timm/mine")
     found = provenance(lookup("vit_tiny_patch16_224", tiny.TEACHER), "timm/mine", file)
-    assert found["revision"] == revision and f"revision {revision}" in told(found)
+    assert found["revision"] == revision and f"revision {revision}" in describe(found)
     assert found["weights"] == "timm/mine"
 
 

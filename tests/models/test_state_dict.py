@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from singer_jax.errors import InputError
 from singer_jax.models import zoo
 from singer_jax.models.network import ModelSettings, resolve_model
-from singer_jax.models.provenance import provenance, told
+from singer_jax.models.provenance import describe, provenance
 from singer_jax.models.weight_files import WeightsFile, find_weights, open_weights
 from singer_jax.models.weights import check_weights, load_model, model_arguments, to_timm
 from tests import tiny
@@ -320,7 +320,7 @@ def test_run_logs_the_loaded_part(tmp_path):
         "part teacher, prefix backbone. removed, left out: head.mlp.0.weight, not loaded: "
         "student.module.backbone"
     )
-    assert found["taken"] in told(found) and json.loads(json.dumps(found)) == found
+    assert found["taken"] in describe(found) and json.loads(json.dumps(found)) == found
 
 
 def test_arguments_of_timm_that_change_no_weight_are_accepted():

@@ -153,7 +153,7 @@ def test_lookup_takes_owner_tag_and_overrides():
         ("vit_tiny_patch16_224", {"num_heads": 5}, "not a multiple of num_heads 5"),
     ],
 )
-def test_lookup_says_what_is_wrong(model, overrides, message):
+def test_lookup_errors(model, overrides, message):
     with pytest.raises(InputError, match=message):
         zoo.lookup(model, overrides)
 

@@ -296,7 +296,7 @@ def test_classes_and_statistics_come_from_the_file(tmp_path):
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"architecture": 3}', "architecture: 3"),
-        (b'{"num_classes": -1}', "num_classes: -1; give a whole number of at least 0"),
+        (b'{"num_classes": -1}', "num_classes: -1; give an integer >= 0"),
         (b'{"num_classes": true}', "num_classes: True"),
         (b'{"model_args": [1]}', "model_args is not a JSON object"),
         (b'{"pretrained_cfg": "x"}', "pretrained_cfg is not a JSON object"),

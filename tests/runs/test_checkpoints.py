@@ -19,7 +19,7 @@ from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.runs import verify
 from singer_jax.runs.checkpoints import Checkpoints, checksum, fingerprint
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import tiny
 
 
@@ -29,7 +29,7 @@ def teacher_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(teacher_file) -> Setups:
+def run(teacher_file) -> RunSetup:
     return setup_students(settings_of(tiny.config(teacher_file)), 64, 10)
 
 

@@ -44,10 +44,10 @@ def test_a_second_start_is_refused_in_one_line_and_a_signal_frees_the_folder(fol
     process = cli.hold(folder)
     with pytest.raises(InputError) as raised, lock.holding(folder):
         pass
-    told = str(raised.value)
+    message = str(raised.value)
     since = json.loads((folder / lock.LOCK_FILE).read_text())["since"]
-    assert f"process {process.pid} of {socket.gethostname()} since {since}" in told
-    assert "--workdir" in told and "\n" not in told
+    assert f"process {process.pid} of {socket.gethostname()} since {since}" in message
+    assert "--workdir" in message and "\n" not in message
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=cli.PATIENCE) == 75
     assert not any(folder.iterdir())

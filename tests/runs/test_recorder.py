@@ -11,7 +11,7 @@ import pytest
 from singer_jax.errors import RunError
 from singer_jax.runs import recorder as recorder_module
 from singer_jax.runs.metrics import MetricsWriter, StepMetrics
-from singer_jax.runs.recorder import Recorder
+from singer_jax.runs.recorder import RecordedSteps, Recorder
 
 
 def rows(folder: Path) -> list[dict]:
@@ -27,7 +27,9 @@ def recorder(folder: Path, **options: object) -> Recorder:
         "flops": 1,
         "devices": jax.devices(),
     }
-    return Recorder(MetricsWriter(folder), **(defaults | options))
+    of_recorder = {name: options.pop(name) for name in {"stopped", "capture"} & set(options)}
+    steps = RecordedSteps(**(defaults | options))
+    return Recorder(MetricsWriter(folder), steps, **of_recorder)
 
 
 def packed(**metrics: float) -> StepMetrics:

@@ -8,7 +8,7 @@ from singer_jax.config import settings_of
 from singer_jax.errors import InputError
 from singer_jax.platform import hosts, parallel
 from singer_jax.training import calibration
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import cli, tiny
 
 
@@ -24,12 +24,12 @@ def configuration(teacher_file: str, **changes: object):
     return config
 
 
-def prepare(teacher_file: str, **changes: object) -> Setups:
+def prepare(teacher_file: str, **changes: object) -> RunSetup:
     settings = settings_of(configuration(teacher_file, **changes))
     return setup_students(settings, examples=64, num_classes=10)
 
 
-def measured(run: Setups) -> dict:
+def measured(run: RunSetup) -> dict:
     batches = (
         parallel.put_batch(
             {"image": np.random.default_rng(seed).integers(0, 256, (8, 16, 16, 3), np.uint8)},

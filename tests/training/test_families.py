@@ -7,7 +7,7 @@ import pytest
 from singer_jax.config import settings_of
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import tiny
 
 # Together they have every part in which blocks can differ; plain blocks are those of the methods'
@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> Setups:
+def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> RunSetup:
     # The giant's own ratio gives the tiny student an odd hidden width.
     sizes: dict[str, object] = {"mlp_ratio": 4.0} | KINDS.get(model, {})
     shared = {"num_kv_heads": (2, 1, 2)} if "sapiens2" in model else {}
@@ -43,7 +43,7 @@ def run_of(tmp_path, model: str, method: str = "singer", **changes: object) -> S
     return setup_students(settings_of(config), examples=8, num_classes=10)
 
 
-def losses(run: Setups, steps: int = 5, size: int = 16) -> list[float]:
+def losses(run: RunSetup, steps: int = 5, size: int = 16) -> list[float]:
     """Returns the losses of training steps on one fixed batch."""
     teacher = run.load_teacher()
     state = run.init_states(teacher)[""]

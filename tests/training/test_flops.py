@@ -9,7 +9,7 @@ from singer_jax import methods
 from singer_jax.config import settings_of
 from singer_jax.models.zoo import MODELS
 from singer_jax.training import flops
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import tiny
 
 # One of each architecture, at its real width; a teacher is one block deep.
@@ -24,7 +24,7 @@ FAMILIES = (
 )
 
 
-def prepare(folder, family: str, method: str = "singer", **changes: object) -> Setups:
+def prepare(folder, family: str, method: str = "singer", **changes: object) -> RunSetup:
     with_head = method in ("logit_kd", "supervised")
     overrides = {"depth": 2, "num_classes": 10 if with_head else 0}
     if "siglip" not in family:
@@ -38,7 +38,7 @@ def prepare(folder, family: str, method: str = "singer", **changes: object) -> S
     return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def counted_by_xla(run: Setups, images: int) -> float:
+def counted_by_xla(run: RunSetup, images: int) -> float:
     """Returns XLA's count of the operations of a micro-batch: teacher, loss and gradients."""
     size, distillation = run.image_size, run.any.distillation
     batch = {

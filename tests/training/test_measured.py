@@ -12,7 +12,7 @@ from singer_jax.config import settings_of
 from singer_jax.models.params import leaves
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import cli, tiny
 
 STANDARDISED = {"method.match.target_space": "standardised", "method.match.norm_clip_quantile": 0.8}
@@ -23,21 +23,21 @@ def teacher_file(tmp_path_factory) -> str:
     return str(tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"))
 
 
-def prepare(teacher_file: str, method: str, students: dict | None = None, **keys) -> Setups:
+def prepare(teacher_file: str, method: str, students: dict | None = None, **keys) -> RunSetup:
     config = tiny.config(teacher_file, method)
     config.students.update(students or {})
     config.update_from_flattened_dict(STANDARDISED | keys)
     return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def batch_of(run: Setups, seed: int = 0) -> dict:
+def batch_of(run: RunSetup, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     batch = {"image": image, "label": np.zeros(8, np.int32)}
     return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
-def after_two_steps(run: Setups) -> dict:
+def after_two_steps(run: RunSetup) -> dict:
     teacher = run.load_teacher()
     states = run.init_states(teacher)
     step = jit_step(run.students, run.any.mesh, states, teacher)

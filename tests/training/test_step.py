@@ -12,7 +12,7 @@ from singer_jax.methods import nullspace
 from singer_jax.models.params import leaves
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import tiny
 
 
@@ -21,13 +21,13 @@ def teacher_file(tmp_path_factory) -> str:
     return str(tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors"))
 
 
-def prepare(teacher_file: str, **changes: object) -> Setups:
+def prepare(teacher_file: str, **changes: object) -> RunSetup:
     config = tiny.config(teacher_file)
     config.update_from_flattened_dict(changes)
     return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def batch_of(run: Setups, size: int = 8, seed: int = 0) -> dict:
+def batch_of(run: RunSetup, size: int = 8, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     batch = {
         "image": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
@@ -36,7 +36,7 @@ def batch_of(run: Setups, size: int = 8, seed: int = 0) -> dict:
     return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
-def loss_and_gradients(run: Setups) -> tuple[dict, dict]:
+def loss_and_gradients(run: RunSetup) -> tuple[dict, dict]:
     teacher = run.load_teacher()
     state = run.init_states(teacher)[""]
     return jax.jit(run.any.distillation.gradients)(state, teacher, batch_of(run))
@@ -72,7 +72,7 @@ def test_bfloat16_stays_close_and_keeps_the_student_in_float32(teacher_file):
         np.testing.assert_allclose(metrics[term], exact[term], rtol=0.05)
 
 
-def train(run: Setups, steps: int) -> tuple[object, object, list[dict]]:
+def train(run: RunSetup, steps: int) -> tuple[object, object, list[dict]]:
     teacher = run.load_teacher()
     state = run.init_states(teacher)[""]
     step_fn = jit_step(run.any.distillation, run.any.mesh, state, teacher)

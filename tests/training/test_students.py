@@ -17,7 +17,7 @@ from singer_jax.platform import backends, parallel
 from singer_jax.training.flops import step_flops
 from singer_jax.training.program import compile_step, jit_step
 from singer_jax.training.settings import StudentsSettings, StudentVariant
-from singer_jax.training.setup import Setups, setup_students
+from singer_jax.training.setup import RunSetup, setup_students
 from tests import tiny
 
 # Methods, architectures, patch sizes, learning rates and seeds differ.
@@ -52,11 +52,11 @@ def together(
     return config
 
 
-def prepare(config: ConfigDict) -> Setups:
+def prepare(config: ConfigDict) -> RunSetup:
     return setup_students(settings_of(config), examples=64, num_classes=10)
 
 
-def batch_of(run: Setups, seed: int) -> dict:
+def batch_of(run: RunSetup, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     batch = {
         "image": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8),
@@ -65,7 +65,7 @@ def batch_of(run: Setups, seed: int) -> dict:
     return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
-def train(run: Setups, sequential: bool = False) -> tuple[dict, list[dict]]:
+def train(run: RunSetup, sequential: bool = False) -> tuple[dict, list[dict]]:
     """Returns the states after five steps, and their metrics."""
     teacher = run.load_teacher()
     states = run.init_states(teacher)
@@ -119,16 +119,16 @@ def test_shared_computations_run_once(teacher_file):
     both = prepare(together(teacher_file, two))
     assert both.students.teacher_reads == one.students.teacher_reads == (1, 2)
 
-    def decompositions(run: Setups) -> int:
+    def decompositions(run: RunSetup) -> int:
         students = {name: jax.eval_shape(own.init_student) for name, own in run.each.items()}
         return str(jax.make_jaxpr(run.make_states())(run.teacher, students)).count(" svd[")
 
     # The last two layers have the same reader, the last block.
     assert decompositions(both) == decompositions(one) == 1
 
-    def teachers(run: Setups) -> int:
+    def teachers(run: RunSetup) -> int:
         teacher = step_flops(run.students, run.states, run.teacher, 8)
-        learned = [Setups({"": own}) for own in run.each.values()]
+        learned = [RunSetup({"": own}) for own in run.each.values()]
         alone = sum(step_flops(r.students, r.states, r.teacher, 8) for r in learned)
         return (alone - teacher) // features_flops(run.teacher_model.network.spec.arch, 3)
 
@@ -182,7 +182,7 @@ def test_the_execution_suits_the_device_and_is_logged(
     teacher, batch = run.teacher, batch_of(run, 0)
     program = compile_step(run.students, run.any.mesh, run.states, teacher, batch)
     assert re.match(words, program.told), program.told
-    alone = Setups({"": run.each["a"]})
+    alone = RunSetup({"": run.each["a"]})
     program = compile_step(alone.students, run.any.mesh, alone.states, teacher, batch)
     assert not program.told
 

@@ -23,7 +23,7 @@ from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
-from benchmarks.hostile import ENTRIES, prepared_set
+from benchmarks.fuzz_targets import ENTRIES, prepared_set
 from singer_jax.data import images
 from singer_jax.data.benchmarks import open_benchmark
 from singer_jax.data.images import EvalTransform, TrainTransform, UnreadableImage, open_image
@@ -66,10 +66,10 @@ def test_a_short_campaign_of_changed_files_finds_nothing(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    told = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    assert set(told) == set(ENTRIES)
-    assert all(entry["executions"] == 800 for entry in told.values())
-    assert {name: entry["findings"] for name, entry in told.items() if entry["findings"]} == {}
+    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert set(found) == set(ENTRIES)
+    assert all(entry["executions"] == 800 for entry in found.values())
+    assert {name: entry["findings"] for name, entry in found.items() if entry["findings"]} == {}
 
 
 # Images.
@@ -132,8 +132,8 @@ def test_links_in_a_circle_add_nothing(tmp_path):
 
 def test_the_name_of_an_image_moves_no_cursor(tmp_path, caplog):
     (tmp_path / "\x1b[2J\n.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG"))
-    told = FolderSource(str(tmp_path), TRAIN).describe(0)
-    assert told.isprintable() and told.endswith(r"/\x1b[2J\n.jpg")
+    described = FolderSource(str(tmp_path), TRAIN).describe(0)
+    assert described.isprintable() and described.endswith(r"/\x1b[2J\n.jpg")
     for name in ("a", "b", "\x1b[2J\n"):
         (tmp_path / name).mkdir()
     for name in "ab":
@@ -235,20 +235,20 @@ def test_an_hdf5_file_holds_its_own_numbers(tmp_path, how):
 @pytest.fixture
 def prepared(tmp_path) -> Path:
     folder = prepared_set(tmp_path)
-    assert TfdsSource("strangers_scenes", str(tmp_path), TEST)[0].label == 1
+    assert TfdsSource("untrusted_scenes", str(tmp_path), TEST)[0].label == 1
     return folder
 
 
 def test_a_prepared_set_imports_nothing(prepared, tmp_path, monkeypatch):
-    (tmp_path / "strangers_module.py").write_text("raise SystemExit('it ran')\n")
+    (tmp_path / "untrusted_module.py").write_text("raise SystemExit('it ran')\n")
     monkeypatch.syspath_prepend(tmp_path)
     file = prepared / "features.json"
-    hostile = file.read_text().replace(
-        "tensorflow_datasets.core.features.image_feature.Image", "strangers_module.Image"
+    changed = file.read_text().replace(
+        "tensorflow_datasets.core.features.image_feature.Image", "untrusted_module.Image"
     )
-    file.write_text(hostile)
-    with pytest.raises(InputError, match="wants to import 'strangers_module': refused"):
-        TfdsSource("strangers_scenes", str(tmp_path), TEST)
+    file.write_text(changed)
+    with pytest.raises(InputError, match="wants to import 'untrusted_module': refused"):
+        TfdsSource("untrusted_scenes", str(tmp_path), TEST)
 
 
 def test_a_prepared_set_takes_its_records_from_its_folder(prepared, tmp_path):
@@ -258,13 +258,13 @@ def test_a_prepared_set_takes_its_records_from_its_folder(prepared, tmp_path):
     content["splits"][0]["filepathTemplate"] = f"../../{template}"
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match="outside it: refused"):
-        TfdsSource("strangers_scenes", str(tmp_path), TEST)
+        TfdsSource("untrusted_scenes", str(tmp_path), TEST)
 
 
 def test_a_damaged_record_is_an_unreadable_image(prepared, tmp_path):
-    source = TfdsSource("strangers_scenes", str(tmp_path), TEST)
+    source = TfdsSource("untrusted_scenes", str(tmp_path), TEST)
     source.records.data_source = [b"\xff" * 40]
-    with pytest.raises(RunError, match="cannot read strangers_scenes/test record 0"):
+    with pytest.raises(RunError, match="cannot read untrusted_scenes/test record 0"):
         LoadExample(source, EvalTransform(8), strict=True)(0, RNG)
 
 

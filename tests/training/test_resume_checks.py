@@ -11,7 +11,7 @@ from singer_jax.errors import InputError
 from singer_jax.evaluation.results import provenance
 from singer_jax.jobs.compare import CompareSettings, compare
 from singer_jax.settings.settings import to_dict
-from singer_jax.training.identity import check_same_run
+from singer_jax.training.resume_checks import check_same_run
 from singer_jax.training.settings import DistillSettings
 
 RUN = DistillSettings()

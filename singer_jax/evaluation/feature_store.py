@@ -20,6 +20,7 @@ from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.heads import Task
 from singer_jax.io.files import write_text
 from singer_jax.io.limits import read_object
+from singer_jax.models.inference import ImagePass
 from singer_jax.platform import parallel
 from singer_jax.runs.metrics import LOG
 
@@ -27,33 +28,35 @@ _FILES = ("features.npy", "labels.npy")
 _CHUNK = 2**24
 
 
+def views_of(
+    source: Source, transforms: Sequence[Callable[..., Any]], workers: int = 0, seed: int = 0
+) -> list[ImagePass]:
+    """Returns a pass for each transform; a random one draws different numbers in each view."""
+    return [
+        ImagePass(source, transform, workers, seed + view)
+        for view, transform in enumerate(transforms)
+    ]
+
+
 def stored_examples(
-    folder: Path,
-    backbone: Backbone,
-    source: Source,
-    task: Task,
-    transforms: Sequence[Callable[..., Any]],
-    workers: int = 0,
-    seed: int = 0,
+    folder: Path, backbone: Backbone, task: Task, views: Sequence[ImagePass]
 ) -> Examples:
-    """Extracts the features of all images, one view per transform, or reads stored ones back.
+    """Extracts the features of all images in every view, or reads stored ones back.
 
     Args:
       folder: folder of `features.npy`, `labels.npy` and `meta.json`, which only process 0 writes
         and reads; the files are replaced if they belong to another model, task, source or
         transform.
       backbone: model.
-      source: images.
       task: task whose features are extracted.
-      transforms: transform of each view; a random one draws different numbers in each view.
-      workers: number of the loader's processes.
-      seed: seed of random transforms.
+      views: passes over the same source, from `views_of`.
 
     Returns:
       memory-mapped float16 features and their labels; every process must take the same rows.
     """
     first, meta = jax.process_index() == 0, folder / "meta.json"
-    parts = (backbone.digest(), source.fingerprint(), task, tuple(transforms), seed)
+    source, transforms = views[0].source, tuple(view.transform for view in views)
+    parts = (backbone.digest(), source.fingerprint(), task, transforms, views[0].seed)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     if not parallel.of_first_process(first and _intact(folder, key)):
         if first:
@@ -61,14 +64,14 @@ def stored_examples(
             meta.unlink(missing_ok=True)
         LOG.info(
             "extracting features: %d view(s) of %d images, to %s",
-            len(transforms),
+            len(views),
             len(source),
             folder,
         )
         arrays: list[np.memmap] = []
-        rows, row = len(source) * len(transforms), 0
-        for view, transform in enumerate(transforms):
-            for batch in backbone.batches(source, task, transform, workers, seed + view):
+        rows, row = len(source) * len(views), 0
+        for view in views:
+            for batch in backbone.batches(task, view):
                 halves = (_halved(batch[0], folder), batch[1])
                 if not first:
                     continue
@@ -88,7 +91,7 @@ def stored_examples(
     files = [np.load(folder / name, mmap_mode="r") if first else None for name in _FILES]
     if jax.process_count() > 1:
         files = [_OfFirstProcess(file) for file in files]
-    return Examples(*files, len(transforms))
+    return Examples(*files, len(views))
 
 
 def reserved(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:

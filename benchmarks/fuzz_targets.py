@@ -1,7 +1,7 @@
-"""The readers of files that strangers write, for benchmarks/fuzz.py: honest files, and a door.
+"""Fuzz targets of benchmarks/fuzz.py: the readers of untrusted files, with valid seed files.
 
-An entry takes a folder to write in, and gives the content of honest files and a function that takes
-the content of any file.
+An entry takes a folder to write in. It returns the contents of valid files, and a function that
+reads any content.
 """
 
 from __future__ import annotations
@@ -259,9 +259,9 @@ def _scenes() -> type:
 
 
 def prepared_set(folder: Path) -> Path:
-    """A set that TFDS prepared by code that is not here, as a stranger's is."""
+    """A set that TFDS prepared by code that is not here, as an untrusted one is."""
     _scenes()(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return (folder / "fuzzed_scenes").rename(folder / "strangers_scenes") / "1.0.0"
+    return (folder / "fuzzed_scenes").rename(folder / "untrusted_scenes") / "1.0.0"
 
 
 def _tfds_record(folder: Path) -> Entry:
@@ -269,7 +269,7 @@ def _tfds_record(folder: Path) -> Entry:
     from singer_jax.data.sources import TfdsSource
 
     prepared_set(folder)
-    source = TfdsSource("strangers_scenes", str(folder), "test")
+    source = TfdsSource("untrusted_scenes", str(folder), "test")
     seed, load = source.records.data_source[0], LoadExample(source, EvalTransform(16), True)
 
     def enter(data: bytes) -> None:
@@ -285,13 +285,13 @@ def _tfds_json(folder: Path) -> Entry:
 
     described = prepared_set(folder)
     files = [described / name for name in ("dataset_info.json", "features.json")]
-    honest = [file.read_bytes() for file in files]
+    valid = [file.read_bytes() for file in files]
 
     def enter(data: bytes) -> None:
-        for file, content in zip(files, honest, strict=True):
+        for file, content in zip(files, valid, strict=True):
             file.write_bytes(data)
             try:
-                source = TfdsSource("strangers_scenes", str(folder), "test")
+                source = TfdsSource("untrusted_scenes", str(folder), "test")
                 if len(source):
                     source[0]
             except (InputError, UnreadableImage):
@@ -299,7 +299,7 @@ def _tfds_json(folder: Path) -> Entry:
             finally:
                 file.write_bytes(content)
 
-    return honest, enter
+    return valid, enter
 
 
 def _tar(folder: Path) -> Entry:

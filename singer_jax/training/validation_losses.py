@@ -10,22 +10,22 @@ import jax
 import numpy as np
 
 from singer_jax.data.images import EvalTransform
-from singer_jax.data.loader import eval_batches
+from singer_jax.data.loader import LoaderOptions, eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 from singer_jax.training.step import Metrics, TrainState
 
 
-class HeldOut:
+class ValidationLosses:
     """Losses of students on a test split, with the same images and random numbers every time.
 
     An unreadable image is replaced by another one of the split, so that the batches stay complete
     and the losses comparable.
 
     Args:
-      run: Setups of the students.
+      run: RunSetup of the students.
       test: The held-out images.
       batch_size: Largest batch size; that of a step, so that a step's memory suffices.
       workers: Number of workers of the loader.
@@ -34,7 +34,7 @@ class HeldOut:
 
     def __init__(
         self,
-        run: Setups,
+        run: RunSetup,
         test: Source,
         batch_size: int,
         workers: int = 0,
@@ -87,9 +87,8 @@ class HeldOut:
                 self.test,
                 EvalTransform(self.run.image_size),
                 batch_size=batch_size,
-                workers=self.workers,
                 part=range(start, stop),
-                rows=parallel.local_rows(sharding, batch_size),
+                options=LoaderOptions(self.workers, rows=parallel.local_rows(sharding, batch_size)),
             )
             with contextlib.closing(batches):
                 for batch in batches:
