@@ -1,5 +1,6 @@
 """Tests of a run's page in a real browser, of comparisons, and of evaluation during training."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -137,6 +138,10 @@ def test_a_click_on_a_patch_redraws_the_maps(page, scheme):
         np.testing.assert_allclose(brightest, [252, 253, 191], atol=3)
         for label in ("cosine to the teacher", "principal components", "patch norm"):
             tab.get_by_role("button", name=label).click()
+            # The teacher has no cosine to itself, and three components have no colour bar.
+            teacher = tab.locator('canvas[data-model="teacher"]')
+            assert teacher.is_visible() == (label != "cosine to the teacher")
+            assert tab.locator("#scale").is_visible() == (label != "principal components")
         assert {model: drawn(model) for model in models} == before
         tab.locator("#images button").nth(1).click()
         assert drawn("input") != before["input"]
@@ -180,7 +185,9 @@ def test_a_page_runs_no_script_from_a_name(tmp_path):
                 assert scripts == ["data", ""]
                 sources = tab.eval_on_selector_all("img", "all => all.map(i => i.src)")
                 assert all(source.startswith("data:image/png") for source in sources)
-                cells = tab.eval_on_selector_all("th", "all => all.map(c => c.textContent)")
+                cells = tab.eval_on_selector_all(
+                    "#results th", "all => all.map(c => c.textContent)"
+                )
                 assert cells == ["", name, name]
             tab.goto(page.as_uri())
             drawn = tab.eval_on_selector_all("canvas", "all => all.map(c => c.dataset.model)")
@@ -208,6 +215,26 @@ def _report_of(name: str) -> Report:
         results={name: {name: 1.0}},
         note=name,
     )
+
+
+def test_the_page_names_models_and_data_as_the_user_did(page, runs):
+    text = page.read_text()
+    assert "<h1>a, step 4</h1>" in text
+    teacher = f"{tiny.config(runs / 'teacher.safetensors').teacher.model}, weights {runs}/teacher"
+    assert f"<dt>teacher</dt><dd>{teacher}.safetensors</dd>" in text
+    assert "; method: singer</dd>" in text and "<dt>training images</dt><dd>digits" in text
+
+
+def test_a_metric_of_one_step_is_a_number_and_no_chart(tmp_path):
+    of_one = _report_of("x")
+    steps = [row | {"step": step} for step in (1, 2) for row in of_one.rows]
+    sections = []
+    for rows in (of_one.rows, steps):
+        write_page(epath.Path(tmp_path / "index.html"), dataclasses.replace(of_one, rows=rows))
+        text = (tmp_path / "index.html").read_text()
+        sections.append(text.split('id="training"')[1].split("</section>")[0])
+    assert "<svg" not in sections[0] and "<th>x knn/top1</th><td>1</td><td>2</td>" in sections[0]
+    assert sections[1].count("<svg") == 2 and "<table>" not in sections[1]
 
 
 def test_a_run_without_a_checkpoint_has_no_report(tmp_path, capsys):
