@@ -77,7 +77,7 @@ def in_process(call: str, seconds: float) -> object | None:
 def main() -> None:
     """Measures, and prints targets beside measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--append", action="store_true", help="to RESULTS.md")
+    parser.add_argument("--append", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     arguments = parser.parse_args()
     tiny = "vit_tiny_patch16_224"

@@ -2,7 +2,7 @@
 # All that is to be measured where there is one GPU, in one call of under 8 minutes:
 #
 #   bash benchmarks/accelerator.sh                 # prints targets beside measurements
-#   bash benchmarks/accelerator.sh --append        # and keeps them in benchmarks/RESULTS.md
+#   bash benchmarks/accelerator.sh --append        # and keeps them in benchmarks/results
 #   bash benchmarks/accelerator.sh --small         # a try on a CPU
 #
 # Needs jax, flax, optax, safetensors, jaxtyping, etils and lazy_loader; torch and timm for the

@@ -212,7 +212,7 @@ def main() -> None:
     from_line.add_argument("--executions", type=int, default=0, help="of each entry point")
     from_line.add_argument("--findings", type=Path, default=Path("findings"), help="folder")
     from_line.add_argument("--only", help="one entry point")
-    from_line.add_argument("--keep", action="store_true", help="append to RESULTS.md")
+    from_line.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     from_line.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     from_line.add_argument("--guided", action="store_true", help=argparse.SUPPRESS)
     told = from_line.parse_args()

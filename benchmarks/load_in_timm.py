@@ -2,7 +2,7 @@
 
   python -m benchmarks.load_in_timm runs/quickstart/singer/student
 
-needs the packages of the extra bench (docs/benchmarks.md). Prints the largest absolute
+needs the packages of the extra bench (benchmarks/README.md). Prints the largest absolute
 difference of the last block's raw tokens and of the model's output on random images.
 """
 
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         "tokens of the last block": np.abs(tokens - np.asarray(feature)).max(),
         "output": np.abs(output - np.asarray(ours.head_output(feature))).max(),
     }
-    rows = [{"compared": name, "max |difference|": f"{x:.2e}"} for name, x in difference.items()]
+    rows = [{"compared": name, "largest difference": f"{x:.2e}"} for name, x in difference.items()]
     report(
         f"Export of {stated['architecture']} {stated['model_args']} loaded by timm",
         f"python -m benchmarks.load_in_timm {folder}",

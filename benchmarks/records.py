@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--keep", action="store_true", help="append the table to RESULTS.md")
+    parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     arguments = parser.parse_args()
     flags.FLAGS(sys.argv[:1])  # grain's workers read them
     with tempfile.TemporaryDirectory() as name:

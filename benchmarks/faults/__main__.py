@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of moments and places")
     parser.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
     parser.add_argument("--table", action="store_true", help="only the table so far")
-    parser.add_argument("--keep", action="store_true", help="append it to RESULTS.md")
+    parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.workdir.absolute()

@@ -171,7 +171,7 @@ class TrainTransform:
       flip: probability of a horizontal flip.
       fast: decode JPEGs with simplejpeg and OpenCV, and all other images with Pillow. The crop is
         interpolated to a multiple of `size` and then averaged. The result differs by about half a
-        grey level from Pillow's, which equals torchvision's (benchmarks/RESULTS.md).
+        grey level from Pillow's, which equals torchvision's (benchmarks/README.md).
     """
 
     size: int

@@ -113,7 +113,7 @@ def patch_products(
 
     Patches are multiplied row by row, in the memory order of their pixels. A convolution has a slow
     gradient on the CPU. On a TPU it moves 0.1 GB less for 128 images. For few images, however, XLA
-    unrolls it into programs of 100 MB, which take minutes to compile (benchmarks/RESULTS.md).
+    unrolls it into programs of 100 MB, which take minutes to compile (benchmarks/README.md).
     """
     size, _, channels, dim = kernel.shape
     batch, height, width, _ = images.shape

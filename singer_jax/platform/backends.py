@@ -2,7 +2,7 @@
 
 All choices compute the same numbers up to rounding (tests/models/test_backends.py). The numbers for
 the TPU are those of programs compiled for a v5e chip: one ViT-L block at 128 images in bfloat16
-(benchmarks/RESULTS.md). Those for the CPU come from `python -m benchmarks.choices`. The choices for
+(benchmarks/README.md). Those for the CPU come from `python -m benchmarks.choices`. The choices for
 the GPU were not compared on a GPU.
 """
 
@@ -39,7 +39,7 @@ class Choices:
       sequential: Executes several students of a step sequentially even if all fit into memory. The
         CPU allocates its temporaries anew in each step, and the operating system clears them.
         Relative to four separate runs, four students took 0.91 of the time in parallel and 0.66
-        sequentially (benchmarks/RESULTS.md).
+        sequentially (benchmarks/README.md).
       compiler_options: Options of `jax.jit` for a function with a backward pass. The CPU removes
         barriers before fusion, and its YNN library multiplies narrow matrices more slowly than
         Eigen.

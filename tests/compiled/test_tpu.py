@@ -149,7 +149,7 @@ def test_students_one_by_one_take_little_more_memory_than_one(tmp_path, chips, c
         batch = batch_of(run, 512)
         program = compiles(180, step, which.states, which.teacher, batch, logged)
         took[len(which.each)] = program.temporary_gib
-    assert took[3] < 1.3 * took[1]  # the aim of benchmarks/RESULTS.md
+    assert took[3] < 1.3 * took[1]  # the target
 
 
 def test_the_held_out_losses(tmp_path, chips, compiles: Compile):
