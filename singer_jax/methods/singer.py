@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +17,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
-from singer_jax.methods import calibration, nullspace
+from singer_jax.methods import calibration, fitted, nullspace
 from singer_jax.methods.base import (
     Batch,
     FrozenVariable,
@@ -41,7 +42,7 @@ from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE
+from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
 # Relative depths of the published distilled layers except the last: block 17 of 24.
@@ -49,8 +50,16 @@ DEPTHS = (0.75,)
 
 # A run warns if the subspace holds less than this share of the outliers' energy.
 SMALL_SHARE = 0.2
-_REMEDY = "method.nullspace.threshold or take method.nullspace.mode=soft"
-_REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.ridge"
+
+
+def _remedy(settings: NullSpaceSettings) -> str:
+    """Returns the change of the settings that makes the subspace larger."""
+    if settings.threshold_type == "energy":
+        more = " or raise method.rank" if settings.weight_matrix == "calibrated" else ""
+        return f"lower method.nullspace.threshold{more}"
+    if settings.weight_matrix == "calibrated":
+        return "raise method.rank or method.nullspace.ridge"
+    return "raise method.nullspace.threshold or take method.nullspace.mode=soft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +85,14 @@ class SingerSettings(LayerSettings):
     outlier_quantile: float = setting(
         0.97, BETWEEN, "Quantile of an image's patch norms above which a patch is an outlier."
     )
+    loss_scale: str = setting(
+        "absolute",
+        OneOf(("absolute", "relative")),
+        "Scale of the outlier and information losses. `absolute`: squares of the teacher's "
+        "features, as published. `relative`: norms are divided by the image's median patch norm, "
+        "and the information loss by the mean square of what the next block adds, so that the "
+        "weights do not depend on the teacher's scale.",
+    )
     match: MatchSettings = section(MatchSettings())
     loss_weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
@@ -95,6 +112,7 @@ class Refiner(nnx.Module):
       projection: Q [dim, dim] for the modes `project` and `soft`; absent otherwise.
       singular_values, threshold, null_dim: Singular values [directions], tau, and the number of
         values below tau, for reports.
+      left, ridge: `NullSpace.left` and `NullSpace.ridge`; absent if they are None.
     """
 
     def __init__(
@@ -117,9 +135,12 @@ class Refiner(nnx.Module):
         else:
             rows = nullspace.random_directions(rngs.params(), rank, dim)
         start = settings.init or ("identity" if self.projected else "official")
-        identity = start == "identity"
+        if space.left is not None:
+            self.left = FrozenVariable(space.left)
+        if space.ridge is not None:
+            self.ridge = FrozenVariable(space.ridge)
         self.down = nnx.Param(rows.T)
-        self.up = nnx.Param(jnp.zeros_like(rows) if identity else rows)
+        self.up = nnx.Param(rows if start == "official" else jnp.zeros_like(rows))
 
     def update(
         self, patches: Float[Array, "batch patches dim"]
@@ -139,6 +160,24 @@ def refine(
     update = refiner.update(features[:, num_prefix_tokens:])
     update = jnp.pad(update, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
     return features.astype(jnp.float32) + update
+
+
+def relative_info_loss(
+    seen: Float[Array, "batch tokens dim"],
+    following: Float[Array, "batch tokens dim"],
+    features: Float[Array, "batch tokens dim"],
+) -> Float[Array, ""]:
+    """Returns the information loss relative to what the next block adds, averaged over the images.
+
+    It is each image's mean squared error of `seen`, divided by the mean square of the difference
+    between the teacher's next features `following` and its `features`. Because the average is taken
+    over ratios of images, micro-batches do not change it.
+    """
+    wide = following.astype(jnp.float32)
+    changed = jnp.mean(jnp.square(seen.astype(jnp.float32) - wide), axis=(1, 2))
+    added = jnp.mean(jnp.square(wide - features.astype(jnp.float32)), axis=(1, 2))
+    added = jnp.maximum(jax.lax.stop_gradient(added), jnp.finfo(jnp.float32).tiny)
+    return jnp.mean(changed / added)
 
 
 def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float[Array, ""]:
@@ -162,21 +201,25 @@ class Singer(TokenMethod):
 
     @classmethod
     def needs(cls, settings: SingerSettings) -> MethodRequirements:
-        """Returns the requirements; only calibrated null spaces need measurements."""
-        return MethodRequirements(measured=settings.nullspace.weight_matrix == "calibrated")
+        """Returns the requirements; measurements are needed by the settings of `measured_for`."""
+        return MethodRequirements(measured=bool(measured_for(settings)))
 
     @classmethod
-    def measure(cls, teacher: ModelFeatures, settings: SingerSettings) -> dict[str, Array]:
-        """Returns `calibration.outlier_covariance` of each distilled layer."""
+    def measure(
+        cls, teacher: ModelFeatures, settings: SingerSettings
+    ) -> dict[str, calibration.OutlierStatistics]:
+        """Returns the `calibration.OutlierStatistics` of each distilled layer."""
         arch = teacher.model.arch
         layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, arch)
-        patches = {layer: teacher.features[layer][:, arch.num_prefix_tokens :] for layer in layers}
-        return {
-            str(layer): calibration.outlier_covariance(
-                own, is_outlier(token_norms(own), settings.outlier_quantile)
-            )
-            for layer, own in patches.items()
-        }
+        found = {}
+        for layer in layers:
+            patches = teacher.features[layer][:, arch.num_prefix_tokens :]
+            outliers = is_outlier(token_norms(patches), settings.outlier_quantile)
+            found[str(layer)] = calibration.outlier_statistics(patches, outliers)
+            if settings.nullspace.init == "fitted":
+                moments = calibration.moments(teacher, layer, settings.outlier_quantile)
+                found[str(layer)] = found[str(layer)]._replace(moments=moments)
+        return found
 
     def __init__(
         self,
@@ -184,7 +227,7 @@ class Singer(TokenMethod):
         student: Architecture,
         settings: SingerSettings,
         rngs: nnx.Rngs,
-        measured: Mapping[str, Float[Array, "dim dim"]] | None = None,
+        measured: Mapping[str, calibration.OutlierStatistics] | None = None,
     ) -> None:
         check(teacher.arch, settings, measured)
         self.teacher_layers, self.student_layers = distilled_layers(
@@ -195,15 +238,17 @@ class Singer(TokenMethod):
         self.last = teacher.arch.depth - 1
         self.quantile = settings.outlier_quantile
         self.weights = settings.loss_weights
-        self.calibrated = settings.nullspace.weight_matrix == "calibrated"
+        self.relative = settings.loss_scale == "relative"
+        self.nullspace = settings.nullspace
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            covariance = (measured or {}).get(str(layer))
-            space = calibration.of_layer(
-                teacher, layer, settings.nullspace, settings.rank, covariance
-            )
-            self.refiner[str(layer)] = Refiner(space, settings.rank, settings.nullspace, rngs)
+            seen = (measured or {}).get(str(layer))
+            space = calibration.of_layer(teacher, layer, settings.nullspace, settings.rank, seen)
+            refiner = Refiner(space, settings.rank, settings.nullspace, rngs)
+            if settings.nullspace.init == "fitted":
+                self._fit(refiner, space, teacher, layer, seen.moments)
+            self.refiner[str(layer)] = refiner
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
             )
@@ -227,10 +272,17 @@ class Singer(TokenMethod):
             matched = self.tokens.of_student(student.features[student_layer])
             predicted = self.adapter[str(student_layer)](matched)
             kd += self.compare(predicted, teacher, layer, refined)
-            outlier += outlier_loss(token_norms(patches), self.quantile)
+            norms = token_norms(patches)
+            if self.relative:
+                norms /= outlier_threshold(token_norms(features[:, prefix:]), 0.5)
+            outlier += outlier_loss(norms, self.quantile)
             if layer < self.last:
-                seen = teacher.next_block(layer, refined)
-                info += mean_squared_error(seen, teacher.features[layer + 1])
+                seen, following = teacher.next_block(layer, refined), teacher.features[layer + 1]
+                info += (
+                    relative_info_loss(seen, following, features)
+                    if self.relative
+                    else mean_squared_error(seen, following)
+                )
             else:
                 reference = features[:, prefix:] if previous is None else previous
                 info += mean_squared_error(
@@ -282,20 +334,40 @@ class Singer(TokenMethod):
                     (
                         logging.WARNING,
                         f"teacher layer {layer} has no null space: no singular value lies below "
-                        f"the threshold {tau:.3g} (smallest {values[-1]:.3g}); raise "
-                        f"{_REMEDY}",
+                        f"the threshold {tau:.3g} (smallest {values[-1]:.3g}); "
+                        f"{_remedy(self.nullspace)}",
                     )
                 )
             if share is not None and share < SMALL_SHARE:
-                remedy = _REMEDY_OF_CALIBRATED if self.calibrated else _REMEDY
+                remedy = _remedy(self.nullspace)
                 lines.append(
                     (
                         logging.WARNING,
                         f"teacher layer {layer}: the subspace holds only {share:.0%} of the "
-                        f"outliers' energy, so refinement can remove little: raise {remedy}",
+                        f"outliers' energy, so refinement can remove little: {remedy}",
                     )
                 )
         return lines
+
+    def _fit(
+        self,
+        refiner: Refiner,
+        space: nullspace.NullSpace,
+        teacher: VisionTransformer,
+        layer: int,
+        moments: calibration.Moments,
+    ) -> None:
+        """Sets a refiner to its update in closed form; unused components start as `identity`."""
+        own, rank = self.nullspace, refiner.up.shape[0]
+        source = "mlp" if own.weight_matrix == "calibrated" else own.weight_matrix
+        selected = nullspace.selected(space, refiner.threshold[...], rank)
+        linear_map = nullspace.linear_map(teacher, layer, source)
+        down, up = fitted.fitted_update(
+            space, selected, linear_map, moments, rank, own.decomposition
+        )
+        used = jnp.any(up != 0, axis=1)
+        refiner.down[...] = jnp.where(used, down, refiner.down[...])
+        refiner.up[...] = up
 
     def _diagnose(self, refiner: Refiner, patches: Float[Array, "batch patches dim"]) -> Scalars:
         wide = patches.astype(jnp.float32)
@@ -330,10 +402,25 @@ def check(
         raise InputError(
             f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}, the teacher's width"
         )
-    rule, threshold = settings.nullspace.threshold_type, settings.nullspace.threshold
-    nullspace.check_threshold(rule, threshold, teacher.embed_dim)
-    if settings.nullspace.weight_matrix == "calibrated" and measured is None:
+    own = settings.nullspace
+    nullspace.check_threshold(own.threshold_type, own.threshold, teacher.embed_dim)
+    if own.init == "fitted" and own.mode != "project":
+        raise InputError(f"method.nullspace.init: fitted needs mode project, not {own.mode}")
+    if measured is None and measured_for(settings):
         raise InputError(
-            "method.nullspace.weight_matrix: calibrated needs `measured`, the sum over a few "
+            f"method.nullspace.{measured_for(settings)} needs `measured`, the sum over a few "
             "batches of `Singer.measure(teacher, settings)`"
         )
+
+
+def measured_for(settings: SingerSettings) -> str:
+    """Returns the key and value that needs measurements, for messages; empty if none does."""
+    own = settings.nullspace
+    for key, value in (
+        ("weight_matrix", "calibrated"),
+        ("threshold_type", "energy"),
+        ("init", "fitted"),
+    ):
+        if getattr(own, key) == value:
+            return f"{key}: {value}"
+    return ""
