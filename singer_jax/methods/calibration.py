@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import ModelFeatures
-from singer_jax.methods.norms import is_outlier, outlier_threshold, token_norms
+from singer_jax.methods.norms import image_medians, is_outlier, token_norms
 from singer_jax.methods.nullspace import NullSpace, NullSpaceSettings
 from singer_jax.models.vit import VisionTransformer
 
@@ -83,7 +83,7 @@ def outlier_statistics(
     patches: Float[Array, "batch patches dim"], outliers: Bool[Array, "batch patches"]
 ) -> OutlierStatistics:
     """Returns the statistics of the patches of a batch, without `moments`."""
-    medians = outlier_threshold(token_norms(patches), 0.5)
+    medians = image_medians(patches)
     return OutlierStatistics(
         outlier_covariance(patches, outliers),
         jnp.sum(outliers, dtype=jnp.float32),

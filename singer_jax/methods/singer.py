@@ -17,7 +17,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
-from singer_jax.methods import calibration, fitted, nullspace
+from singer_jax.methods import calibration, fitted, nullspace, removal
 from singer_jax.methods.base import (
     Batch,
     FrozenVariable,
@@ -34,6 +34,7 @@ from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
 from singer_jax.methods.norms import (
     batch_quantile,
     cosine_similarity_matrix,
+    image_medians,
     is_outlier,
     outlier_threshold,
     token_norms,
@@ -274,7 +275,7 @@ class Singer(TokenMethod):
             kd += self.compare(predicted, teacher, layer, refined)
             norms = token_norms(patches)
             if self.relative:
-                norms /= outlier_threshold(token_norms(features[:, prefix:]), 0.5)
+                norms /= image_medians(features[:, prefix:])
             outlier += outlier_loss(norms, self.quantile)
             if layer < self.last:
                 seen, following = teacher.next_block(layer, refined), teacher.features[layer + 1]
@@ -300,54 +301,91 @@ class Singer(TokenMethod):
         """Returns metrics of each distilled layer over all patches of the global batch.
 
         They are the `median` and `p99` (`batch_quantile`) of `teacher_norm` and `refined_norm`, in
-        bfloat16 `rounding_over_update`, and for a projected update `outlier_energy_share`.
+        bfloat16 `rounding_over_update`, for a projected update `outlier_energy_share`, and the
+        measures of `methods.removal`:
+
+          outlier_medians: Length of the outliers beside their image's mean patch.
+          left_at_best_medians: The part of it outside the subspace (mode `project`).
+          left_of_outlier_medians: Length of the refined outliers, their image's mean included.
+          clipped_medians: Norm to which `removal.CLIP_QUANTILE` would clip them.
+          next_block_change: Change of what the next block adds to ordinary patches by the refined
+            features; for all layers but the last.
+          removal_change: The same for the removal of all that the subspace holds of the outliers'
+            length beside their image's mean patch (mode `project`).
         """
-        prefix = teacher.model.arch.num_prefix_tokens
         return {
             f"layer_{layer}/{name}": value
             for layer in self.teacher_layers
-            for name, value in self._diagnose(
-                self.refiner[str(layer)], teacher.features[layer][:, prefix:]
-            ).items()
+            for name, value in self._diagnose(layer, teacher).items()
         }
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """Reports the null space of each layer and the share of the outliers' energy inside it."""
+        """Reports the null space of each layer, and what it can remove of the outliers."""
         lines = super().report(metrics)
         for layer in self.teacher_layers:
-            refiner = self.refiner[str(layer)]
-            values = np.asarray(refiner.singular_values[...])
-            tau = float(refiner.threshold[...])
-            count = int(refiner.null_dim[...])
-            before = {n: metrics[f"layer_{layer}/teacher_norm_{n}"] for n in ("median", "p99")}
-            line = (
-                f"teacher layer {layer}: {count} of {len(values)} singular values below "
-                f"{tau:.3g} (smallest {values[-1]:.3g}, largest {values[0]:.3g}); patch norms: "
-                f"median {before['median']:.3g}, 99th percentile {before['p99']:.3g}"
-            )
-            share = metrics.get(f"layer_{layer}/outlier_energy_share")
-            if share is not None:
-                line += f"; share of the outliers' energy inside the subspace {share:.2f}"
-            lines.append((logging.INFO, line))
-            if count == 0:
-                lines.append(
-                    (
-                        logging.WARNING,
-                        f"teacher layer {layer} has no null space: no singular value lies below "
-                        f"the threshold {tau:.3g} (smallest {values[-1]:.3g}); "
-                        f"{_remedy(self.nullspace)}",
-                    )
-                )
-            if share is not None and share < SMALL_SHARE:
-                remedy = _remedy(self.nullspace)
-                lines.append(
-                    (
-                        logging.WARNING,
-                        f"teacher layer {layer}: the subspace holds only {share:.0%} of the "
-                        f"outliers' energy, so refinement can remove little: {remedy}",
-                    )
-                )
+            start = f"layer_{layer}/"
+            own = {
+                key.removeprefix(start): value
+                for key, value in metrics.items()
+                if key.startswith(start)
+            }
+            lines += self._report(layer, own)
         return lines
+
+    def _report(self, layer: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """Returns the lines of one layer, from its metrics."""
+        refiner, name = self.refiner[str(layer)], f"teacher layer {layer}"
+        values, tau = np.asarray(refiner.singular_values[...]), float(refiner.threshold[...])
+        count, share = int(refiner.null_dim[...]), metrics.get("outlier_energy_share")
+        limit = self.nullspace.threshold
+        extent = f"smallest {values[-1]:.3g}, largest {values[0]:.3g}"
+        ran = nullspace.decomposition_on(_platform(refiner), self.nullspace.decomposition)
+        if hasattr(refiner, "left"):
+            left = float(refiner.left[...])
+            line = f"{name}: {count} of {len(values)} directions ({ran}) leave {left:.2f} medians"
+            line += f" of an outlier of the first batches, limit {limit:g}"
+            line += f", ridge {float(refiner.ridge[...]):g}" if hasattr(refiner, "ridge") else ""
+        else:
+            line = f"{name}: {count} of {len(values)} singular values below {tau:.3g} "
+            line += f"({ran}, {extent})"
+        line += f"; patch norms: median {metrics['teacher_norm_median']:.3g}, "
+        line += f"99th percentile {metrics['teacher_norm_p99']:.3g}"
+        if share is not None:
+            line += f"; share of the outliers' energy inside the subspace {share:.2f}"
+        if "left_at_best_medians" in metrics:
+            line += (
+                f"; left of an outlier at best: {metrics['left_at_best_medians']:.1f} medians of "
+                f"{metrics['outlier_medians']:.1f}"
+            )
+        change = metrics.get("removal_change")
+        if change is not None:
+            line += (
+                f"; removal changes what the next block adds to ordinary patches by {change:.1%}"
+            )
+        warnings = []
+        if count == 0:
+            warnings.append(
+                f"{name} has no null space: no singular value lies below the threshold {tau:.3g} "
+                f"({extent}); {_remedy(self.nullspace)}"
+            )
+        if hasattr(refiner, "left") and left > limit:
+            warnings.append(
+                f"{name}: no subspace leaves at most {limit:g} medians, {count} directions leave "
+                f"{left:.2f}; raise method.nullspace.threshold or method.rank"
+            )
+        if share is not None and share < SMALL_SHARE:
+            warnings.append(
+                f"{name}: the subspace holds only {share:.0%} of the outliers' energy, so "
+                f"refinement can remove little: {_remedy(self.nullspace)}"
+            )
+        if change is not None and change > removal.LARGEST_CHANGE:
+            warnings.append(
+                f"{name}: removal changes the next block by {change:.0%} (limit "
+                f"{removal.LARGEST_CHANGE:.0%}); method.match.norm_clip_quantile="
+                f"{removal.CLIP_QUANTILE:g} leaves {metrics['clipped_medians']:.1f} medians in the "
+                "target and changes no block, nor does target_space=final_norm"
+            )
+        return [(logging.INFO, line), *((logging.WARNING, text) for text in warnings)]
 
     def _fit(
         self,
@@ -369,11 +407,15 @@ class Singer(TokenMethod):
         refiner.down[...] = jnp.where(used, down, refiner.down[...])
         refiner.up[...] = up
 
-    def _diagnose(self, refiner: Refiner, patches: Float[Array, "batch patches dim"]) -> Scalars:
+    def _diagnose(self, layer: int, teacher: ModelFeatures) -> Scalars:
+        refiner, prefix = self.refiner[str(layer)], teacher.model.arch.num_prefix_tokens
+        features = teacher.features[layer]
+        patches = features[:, prefix:]
         wide = patches.astype(jnp.float32)
         update = refiner.update(patches)
         refined = wide + update
         norms = token_norms(wide)
+        outliers, medians = is_outlier(norms, self.quantile), image_medians(wide)
         metrics = {}
         for when, values in (("teacher", norms), ("refined", token_norms(refined))):
             metrics[f"{when}_norm_median"] = batch_quantile(values, 0.5)
@@ -383,11 +425,34 @@ class Singer(TokenMethod):
             rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
             size = jnp.linalg.norm(update)
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
+        deviations = nullspace.deviations(patches, outliers)
+        metrics["outlier_medians"] = removal.length(deviations, outliers, medians)
+        metrics["left_of_outlier_medians"] = removal.length(refined, outliers, medians)
+        metrics["clipped_medians"] = removal.clipped_length(wide)
+        replacements = {"next_block_change": jnp.concatenate([features[:, :prefix], refined], 1)}
         if refiner.projected:
-            metrics["outlier_energy_share"] = nullspace.energy_share(
-                refiner.projection[...], patches, is_outlier(norms, self.quantile)
+            projection = refiner.projection[...]
+            share = nullspace.energy_share(projection, patches, outliers)
+            metrics["outlier_energy_share"] = share
+            if self.nullspace.mode == "project":
+                kept = jnp.sqrt(jnp.maximum(1 - share, 0))
+                metrics["left_at_best_medians"] = kept * metrics["outlier_medians"]
+                cleaned = removal.without_outliers(features, projection, outliers)
+                replacements["removal_change"] = cleaned
+        if layer < self.last:
+            values = removal.next_block_changes(
+                teacher, layer, tuple(replacements.values()), ~outliers
             )
+            metrics |= dict(zip(replacements, values, strict=True))
         return metrics
+
+
+def _platform(refiner: Refiner) -> str:
+    """Returns the platform of the devices that hold a refiner."""
+    values = refiner.singular_values[...]
+    if isinstance(values, jax.Array) and not isinstance(values, jax.core.Tracer):
+        return next(iter(values.devices())).platform
+    return jax.default_backend()
 
 
 def check(
