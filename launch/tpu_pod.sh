@@ -6,7 +6,7 @@
 #       --config=configs/singer_vitl_vitt.py --workdir=gs://BUCKET/RUN [--config.key=value ...]
 #
 # RUNTIME: image of the hosts. SPOT=1: requests a cheaper, preemptible slice. SETUP: command that each
-# host runs before the job, in the folder of this checkout. See docs/hosts.md.
+# host runs before the job, in the folder of this checkout. See docs/launch.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

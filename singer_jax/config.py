@@ -22,6 +22,7 @@ from singer_jax.errors import unknown
 from singer_jax.jobs import JOBS
 from singer_jax.methods import METHODS
 from singer_jax.models.architecture import FIELDS
+from singer_jax.settings import reference
 from singer_jax.settings import settings as settings_lib
 from singer_jax.settings.ranges import Allowed, Each, Either, Range
 from singer_jax.settings.settings import ABSENT, Setting, Settings
@@ -38,6 +39,7 @@ _PAPER: dict[str, dict[str, Any]] = {
         "method.nullspace.threshold_type": "absolute",
         "method.nullspace.threshold": 0.05,
         "method.nullspace.direction_order": "official",
+        "method.loss_scale": "absolute",
         "method.loss_weights.ce": 0.0,
         "method.train_generator": False,
         "data.normalisation": "imagenet",
@@ -55,6 +57,76 @@ _PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_satur
     for run in ("teacher", "distilled")
     for key, value in _PAPER["distill"].items()
 }
+
+# Keys in one table of docs/configuration.md; longer lists have a table for each section.
+_LONG = 20
+
+# Arguments that set the keys of tuples in docs/configuration.md, by the last part of the key.
+EXAMPLES = {
+    "layers": '--config.method.layers="(17, 23)"',
+    "mimic_layers": '--config.method.mimic_layers="(0, 2)"',
+    "crop_area": '--config.data.crop_area="(0.35, 1.0)"',
+    "crop_ratio": '--config.data.crop_ratio="(0.8, 1.25)"',
+    "milestones": '--config.schedule.milestones="(30, 60, 90)"',
+    "tasks": "--config.tasks=\"('ade20k', 'nyud')\"",
+    "learning_rates": '--config.probe.learning_rates="(0.1, 0.5, 2.0)"',
+    "baselines": "--config.baselines=\"('runs/fitnet',)\"",
+    "runs": "--config.runs=\"('runs/seed0', 'runs/seed1')\"",
+    "formats": "--config.formats=\"('timm', 'onnx')\"",
+    "weight_matrices": "--config.weight_matrices=\"('mlp', 'calibrated')\"",
+    "thresholds": "--config.thresholds=\"('quantile=0.5', 'rank=64')\"",
+    "teachers": "--config.teachers=\"('none', 'null-random-20')\"",
+    "main": "--config.main=\"('fitnet', 'singer')\"",
+    "variants_on": "--config.variants_on=\"('random-random-20',)\"",
+    "cleaners": "--config.cleaners=\"('registers',)\"",
+    "cleaned": "--config.cleaned=\"('fitnet',)\"",
+}
+OF_JOB = {"nullspace": {"layers": '--config.layers="(17, 23)"'}}
+OF_OVERRIDES = {
+    "img_size": "{'img_size': (224, 448)}",
+    "ref_feat_shape": "{'ref_feat_shape': (16, 16)}",
+    "num_kv_heads": "{'num_kv_heads': (6, 6, 3)}",
+}
+
+_INTRODUCTION = """\
+# Configuration
+
+This page lists every key of every command. There are two ways to set a key:
+
+- on the command line, `--config.batch_size=256`. A value that is not a number, a word or a path is
+  written in Python's syntax inside quotes: `--config.method.layers="(17, 23)"`,
+  `--config.teacher.overrides="{'img_size': 518}"`, `--config.data.image_size=None`;
+- in a file like those in `configs/`, `config.batch_size = 256`.
+
+All settings are checked before any data is loaded. An unknown key or an invalid value ends the
+command with exit status 2 and one line that names the key and the allowed values.
+
+How to read the tables:
+
+- `float in (0, 1]` excludes 0 and includes 1. An `int` without an upper bound is below 2**31.
+- The default is that of the protocol `recommended`. If the protocol `paper`, which is chosen with
+  `--config=configs/singer_vitl_vitt.py:paper`, has another default, it follows.
+- `job`, the name of the command, is set by the file and is left out.
+- The jobs `quickstart` and `study` contain whole distillations: `teacher` and `distilled` of
+  `quickstart`, and `base`, `tuned` and `distilled` of `study`, have the keys of `distill`. The
+  section `probe` of `quickstart` has the keys of that of `evaluate`.
+
+Several students of one run are dicts. The keys of a student are those of `student`, and `seed`,
+`method` and `optimizer`; a key that a student does not set has the value of the run
+([students.md](students.md)):
+
+    config.students.fitnet = {"method": {"name": "fitnet"}}
+    config.students.small = {"model": "vit_small_patch16_224", "optimizer": {"learning_rate": 5e-4}}
+
+This page is generated: `python -m singer_jax.config > docs/configuration.md`."""
+
+_OVERRIDES = """\
+## overrides
+
+`teacher.overrides` and `student.overrides` are dicts that change fields of the timm model's
+architecture, for example `--config.student.overrides="{'depth': 6, 'img_size': 160}"`. Fields that
+are not given keep the values of the timm model.
+"""
 
 
 def default(protocol: str = "recommended", job: str = "distill") -> ConfigDict:
@@ -149,19 +221,7 @@ def _type(allowed: Allowed) -> type:
 
 def documentation() -> str:
     """Returns the text of docs/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "This page lists every key of every command. Set a key with `--config.key=value`, or in a",
-        "file like those in `configs/`. If the protocol `:paper` has another default, it follows",
-        "the recommended one. The runs of `quickstart` (`teacher` and `distilled`) and of `study`",
-        "(`base`, `tuned` and `distilled`) are sections with the keys of `distill`. The section",
-        "`probe` of `quickstart` has the keys of `evaluate`'s. One of several students,",
-        "`students.NAME`, has the keys of `student` (`students.NAME.model`), and `seed`, `method`",
-        "and `optimizer`. Keys that it does not set have the run's values.",
-        "",
-        "This page is generated: `python -m singer_jax.config > docs/configuration.md`.",
-    ]
+    lines = [_INTRODUCTION]
     for job in JOBS:
         if job == "quickstart":
             continue
@@ -169,25 +229,34 @@ def documentation() -> str:
         if job == "study":
             runs = ("base.", "tuned.", "distilled.")
             known = {key: one for key, one in known.items() if not key.startswith(runs)}
-        shown = {key: setting for key, setting in known.items() if setting.default is not ABSENT}
-        lines += ["", f"## {job}", "", *_table(shown, _PAPER.get(job, {}))]
-    lines += ["", "## teacher.overrides, student.overrides", ""]
-    lines += ["Fields that are not given keep the values of the timm model.", ""]
+        shown = {
+            key: setting
+            for key, setting in known.items()
+            if key != "job" and setting.default is not ABSENT
+        }
+        module = importlib.import_module(f"singer_jax.jobs.{job}")
+        purpose = " ".join(module.__doc__.partition("\n\n")[0].split()).partition(": ")[2]
+        lines += ["", f"## {job}", "", f"{purpose[:1].upper()}{purpose[1:]}"]
+        for title, part in _parts(job, shown):
+            lines += ["", f"### {title}"] if title else []
+            lines += [
+                "",
+                *reference.table(part, _PAPER.get(job, {}), EXAMPLES | OF_JOB.get(job, {})),
+            ]
+    lines += ["", _OVERRIDES]
     fields = {key: dataclasses.replace(field, default=ABSENT) for key, field in FIELDS.items()}
-    return "\n".join([*lines, *_table(fields, {})]) + "\n"
+    return "\n".join([*lines, *reference.table(fields, {}, OF_OVERRIDES)]) + "\n"
 
 
-def _table(known: Mapping[str, Setting], paper: Mapping[str, Any]) -> list[str]:
-    rows = ["| key | default | description | allowed values |", "|---|---|---|---|"]
-    for key, setting in sorted(known.items(), key=lambda item: item[0] != "job"):
-        default = "" if setting.default is ABSENT else f"`{setting.default!r}`"
-        if key in paper:
-            default += f", paper `{paper[key]!r}`"
-        meaning = setting.meaning.removesuffix(".") + "."
-        if setting.unit:
-            meaning += f" Unit: {setting.unit}."
-        rows.append(f"| `{key}` | {default} | {meaning} | {setting.allowed} |")
-    return rows
+def _parts(job: str, keys: Mapping[str, Setting]) -> list[tuple[str, dict[str, Setting]]]:
+    """Returns the keys of a job in tables with a title: one for each section of a long list."""
+    if len(keys) <= _LONG:
+        return [("", dict(keys))]
+    parts: dict[str, dict[str, Setting]] = {}
+    for key, setting in keys.items():
+        section = key.partition(".")[0] if "." in key else "general"
+        parts.setdefault(section, {})[key] = setting
+    return [(f"{job}: {section}", part) for section, part in parts.items()]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests that every key of every job is checked, and that docs/configuration.md is current."""
 
+import ast
 import contextlib
 import math
 import re
@@ -20,8 +21,9 @@ from singer_jax.methods import METHODS, WeightedSumSettings, chosen
 from singer_jax.methods.fitnet import FitNetSettings
 from singer_jax.methods.singer import SingerSettings
 from singer_jax.models import architecture, layers
-from singer_jax.models.architecture import Architecture
+from singer_jax.models.architecture import FIELDS, Architecture
 from singer_jax.models.weight_files import HUB_CONFIG
+from singer_jax.settings import ranges
 from singer_jax.settings.ranges import (
     Allowed,
     Each,
@@ -34,6 +36,7 @@ from singer_jax.settings.ranges import (
     Text,
     check,
 )
+from singer_jax.settings.reference import has_tuple, type_of
 from singer_jax.settings.settings import ABSENT, flatten, from_flat, leaves, to_dict
 from singer_jax.training.settings import DistillSettings, of_saved
 from tests import shipped
@@ -295,6 +298,43 @@ def test_summed_methods_share_their_keys():
 def test_the_page_of_all_keys_is_current():
     """`python -m singer_jax.config > docs/configuration.md` updates the page."""
     assert (ROOT / "docs" / "configuration.md").read_text() == config_lib.documentation()
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "quickstart"])
+def test_every_key_that_takes_a_tuple_has_a_valid_example(job):
+    """docs/configuration.md shows how a tuple is written on the command line."""
+    examples = config_lib.EXAMPLES | config_lib.OF_JOB.get(job, {})
+    for key, known in config_lib._keys(job).items():
+        name = key.rpartition(".")[2]
+        if has_tuple(known.allowed) and ".overrides." not in key:
+            argument, _, value = examples[name].partition("=")
+            assert known.allowed.admits(ast.literal_eval(value.strip('"'))), key
+            assert "NAME" in key or argument.endswith(name)
+
+
+@pytest.mark.parametrize("name", config_lib.OF_OVERRIDES)
+def test_every_example_of_an_override_is_valid(name):
+    value = ast.literal_eval(config_lib.OF_OVERRIDES[name])
+    assert FIELDS[name].allowed.admits(value[name])
+
+
+@pytest.mark.parametrize(
+    ("allowed", "text"),
+    [
+        (ranges.COUNT, "int >= 1"),
+        (ranges.SEED, "int in [0, 2**32)"),
+        (ranges.SHARE, "float in [0, 1]"),
+        (ranges.POSITIVE, "float > 0"),
+        (ranges.optional(ranges.Flag()), "bool or None"),
+        (ranges.OneOf(("a", "b", "c")), "`'a'`, `'b'` or `'c'`"),
+        (
+            ranges.Each(ranges.SHARE, 2, ascending=True),
+            "tuple of float in [0, 1], 2 values, ascending",
+        ),
+    ],
+)
+def test_the_type_of_a_key_is_written_as_in_python(allowed, text):
+    assert type_of(allowed) == text
 
 
 def test_reading_a_configuration_starts_no_device():

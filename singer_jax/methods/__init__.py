@@ -30,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "logit_kd": LogitKD,
     "supervised": Supervised,
 }
+"""The methods by name. A method of your own is added with `METHODS[name] = Class`."""
 
 __all__ = [
     "METHODS",
