@@ -83,12 +83,15 @@ def _read_source(app: Any, docname: str, content: list[str]) -> None:
         app.env.note_dependency(str(file))
 
     def link(found: re.Match[str]) -> str:
-        target, anchor = found[1], found[2] or ""
+        text, target, anchor = found[1], found[2], found[3] or ""
+        file = (folder / target).resolve()
         if "://" in target or target.startswith("mailto:"):
             return found[0]
-        return f"]({_site_link((folder / target).resolve(), anchor, docname)})"
+        if file.is_dir():
+            return text
+        return f"[{text}]({_site_link(file, anchor, docname)})"
 
-    content[0] = re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", link, content[0])
+    content[0] = re.sub(r"\[([^][]*)\]\(([^)#\s]+)(#[^)\s]*)?\)", link, content[0])
 
 
 def _describe_settings(app: Any, what: str, name: str, thing: Any, *rest: Any) -> None:
