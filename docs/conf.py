@@ -34,7 +34,7 @@ copyright = "2026, the singer_jax authors"
 version = release = singer_jax.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_nb"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]  # both are written by a build
 html_theme = "sphinx_book_theme"
 html_title = "singer_jax"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
