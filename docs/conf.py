@@ -34,7 +34,7 @@ copyright = "2026, the singer_jax authors"
 version = release = singer_jax.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_nb"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]  # both are written by a build
 html_theme = "sphinx_book_theme"
 html_title = "singer_jax"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
@@ -83,12 +83,15 @@ def _read_source(app: Any, docname: str, content: list[str]) -> None:
         app.env.note_dependency(str(file))
 
     def link(found: re.Match[str]) -> str:
-        target, anchor = found[1], found[2] or ""
+        text, target, anchor = found[1], found[2], found[3] or ""
+        file = (folder / target).resolve()
         if "://" in target or target.startswith("mailto:"):
             return found[0]
-        return f"]({_site_link((folder / target).resolve(), anchor, docname)})"
+        if file.is_dir():
+            return text
+        return f"[{text}]({_site_link(file, anchor, docname)})"
 
-    content[0] = re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", link, content[0])
+    content[0] = re.sub(r"\[([^][]*)\]\(([^)#\s]+)(#[^)\s]*)?\)", link, content[0])
 
 
 def _describe_settings(app: Any, what: str, name: str, thing: Any, *rest: Any) -> None:
