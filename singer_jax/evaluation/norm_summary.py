@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-ARTIFACT = 3.0
-"""Ratio to the median of the image above which a patch is an artifact (DINOv2's reach about 10)."""
+from singer_jax.methods.norms import ARTIFACT
+
 LEAST_SHARE = 0.001
 """Smallest share of artifacts among the patches of a layer that has artifacts."""
 

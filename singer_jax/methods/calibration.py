@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import ModelFeatures
-from singer_jax.methods.norms import image_medians, is_outlier, token_norms
+from singer_jax.methods.norms import image_medians, is_ordinary, is_outlier, token_norms
 from singer_jax.methods.nullspace import NullSpace, NullSpaceSettings
 from singer_jax.models.vit import VisionTransformer
 
@@ -38,8 +38,9 @@ class Moments(NamedTuple):
     """Sums for `methods.fitted` over all images.
 
     Attributes:
-      outlier, ordinary: Sums of x^T x over the outlier patches and over all other patches x.
-      added: Sum of the squares of what the next block adds to the other patches; after the last
+      outlier, ordinary: Sums of x^T x over the patches x that `norms.is_outlier` and
+        `norms.is_ordinary` select.
+      added: Sum of the squares of what the next block adds to ordinary patches; after the last
         block, of these patches themselves.
     """
 
@@ -93,19 +94,21 @@ def outlier_statistics(
 
 
 def moments(teacher: ModelFeatures, layer: int, quantile: float) -> Moments:
-    """Returns the moments of a batch after a block; `quantile` is that of `is_outlier`."""
+    """Returns the moments of a batch after a block; `quantile` is that of the masks."""
     prefix, last = teacher.model.arch.num_prefix_tokens, teacher.model.arch.depth - 1
     patches = teacher.features[layer][:, prefix:].astype(jnp.float32)
-    outliers = is_outlier(token_norms(patches), quantile)[..., None]
-    ordinary = jnp.where(outliers, 0, patches).reshape(-1, patches.shape[-1])
-    held = jnp.where(outliers, patches, 0).reshape(-1, patches.shape[-1])
+    norms = token_norms(patches)
+    masks = (is_outlier(norms, quantile), is_ordinary(norms, quantile))
+    outliers, ordinary = (
+        jnp.where(mask[..., None], patches, 0).reshape(-1, patches.shape[-1]) for mask in masks
+    )
     added = patches
     if layer < last:
         added = teacher.features[layer + 1][:, prefix:].astype(jnp.float32) - patches
     return Moments(
-        _product(held.T, held),
+        _product(outliers.T, outliers),
         _product(ordinary.T, ordinary),
-        jnp.sum(jnp.square(jnp.where(outliers, 0, added))),
+        jnp.sum(jnp.square(jnp.where(masks[1][..., None], added, 0))),
     )
 
 

@@ -35,6 +35,7 @@ from singer_jax.methods.norms import (
     batch_quantile,
     cosine_similarity_matrix,
     image_medians,
+    is_ordinary,
     is_outlier,
     outlier_threshold,
     token_norms,
@@ -412,8 +413,8 @@ class Singer(TokenMethod):
         features = teacher.features[layer]
         patches = features[:, prefix:]
         wide = patches.astype(jnp.float32)
-        update = refiner.update(patches)
-        refined = wide + update
+        everything = refine(refiner, features, prefix)
+        refined = everything[:, prefix:]
         norms = token_norms(wide)
         outliers, medians = is_outlier(norms, self.quantile), image_medians(wide)
         metrics = {}
@@ -423,13 +424,13 @@ class Singer(TokenMethod):
         if patches.dtype != jnp.float32:
             # The rounding error of the student's dtype, which leaves the null space.
             rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
-            size = jnp.linalg.norm(update)
+            size = jnp.linalg.norm(refiner.update(patches))
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
         deviations = nullspace.deviations(patches, outliers)
         metrics["outlier_medians"] = removal.length(deviations, outliers, medians)
         metrics["left_of_outlier_medians"] = removal.length(refined, outliers, medians)
         metrics["clipped_medians"] = removal.clipped_length(wide)
-        replacements = {"next_block_change": jnp.concatenate([features[:, :prefix], refined], 1)}
+        replacements = {"next_block_change": everything}
         if refiner.projected:
             projection = refiner.projection[...]
             share = nullspace.energy_share(projection, patches, outliers)
@@ -441,7 +442,7 @@ class Singer(TokenMethod):
                 replacements["removal_change"] = cleaned
         if layer < self.last:
             values = removal.next_block_changes(
-                teacher, layer, tuple(replacements.values()), ~outliers
+                teacher, layer, tuple(replacements.values()), is_ordinary(norms, self.quantile)
             )
             metrics |= dict(zip(replacements, values, strict=True))
         return metrics
