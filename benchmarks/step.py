@@ -39,13 +39,9 @@ RANK, QUANTILE, OUTLIER_WEIGHT = 64, 0.97, 0.01
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
 
 
-def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
-    """The run (`training.setup.Setups`) of our step."""
-    from singer_jax.settings.settings import from_flat
-    from singer_jax.training.settings import DistillSettings
-    from singer_jax.training.setup import setup_students
-
-    changes = {
+def changes(arguments: argparse.Namespace, weights: str, quantised: str | None) -> dict[str, Any]:
+    """Settings of our step."""
+    return {
         "teacher.model": arguments.teacher,
         "teacher.weights": weights,
         "teacher.precision": quantised,
@@ -63,7 +59,15 @@ def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None)
         "schedule.milestones": (),
         "schedule.warmup_epochs": 0,
     }
-    settings = from_flat(DistillSettings(), changes)
+
+
+def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
+    """The run (`training.setup.Setups`) of our step."""
+    from singer_jax.settings.settings import from_flat
+    from singer_jax.training.settings import DistillSettings
+    from singer_jax.training.setup import setup_students
+
+    settings = from_flat(DistillSettings(), changes(arguments, weights, quantised))
     return setup_students(settings, 1000 * arguments.batch, 0)
 
 
@@ -102,7 +106,7 @@ def jax_step(
     from singer_jax.models.weights import to_timm
     from singer_jax.platform import parallel
     from singer_jax.training.flops import step_flops
-    from singer_jax.training.program import compile_step, peak_memory
+    from singer_jax.training.program import compile_step
 
     parallel.start()
     if arguments.precision == "float32":
@@ -139,17 +143,17 @@ def jax_step(
         parallel.batch_sharding(run.mesh),
     )
     unlogged = np.bool_(False)  # as 49 of 50 steps
-    compiled = compile_step(runs.students, run.mesh, states, teacher, batch).step
+    program = compile_step(runs.students, run.mesh, states, teacher, batch)
 
     def step() -> float:
         nonlocal states
-        states, metrics = compiled(states, teacher, batch, unlogged)
+        states, metrics = program.step(states, teacher, batch, unlogged)
         jax.block_until_ready(states)
         return float(metrics[""]["loss"])
 
     def peak() -> int:
         on_device = jax.default_backend() != "cpu"
-        return peak_memory(compiled) if on_device else resident_peak()
+        return program.peak if on_device else resident_peak()
 
     flops = step_flops(runs.students, runs.states, runs.teacher, arguments.batch)
     facts = {"flops": flops, "device": jax.devices()[0].device_kind}
@@ -432,9 +436,10 @@ def breakdown(arguments: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     images = random_images(arguments.batch, runs.image_size)
     examples = {"image": images, "label": np.zeros(arguments.batch, np.int32)}
     batch = parallel.put_batch(examples, parallel.batch_sharding(mesh))
-    step = compile_step(runs.students, mesh, states, teacher, batch).step
+    program = compile_step(runs.students, mesh, states, teacher, batch)
+    step = program.step
     reads = runs.students.teacher_reads
-    moved = hlo.moved(step.as_text(), (max(reads) + 1) / len(reads), PARTS)
+    moved = hlo.moved(program.compiled.as_text(), (max(reads) + 1) / len(reads), PARTS)
     flops = parts_flops(runs.students, runs.states, runs.teacher, arguments.batch)
     teach = jax.jit(runs.students.teach).lower(teacher, batch).compile()
 
