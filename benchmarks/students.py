@@ -107,7 +107,7 @@ def compiled(topology: str, images: int, only: str) -> Iterator[dict[str, str]]:
             continue
         cpu = time.process_time()
         program = compile_step(which.students, mesh, which.states, which.teacher, batch, schedule)
-        temporary = program.step.memory_analysis().temp_size_in_bytes
+        temporary = program.compiled.memory_analysis().temp_size_in_bytes
         yield {
             "step of": name,
             "GiB a chip": f"{program.peak / 2**30:.2f}",

@@ -40,9 +40,10 @@ def breakdown(arguments: argparse.Namespace) -> tuple[list[dict[str, str]], str]
     images = random_images(arguments.batch, runs.image_size)
     examples = {"image": images, "label": np.zeros(arguments.batch, np.int32)}
     batch = parallel.put_batch(examples, parallel.batch_sharding(mesh))
-    step = compile_step(runs.students, mesh, states, teacher, batch).step
+    program = compile_step(runs.students, mesh, states, teacher, batch)
+    step = program.step
     reads = runs.students.teacher_reads
-    moved = hlo.moved(step.as_text(), (max(reads) + 1) / len(reads), PARTS)
+    moved = hlo.moved(program.compiled.as_text(), (max(reads) + 1) / len(reads), PARTS)
     flops = parts_flops(runs.students, runs.states, runs.teacher, arguments.batch)
     teach = jax.jit(runs.students.teach).lower(teacher, batch).compile()
 

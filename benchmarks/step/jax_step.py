@@ -17,13 +17,9 @@ RANK, QUANTILE, OUTLIER_WEIGHT = 64, 0.97, 0.01
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
 
 
-def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
-    """Returns the run (`training.setup.RunSetup`) of this project's step."""
-    from singer_jax.settings.settings import from_flat
-    from singer_jax.training.settings import DistillSettings
-    from singer_jax.training.setup import setup_students
-
-    changes = {
+def changes(arguments: argparse.Namespace, weights: str, quantised: str | None) -> dict[str, Any]:
+    """Returns the settings of this project's step, by dotted key."""
+    return {
         "teacher.model": arguments.teacher,
         "teacher.weights": weights,
         "teacher.precision": quantised,
@@ -41,7 +37,15 @@ def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None)
         "schedule.milestones": (),
         "schedule.warmup_epochs": 0,
     }
-    settings = from_flat(DistillSettings(), changes)
+
+
+def prepared(arguments: argparse.Namespace, weights: str, quantised: str | None) -> Any:
+    """Returns the run (`training.setup.RunSetup`) of this project's step."""
+    from singer_jax.settings.settings import from_flat
+    from singer_jax.training.settings import DistillSettings
+    from singer_jax.training.setup import setup_students
+
+    settings = from_flat(DistillSettings(), changes(arguments, weights, quantised))
     return setup_students(settings, 1000 * arguments.batch, 0)
 
 
@@ -82,7 +86,7 @@ def jax_step(
     from singer_jax.models.weights import to_timm
     from singer_jax.platform import parallel
     from singer_jax.training.flops import step_flops
-    from singer_jax.training.program import compile_step, peak_memory
+    from singer_jax.training.program import compile_step
 
     parallel.start()
     if arguments.precision == "float32":
@@ -119,17 +123,17 @@ def jax_step(
         parallel.batch_sharding(run.mesh),
     )
     unlogged = np.bool_(False)  # as 49 of 50 steps
-    compiled = compile_step(runs.students, run.mesh, states, teacher, batch).step
+    program = compile_step(runs.students, run.mesh, states, teacher, batch)
 
     def step() -> float:
         nonlocal states
-        states, metrics = compiled(states, teacher, batch, unlogged)
+        states, metrics = program.step(states, teacher, batch, unlogged)
         jax.block_until_ready(states)
         return float(metrics[""]["loss"])
 
     def peak() -> int:
         on_device = jax.default_backend() != "cpu"
-        return peak_memory(compiled) if on_device else resident_peak()
+        return program.peak if on_device else resident_peak()
 
     flops = step_flops(runs.students, runs.states, runs.teacher, arguments.batch)
     facts = {"flops": flops, "device": jax.devices()[0].device_kind}

@@ -128,6 +128,7 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
             f"  {part or 'other':<18}{flops / 1e12:>14.2f} TFLOP{traffic / 1e9:>9.1f} GB"
             for part, (flops, traffic) in found.parts.items()
         ),
+        *_of_gpu(found),
         "",
         "lower bound predicted from these numbers (no step was run)",
         f"  {1e3 * found.step_seconds:.1f} ms per step, bound by {found.binds}",
@@ -142,6 +143,23 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
         + (f"; Google Cloud has {chip.cores}" if chip.cores else ""),
     ]
     return "\n".join(lines)
+
+
+def _of_gpu(found: Cost) -> list[str]:
+    """Returns lines about the kernels of a GPU's program; none for other chips."""
+    kernels, launches = found.kernels, found.launches
+    if kernels is None:
+        return []
+    device, host = 1e3 * kernels.device_seconds, 1e3 * kernels.host_seconds
+    return [
+        "",
+        "kernels of the compiled program",
+        f"  {kernels.count:,} kernels, {launches.graphs} CUDA graphs, {launches.others} launches "
+        f"outside of graphs, {kernels.waits} waits of the host",
+        f"  modelled time {device + host:.1f} ms: kernels {device:.1f} ms, host {host:.1f} ms for "
+        f"{kernels.arrays:,} arrays",
+        "  (a model, fitted to one measurement of an H200; collectives count as memory traffic)",
+    ]
 
 
 def _days(hours: float) -> str:

@@ -310,6 +310,7 @@ class ComputePolicy:
       gathered: sharding of a block's parameters while it computes, for a model that is not trained
         and whose parameters are sharded. None: the compiler decides, and may gather the larger
         activations instead.
+      approximate_gelu: True to compute an exact GELU with its tanh approximation.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -321,11 +322,17 @@ class ComputePolicy:
     quantised: str | None = None
     artifact_removal: str | None = dataclasses.field(default=None, repr=False)
     gathered: jax.sharding.NamedSharding | None = dataclasses.field(default=None, repr=False)
+    approximate_gelu: bool = dataclasses.field(default=False, repr=False)
 
     @property
     def choices(self) -> backends.Choices:
         """Returns the implementation choices for this backend."""
         return backends.choices(self.backend)
+
+    @property
+    def frozen(self) -> bool:
+        """Returns True if parameters are stored in less than float32, as no trained model's are."""
+        return jnp.dtype(self.param_dtype) != jnp.float32
 
     @property
     def product(self) -> quantised.Product:

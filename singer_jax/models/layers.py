@@ -169,6 +169,7 @@ class Attention(nnx.Module):
             self.relative_position_bias_table = nnx.Param(table)
             self.grid = arch.grid
         self.apart = policy.choices.project_apart and arch.qkv_fused
+        self.sliced = policy.choices.slice_frozen and policy.frozen and arch.qkv_fused
         self.project_heads = policy.choices.project_apart and not arch.scale_attn_norm
         self.half_turns = arch.rope_type == "dinov3"
         self.fused = policy.choices.fused_attention and has_fused_attention()
@@ -230,6 +231,8 @@ class Attention(nnx.Module):
         if self.separate_bias:
             q_bias, v_bias = self.q_bias[...], self.v_bias[...]
             bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        if self.sliced:
+            return self._heads_of_slices(x, bias)
         if not self.apart:
             qkv = self.qkv(x)
             if self.separate_bias:
@@ -243,6 +246,19 @@ class Attention(nnx.Module):
             return parts
         biases = bias.astype(x.dtype).reshape(3, self.num_heads, -1)
         return [part + own for part, own in zip(parts, biases, strict=True)]
+
+    def _heads_of_slices(
+        self, x: Float[Array, "batch tokens dim"], bias: Float[Array, " out"] | None
+    ) -> list[Float[Array, "batch tokens heads head_dim"]]:
+        """Returns query, key and value from three products with slices of the kernel."""
+        flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:2], self.num_heads, -1)
+        parts = []
+        for part in range(3):
+            own = slice(part * x.shape[-1], (part + 1) * x.shape[-1])
+            kernel = self.qkv.kernel[:, own].astype(x.dtype)
+            found = self.qkv.dot_general(flat, kernel, (((1,), (0,)), ((), ())))
+            parts.append(found if bias is None else found + bias[own].astype(x.dtype))
+        return [part.reshape(shape) for part in parts]
 
 
 @jax.checkpoint
@@ -263,6 +279,14 @@ def _quick_gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 def _gelu_tanh(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """Computes the tanh approximation of GELU in float32, the activation of SigLIP 2."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def _gelu_of_product(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Computes the tanh approximation of GELU in the form that cuBLASLt computes after a product.
+
+    cuBLASLt computes it in float32 before it rounds to `x.dtype`.
+    """
+    return jax.nn.gelu(x, approximate=True)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -305,6 +329,9 @@ class Mlp(_Mlp):
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim, hidden = arch.embed_dim, arch.hidden_dim
         self.activation = ACTIVATIONS[arch.act_layer]
+        if policy.approximate_gelu and arch.act_layer == "gelu":
+            in_product = policy.choices.fused_gelu and policy.frozen
+            self.activation = _gelu_of_product if in_product else _gelu_tanh
         product = _input_product(arch, policy)
         self.fc1 = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
         self.norm = _hidden_norm(arch, policy, rngs, hidden)

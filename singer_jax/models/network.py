@@ -79,6 +79,12 @@ class TeacherSettings(FrozenSettings):
         "Method that removes outlier tokens from the teacher's features. None: no removal.",
     )
     registers: RegisterSettings = section(RegisterSettings())
+    approximate_gelu: bool = setting(
+        False,
+        Flag(),
+        "Compute the GELU of the teacher's MLPs with its tanh approximation. On a GPU in bfloat16 "
+        "the matrix product then computes it, too. Other activations are not changed.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

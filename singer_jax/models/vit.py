@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
@@ -134,7 +135,10 @@ class VisionTransformer(nnx.Module):
             x = jnp.concatenate([*tokens, x + self.pos_embed[...].astype(x.dtype)], axis=1)
         else:
             x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed[...].astype(x.dtype)
-        return self.norm_pre(x) if arch.pre_norm else x
+        x = self.norm_pre(x) if arch.pre_norm else x
+        if not self.policy.choices.row_major:
+            return x
+        return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
 
     def block(self, index: int | Int[Array, ""]) -> Block:
         """Returns block `index`; a traced index needs stacked parameters."""

@@ -33,6 +33,14 @@ class Choices:
         three is written, read and written again with another tiling. A ViT-L block moves 1.7 GB
         instead of 2.1 in the forward pass, and 7.6 instead of 9.3 with the gradient of its input.
         For small models there is no difference.
+      row_major: Constrains the layout of the residual stream before the first block to the order
+        batch, tokens, channels. Without it a GPU's compiler lets the gradient of the position
+        embedding, a sum over the batch, decide the layout of the whole stream, and transposes the
+        input and output of each matrix product.
+      slice_frozen: Computes query, key and value of a frozen model in bfloat16 as three products
+        with slices of the kernel. Their outputs are the inputs of the attention without a copy.
+      fused_gelu: Writes the tanh approximation of GELU of a frozen model in bfloat16 so that
+        cuBLASLt computes it after the product.
       fused_attention: Uses cuDNN's kernel if it is available (`models.attention`). A TPU's compiler
         fuses the softmax with its products itself and writes 0.2 GB of attention weights per block
         in bfloat16.
@@ -40,18 +48,29 @@ class Choices:
         CPU allocates its temporaries anew in each step, and the operating system clears them.
         Relative to four separate runs, four students took 0.91 of the time in parallel and 0.66
         sequentially (benchmarks/README.md).
-      compiler_options: Options of `jax.jit` for a function with a backward pass. The CPU removes
-        barriers before fusion, and its YNN library multiplies narrow matrices more slowly than
-        Eigen.
+      separate_diagnostics: Computes the diagnostics of logged steps in a program of their own. In
+        the program of the step they would be a branch, for which a GPU waits in the middle of each
+        step, and which cuts its CUDA graph in two. The own program runs the teacher once more.
+      compiler_options: Options of `jax.jit`. On the CPU they are for functions with a backward
+        pass: the CPU removes barriers before fusion, and its YNN library multiplies narrow matrices
+        more slowly than Eigen. On a GPU they leave all matrix products to cuBLASLt: XLA wraps each
+        product in a Triton kernel before it looks for a bias, a residual or a GELU that cuBLASLt
+        could compute in the same kernel. Two bugs in cuBLASLt's bias epilogue are known
+        (openxla/xla 46110 and 46897), so `benchmarks/accelerator.sh` compares loss and gradients
+        with those of float32. XLA would also merge the products of `slice_frozen` again.
     """
 
     flat_linear: bool = False
     keep_residual: bool = False
     stack_frozen: bool = False
     project_apart: bool = False
+    row_major: bool = False
+    slice_frozen: bool = False
+    fused_gelu: bool = False
     fused_attention: bool = False
     sequential: bool = False
-    compiler_options: tuple[tuple[str, str], ...] = ()
+    separate_diagnostics: bool = False
+    compiler_options: tuple[tuple[str, str | int | bool], ...] = ()
 
 
 _CHOICES = {
@@ -64,7 +83,18 @@ _CHOICES = {
             ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"),
         ),
     ),
-    "gpu": Choices(fused_attention=True),
+    "gpu": Choices(
+        flat_linear=True,
+        row_major=True,
+        slice_frozen=True,
+        fused_gelu=True,
+        fused_attention=True,
+        separate_diagnostics=True,
+        compiler_options=(
+            ("xla_gpu_enable_triton_gemm", False),
+            ("xla_gpu_dot_merger_threshold_mb", 0),
+        ),
+    ),
     "tpu": Choices(stack_frozen=True, project_apart=True),
 }
 

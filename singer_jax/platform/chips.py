@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -80,9 +81,13 @@ _GPUS = {
     "h200": ("NVIDIA H200", 9, 132, 233472),
 }
 
-# Without the device the compiler cannot autotune, and its own matrix products would be slow.
-WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Compiler options for a GPU without the device: matrix products are those of cuBLAS."""
+WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0}
+"""Compiler options for a GPU without the device, on which alone the compiler can autotune."""
+
+# Version of the driver and of CUDA. Without these the compiler puts neither cuBLASLt nor cuDNN into
+# CUDA graphs, and the program differs from that of a device.
+_CUDA = (13, 0, 0)
+_CUDNN = "9.8.0"  # where the installed version is unknown: the oldest of the extra `plan-gpu`
 
 
 def described(topology: str) -> list[Any]:
@@ -125,6 +130,11 @@ def _target(kind: str) -> str:
     """Returns a `GpuTargetConfigProto`, with which XLA compiles without the device."""
     name, capability, cores, shared = _GPUS[kind]
     sheet = chip(name)
+    cuda = ".".join(map(str, _CUDA))
+    try:
+        cudnn = ".".join(importlib.metadata.version("nvidia-cudnn-cu13").split(".")[:3])
+    except importlib.metadata.PackageNotFoundError:
+        cudnn = _CUDNN
     return f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {capability} }}
@@ -136,6 +146,9 @@ def _target(kind: str) -> str:
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           memory_bandwidth: {sheet.bandwidth:.0f} device_memory_size: {sheet.memory:.0f}
           l2_cache_size: 52428800
+          driver_version: "{cuda}" runtime_version: "{cuda}" compile_time_toolkit_version: "{cuda}"
+          dnn_version: "{cudnn}"
         }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{name}"
+        platform_name: "CUDA" runtime_version {{ major: {_CUDA[0]} }}
+        dnn_version_info {{ major: {cudnn.partition(".")[0]} }} device_description_str: "{name}"
     """

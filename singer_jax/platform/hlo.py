@@ -25,7 +25,7 @@ COLLECTIVES = (
 )
 
 # Operations without memory traffic of their own.
-_FREE = (
+FREE = (
     "parameter",
     "get-tuple-element",
     "tuple",
@@ -52,10 +52,14 @@ class Array:
     Attributes:
       size: Size in bytes, including the padding of tiles.
       main: True if it lies in main memory.
+      dtype: Data type, such as `bf16`.
+      dims: Number of elements along each axis.
     """
 
     size: int
     main: bool
+    dtype: str = ""
+    dims: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def moved(text: str, unknown_trips: float = 1, parts: Sequence[str] = ()) -> Mov
       unknown_trips: Assumed trip count of a loop whose trip count is unknown.
       parts: Names of scopes.
     """
-    return _Program(text, unknown_trips, parts).moved()
+    return Program(text, unknown_trips, parts).moved()
 
 
 def part_of(names: str, parts: Sequence[str]) -> str:
@@ -103,7 +107,9 @@ def part_of(names: str, parts: Sequence[str]) -> str:
     return found[0] if found else ""
 
 
-class _Program:
+class Program:
+    """A compiled program that is read from its text; the arguments are those of `moved`."""
+
     def __init__(self, text: str, unknown_trips: float, parts: Sequence[str] = ()) -> None:
         self.unknown_trips, self.parts = unknown_trips, parts
         self.computations: dict[str, list[Instruction]] = {}
@@ -123,6 +129,7 @@ class _Program:
         }
 
     def moved(self) -> Moved:
+        """Returns the traffic of the whole program."""
         return self._of(self.entry)
 
     @functools.cache  # noqa: B019 (lives as long as the program)
@@ -131,7 +138,7 @@ class _Program:
         counts = collections.defaultdict(lambda: (0.0, 0.0))
 
         for one in self.computations[computation]:
-            part = self._part(one)
+            part = self.part(one)
 
             def add(other: Moved, times: float = 1, part: str = part) -> None:
                 for name, size in other.by_part.items():
@@ -145,7 +152,7 @@ class _Program:
                 sent = one.results[-1:] if one.opcode.endswith("-start") else one.results
                 add(Moved(0, {kind: (1, sum(array.size for array in sent))}, {}))
             if one.opcode == "while":
-                trips = self._trips(one)
+                trips = self.trips(one)
                 for role in ("body", "condition"):
                     add(self._of(one.called[role][0]), trips)
             elif one.opcode == "conditional":
@@ -158,14 +165,16 @@ class _Program:
                 if one.opcode == "fusion":  # collectives may be wrapped in one
                     inner = self._of(one.called["calls"][0])
                     add(Moved(0, inner.collectives, {}))
-                traffic[part] += self._traffic(computation, one)
+                traffic[part] += self.traffic(computation, one)
         return Moved(sum(traffic.values()), dict(counts), dict(traffic))
 
-    def _part(self, one: Instruction) -> str:
+    def part(self, one: Instruction) -> str:
+        """Returns the scope of an instruction."""
         named = re.search(r'op_name="([^"]*)"', one.attributes)
         return part_of(named[1], self.parts) if named else ""
 
-    def _trips(self, loop: Instruction) -> float:
+    def trips(self, loop: Instruction) -> float:
+        """Returns the number of runs of a loop's body."""
         known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -178,9 +187,9 @@ class _Program:
             return int(found[-1][1])
         return self.unknown_trips
 
-    def _traffic(self, computation: str, one: Instruction) -> float:
+    def traffic(self, computation: str, one: Instruction) -> float:
         """Returns the traffic of an instruction that is no loop, branch or call."""
-        if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
+        if one.opcode in FREE or one.opcode.endswith(("-done", "-update")):
             return 0
         arrays = [self._arrays(computation, name) for name in one.operands]
         reads = [sum(array.size for array in given if array.main) for given in arrays]
@@ -305,6 +314,7 @@ def _closing(text: str) -> int:
 def _array(dtype: str, dims: str, layout: str) -> Array:
     bits = _BITS.match(dtype)
     sides = [int(side) for side in dims.split(",") if side]
+    given = tuple(sides)
     order, _, rest = layout.partition(":")
     tile = re.search(r"T\(([\d,]+)\)", rest)
     if tile and order:
@@ -312,4 +322,4 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
         for minor, side in zip(order.split(","), reversed(tile_sides), strict=False):
             sides[int(minor)] = -(-sides[int(minor)] // side) * side
     size = math.prod(sides) * max(1, int(bits[1] or 8 if bits else 8) // 8)
-    return Array(0 if dtype == "token" else size, "S(" not in rest)
+    return Array(0 if dtype == "token" else size, "S(" not in rest, dtype, given)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from singer_jax.models.params import Params
 from singer_jax.platform import backends, parallel
@@ -21,7 +24,7 @@ def jit_step(
     """Returns `distillation.step` under `jax.jit` with the shardings of `state` and `teacher`.
 
     The state, or those of several students, are donated; metrics are returned replicated. All four
-    arguments are positional.
+    arguments are positional. The last one may be None, for a program without diagnostics.
     """
     shardings = jax.tree.map(lambda x: x.sharding, (state, teacher))
     return jax.jit(
@@ -41,12 +44,14 @@ class Program(NamedTuple):
     """A compiled step.
 
     Attributes:
-      step: The compiled function.
+      step: The step, a function with the arguments of `Students.step`.
+      compiled: The compiled program of a step without diagnostics, or with a branch for them.
       peak: Peak memory on a device in bytes.
       told: Description of the execution of several students for logs; empty for one student.
     """
 
     step: Callable
+    compiled: jax.stages.Compiled
     peak: int
     told: str
 
@@ -71,11 +76,14 @@ def compile_step(
 
     def compiled(execution: str, why: str = "") -> Program:
         which = dataclasses.replace(students, sequential=execution == "sequential")
+        separate = backends.choices(parallel.platform(mesh)).separate_diagnostics
+        logged = None if separate else np.bool_(True)
         step = jit_step(which, mesh, states, teacher)
-        step = step.lower(states, teacher, batch, np.bool_(True)).compile()
+        step = step.lower(states, teacher, batch, logged).compile()
         peak = peak_memory(step)
         line = f"{len(students.each)} students, {execution}, peak memory {_gib(peak)}{why}"
-        return Program(step, peak, line)
+        run = _with_diagnostics(step, which, mesh) if separate else step
+        return Program(run, step, peak, line)
 
     if len(students.each) == 1:
         return compiled("parallel")._replace(told="")
@@ -95,6 +103,36 @@ def compile_step(
     return compiled(
         "sequential", f"; parallel execution needs {needed} of {_gib(memory)} per device"
     )
+
+
+def _with_diagnostics(step: jax.stages.Compiled, students: Students, mesh: Mesh) -> Callable:
+    """Returns a step that computes the diagnostics of logged steps in a program of their own.
+
+    That program is compiled for the first logged step. It changes nothing in the step's program, so
+    that a run does not depend on which of its steps are logged.
+    """
+
+    _, metrics = jax.tree.unflatten(step.out_tree, [None] * step.out_tree.num_leaves)
+    places = [(student, name) for student, own in metrics.names for name in own]
+
+    @functools.partial(
+        jax.jit,
+        out_shardings=parallel.replicated(mesh),
+        compiler_options=parallel.compiler_options(mesh),
+    )
+    def diagnose(states: Any, teacher: Params | None, batch: Any) -> Array:
+        found = students.diagnose(states, teacher, batch)
+        values = [found[student].get(name, 0.0) for student, name in places]
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
+
+    def run(states: Any, teacher: Params | None, batch: Any, logged: Any) -> tuple[Any, Any]:
+        if not logged:
+            return step(states, teacher, batch, None)
+        found = diagnose(states, teacher, batch)  # before `step`, which donates the states
+        states, metrics = step(states, teacher, batch, None)
+        return states, dataclasses.replace(metrics, numbers=metrics.numbers + found)
+
+    return run
 
 
 def peak_memory(compiled: Any) -> int:

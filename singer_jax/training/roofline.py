@@ -1,7 +1,8 @@
 """A roofline lower bound for the time of a compiled training step, and its memory.
 
 The time is the longer of matrix products at the chip's peak rate and memory traffic at its
-bandwidth, plus the collectives without overlap. Nothing is measured; a real step is slower.
+bandwidth, plus the collectives without overlap. Nothing is measured; a real step is slower. For
+GPUs `platform.kernels` adds a model of the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from singer_jax.errors import InputError
-from singer_jax.platform import chips, hlo, parallel
+from singer_jax.platform import chips, hlo, kernels, parallel
+from singer_jax.platform.kernels import Kernels, Launches
 from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import compile_step
 from singer_jax.training.setup import RunSetup
@@ -49,6 +51,8 @@ class Cost:
       parts: Operations and traffic of each part of the step.
       compile_seconds, compile_cpu_seconds: Compile time: wall clock, and CPU time of all threads.
       told: Description of the execution of several students for logs.
+      kernels: Kernels of a GPU's program; None for other chips.
+      launches: Launches of a GPU's program; None for other chips.
     """
 
     kind: str
@@ -65,6 +69,8 @@ class Cost:
     compile_seconds: float
     compile_cpu_seconds: float
     told: str = ""
+    kernels: Kernels | None = None
+    launches: Launches | None = None
 
     @property
     def chip(self) -> chips.Chip:
@@ -140,15 +146,11 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
             f"topology: the speed of {kind!r} is unknown; choose a chip of platform.chips.CHIPS"
         )
     start, cpu = time.perf_counter(), _cpu_seconds()
+    batch = abstract_batch(run, batch_size)
     try:
-        program = compile_step(
-            run.students,
-            mesh,
-            run.states,
-            run.teacher,
-            abstract_batch(run, batch_size),
-            schedule,
-        )
+        with kernels.launches() as launches:
+            program = compile_step(run.students, mesh, run.states, run.teacher, batch, schedule)
+            launched = launches()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -156,12 +158,14 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
     if program.peak > chips.chip(kind).memory:  # a GPU's compiler does not check it
         raise _does_not_fit(batch_size, mesh)
     seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
-    compiled = program.step
+    compiled = program.compiled
     memory = compiled.memory_analysis()
     reads = run.students.teacher_reads
     # A frozen teacher's blocks are two nested loops, the outer one over the blocks that are read.
     trips = (max(reads) + 1) / len(reads) if reads else 1
-    moved = hlo.moved(compiled.as_text(), trips, PARTS)
+    text = compiled.as_text()
+    moved = hlo.moved(text, trips, PARTS)
+    gpu = parallel.platform(mesh) == "gpu"
     flops = parts_flops(run.students, run.states, run.teacher, batch_size)
     shares = {part: number / mesh.size for part, number in flops.items()}
     fast = 0
@@ -186,6 +190,8 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
         compile_seconds=seconds,
         compile_cpu_seconds=cpu,
         told=program.told,
+        kernels=kernels.read(text, chips.chip(kind), PARTS) if gpu else None,
+        launches=launched if gpu else None,
     )
 
 

@@ -23,6 +23,9 @@ Features = Mapping[int, Float[Array, "batch tokens dim"]]
 
 Metrics = dict[str, Float[Array, ""]]
 
+Logged = Bool[Array, ""] | bool | None
+"""True for a step with diagnostics. They are 0 in other steps; None: in a program without them."""
+
 PARTS = ("teacher", "student", "method", "optimizer")
 """The scopes of a step; the method's passes through the teacher's blocks count as `method`."""
 
@@ -98,9 +101,8 @@ class Distillation:
         features: Features,
         batch: Any,
         key: jax.Array,
-        logged: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the sum of the method's loss terms, and metrics.
+        """Returns the sum of the method's loss terms, and each term as `loss_<name>`.
 
         Args:
           params, constants: Parts of a state.
@@ -109,30 +111,23 @@ class Distillation:
           batch: A batch as for `step`; a micro-batch also has `row`, the index of each image in the
             batch of the step.
           key: Key of the method's random numbers.
-          logged: True to compute the method's diagnostics, False to set them to 0; None leaves them
-            out of the metrics.
-
-        Returns:
-          The loss, and the metrics: each term as `loss_<name>`, and the diagnostics.
         """
         method: Method = nnx.merge(self.method, params["method"], constants["method"])
         student = self.student.merge(params["student"], constants["student"])
         with jax.named_scope("student"):
             own = student.features(self.student.spec.prepare(batch["image"]), self.blocks)
         seen = ModelFeatures(student, dict(enumerate(own)))
-        taught = (
-            ModelFeatures.of_streams(self.teacher.merge(teacher), features)
-            if self.teacher
-            else None
-        )
+        taught = self._taught(teacher, features)
         rows = batch.get("row")
         given = Batch(batch["label"], key, rows, 1 if rows is None else self.grad_accum_steps)
         with jax.named_scope("method"):
             terms = method.loss(taught, seen, given)
-        metrics = {f"loss_{name}": value for name, value in terms.items()}
-        if logged is not None:
-            metrics |= _only_if(logged, lambda: jax.lax.stop_gradient(method.diagnose(taught)))
-        return sum(terms.values()), metrics
+        return sum(terms.values()), {f"loss_{name}": value for name, value in terms.items()}
+
+    def diagnose(self, state: TrainState, teacher: Params | None, features: Features) -> Metrics:
+        """Returns the method's diagnostics of a batch, from features as `teach` returns them."""
+        with jax.named_scope("method"):
+            return self._method(state).diagnose(self._taught(teacher, features))
 
     def observe(
         self, state: TrainState, teacher: Params | None, features: Features
@@ -141,8 +136,7 @@ class Distillation:
         if self.teacher is None:
             return {}
         with jax.named_scope("method"):
-            taught = ModelFeatures.of_streams(self.teacher.merge(teacher), features)
-            return self._method(state).observe(taught)
+            return self._method(state).observe(self._taught(teacher, features))
 
     def absorb(self, state: TrainState, means: dict[str, Any]) -> TrainState:
         """Returns the state with the method's statistics updated with the means of a batch."""
@@ -154,6 +148,11 @@ class Distillation:
         constants = nnx.to_pure_dict(nnx.state(method, FrozenVariable))
         return state._replace(constants=state.constants | {"method": constants})
 
+    def _taught(self, teacher: Params | None, features: Features) -> ModelFeatures | None:
+        if self.teacher is None:
+            return None
+        return ModelFeatures.of_streams(self.teacher.merge(teacher), features)
+
     def _method(self, state: TrainState) -> Method:
         return nnx.merge(self.method, state.params["method"], state.constants["method"])
 
@@ -162,7 +161,7 @@ class Distillation:
         state: TrainState,
         teacher: Params | None,
         batch: Any,
-        logged: Bool[Array, ""] | bool = True,
+        logged: Logged = True,
     ) -> tuple[Metrics, Params]:
         """Returns metrics and gradients of `state.params`, averaged over the micro-batches."""
         return Students({"": self}).gradients({"": state}, teacher, batch, logged)[""][:2]
@@ -172,7 +171,7 @@ class Distillation:
         state: TrainState,
         teacher: Params | None,
         batch: Any,
-        logged: Bool[Array, ""] | bool = True,
+        logged: Logged = True,
     ) -> tuple[TrainState, Metrics]:
         """Runs `Students.step` for this student only."""
         states, metrics = Students({"": self}).step({"": state}, teacher, batch, logged)
@@ -248,13 +247,12 @@ class Students:
         states: Mapping[str, TrainState],
         teacher: Params | None,
         batch: Any,
-        logged: Bool[Array, ""] | bool = True,
+        logged: Logged = True,
     ) -> dict[str, StepOutput]:
         """Returns the output of each student for a batch.
 
         The statistics of a method are updated with a micro-batch before its loss is computed.
         """
-        grad_accum_steps = next(iter(self.each.values())).grad_accum_steps
         keys = {
             name: jax.random.fold_in(jax.random.key(own.seed), states[name].step)
             for name, own in self.each.items()
@@ -271,6 +269,9 @@ class Students:
                 features, examples = seen
                 means = own.observe(states[name], teacher, features)
                 state = own.absorb(states[name], means)
+                diagnostics = _only_if(
+                    logged, functools.partial(own.diagnose, state, teacher, features)
+                )
                 (loss, metrics), gradients = jax.value_and_grad(own.loss, has_aux=True)(
                     state.params,
                     state.constants,
@@ -278,30 +279,48 @@ class Students:
                     features,
                     examples,
                     keys[name],
-                    jnp.asarray(logged),
                 )
-                found[name] = StepOutput(metrics | {"loss": loss}, gradients, means)
+                metrics = metrics | diagnostics | {"loss": loss}
+                found[name] = StepOutput(metrics, gradients, means)
             return found
 
-        if grad_accum_steps == 1:
+        return self._mean(of_micro_batch, batch)
+
+    def diagnose(
+        self, states: Mapping[str, TrainState], teacher: Params | None, batch: Any
+    ) -> dict[str, Metrics]:
+        """Returns the diagnostics of each student that `gradients` computes in a logged step."""
+
+        def of_micro_batch(batch: Any) -> dict[str, Metrics]:
+            features, found = self.teach(teacher, batch), {}
+            for name, own in self.each.items():
+                means = own.observe(states[name], teacher, features)
+                found[name] = own.diagnose(own.absorb(states[name], means), teacher, features)
+            return found
+
+        return self._mean(of_micro_batch, batch)
+
+    def _mean(self, of_micro_batch: Callable[[Any], Any], batch: Any) -> Any:
+        """Returns the mean of a function's results over the micro-batches of a batch."""
+        count = next(iter(self.each.values())).grad_accum_steps
+        if count == 1:
             return of_micro_batch(batch)
         rows = jnp.arange(len(batch["label"]), dtype=jnp.int32)
-        parts = micro_batches(batch | {"row": rows}, grad_accum_steps)
+        parts = micro_batches(batch | {"row": rows}, count)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_micro_batch(part)), None
 
-        shapes = jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = _zeros(of_micro_batch, jax.tree.map(lambda x: x[0], parts))
         total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda x: x / grad_accum_steps, total)
+        return jax.tree.map(lambda x: x / count, total)
 
     def step(
         self,
         states: Mapping[str, TrainState],
         teacher: Params | None,
         batch: Any,
-        logged: Bool[Array, ""] | bool = True,
+        logged: Logged = True,
     ) -> tuple[dict[str, TrainState], StepMetrics]:
         """Updates the state of every student.
 
@@ -313,7 +332,7 @@ class Students:
           teacher: Frozen parameters of the teacher.
           batch: `image` [batch, height, width, 3] in 0..255 and `label` [batch].
           logged: True if the metrics are logged; the diagnostics of the methods are 0 in other
-            steps.
+            steps. None leaves their computation out of the program (`diagnose`).
 
         Returns:
           The states after the step, and metrics of the parameters before it.
@@ -353,7 +372,15 @@ def teach(
         return model.streams_at(network.spec.prepare(batch["image"]), reads)
 
 
-def _only_if(condition: Bool[Array, ""], compute: Callable[[], Any]) -> Any:
+def _only_if(condition: Logged, compute: Callable[[], Any]) -> Any:
     """Returns the result of `compute` if the condition is true, else zeros of the same shapes."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
-    return jax.lax.cond(condition, compute, lambda: zeros)
+    zeros = _zeros(compute)
+    if condition is None:
+        return zeros
+    return jax.lax.cond(jnp.asarray(condition), compute, lambda: zeros)
+
+
+def _zeros(function: Callable[..., Any], *given: Any) -> Any:
+    """Returns zeros of the shapes that a function returns."""
+    shapes = jax.eval_shape(function, *given)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -94,6 +94,7 @@ def make_teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool = T
         backend=backend,
         stacked=stacked,
         artifact_removal=settings.teacher.artifact_removal,
+        approximate_gelu=settings.teacher.approximate_gelu,
         gathered=parallel.replicated(mesh) if mesh.shape["fsdp"] > 1 else None,
     )
     graph, params = abstract_model(spec.arch, policy)

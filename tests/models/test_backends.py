@@ -132,3 +132,33 @@ def test_attention_of_an_odd_number_of_tokens_is_that_of_the_padded_one():
     np.testing.assert_allclose(padded(*heads), attend(*heads), rtol=1e-5, atol=1e-6)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+def bfloat16_features(images, **policy: object) -> np.ndarray:
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    graph, params = nnx.split(build("vit_tiny_patch16_224", **half, **policy))
+    (found,) = jax.jit(lambda p: nnx.merge(graph, p).features_at(images, (3,)))(params).values()
+    return np.asarray(found, np.float32)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_a_frozen_model_in_bfloat16_does_not_depend_on_the_backend(images, approximate):
+    """A GPU multiplies with slices of the kernel, and writes the approximate GELU differently."""
+    expected = bfloat16_features(images, backend="cpu", approximate_gelu=approximate)
+    found = bfloat16_features(images, backend="gpu", approximate_gelu=approximate)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_the_approximate_gelu_is_that_of_gelu_tanh(images):
+    arch = build("vit_tiny_patch16_224").arch
+    tanh = dataclasses.replace(arch, act_layer="gelu_tanh")
+    found = {}
+    for name, own, policy in (
+        ("exact", arch, ComputePolicy()),
+        ("approximate", arch, ComputePolicy(approximate_gelu=True)),
+        ("tanh", tanh, ComputePolicy()),
+    ):
+        model = VisionTransformer(own, policy, rngs=nnx.Rngs(0))
+        found[name] = np.asarray(model.features(images)[-1])
+    np.testing.assert_array_equal(found["approximate"], found["tanh"])
+    assert 0 < np.abs(found["approximate"] - found["exact"]).max() < 1e-3

@@ -192,7 +192,7 @@ def test_sequential_execution_takes_less_memory(teacher_file):
     run = prepare(together(teacher_file, same))
     arguments = (run.students, run.any.mesh, run.states, run.teacher, batch_of(run, 0))
     both = [compile_step(*arguments, schedule) for schedule in ("parallel", "sequential")]
-    wide, narrow = (program.step.memory_analysis().temp_size_in_bytes for program in both)
+    wide, narrow = (program.compiled.memory_analysis().temp_size_in_bytes for program in both)
     assert narrow < 0.7 * wide  # of four equal students; the features and gradients of all stay
 
 
