@@ -1,6 +1,6 @@
 """A run whose step is a sum: the loop, checkpoints, lock and signals of `distill`, without a model.
 
-  python -m tests.loop --workdir=DIR [--config.steps=40 ...]
+  python -m tests.loop --workdir=DIR [--config.steps=12 ...]
 
 It understands the flags below and ignores others, so that it takes the place of `singer_jax.main`.
 `HOLD_AFTER=N` in the environment lets this run, or a real one, wait after step N until it is
@@ -37,7 +37,7 @@ from singer_jax.training.loop import LoopHooks, train
 sys.modules.setdefault("google.cloud.storage", None)
 
 FLAGS = {
-    "config.steps": 40,
+    "config.steps": 12,
     "config.checkpoint.every_steps": 3,
     "config.checkpoint.keep": 2,
     "config.mesh.data": 1,

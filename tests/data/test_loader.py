@@ -255,7 +255,15 @@ batches.close()
 """
 
 
-@pytest.mark.parametrize("how", ["script", "module", "command", "stdin"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("script", marks=pytest.mark.slow),
+        "module",
+        pytest.param("command", marks=pytest.mark.slow),
+        "stdin",
+    ],
+)
 def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
     """The program neither parses absl flags nor has a main guard."""
     (tmp_path / "program.py").write_text(LOADING)
