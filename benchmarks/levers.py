@@ -21,8 +21,8 @@ from unittest import mock
 
 import jax
 
-from benchmarks.step import jax_step
 from benchmarks.results import report
+from benchmarks.step import jax_step
 from singer_jax.platform import backends, chips, parallel
 from singer_jax.settings.settings import from_flat
 from singer_jax.training.roofline import Cost, cost

@@ -1,5 +1,7 @@
 """Commands in processes of their own, for tests of whole runs."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -24,27 +26,34 @@ def get_config(protocol="recommended"):
         from tests.loop import hold_if_asked
         hold_if_asked()
     config = tiny.config({teacher!r}, protocol=protocol)
-    config.steps = 40
+    config.steps = 12
     config.checkpoint.every_steps = 3
     return config
 """
 
 
 def write_config(folder: Path) -> Path:
-    """A configuration file of a run of 40 tiny steps, with its teacher beside."""
+    """A configuration file of a run of 12 tiny steps, with its teacher beside."""
     teacher = tiny.write_teacher(folder / "teacher.safetensors")
     file = folder / "tiny_run.py"
     file.write_text(CONFIG.format(teacher=str(teacher)))
     return file
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """Virtual CPU devices, and the compilation cache of these tests."""
-    return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.getcwd(),
-    }
+def environment(devices: int = 1, quickly: bool = False) -> dict[str, str]:
+    """Virtual CPU devices, and the compilation cache of these tests.
+
+    With `quickly`, programs are compiled without most optimisations, in half of the time.
+    """
+    return (
+        os.environ
+        | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quickly else {})
+        | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.getcwd(),
+        }
+    )
 
 
 PATIENCE = 900  # seconds after which a test takes a process for hanging, on a busy machine, too
@@ -92,12 +101,30 @@ def start_together(
 
 def joining(count: int) -> list[list[str]]:
     """The flags with which each of `count` processes joins the others."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     return [
         [f"--coordinator={address}", f"--processes={count}", f"--process={number}"]
         for number in range(count)
     ]
+
+
+_PORTS = itertools.cycle(range(20_000, 32_000))
+
+
+def free_port() -> int:
+    """Returns a port that no other test takes meanwhile.
+
+    It is below those that the kernel gives to connections. Each process of the tests begins at a
+    port of its own and returns no port twice.
+    """
+    for port in _PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
+
+
+for _ in range(os.getpid() * 101 % 12_000):
+    next(_PORTS)
 
 
 HOLD = """

@@ -1,6 +1,6 @@
 """A run whose step is a sum: the loop, checkpoints, lock and signals of `distill`, without a model.
 
-  python -m tests.loop --workdir=DIR [--config.steps=40 ...]
+  python -m tests.loop --workdir=DIR [--config.steps=12 ...]
 
 It understands the flags below and ignores others, so that it takes the place of `singer_jax.main`.
 `HOLD_AFTER=N` in the environment lets this run, or a real one, wait after step N until it is
@@ -8,6 +8,7 @@ stopped: a test that sends a signal then does not depend on how fast the machine
 """
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -18,9 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging as absl_logging
 from etils import epath
 from safetensors.numpy import save_file
 
+from singer_jax import main as command_line
 from singer_jax.errors import InputError, RunError, Stopped
 from singer_jax.io.files import make_workdir, replacing, working_disks
 from singer_jax.platform import hosts, parallel, signals
@@ -30,9 +33,13 @@ from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
 from singer_jax.runs.recorder import RecordedSteps, Recorder
 from singer_jax.training.loop import LoopHooks, train
 
+# tensorboardX imports the client of gs:// if there is one; these runs write to disks.
+sys.modules.setdefault("google.cloud.storage", None)
+
 FLAGS = {
-    "config.steps": 40,
+    "config.steps": 12,
     "config.checkpoint.every_steps": 3,
+    "config.checkpoint.keep": 2,
     "config.mesh.data": 1,
     "config.mesh.fsdp": 1,
     "coordinator": "",
@@ -90,7 +97,9 @@ def run(flags: dict[str, Any], workdir: epath.Path) -> None:
     make_workdir(workdir)
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(holding(workdir, jax.process_index() == 0))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, 2)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir, flags["config.checkpoint.keep"]))
+        )
         start = checkpoints.newest_whole() or 0
         if start:
             LOG.info("%s: continuing after step %d of %d", workdir, start, flags["config.steps"])
@@ -107,6 +116,8 @@ def run(flags: dict[str, Any], workdir: epath.Path) -> None:
         if jax.process_index() == 0:
             with replacing(workdir / "student" / "model.safetensors") as file:
                 save_file({"sum": np.asarray(state["sum"])}, file)
+            with replacing(workdir / "student" / "config.json") as file:
+                file.write_text(json.dumps({"steps": flags["config.steps"]}))
         parallel.of_first_process(None)
     LOG.info("%s: %d steps done, student exported", workdir, flags["config.steps"])
 
@@ -160,6 +171,9 @@ def main(arguments: list[str]) -> int:
     """Runs as `singer_jax.main`: exit status, one line for an error, log lines on stderr."""
     given = dict(argument.lstrip("-").split("=", 1) for argument in arguments)
     flags = {name: type(value)(given.get(name, value)) for name, value in FLAGS.items()}
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    command_line._quieten_libraries()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     LOG.addHandler(handler)

@@ -33,7 +33,7 @@ def config_file(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return cli.environment()
+    return cli.environment(quickly=True)
 
 
 def arguments(config_file: Path, workdir: Path, data: int, fsdp: int = 1) -> list[str]:
@@ -112,7 +112,7 @@ def test_a_signal_to_one_of_four_stops_all_after_one_step_and_one_process_contin
     processes[2].send_signal(signal.SIGTERM)
     end_of(processes, 75, "stopped after step", "saved in")
     assert len([p for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()]) == 1
-    process = cli.start(cli.environment(2), *loop(stopped, 2), program=cli.LOOP)
+    process = cli.start(cli.environment(2, quickly=True), *loop(stopped, 2), program=cli.LOOP)
     status, printed = cli.finish(process)
     assert status == 0 and "continuing after step" in printed, printed
     cli.assert_same_student(stopped, whole, **ROUNDING)
@@ -127,7 +127,7 @@ def test_parameters_split_over_two_of_four_processes_continue_on_one(
     cli.wait_for_step(processes[0], tmp_path, 2)
     processes[2].send_signal(signal.SIGTERM)
     end_of(processes, 75, "stopped after step", "saved in")
-    process = cli.start(cli.environment(2), *arguments(config_file, tmp_path, 2))
+    process = cli.start(cli.environment(2, quickly=True), *arguments(config_file, tmp_path, 2))
     status, printed = cli.finish(process)
     assert status == 0 and "continuing after step" in printed, printed
     cli.assert_same_student(tmp_path, reference, **ROUNDING)
@@ -238,8 +238,7 @@ def test_an_occupied_port_is_named():
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_missing_processes_are_a_one_line_error_in_time(environment, process):
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        address = f"127.0.0.1:{server.server_port}"
+    address = f"127.0.0.1:{cli.free_port()}"
     status, printed = cli.finish(
         cli.start(
             environment,
@@ -306,8 +305,7 @@ class Metadata(BaseHTTPRequestHandler):
 
 
 def test_the_hosts_of_a_tpu_pod_find_each_other_without_variables(environment):
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as probe:
-        port = str(probe.server_port)
+    port = str(cli.free_port())
     servers = [HTTPServer(("127.0.0.1", 0), Metadata) for _ in range(2)]
     processes = []
     for worker, server in enumerate(servers):

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -91,13 +90,8 @@ def stand_ins(folder: Path, **commands: str) -> dict[str, str]:
     """Returns an environment in which these commands come first in PATH."""
     for name, text in commands.items():
         write(folder / "bin" / name, text, python=sys.executable)
-    environment = cli.environment()
+    environment = cli.environment(quickly=True)
     return environment | {"PATH": f"{folder / 'bin'}:{environment['PATH']}"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def lines(path: Path) -> list[str]:
@@ -195,7 +189,7 @@ class TestTpuPod:
         job = write(folder / "job", f"#!/bin/bash\n{job}\n")
         environment = stand_ins(
             folder,
-            gcloud=GCLOUD.replace("{port}", str(free_port())),
+            gcloud=GCLOUD.replace("{port}", str(cli.free_port())),
             python3=PYTHON3.replace("{job}", str(job)),
             pkill='#!/bin/bash\necho "$@" >>"$HOME/pkill.log"\n',
             pgrep="#!/bin/bash\nexit 1\n",

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from singer_jax import main
 from singer_jax.jobs import JOBS
-from tests import shipped, tiny
+from tests import cli, shipped, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def command(*arguments: str) -> tuple[int, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=cli.PATIENCE,
     )
     return done.returncode, done.stderr
 
@@ -92,7 +92,7 @@ def test_help_lists_commands_and_configurations():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=cli.PATIENCE,
     )
     assert done.returncode == 0 and not done.stderr
     for name in (*(ROOT / "configs").glob("*.py"),):

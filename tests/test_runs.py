@@ -44,13 +44,13 @@ def test_a_work_directory_holds_what_the_readme_says(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(20, marks=pytest.mark.slow)]
+    "step", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)]
 )
 def test_a_killed_run_ends_with_the_same_bits(
     config_file, environment, tmp_path, uninterrupted, step
 ):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
-    process = start(environment, *arguments)
+    process = start(cli.held(environment, step + 3), *arguments)
     wait_for_step(process, tmp_path, step)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -69,7 +69,7 @@ def test_a_stopped_run_saves_says_so_and_continues(
     config_file, environment, tmp_path, uninterrupted, number
 ):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
-    process = start(environment, *arguments)
+    process = start(cli.held(environment, 4), *arguments)
     wait_for_step(process, tmp_path, 2)
     process.send_signal(number)
     status, printed = finish(process)

@@ -17,7 +17,7 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return cli.environment()
+    return cli.environment(quickly=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> None:
     assert "Traceback" not in printed
     line = f"singer_jax: {number.name}: saving and stopping; Ctrl-C stops at once"
     assert line in printed.splitlines()  # not behind the progress bar
-    assert "singer_jax: stopped after step 6 of 40" in printed.splitlines()[-1]
+    assert "singer_jax: stopped after step 6 of 12" in printed.splitlines()[-1]
 
 
 def stopped_with_workers(
@@ -108,7 +108,7 @@ def test_during_a_step_of_a_loop_saves_and_continues_to_the_same_bits(
     status, printed = cli.finish(start(environment, f"--workdir={stopped}"))
     assert status == 0 and "continuing after step 6" in printed, printed
     cli.assert_same_student(stopped, whole)
-    assert cli.steps(stopped) == list(range(1, 41))
+    assert cli.steps(stopped) == list(range(1, 13))
 
 
 def test_twice_in_a_row_during_a_save_saves_once(environment, tmp_path):

@@ -21,9 +21,13 @@ from singer_jax.data.sources import TEST, TRAIN
 from tests import cli, tiny
 
 CONFIG = """
+import os
 from tests import tiny
 
 def get_config(protocol="recommended"):
+    if "HOLD_AFTER" in os.environ:
+        from tests.loop import hold_if_asked
+        hold_if_asked()
     config = tiny.config({teacher!r}, protocol=protocol)
     config.steps, config.checkpoint.every_steps, config.evals.every_steps = 12, 3, 6
     config.students.singer = {{}}
@@ -31,6 +35,9 @@ def get_config(protocol="recommended"):
     config.students.fitnet.seed = 1
     return config
 """
+
+
+ENVIRONMENT = cli.environment(quickly=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def config_file(tmp_path_factory) -> Path:
 def whole(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     arguments = (f"--config={config_file}", f"--workdir={workdir}")
-    status, printed = cli.finish(cli.start(cli.environment(), *arguments))
+    status, printed = cli.finish(cli.start(ENVIRONMENT, *arguments))
     assert status == 0, printed
     assert "2 students, sequential, peak memory " in printed
     assert "singer: teacher layer 1: " in printed
@@ -82,12 +89,12 @@ def test_each_student_has_its_metrics_and_its_export(whole):
 )
 def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
-    process = cli.start(cli.environment(), *arguments)
+    process = cli.start(cli.held(ENVIRONMENT, 5), *arguments)
     cli.wait_until((tmp_path / "checkpoints" / "3").is_dir, process)
     process.send_signal(number)
     status, _ = cli.finish(process)
     assert status in (-signal.SIGKILL, 75) and not (tmp_path / "students").exists()
-    status, printed = cli.finish(cli.start(cli.environment(), *arguments))
+    status, printed = cli.finish(cli.start(ENVIRONMENT, *arguments))
     assert status == 0 and "continuing after step" in printed, printed
     found, expected = students(tmp_path), students(whole)
     for name, tensors in expected.items():
@@ -98,7 +105,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(config_file, whole, tmp_path):
     started = cli.start_together(
-        cli.environment(),
+        ENVIRONMENT,
         2,
         f"--config={config_file}",
         f"--workdir={tmp_path}",

@@ -36,6 +36,7 @@ from benchmarks.faults import disks, files, processes
 from benchmarks.faults.bench import Bench, cpu_of_children
 from benchmarks.faults.trial import STOPPED, Lost, Missed, Trial, Wrong
 from benchmarks.results import report
+from tests import cli
 
 FAULTS = processes.FAULTS | files.FAULTS | disks.FAULTS
 OUTCOMES = {
@@ -88,7 +89,14 @@ def read(file: Path) -> list[dict[str, object]]:
     return found
 
 
-def campaign(folder: Path, faults: int, seed: int, only: list[str], alone: bool) -> None:
+def campaign(
+    folder: Path,
+    faults: int,
+    seed: int,
+    only: list[str],
+    alone: bool,
+    program: tuple[str, ...] = cli.PROGRAM,
+) -> None:
     """Injects what is missing of so many faults, each kind in turn."""
     file = folder / "faults.jsonl"
     rows = read(file)
@@ -99,7 +107,7 @@ def campaign(folder: Path, faults: int, seed: int, only: list[str], alone: bool)
         print("faults of disks are left out: they need root and loop devices", flush=True)
         kinds = [name for name in kinds if name not in disks.FAULTS]
     jax.config.update("jax_platforms", "cpu")  # a teacher is written; the runs have their own
-    bench = Bench(folder / "bench", alone)
+    bench = Bench(folder / "bench", alone, program)
     for number in range(faults):
         if number in done:
             continue
@@ -146,6 +154,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
     parser.add_argument("--seed", type=int, default=0, help="of moments and places")
     parser.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
+    parser.add_argument("--loop", action="store_true", help="runs of tests/loop.py, quicker")
     parser.add_argument("--table", action="store_true", help="only the table so far")
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -156,7 +165,8 @@ def main() -> None:
             _confined()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # by way of what cleans up
         folder.mkdir(parents=True, exist_ok=True)
-        campaign(folder, arguments.faults, arguments.seed, arguments.only, arguments.alone)
+        program = cli.LOOP if arguments.loop else cli.PROGRAM
+        campaign(folder, arguments.faults, arguments.seed, arguments.only, arguments.alone, program)
     rows = read(folder / "faults.jsonl")
     command = f"python -m benchmarks.faults --faults {arguments.faults} --workdir DIR"
     report("Injected faults", command, table(rows), "", _PACKAGES, arguments.keep)

@@ -30,18 +30,29 @@ class Bench:
     Args:
       folder: where all of it is kept.
       alone: no other process uses /dev/shm.
+      program: `cli.PROGRAM`, or `cli.LOOP`, which needs no images, teacher or configuration.
     """
 
-    def __init__(self, folder: Path, alone: bool) -> None:
-        self.folder, self.alone = folder, alone
+    def __init__(self, folder: Path, alone: bool, program: tuple[str, ...] = cli.PROGRAM) -> None:
+        self.folder, self.alone, self.program = folder, alone, program
         self.images, self.config_file = folder / "images", folder / "run.py"
         self.cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "compiled"))
         folder.mkdir(parents=True, exist_ok=True)
+        if program == cli.LOOP:
+            return
         tiny.write_images(self.images, 40)
         teacher = tiny.write_teacher(folder / "teacher.safetensors")
         self.config_file.write_text(
             _CONFIG.format(teacher=str(teacher), images=str(self.images), steps=STEPS, every=EVERY)
         )
+
+    def arguments(self, workdir: Path) -> list[str]:
+        """Returns the arguments of a run in a work directory."""
+        if self.program == cli.LOOP:
+            own = [f"--config.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}"]
+        else:
+            own = [f"--config={self.config_file}"]
+        return [*own, f"--workdir={workdir}"]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -64,12 +75,14 @@ class Bench:
         if not (workdir / "student" / "config.json").exists():
             shutil.rmtree(workdir, ignore_errors=True)
             more += (f"--config.data.path={images}",) if images else ()
-            arguments = [f"--config={self.config_file}", f"--workdir={workdir}", *more]
+            arguments = [*self.arguments(workdir), *more]
             arguments += ["--config.checkpoint.keep=9", f"--config.mesh.data={processes}"]
             if processes > 1:
-                started = cli.start_together(self.environment, processes, *arguments)
+                started = cli.start_together(
+                    self.environment, processes, *arguments, program=self.program
+                )
             else:
-                started = [cli.start(self.environment, *arguments)]
+                started = [cli.start(self.environment, *arguments, program=self.program)]
             for status, printed in map(cli.finish, started):
                 assert status == 0, printed
         return workdir
@@ -94,8 +107,8 @@ class Bench:
         """CPU seconds that a run takes here, once its programs are compiled."""
         self.whole()
         begun, again = cpu_of_children(), self.folder / "again"
-        arguments = (f"--config={self.config_file}", f"--workdir={again}")
-        status, printed = cli.finish(cli.start(self.environment, *arguments))
+        run = cli.start(self.environment, *self.arguments(again), program=self.program)
+        status, printed = cli.finish(run)
         assert status == 0, printed
         shutil.rmtree(again)
         return cpu_of_children() - begun

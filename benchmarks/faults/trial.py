@@ -98,11 +98,11 @@ class Trial:
 
     def start(self, *more: str, **variables: str) -> subprocess.Popen:
         """The command, in a session of its own; stderr goes into a file."""
-        arguments = [f"--config={self.bench.config_file}", f"--workdir={self.workdir}"]
+        arguments = self.bench.arguments(self.workdir)
         log = self.folder / f"printed.{len(self._started)}"
         with log.open("wb") as printed:
             process = subprocess.Popen(
-                [sys.executable, *cli.PROGRAM, *arguments, *self.more, *more],
+                [sys.executable, *self.bench.program, *arguments, *self.more, *more],
                 env=self.bench.environment | variables,
                 stdout=subprocess.DEVNULL,
                 stderr=printed,

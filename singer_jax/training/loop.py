@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from singer_jax.runs.metrics import StepMetrics
 from singer_jax.runs.recorder import Recorder
 from singer_jax.settings.ranges import COUNT, FROM_ZERO
 from singer_jax.settings.settings import Settings, setting
-from singer_jax.training.step import TrainState
 
-States = Mapping[str, TrainState]
+if TYPE_CHECKING:
+    from singer_jax.training.step import TrainState
+
+States = Mapping[str, "TrainState"]
 
 
 @dataclasses.dataclass(frozen=True)

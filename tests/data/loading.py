@@ -1,5 +1,6 @@
 """A program that loads batches, for tests of its workers: FOLDER REPORTS WORKERS [wait].
 
+SHARED_MEMORY in the environment begins the names of its segments of shared memory.
 Each decoding process writes a report; the main process prints digests of six batches.
 """
 
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ class Reporting(TrainTransform):
     """A transform that reports the process in which it runs."""
 
     def __call__(self, image: object, rng: np.random.Generator) -> np.ndarray:
+        shared_memory._SHM_NAME_PREFIX = os.environ["SHARED_MEMORY"]
         import jax
         from jax._src import xla_bridge
 
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
     found = [next(batches)["image"].astype(int).sum(axis=(1, 2, 3)).tolist() for _ in range(6)]
     print(json.dumps(found), flush=True)
     if wait:
-        time.sleep(60)
+        time.sleep(1000)
     batches.close()
 
 

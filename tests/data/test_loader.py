@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from singer_jax.data.loader import (
 )
 from singer_jax.data.sources import TRAIN, DigitsSource, FolderSource, Subset
 from singer_jax.errors import RunError
+from tests import cli
 from tests.tiny import write_images
 
 DIGITS = Subset(DigitsSource(TRAIN), np.arange(20))
@@ -205,11 +207,15 @@ def test_automatic_workers_are_the_cores_but_one(monkeypatch):
         assert worker_count(None) == cores - 1
 
 
+SHARED = f"{secrets.token_hex(2)}_"  # begins the names of segments of these tests alone
+
+
 def run_loading(folder: Path, reports: Path, workers: int, *more: str) -> subprocess.Popen:
     """Runs tests/data/loading.py in a separate process, which prints digests of six batches."""
     reports.mkdir(exist_ok=True)
+    environment = os.environ | {"SHARED_MEMORY": f"/{SHARED}"}
     command = [sys.executable, "-m", "tests.data.loading", str(folder), str(reports), str(workers)]
-    return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_workers_change_nothing_and_start_no_accelerator(tmp_path):
@@ -259,7 +265,15 @@ batches.close()
 """
 
 
-@pytest.mark.parametrize("how", ["script", "module", "command", "stdin"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("script", marks=pytest.mark.slow),
+        "module",
+        pytest.param("command", marks=pytest.mark.slow),
+        "stdin",
+    ],
+)
 def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
     """The program neither parses absl flags nor has a main guard."""
     (tmp_path / "program.py").write_text(LOADING)
@@ -275,7 +289,7 @@ def test_workers_start_in_any_program_and_do_not_run_it_again(tmp_path, how):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=cli.PATIENCE,
     )
     assert done.stdout == "[2, 2, 2]\n", done.stderr
     assert (tmp_path / "started").read_text() == "__main__ "
@@ -290,17 +304,21 @@ def test_batches_of_one_image_are_those_of_larger_ones():
 
 def test_workers_exit_when_their_parent_is_killed(tmp_path):
     write_images(tmp_path / "images", 10)
-    before = set(os.listdir("/dev/shm"))
     process = run_loading(tmp_path / "images", tmp_path / "reports", 2, "wait")
     process.stdout.readline()
     workers = [int(file.stem) for file in (tmp_path / "reports").iterdir()]
     assert len(workers) == 2 and all(is_running(pid) for pid in workers)
+    assert segments()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(is_running(pid) for pid in workers) or set(os.listdir("/dev/shm")) - before:
+    deadline = time.monotonic() + cli.PATIENCE
+    while any(is_running(pid) for pid in workers) or segments():
         assert time.monotonic() < deadline, "workers or shared memory outlive the parent"
-        time.sleep(0.2)
+        time.sleep(0.02)
+
+
+def segments() -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(SHARED)]
 
 
 def is_running(pid: int) -> bool:

@@ -67,7 +67,7 @@ def run_jobs(inputs: Path, workdir: Path) -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
+    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     config.steps = 2
     assert main.run(config, folder / "run") == 0
     for write in (official.imagenet, official.imagenet_v2, official.ade20k, official.nyud):
@@ -79,7 +79,7 @@ def inputs(tmp_path_factory) -> Path:
 def results(inputs, tmp_path_factory) -> tuple[Path, Path]:
     """Returns the folders of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    environment = cli.environment()
+    environment = cli.environment(quickly=True)
     program = ("-c", SCRIPT, str(inputs), str(two))
     hosts = cli.start_together(environment, 2, program=program)
     run_jobs(inputs, one / "host0")

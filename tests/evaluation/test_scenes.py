@@ -18,11 +18,11 @@ COUNTS = {"size": 20, "train": 160, "test": 80}
 DATA = {"source": "scenes", "workers": 0, "scenes": COUNTS}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+@pytest.fixture
+def run(tmp_path) -> Path:
     """Trains a copy of the teacher for two steps, with losses and kNN on held-out images."""
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
+    folder = tmp_path
+    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     config.student.weights, config.student.overrides = config.teacher.weights, dict(tiny.TEACHER)
     config.data.update(DATA)
     config.steps, config.evals.every_steps, config.evals.images = 2, 2, 16
@@ -32,6 +32,7 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_on_them_is_probed_for_class_mask_and_depth(run):
     """A nearly random backbone suffices, because its patches encode position and colour."""
     config = evaluation()
@@ -62,10 +63,10 @@ def test_a_run_on_them_is_probed_for_class_mask_and_depth(run):
     assert "scenes_masks miou" in page and "scenes_depth rmse" in page
 
 
-def test_null_spaces_are_measured_on_them(run, tmp_path):
+def test_null_spaces_are_measured_on_them(tmp_path):
     config = null_spaces()
     config.teacher.model = "vit_tiny_patch16_224"
-    config.teacher.weights = str(run.parent / "teacher.safetensors")
+    config.teacher.weights = str(tiny.write_teacher(tmp_path / "teacher.safetensors"))
     config.teacher.overrides = dict(tiny.TEACHER)
     config.rank, config.mesh.data, config.images = 4, 1, 8
     config.data.update(DATA)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from singer_jax.data.sources import TEST
 from singer_jax.evaluation import table1
 from singer_jax.evaluation.backbone import ModelSelection, load_backbone
 from singer_jax.platform import parallel
-from tests import tiny
+from tests import cli, tiny
 from tests.data import official
 from tests.evaluation.test_heads import bilinear
 
@@ -36,7 +35,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"))
+    config = tiny.config(tiny.write_teacher(folder / "teacher.safetensors"), "fitnet")
     config.steps = 2
     assert main.run(config, folder / "run") == 0
     return folder / "run"
@@ -139,14 +138,29 @@ def test_every_cell_is_that_of_numpy(run, data, evaluated):
     }
 
 
+HOLD = """
+import os
+import time
+from singer_jax.evaluation import evaluated_model
+write = evaluated_model._write
+def write_and_wait(file, content):
+    write(file, content)
+    if file.name == os.environ.get("HOLD_AT"):
+        time.sleep(1000)
+evaluated_model._write = write_and_wait
+"""
+
+
+@pytest.mark.slow
 def test_finished_tasks_are_not_repeated(run, data, evaluated, tmp_path):
     """After a kill and a restart, the results are the same and no task runs twice."""
     config = tmp_path / "settings.py"
     flat = {"run": str(run), "data.path": data, "data.workers": 0, "mesh.data": 1, **SETTINGS}
     config.write_text(
-        "from singer_jax.config import evaluation\n"
+        "from singer_jax.config import default\n"
+        f"{HOLD}\n"
         "def get_config(protocol='recommended'):\n"
-        "    config = evaluation(protocol)\n"
+        "    config = default(protocol, 'evaluate')\n"
         f"    config.update_from_flattened_dict({flat!r})\n"
         "    return config\n"
     )
@@ -159,15 +173,13 @@ def test_finished_tasks_are_not_repeated(run, data, evaluated, tmp_path):
         f"--workdir={workdir}",
     ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (workdir / "tasks" / "ade20k.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    held = environment | {"HOLD_AT": "ade20k.json"}
+    process = subprocess.Popen(command, env=held, stderr=subprocess.DEVNULL)
+    cli.wait_until((workdir / "tasks" / "ade20k.json").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {p: p.stat().st_mtime_ns for p in (workdir / "tasks").glob("*.json")}
-    assert 4 <= len(finished) < 10
+    assert len(finished) == 4
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     again = (workdir / "results.json").read_bytes()
