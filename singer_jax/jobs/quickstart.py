@@ -1,8 +1,8 @@
 """Job `quickstart`: trains, distils and evaluates small models on embedded digits.
 
-It trains a teacher with a synthetic artifact, distils it with several methods in one run, evaluates
-teacher, untrained student and all students with the same protocol, prints one table and saves
-pictures. Finished parts are not repeated.
+It trains a teacher, fine-tunes it with a synthetic artifact, distils it with several methods in one
+run, evaluates teacher, untrained student and all students with the same protocol, prints one table
+and saves pictures. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, norm_ra
 from singer_jax.evaluation.probe import ProbeSettings
 from singer_jax.io.files import make_workdir, write_text
 from singer_jax.jobs.distill import distill
+from singer_jax.jobs.study import TEACHER, with_outlier
 from singer_jax.platform import parallel
 from singer_jax.report.collect import collect
 from singer_jax.report.page import write_page
@@ -31,7 +32,7 @@ from singer_jax.runs.checkpoints import step_to_read
 from singer_jax.runs.lock import holding
 from singer_jax.runs.metrics import LOG
 from singer_jax.runs.workdir import report_page, results_file
-from singer_jax.settings.ranges import OneOf
+from singer_jax.settings.ranges import COUNT, OneOf, optional
 from singer_jax.settings.settings import Settings, section, setting
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students
@@ -43,9 +44,17 @@ _FITTED = 512  # number of training images to fit the map to the teacher's featu
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartSettings(Settings):
-    """Settings of the job `quickstart`: two runs, and the probe that evaluates their models."""
+    """Settings of the job `quickstart`: its runs, and the probe that evaluates their models."""
 
     job: str = setting("quickstart", OneOf(("quickstart",)), "Name of the command.")
+    base: DistillSettings = section(DistillSettings())
+    artifact: str | None = setting(
+        None,
+        optional(TEACHER),
+        "Synthetic outlier that the run `base` is fine-tuned with in the run `teacher`, as in the "
+        "key `teachers` of a study. None: the run `teacher` alone, with its own model.",
+    )
+    patches: int = setting(1, COUNT, "Number of patches per image with the synthetic outlier.")
     teacher: DistillSettings = section(DistillSettings())
     distilled: DistillSettings = section(DistillSettings())
     probe: ProbeSettings = section(ProbeSettings())
@@ -65,11 +74,21 @@ def quickstart(settings: QuickstartSettings, workdir: epath.Path) -> None:
 
 
 def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
-    weights = dataclasses.replace(settings.distilled.teacher, weights=str(workdir / "teacher"))
+    teacher = settings.teacher
+    if settings.artifact:
+        _train("base", settings.base, workdir)
+        given = settings.patches, settings.artifact, workdir / "base", workdir / "outlier"
+        teacher = with_outlier(teacher, *given)
+    _train("teacher", teacher, workdir)
+    model = teacher.student
+    weights = dataclasses.replace(
+        settings.distilled.teacher,
+        model=model.model,
+        overrides=model.overrides,
+        weights=str(workdir / "teacher"),
+    )
     distilled = dataclasses.replace(settings.distilled, teacher=weights)
-    for name, run in (("teacher", settings.teacher), ("distilled", distilled)):
-        LOG.info("training: %s (%s)", name, workdir / name)
-        distill(run, workdir / name)
+    _train("distilled", distilled, workdir)
 
     mesh, students = parallel.make_mesh(), str(workdir / "distilled")
     backbones = {
@@ -120,6 +139,11 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
     save_norm_maps(page.parent / "artifacts.png", report.images[:_IN_A_PICTURE], maps)
     print(_table(results))
     print(f"Pictures: {page.parent} (artifacts.png compares all models). Report: {page}")
+
+
+def _train(name: str, run: DistillSettings, workdir: epath.Path) -> None:
+    LOG.info("training: %s (%s)", name, workdir / name)
+    distill(run, workdir / name)
 
 
 def _untrained(settings: DistillSettings) -> Backbone:

@@ -47,7 +47,7 @@ from singer_jax.training.settings import DistillSettings, StudentsSettings
 
 DIRECTIONS = ("random", "null", "visible")
 NONE, GIVEN = "none", "given"  # teachers without a synthetic artifact
-_TEACHER = Text(
+TEACHER = Text(
     f"{NONE}|{GIVEN}|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
     "none, given, or direction-place-ratio such as null-background-20",
 )
@@ -68,7 +68,7 @@ class StudySettings(Settings):
     distilled: DistillSettings = section(DistillSettings())
     teachers: tuple[str, ...] = setting(
         ("none",),
-        Each(_TEACHER, least=1),
+        Each(TEACHER, least=1),
         "Teachers, each as direction-place-ratio of its synthetic outlier. The direction is "
         "random, or the most null or most visible one of the first distilled layer. The ratio is "
         "the norm of an affected patch over the median. `none`: fine-tuned without a vector; "
@@ -285,33 +285,35 @@ def _teacher(
     if teacher == GIVEN:
         return load_teacher(mesh, settings.given)
     _run(settings.base, base)
-    _run(plant(settings, teacher, base, folder / "outlier"), folder / "teacher")
+    tuned = with_outlier(settings.tuned, settings.patches, teacher, base, folder / "outlier")
+    _run(tuned, folder / "teacher")
     return load_backbone(mesh, run=str(folder / "teacher"))
 
 
-def plant(
-    settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
+def with_outlier(
+    run: DistillSettings, patches: int, teacher: str, base: epath.Path, folder: epath.Path
 ) -> DistillSettings:
-    """Writes the base's weights with a teacher's vector, and returns the fine-tuning run.
+    """Writes a base's weights with a teacher's synthetic outlier, and returns the fine-tuning run.
 
     Args:
-      settings: settings of the study.
+      run: settings of the fine-tuning, whose model and weights are replaced.
+      patches: number of patches per image with the synthetic outlier.
       teacher: name of the teacher, which states the artifact.
       base: work directory of the base.
       folder: folder for the weights.
     """
-    student = dataclasses.replace(settings.tuned.student, weights=str(base))
+    student = dataclasses.replace(run.student, weights=str(base))
     if teacher == NONE:
-        return dataclasses.replace(settings.tuned, student=student)
+        return dataclasses.replace(run, student=student)
     direction, place, ratio = teacher.split("-")
     backbone = load_backbone(parallel.make_mesh(1), run=str(base))
     layers = _layers(backbone.arch)
     fields = {
         "synthetic_outlier": place,
         "synthetic_outlier_after": layers[0],
-        "synthetic_outlier_patches": settings.patches,
+        "synthetic_outlier_patches": patches,
     }
-    source = open_source(settings.distilled.data, TRAIN)
+    source = open_source(run.data, TRAIN)
     few = readable(Subset(source, np.arange(min(_SCALED_ON, len(source)))))
     of_layers, _ = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
     medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
@@ -323,7 +325,7 @@ def plant(
     export_timm(folder, changed, tensors)
     overrides = dict(student.overrides) | fields
     student = dataclasses.replace(student, weights=str(folder), overrides=overrides)
-    return dataclasses.replace(settings.tuned, student=student)
+    return dataclasses.replace(run, student=student)
 
 
 def _direction(model: Any, layer: int, name: str) -> np.ndarray:
