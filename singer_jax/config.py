@@ -38,6 +38,7 @@ _PAPER: dict[str, dict[str, Any]] = {
         "method.nullspace.threshold_type": "absolute",
         "method.nullspace.threshold": 0.05,
         "method.nullspace.direction_order": "official",
+        "method.loss_scale": "absolute",
         "method.loss_weights.ce": 0.0,
         "method.train_generator": False,
         "data.normalisation": "imagenet",

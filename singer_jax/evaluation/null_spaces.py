@@ -111,7 +111,8 @@ def describe_layer(
       (`singular_defects.median_angle`), and the singular values of each source.
     """
     tokens = jnp.asarray(patches)
-    covariance = np.asarray(calibration.outlier_covariance(tokens[::2], outliers[::2]))
+    half = calibration.outlier_statistics(tokens[::2], outliers[::2])
+    half = jax.tree.map(np.asarray, half)
 
     def on_every_device(compute: Callable[[VisionTransformer], Any]) -> Any:
         found = jax.jit(
@@ -126,7 +127,7 @@ def describe_layer(
     for source in sources:
         own = nullspace.NullSpaceSettings(weight_matrix=source, ridge=epsilon)
         space = on_every_device(
-            lambda model, own=own: calibration.of_layer(model, layer, own, rank, covariance)
+            lambda model, own=own: calibration.of_layer(model, layer, own, rank, half)
         )
         seen = [x[1::2] if source == "calibrated" else x for x in (tokens, outliers)]
         spectra[source] = np.asarray(space.values)

@@ -50,6 +50,12 @@ def outlier_threshold(
     return (1 - upper_weight) * lower + upper_weight * upper
 
 
+def image_medians(patches: Float[Array, "batch patches dim"]) -> Float[Array, "batch 1"]:
+    """Returns the median patch norm of each image, at least the smallest normal number."""
+    medians = outlier_threshold(token_norms(patches), 0.5)
+    return jnp.maximum(medians, jnp.finfo(jnp.float32).tiny)
+
+
 def is_outlier(
     norms: Float[Array, "batch patches"], quantile: float
 ) -> Bool[Array, "batch patches"]:

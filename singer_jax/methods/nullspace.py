@@ -25,7 +25,8 @@ from singer_jax.settings.settings import Settings, setting
 
 MAPS = ("mlp", "mlp_norm", "block")
 SOURCES = (*MAPS, "calibrated")
-RULES = ("quantile", "absolute", "relative", "rank")
+RULES = ("quantile", "absolute", "relative", "rank", "energy")
+DECOMPOSITIONS = ("auto", "svd", "jacobi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +56,35 @@ class NullSpaceSettings(Settings):
         "quantile",
         OneOf(RULES),
         "Interpretation of `threshold`: a quantile of the singular values, an absolute value, a "
-        "multiple of the largest singular value, or the number of directions.",
+        "multiple of the largest singular value, or the number of directions. `energy`: the "
+        "subspace is the smallest one that can shorten the outliers of the first batches to "
+        "`threshold` median patch norms (`methods.calibration`).",
     )
     threshold: float = setting(
-        0.5, NOT_NEGATIVE, "Threshold below which singular values count as null."
+        0.5,
+        NOT_NEGATIVE,
+        "Threshold below which singular values count as null. For `energy`: the length that an "
+        "outlier keeps at most beside its image's mean patch, in median patch norms.",
     )
     init: str | None = setting(
         None,
-        optional(OneOf(("identity", "official"))),
+        optional(OneOf(("identity", "official", "fitted"))),
         "Initialisation of the refiner: `identity` starts without an update, `official` as in "
-        "the official code. None: `official` for the modes `init` and `random`, else `identity`.",
+        "the official code, `fitted` with the update in closed form that removes the outliers of "
+        "the first batches (`methods.fitted`). None: `official` for the modes `init` and `random`, "
+        "else `identity`.",
     )
     direction_order: str = setting(
         "most_null",
         OneOf(("most_null", "official")),
         "Directions from which the mode `init` starts (`methods.nullspace.directions`).",
+    )
+    decomposition: str = setting(
+        "auto",
+        OneOf(DECOMPOSITIONS),
+        "Algorithm of the singular value decomposition: `svd` is jnp.linalg.svd, `jacobi` "
+        "one-sided Jacobi rotations (`methods.jacobi`), which a TPU compiles faster. `auto`: "
+        "`jacobi` on a TPU, else `svd`.",
     )
 
 
@@ -77,10 +92,21 @@ class NullSpace(NamedTuple):
     """Left singular vectors (columns) and descending singular values of W.
 
     There are as many directions as dimensions, or fewer if W is restricted to a subspace.
+
+    Attributes:
+      vectors, values: The singular vectors and values.
+      chosen: Number of directions, counted from the last, that the threshold type `energy` chooses;
+        None for the other types.
+      left: Root mean square length of an outlier outside the chosen directions, in median patch
+        norms; None if nothing is chosen.
+      ridge: The chosen ridge of `calibrated`; None if it is that of the settings.
     """
 
     vectors: Float[Array, "dim directions"]
     values: Float[Array, " directions"]
+    chosen: Int[Array, ""] | None = None
+    left: Float[Array, ""] | None = None
+    ridge: Float[Array, ""] | None = None
 
 
 def linear_map(model: VisionTransformer, layer: int, source: str) -> Float[Array, "dim out"]:
@@ -136,24 +162,42 @@ def decomposing_once() -> Iterator[None]:
         _once.reset(token)
 
 
-def of_layer(model: VisionTransformer, layer: int, source: str) -> NullSpace:
-    """Returns `decompose(linear_map(...))`; the arguments are those of `linear_map`."""
+def of_layer(
+    model: VisionTransformer, layer: int, source: str, decomposition: str = "auto"
+) -> NullSpace:
+    """Returns `decompose(linear_map(...))`; the arguments are those of these functions."""
     known = _once.get()
     if known is None:
-        return decompose(linear_map(model, layer, source))
-    key = (id(model), _reader(model, layer), source)
+        return decompose(linear_map(model, layer, source), decomposition)
+    key = (id(model), _reader(model, layer), source, decomposition)
     if key not in known:
-        known[key] = decompose(linear_map(model, layer, source))
+        known[key] = decompose(linear_map(model, layer, source), decomposition)
     return known[key]
 
 
-def decompose(linear_map: Float[Array, "dim out"]) -> NullSpace:
-    """Returns the singular value decomposition W = U S V^T without V; `out` is at least `dim`."""
+def decompose(linear_map: Float[Array, "dim out"], decomposition: str = "auto") -> NullSpace:
+    """Returns the singular value decomposition W = U S V^T without V.
+
+    Args:
+      linear_map: W; `out` is at least `dim`.
+      decomposition: `svd`, `jacobi`, or `auto`, for which `decomposition_on` says which runs.
+    """
 
     def library(matrix: Array) -> tuple[Array, Array]:
         return jnp.linalg.svd(matrix, full_matrices=False)[:2]
 
+    if decomposition == "svd":
+        return NullSpace(*library(linear_map))
+    if decomposition == "jacobi":
+        return NullSpace(*left_singular(linear_map))
     return NullSpace(*jax.lax.platform_dependent(linear_map, tpu=left_singular, default=library))
+
+
+def decomposition_on(platform: str, decomposition: str) -> str:
+    """Returns the decomposition that runs on a `device.platform`: `svd` or `jacobi`."""
+    if decomposition == "auto":
+        return "jacobi" if platform == "tpu" else "svd"
+    return decomposition
 
 
 def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Array, ""]:
@@ -163,7 +207,7 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
       space: Null space of the layer.
       rule: Interpretation of `threshold`: `absolute` is tau itself, `quantile` a quantile of the
         layer's values, `relative` a multiple of the largest value, `rank` a number of values, at
-        most all.
+        most all; `energy` takes the number `space.chosen`.
       threshold: The threshold.
     """
     if rule == "quantile":
@@ -171,9 +215,10 @@ def threshold_value(space: NullSpace, rule: str, threshold: float) -> Float[Arra
         return jnp.interp(position, jnp.arange(len(space.values)), space.values[::-1])
     if rule == "relative":
         return threshold * space.values[0]
-    if rule == "rank":
+    if rule in ("rank", "energy"):
         above = jnp.concatenate([2 * space.values[:1], space.values])
-        return above[max(len(space.values) - int(threshold), 0)]
+        count = space.chosen if rule == "energy" else min(int(threshold), len(space.values))
+        return above[len(space.values) - count]
     return jnp.asarray(threshold, jnp.float32)
 
 
@@ -192,13 +237,18 @@ def check_threshold(rule: str, threshold: float, dim: int) -> None:
 
 
 def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
-    """Returns the number of singular values below tau."""
-    return jnp.sum(space.values < tau)
+    """Returns the number of chosen directions, or else of singular values below tau."""
+    return jnp.sum(space.values < tau) if space.chosen is None else space.chosen
 
 
 def selected(space: NullSpace, tau: Float[Array, ""], rank: int) -> Bool[Array, " directions"]:
-    """Selects the directions of `projector`: all below tau, but at least the `rank` smallest."""
+    """Selects the directions of `projector`.
+
+    They are the chosen ones, or else all below tau, but at least the `rank` smallest.
+    """
     count = space.values.shape[0]
+    if space.chosen is not None:
+        return jnp.arange(count) >= count - space.chosen
     return (space.values < tau) | (jnp.arange(count) >= count - rank)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +17,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
-from singer_jax.methods import calibration, nullspace
+from singer_jax.methods import calibration, fitted, nullspace, removal
 from singer_jax.methods.base import (
     Batch,
     FrozenVariable,
@@ -33,6 +34,7 @@ from singer_jax.methods.match import Comparison, MatchSettings, TokenMethod
 from singer_jax.methods.norms import (
     batch_quantile,
     cosine_similarity_matrix,
+    image_medians,
     is_outlier,
     outlier_threshold,
     token_norms,
@@ -41,7 +43,7 @@ from singer_jax.methods.nullspace import NullSpaceSettings
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE
+from singer_jax.settings.ranges import BETWEEN, COUNT, NOT_NEGATIVE, OneOf
 from singer_jax.settings.settings import Settings, section, setting
 
 # Relative depths of the published distilled layers except the last: block 17 of 24.
@@ -49,8 +51,16 @@ DEPTHS = (0.75,)
 
 # A run warns if the subspace holds less than this share of the outliers' energy.
 SMALL_SHARE = 0.2
-_REMEDY = "method.nullspace.threshold or take method.nullspace.mode=soft"
-_REMEDY_OF_CALIBRATED = "method.rank or method.nullspace.ridge"
+
+
+def _remedy(settings: NullSpaceSettings) -> str:
+    """Returns the change of the settings that makes the subspace larger."""
+    if settings.threshold_type == "energy":
+        more = " or raise method.rank" if settings.weight_matrix == "calibrated" else ""
+        return f"lower method.nullspace.threshold{more}"
+    if settings.weight_matrix == "calibrated":
+        return "raise method.rank or method.nullspace.ridge"
+    return "raise method.nullspace.threshold or take method.nullspace.mode=soft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +86,14 @@ class SingerSettings(LayerSettings):
     outlier_quantile: float = setting(
         0.97, BETWEEN, "Quantile of an image's patch norms above which a patch is an outlier."
     )
+    loss_scale: str = setting(
+        "absolute",
+        OneOf(("absolute", "relative")),
+        "Scale of the outlier and information losses. `absolute`: squares of the teacher's "
+        "features, as published. `relative`: norms are divided by the image's median patch norm, "
+        "and the information loss by the mean square of what the next block adds, so that the "
+        "weights do not depend on the teacher's scale.",
+    )
     match: MatchSettings = section(MatchSettings())
     loss_weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
@@ -95,6 +113,7 @@ class Refiner(nnx.Module):
       projection: Q [dim, dim] for the modes `project` and `soft`; absent otherwise.
       singular_values, threshold, null_dim: Singular values [directions], tau, and the number of
         values below tau, for reports.
+      left, ridge: `NullSpace.left` and `NullSpace.ridge`; absent if they are None.
     """
 
     def __init__(
@@ -117,9 +136,12 @@ class Refiner(nnx.Module):
         else:
             rows = nullspace.random_directions(rngs.params(), rank, dim)
         start = settings.init or ("identity" if self.projected else "official")
-        identity = start == "identity"
+        if space.left is not None:
+            self.left = FrozenVariable(space.left)
+        if space.ridge is not None:
+            self.ridge = FrozenVariable(space.ridge)
         self.down = nnx.Param(rows.T)
-        self.up = nnx.Param(jnp.zeros_like(rows) if identity else rows)
+        self.up = nnx.Param(rows if start == "official" else jnp.zeros_like(rows))
 
     def update(
         self, patches: Float[Array, "batch patches dim"]
@@ -139,6 +161,24 @@ def refine(
     update = refiner.update(features[:, num_prefix_tokens:])
     update = jnp.pad(update, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
     return features.astype(jnp.float32) + update
+
+
+def relative_info_loss(
+    seen: Float[Array, "batch tokens dim"],
+    following: Float[Array, "batch tokens dim"],
+    features: Float[Array, "batch tokens dim"],
+) -> Float[Array, ""]:
+    """Returns the information loss relative to what the next block adds, averaged over the images.
+
+    It is each image's mean squared error of `seen`, divided by the mean square of the difference
+    between the teacher's next features `following` and its `features`. Because the average is taken
+    over ratios of images, micro-batches do not change it.
+    """
+    wide = following.astype(jnp.float32)
+    changed = jnp.mean(jnp.square(seen.astype(jnp.float32) - wide), axis=(1, 2))
+    added = jnp.mean(jnp.square(wide - features.astype(jnp.float32)), axis=(1, 2))
+    added = jnp.maximum(jax.lax.stop_gradient(added), jnp.finfo(jnp.float32).tiny)
+    return jnp.mean(changed / added)
 
 
 def outlier_loss(norms: Float[Array, "batch patches"], quantile: float) -> Float[Array, ""]:
@@ -162,21 +202,25 @@ class Singer(TokenMethod):
 
     @classmethod
     def needs(cls, settings: SingerSettings) -> MethodRequirements:
-        """Returns the requirements; only calibrated null spaces need measurements."""
-        return MethodRequirements(measured=settings.nullspace.weight_matrix == "calibrated")
+        """Returns the requirements; measurements are needed by the settings of `measured_for`."""
+        return MethodRequirements(measured=bool(measured_for(settings)))
 
     @classmethod
-    def measure(cls, teacher: ModelFeatures, settings: SingerSettings) -> dict[str, Array]:
-        """Returns `calibration.outlier_covariance` of each distilled layer."""
+    def measure(
+        cls, teacher: ModelFeatures, settings: SingerSettings
+    ) -> dict[str, calibration.OutlierStatistics]:
+        """Returns the `calibration.OutlierStatistics` of each distilled layer."""
         arch = teacher.model.arch
         layers = teacher_layers(settings.layers, settings.include_last_layer, DEPTHS, arch)
-        patches = {layer: teacher.features[layer][:, arch.num_prefix_tokens :] for layer in layers}
-        return {
-            str(layer): calibration.outlier_covariance(
-                own, is_outlier(token_norms(own), settings.outlier_quantile)
-            )
-            for layer, own in patches.items()
-        }
+        found = {}
+        for layer in layers:
+            patches = teacher.features[layer][:, arch.num_prefix_tokens :]
+            outliers = is_outlier(token_norms(patches), settings.outlier_quantile)
+            found[str(layer)] = calibration.outlier_statistics(patches, outliers)
+            if settings.nullspace.init == "fitted":
+                moments = calibration.moments(teacher, layer, settings.outlier_quantile)
+                found[str(layer)] = found[str(layer)]._replace(moments=moments)
+        return found
 
     def __init__(
         self,
@@ -184,7 +228,7 @@ class Singer(TokenMethod):
         student: Architecture,
         settings: SingerSettings,
         rngs: nnx.Rngs,
-        measured: Mapping[str, Float[Array, "dim dim"]] | None = None,
+        measured: Mapping[str, calibration.OutlierStatistics] | None = None,
     ) -> None:
         check(teacher.arch, settings, measured)
         self.teacher_layers, self.student_layers = distilled_layers(
@@ -195,15 +239,17 @@ class Singer(TokenMethod):
         self.last = teacher.arch.depth - 1
         self.quantile = settings.outlier_quantile
         self.weights = settings.loss_weights
-        self.calibrated = settings.nullspace.weight_matrix == "calibrated"
+        self.relative = settings.loss_scale == "relative"
+        self.nullspace = settings.nullspace
         self.adapter = nnx.Dict()
         self.refiner = nnx.Dict()
         for layer, student_layer in zip(self.teacher_layers, self.student_layers, strict=True):
-            covariance = (measured or {}).get(str(layer))
-            space = calibration.of_layer(
-                teacher, layer, settings.nullspace, settings.rank, covariance
-            )
-            self.refiner[str(layer)] = Refiner(space, settings.rank, settings.nullspace, rngs)
+            seen = (measured or {}).get(str(layer))
+            space = calibration.of_layer(teacher, layer, settings.nullspace, settings.rank, seen)
+            refiner = Refiner(space, settings.rank, settings.nullspace, rngs)
+            if settings.nullspace.init == "fitted":
+                self._fit(refiner, space, teacher, layer, seen.moments)
+            self.refiner[str(layer)] = refiner
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
             )
@@ -227,10 +273,17 @@ class Singer(TokenMethod):
             matched = self.tokens.of_student(student.features[student_layer])
             predicted = self.adapter[str(student_layer)](matched)
             kd += self.compare(predicted, teacher, layer, refined)
-            outlier += outlier_loss(token_norms(patches), self.quantile)
+            norms = token_norms(patches)
+            if self.relative:
+                norms /= image_medians(features[:, prefix:])
+            outlier += outlier_loss(norms, self.quantile)
             if layer < self.last:
-                seen = teacher.next_block(layer, refined)
-                info += mean_squared_error(seen, teacher.features[layer + 1])
+                seen, following = teacher.next_block(layer, refined), teacher.features[layer + 1]
+                info += (
+                    relative_info_loss(seen, following, features)
+                    if self.relative
+                    else mean_squared_error(seen, following)
+                )
             else:
                 reference = features[:, prefix:] if previous is None else previous
                 info += mean_squared_error(
@@ -248,60 +301,121 @@ class Singer(TokenMethod):
         """Returns metrics of each distilled layer over all patches of the global batch.
 
         They are the `median` and `p99` (`batch_quantile`) of `teacher_norm` and `refined_norm`, in
-        bfloat16 `rounding_over_update`, and for a projected update `outlier_energy_share`.
+        bfloat16 `rounding_over_update`, for a projected update `outlier_energy_share`, and the
+        measures of `methods.removal`:
+
+          outlier_medians: Length of the outliers beside their image's mean patch.
+          left_at_best_medians: The part of it outside the subspace (mode `project`).
+          left_of_outlier_medians: Length of the refined outliers, their image's mean included.
+          clipped_medians: Norm to which `removal.CLIP_QUANTILE` would clip them.
+          next_block_change: Change of what the next block adds to ordinary patches by the refined
+            features; for all layers but the last.
+          removal_change: The same for the removal of all that the subspace holds of the outliers'
+            length beside their image's mean patch (mode `project`).
         """
-        prefix = teacher.model.arch.num_prefix_tokens
         return {
             f"layer_{layer}/{name}": value
             for layer in self.teacher_layers
-            for name, value in self._diagnose(
-                self.refiner[str(layer)], teacher.features[layer][:, prefix:]
-            ).items()
+            for name, value in self._diagnose(layer, teacher).items()
         }
 
     def report(self, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """Reports the null space of each layer and the share of the outliers' energy inside it."""
+        """Reports the null space of each layer, and what it can remove of the outliers."""
         lines = super().report(metrics)
         for layer in self.teacher_layers:
-            refiner = self.refiner[str(layer)]
-            values = np.asarray(refiner.singular_values[...])
-            tau = float(refiner.threshold[...])
-            count = int(refiner.null_dim[...])
-            before = {n: metrics[f"layer_{layer}/teacher_norm_{n}"] for n in ("median", "p99")}
-            line = (
-                f"teacher layer {layer}: {count} of {len(values)} singular values below "
-                f"{tau:.3g} (smallest {values[-1]:.3g}, largest {values[0]:.3g}); patch norms: "
-                f"median {before['median']:.3g}, 99th percentile {before['p99']:.3g}"
-            )
-            share = metrics.get(f"layer_{layer}/outlier_energy_share")
-            if share is not None:
-                line += f"; share of the outliers' energy inside the subspace {share:.2f}"
-            lines.append((logging.INFO, line))
-            if count == 0:
-                lines.append(
-                    (
-                        logging.WARNING,
-                        f"teacher layer {layer} has no null space: no singular value lies below "
-                        f"the threshold {tau:.3g} (smallest {values[-1]:.3g}); raise "
-                        f"{_REMEDY}",
-                    )
-                )
-            if share is not None and share < SMALL_SHARE:
-                remedy = _REMEDY_OF_CALIBRATED if self.calibrated else _REMEDY
-                lines.append(
-                    (
-                        logging.WARNING,
-                        f"teacher layer {layer}: the subspace holds only {share:.0%} of the "
-                        f"outliers' energy, so refinement can remove little: raise {remedy}",
-                    )
-                )
+            start = f"layer_{layer}/"
+            own = {
+                key.removeprefix(start): value
+                for key, value in metrics.items()
+                if key.startswith(start)
+            }
+            lines += self._report(layer, own)
         return lines
 
-    def _diagnose(self, refiner: Refiner, patches: Float[Array, "batch patches dim"]) -> Scalars:
+    def _report(self, layer: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """Returns the lines of one layer, from its metrics."""
+        refiner, name = self.refiner[str(layer)], f"teacher layer {layer}"
+        values, tau = np.asarray(refiner.singular_values[...]), float(refiner.threshold[...])
+        count, share = int(refiner.null_dim[...]), metrics.get("outlier_energy_share")
+        limit = self.nullspace.threshold
+        extent = f"smallest {values[-1]:.3g}, largest {values[0]:.3g}"
+        ran = nullspace.decomposition_on(_platform(refiner), self.nullspace.decomposition)
+        if hasattr(refiner, "left"):
+            left = float(refiner.left[...])
+            line = f"{name}: {count} of {len(values)} directions ({ran}) leave {left:.2f} medians"
+            line += f" of an outlier of the first batches, limit {limit:g}"
+            line += f", ridge {float(refiner.ridge[...]):g}" if hasattr(refiner, "ridge") else ""
+        else:
+            line = f"{name}: {count} of {len(values)} singular values below {tau:.3g} "
+            line += f"({ran}, {extent})"
+        line += f"; patch norms: median {metrics['teacher_norm_median']:.3g}, "
+        line += f"99th percentile {metrics['teacher_norm_p99']:.3g}"
+        if share is not None:
+            line += f"; share of the outliers' energy inside the subspace {share:.2f}"
+        if "left_at_best_medians" in metrics:
+            line += (
+                f"; left of an outlier at best: {metrics['left_at_best_medians']:.1f} medians of "
+                f"{metrics['outlier_medians']:.1f}"
+            )
+        change = metrics.get("removal_change")
+        if change is not None:
+            line += (
+                f"; removal changes what the next block adds to ordinary patches by {change:.1%}"
+            )
+        warnings = []
+        if count == 0:
+            warnings.append(
+                f"{name} has no null space: no singular value lies below the threshold {tau:.3g} "
+                f"({extent}); {_remedy(self.nullspace)}"
+            )
+        if hasattr(refiner, "left") and left > limit:
+            warnings.append(
+                f"{name}: no subspace leaves at most {limit:g} medians, {count} directions leave "
+                f"{left:.2f}; raise method.nullspace.threshold or method.rank"
+            )
+        if share is not None and share < SMALL_SHARE:
+            warnings.append(
+                f"{name}: the subspace holds only {share:.0%} of the outliers' energy, so "
+                f"refinement can remove little: {_remedy(self.nullspace)}"
+            )
+        if change is not None and change > removal.LARGEST_CHANGE:
+            warnings.append(
+                f"{name}: removal changes the next block by {change:.0%} (limit "
+                f"{removal.LARGEST_CHANGE:.0%}); method.match.norm_clip_quantile="
+                f"{removal.CLIP_QUANTILE:g} leaves {metrics['clipped_medians']:.1f} medians in the "
+                "target and changes no block, nor does target_space=final_norm"
+            )
+        return [(logging.INFO, line), *((logging.WARNING, text) for text in warnings)]
+
+    def _fit(
+        self,
+        refiner: Refiner,
+        space: nullspace.NullSpace,
+        teacher: VisionTransformer,
+        layer: int,
+        moments: calibration.Moments,
+    ) -> None:
+        """Sets a refiner to its update in closed form; unused components start as `identity`."""
+        own, rank = self.nullspace, refiner.up.shape[0]
+        source = "mlp" if own.weight_matrix == "calibrated" else own.weight_matrix
+        selected = nullspace.selected(space, refiner.threshold[...], rank)
+        linear_map = nullspace.linear_map(teacher, layer, source)
+        down, up = fitted.fitted_update(
+            space, selected, linear_map, moments, rank, own.decomposition
+        )
+        used = jnp.any(up != 0, axis=1)
+        refiner.down[...] = jnp.where(used, down, refiner.down[...])
+        refiner.up[...] = up
+
+    def _diagnose(self, layer: int, teacher: ModelFeatures) -> Scalars:
+        refiner, prefix = self.refiner[str(layer)], teacher.model.arch.num_prefix_tokens
+        features = teacher.features[layer]
+        patches = features[:, prefix:]
         wide = patches.astype(jnp.float32)
         update = refiner.update(patches)
         refined = wide + update
         norms = token_norms(wide)
+        outliers, medians = is_outlier(norms, self.quantile), image_medians(wide)
         metrics = {}
         for when, values in (("teacher", norms), ("refined", token_norms(refined))):
             metrics[f"{when}_norm_median"] = batch_quantile(values, 0.5)
@@ -311,11 +425,34 @@ class Singer(TokenMethod):
             rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
             size = jnp.linalg.norm(update)
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
+        deviations = nullspace.deviations(patches, outliers)
+        metrics["outlier_medians"] = removal.length(deviations, outliers, medians)
+        metrics["left_of_outlier_medians"] = removal.length(refined, outliers, medians)
+        metrics["clipped_medians"] = removal.clipped_length(wide)
+        replacements = {"next_block_change": jnp.concatenate([features[:, :prefix], refined], 1)}
         if refiner.projected:
-            metrics["outlier_energy_share"] = nullspace.energy_share(
-                refiner.projection[...], patches, is_outlier(norms, self.quantile)
+            projection = refiner.projection[...]
+            share = nullspace.energy_share(projection, patches, outliers)
+            metrics["outlier_energy_share"] = share
+            if self.nullspace.mode == "project":
+                kept = jnp.sqrt(jnp.maximum(1 - share, 0))
+                metrics["left_at_best_medians"] = kept * metrics["outlier_medians"]
+                cleaned = removal.without_outliers(features, projection, outliers)
+                replacements["removal_change"] = cleaned
+        if layer < self.last:
+            values = removal.next_block_changes(
+                teacher, layer, tuple(replacements.values()), ~outliers
             )
+            metrics |= dict(zip(replacements, values, strict=True))
         return metrics
+
+
+def _platform(refiner: Refiner) -> str:
+    """Returns the platform of the devices that hold a refiner."""
+    values = refiner.singular_values[...]
+    if isinstance(values, jax.Array) and not isinstance(values, jax.core.Tracer):
+        return next(iter(values.devices())).platform
+    return jax.default_backend()
 
 
 def check(
@@ -330,10 +467,25 @@ def check(
         raise InputError(
             f"method.rank: {settings.rank} is not in 1..{teacher.embed_dim}, the teacher's width"
         )
-    rule, threshold = settings.nullspace.threshold_type, settings.nullspace.threshold
-    nullspace.check_threshold(rule, threshold, teacher.embed_dim)
-    if settings.nullspace.weight_matrix == "calibrated" and measured is None:
+    own = settings.nullspace
+    nullspace.check_threshold(own.threshold_type, own.threshold, teacher.embed_dim)
+    if own.init == "fitted" and own.mode != "project":
+        raise InputError(f"method.nullspace.init: fitted needs mode project, not {own.mode}")
+    if measured is None and measured_for(settings):
         raise InputError(
-            "method.nullspace.weight_matrix: calibrated needs `measured`, the sum over a few "
+            f"method.nullspace.{measured_for(settings)} needs `measured`, the sum over a few "
             "batches of `Singer.measure(teacher, settings)`"
         )
+
+
+def measured_for(settings: SingerSettings) -> str:
+    """Returns the key and value that needs measurements, for messages; empty if none does."""
+    own = settings.nullspace
+    for key, value in (
+        ("weight_matrix", "calibrated"),
+        ("threshold_type", "energy"),
+        ("init", "fitted"),
+    ):
+        if getattr(own, key) == value:
+            return f"{key}: {value}"
+    return ""

@@ -187,13 +187,16 @@ def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
     run = prepare(tmp_path, chips, teacher=SMALL)
     settings = nullspace.NullSpaceSettings(weight_matrix="calibrated")
 
-    def space(teacher, covariance):
+    def space(teacher, statistics):
         model = run.any.distillation.teacher.merge(teacher)
-        return directions.of_layer(model, 2, settings, 64, covariance)
+        return directions.of_layer(model, 2, settings, 64, statistics)
 
     everywhere = parallel.replicated(chips)
-    covariance = jax.ShapeDtypeStruct((384, 384), jnp.float32, sharding=everywhere)
-    compiles(120, jax.jit(space, out_shardings=everywhere), run.teacher, covariance)
+    statistics = directions.OutlierStatistics((384, 384), (), (), ())
+    statistics = directions.OutlierStatistics(
+        *(jax.ShapeDtypeStruct(x, jnp.float32, sharding=everywhere) for x in statistics[:4])
+    )
+    compiles(120, jax.jit(space, out_shardings=everywhere), run.teacher, statistics)
 
 
 def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):

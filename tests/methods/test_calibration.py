@@ -58,7 +58,9 @@ def test_the_span_is_that_of_the_top_generalised_eigenvectors(seed):
     assert angle.max() < 1e-4  # float32, over gaps of at least some per cent
 
 
-@given(maps, covariances, st.floats(0, 1), st.sampled_from(nullspace.RULES), st.integers(0, 100))
+@given(
+    maps, covariances, st.floats(0, 1), st.sampled_from(nullspace.RULES[:4]), st.integers(0, 100)
+)
 def test_calibrated_spaces_keep_the_bounds_of_any_null_space(w, covariance, threshold, rule, seed):
     """Bounds: ||D W|| <= (max(S_n) + c eps sigma_1) ||D|| projected, tau / 2 ||F A B|| filtered."""
     space = calibrated(w, covariance.astype(np.float32))
@@ -107,8 +109,8 @@ def test_calibration_finds_a_synthetic_artifact(teacher):
     own = settings(weight_matrix="calibrated", rank=2)
 
     @jax.jit
-    def projection(covariance: jax.Array) -> jax.Array:
-        found = {layer: covariance for layer in ("2", "3")}
+    def projection(statistics: calibration.OutlierStatistics) -> jax.Array:
+        found = {layer: statistics for layer in ("2", "3")}
         return Singer(teacher, STUDENT, own, nnx.Rngs(0), found).refiner["3"].projection[...]
 
     patches = seen.features[3][:, 1:]
@@ -148,7 +150,7 @@ def test_covariances_of_outliers_are_additive(teacher):
     halves = [
         Singer.measure(ModelFeatures(teacher, {k: x[part] for k, x in seen.features.items()}), own)[
             "3"
-        ]
+        ].covariance
         for part in (slice(4), slice(4, None))
     ]
     np.testing.assert_allclose(sum(halves), expected, rtol=1e-4, atol=1e-4 * expected.max())
