@@ -44,7 +44,7 @@ def _run(protocol: str, embed_dim: int, depth: int) -> ConfigDict:
 
 
 def get_config(protocol: str = "recommended") -> ConfigDict:
-    """Returns the runs `base`, `teacher` and `distilled`, and one `probe` for all models."""
+    """Returns the runs `base`, `teacher` and `distilled`."""
     config = quickstart(protocol)
     for name, steps, rate in (("base", 450, 2e-3), ("teacher", 150, 1e-3)):
         config[name] = _run(protocol, embed_dim=48, depth=4)
@@ -60,7 +60,4 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     for name, quantile in (("fitnet", 1.0), ("fitnet_clip", 0.9)):
         students[name] = {"method": {"name": "fitnet", "match": {"norm_clip_quantile": quantile}}}
     students.singer = {"method": {"name": "singer"}}
-    config.probe.protocol = "fast"
-    config.probe.epochs = 50
-    config.probe.learning_rates = (0.1, 0.5, 2.0)
     return config

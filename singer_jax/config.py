@@ -51,9 +51,9 @@ _PAPER: dict[str, dict[str, Any]] = {
     },
     "nullspace": {"precision": "float32", "data.normalisation": "imagenet"},
 }
-_PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_saturated": True} | {
+_PAPER["quickstart"] = {
     f"{run}.{key}": value
-    for run in ("teacher", "distilled")
+    for run in ("base", "teacher", "distilled")
     for key, value in _PAPER["distill"].items()
 }
 
@@ -212,9 +212,9 @@ def documentation() -> str:
         "",
         "This page lists every key of every command. Set a key with `--config.key=value`, or in a",
         "file like those in `configs/`. If the protocol `:paper` has another default, it follows",
-        "the recommended one. The runs of `quickstart` (`teacher` and `distilled`) and of `study`",
-        "(`base`, `tuned` and `distilled`) are sections with the keys of `distill`. The section",
-        "`probe` of `quickstart` has the keys of `evaluate`'s. One of several students,",
+        "the recommended one. The runs of `quickstart` (`base`, `teacher` and `distilled`) and of",
+        "`study` (`base`, `tuned` and `distilled`) are sections with the keys of `distill`. One of",
+        "several students,",
         "`students.NAME`, has the keys of `student` (`students.NAME.model`), and `seed`, `method`",
         "and `optimizer`. Keys that it does not set have the run's values.",
         "",
