@@ -36,6 +36,8 @@ COLUMNS = (
     (DIGITS, "none", "none"),
     (PHOTOS, "given", "ViT-S, photos"),
     (SCENES, "random-random-20", "random, scenes"),
+    (SCENES, "null-random-20", "null, scenes"),
+    (SCENES, "visible-random-20", "visible, scenes"),
     (SCENES, "none", "none, scenes"),
 )
 ROWS = (

@@ -119,15 +119,19 @@ class StudyMeasures:
         if teacher.arch.synthetic_outlier:
             self.vector = np.asarray(teacher.params["planted"]["vector"])
         self.features = tokens_of(teacher, test, sorted({self.first, self.last}))
-        clean = _without_outlier(teacher)
-        self.clean, self.clean_fitted = (
-            tokens_of(clean, images, [self.last], count)[self.last][:, self.prefix :]
-            for images, count in ((test, None), (train, _MAPPED))
-        )
+        self.train_tokens = tokens_of(teacher, train, [self.last])[self.last]
+        of_test, of_train = self.features[self.last], self.train_tokens[:_MAPPED]
+        if teacher.arch.synthetic_outlier:
+            clean = _without_outlier(teacher)
+            of_test, of_train = (
+                tokens_of(clean, images, [self.last], count)[self.last]
+                for images, count in ((test, None), (train, _MAPPED))
+            )
+        self.clean, self.clean_fitted = (x[:, self.prefix :] for x in (of_test, of_train))
 
     def of_teacher(self) -> dict[str, float]:
         """Returns the scores of the teacher, and measures of its synthetic outlier."""
-        found = self._scores(self.teacher)
+        found = self._scores(self.teacher, self.train_tokens, self.features[self.last])
         found["norm_ratio_first"] = norm_ratio(self.features[self.first][:, self.prefix :])
         if self.teacher.arch.synthetic_outlier:
             model = self.teacher.network.merge(self.teacher.params)
@@ -142,14 +146,14 @@ class StudyMeasures:
     def of_student(self, student: Backbone) -> dict[str, float]:
         """Returns the scores of a student, and its similarity to the artifact-free teacher."""
         last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
-        fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
-        own = tokens_of(student, self.test, [last])[last][:, prefix:]
-        cosine = cosine_to_teacher(own, self.clean, linear_map(fitted, self.clean_fitted))
+        train, test = (tokens_of(student, one, [last])[last] for one in (self.train, self.test))
+        mapping = linear_map(train[:_MAPPED, prefix:], self.clean_fitted)
+        cosine = cosine_to_teacher(test[:, prefix:], self.clean, mapping)
         found = {"cosine_to_clean": float(cosine.mean())}
         if self.marked.any():
             found["cosine_to_clean_marked"] = float(cosine[self.marked].mean())
             found["cosine_to_clean_others"] = float(cosine[~self.marked].mean())
-        return self._scores(student) | found
+        return self._scores(student, train, test) | found
 
     def of_target(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> dict[str, float]:
         """Returns measures of a distillation target: the refined or cleaned first distilled block.
@@ -197,9 +201,9 @@ class StudyMeasures:
         found = [_next_block(network, self.first, params, part) for part in _parts(features)]
         return np.concatenate([np.asarray(part) for part in found]) - features
 
-    def _scores(self, backbone: Backbone) -> dict[str, float]:
-        last, prefix = backbone.arch.depth - 1, backbone.arch.num_prefix_tokens
-        train, test = (tokens_of(backbone, one, [last])[last] for one in (self.train, self.test))
+    def _scores(self, backbone: Backbone, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
+        """Returns the scores of a model from all tokens of its last block."""
+        prefix = backbone.arch.num_prefix_tokens
         labels, tested = self.train.classes, self.test.classes
         classes = int(labels.max()) + 1
         near = Examples(train[:, 0], labels), Examples(test[:, 0], tested)
