@@ -52,9 +52,9 @@ _PAPER: dict[str, dict[str, Any]] = {
     },
     "nullspace": {"precision": "float32", "data.normalisation": "imagenet"},
 }
-_PAPER["quickstart"] = {"probe.depth_zero_as_bin": True, "probe.depth_drop_saturated": True} | {
+_PAPER["quickstart"] = {
     f"{run}.{key}": value
-    for run in ("teacher", "distilled")
+    for run in ("base", "teacher", "distilled")
     for key, value in _PAPER["distill"].items()
 }
 
