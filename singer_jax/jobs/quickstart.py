@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from singer_jax.data.sources import TEST, TRAIN
-from singer_jax.evaluation.backbone import Backbone, load_backbone
+from singer_jax.evaluation.backbone import Backbone, ModelSelection, load_backbone
 from singer_jax.evaluation.scene_measures import LabelledImages, StudyMeasures
 from singer_jax.io.files import make_workdir, write_text
 from singer_jax.jobs.distill import distill
