@@ -38,7 +38,7 @@ from singer_jax.settings.settings import to_dict
 from singer_jax.training.artifact_removal import load_teacher
 from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
-from singer_jax.training.capture import capture
+from singer_jax.training.failed_step import capture
 from singer_jax.training.flops import step_flops
 from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
