@@ -1,10 +1,10 @@
-"""Counts which of timm's pretrained plain vision transformers are known here, and says why not.
+"""Counts the supported pretrained plain vision transformers of timm, with reasons for the others.
 
     python -m benchmarks.coverage > benchmarks/COVERAGE.md
 
-needs torch, torchvision and timm. A weights tag is covered if the zoo knows the model's name, the
-arguments by which timm makes the model mean the architecture of the zoo, timm's parameters have the
-names and shapes of ours, and the input statistics are those of the tag.
+This requires torch, torchvision and timm. A weights tag is covered if the zoo knows the model's
+name, the arguments by which timm makes the model mean the architecture of the zoo, timm's
+parameters have the names and shapes of ours, and the input statistics are those of the tag.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from singer_jax.models.timm_arguments import stated_fields
 from singer_jax.models.weights import abstract_params, timm_axes, timm_key
 from singer_jax.models.zoo import MODELS, lookup
 
-# Values of arguments that are no JSON, by the names of timm's classes and functions.
+# Values of arguments that are not JSON, by the names of timm's classes and functions.
 _NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "rmsnorm": "rmsnorm"}
 _MLPS = {"GluMlp": "swiglu_packed", "SwiGLU": "swiglu", "Mlp": "mlp"}
 _BLOCKS = {"Block": False, "ResPostBlock": True}
@@ -38,7 +38,7 @@ _UNSUPPORTED = {
 
 
 class Unsupported(Exception):
-    """A reason."""
+    """The reason why a model is not supported."""
 
 
 def _name(value: Any) -> str:
@@ -75,7 +75,7 @@ def fields(arguments: Mapping[str, Any], base: Architecture) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _arguments_of(module: Any) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """A function that gives the arguments by which a module of timm makes a model."""
+    """Returns a function that finds the arguments with which a module of timm creates a model."""
     stem = module.__name__.rsplit(".", 1)[-1]
     create = next(f"_create_{name}" for name in (stem, "eva") if hasattr(module, f"_create_{name}"))
     real, given = getattr(module, create), {}
@@ -91,7 +91,7 @@ def _arguments_of(module: Any) -> Iterator[Callable[[str], dict[str, Any]]]:
 
 
 def _wrong(name: str, arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Why a model of the zoo is not timm's; empty if it is."""
+    """Returns how a model of the zoo differs from timm's; an empty text if it does not."""
     arch = MODELS[name].arch
     stated = fields(arguments, arch)
     for field, value in stated.items():
@@ -112,7 +112,7 @@ def _wrong(name: str, arguments: Mapping[str, Any], shapes: Mapping[str, tuple[i
 
 
 def _statistics(tag: str, config: Any) -> str:
-    """Which input statistics of a tag differ; empty if none does."""
+    """Returns the input statistics of a tag that differ; an empty text if none does."""
     spec = lookup(tag)
     ours = {name: getattr(spec, name) for name in STATISTICS} | {"size": spec.arch.img_size}
     theirs = {name: getattr(config, name) for name in STATISTICS}
@@ -121,7 +121,7 @@ def _statistics(tag: str, config: Any) -> str:
 
 
 def count(file: str) -> tuple[int, Counter[str]]:
-    """Covered tags of one of timm's files, and the others' reasons with how often each is."""
+    """Returns the number of covered tags of one of timm's files, and the reasons of the others."""
     timm = import_timm()
     from timm.models import get_pretrained_cfg, list_models
 

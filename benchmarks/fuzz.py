@@ -1,14 +1,14 @@
-"""Hostile files for every reader of files: no crash, no hang, no memory beyond a bound.
+"""Fuzzes every reader of untrusted files: no crash, no hang, no memory beyond a limit.
 
   pip install ".[fuzz]"
   python -m benchmarks.fuzz --seconds 600 --findings /dev/shm/findings
 
-Each entry point is fuzzed in a process of its own, guided by coverage where atheris is installed
-and the entry point is not compiled code; else honest files are changed at random. An input is a
-finding if it raises anything but what a command reports in one line (`InputError`, `RunError`,
-`UnreadableImage`), takes longer than 5 CPU s, ends the process, or lets it grow by more than 512
-MiB. All limits of `singer_jax.io.limits` are a twentieth of their defaults meanwhile, so that files
-of a few kilobytes reach them.
+Each entry point is fuzzed in its own process. The inputs are guided by coverage if atheris is
+installed and the entry point is Python code; otherwise valid files are changed at random. An input
+is a finding if it raises another exception than those that a command reports in one line
+(`InputError`, `RunError`, `UnreadableImage`), takes more than 5 CPU seconds, ends the process, or
+lets it grow by more than 512 MiB. All limits of `singer_jax.io.limits` are set to a twentieth of
+their defaults, so that files of a few kilobytes reach them.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _PACKAGES = ("numpy", "pillow", "simplejpeg", "scipy", "h5py", "safetensors", "t
 
 
 class Watched:
-    """Runs an entry point on one input after the other and keeps what goes wrong.
+    """Runs an entry point on one input after the other and keeps the findings.
 
     Args:
-      enter: takes the content of a file.
-      folder: where inputs that are findings are kept.
-      name: of the entry point.
+      enter: reads the content of a file.
+      folder: folder of the inputs that are findings.
+      name: name of the entry point.
     """
 
     def __init__(self, enter: Callable[[bytes], None], folder: Path, name: str) -> None:
@@ -60,7 +60,7 @@ class Watched:
 
     def __call__(self, data: bytes) -> None:
         begun, wrong = time.process_time(), ""
-        # The last input is there, should it end the process.
+        # The input is kept in case it ends the process.
         (self.folder / f"{self.name}.last").write_bytes(data)
         try:
             self.enter(data)
@@ -85,7 +85,7 @@ class Watched:
             self.tell()
 
     def tell(self) -> None:
-        """Writes how far it is."""
+        """Writes the progress."""
         self.written = time.monotonic()
         progress = {"executions": self.executions, "seconds": self.written - self.start}
         text = json.dumps(progress | {"findings": self.findings})
@@ -93,12 +93,12 @@ class Watched:
 
 
 def _resident() -> int:
-    """The largest resident memory so far, in MiB."""
+    """Returns the largest resident memory so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def change(seed: bytes, rng: random.Random) -> bytes:
-    """An honest file with a few changes: bits, numbers, pieces left out, doubled or moved."""
+    """Returns a valid file with changed bits and numbers, and pieces removed, doubled or moved."""
     data = bytearray(seed)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 8, 64))
@@ -122,7 +122,7 @@ def change(seed: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool) -> None:
-    """Fuzzes an entry point in this process, until the seconds or the executions are over."""
+    """Fuzzes an entry point in this process for some seconds or executions."""
     if guided:
         import atheris
 
@@ -135,7 +135,7 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
     inside.mkdir(parents=True)
     seeds, enter = fuzz_targets.ENTRIES[name](inside)
     for seed in seeds:
-        enter(seed)  # an honest file is read, and what is imported late is
+        enter(seed)  # imports the modules that are imported on first use
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + _HARD, resource.RLIM_INFINITY))
     watched = Watched(enter, folder, name)
@@ -145,7 +145,7 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
         corpus.mkdir()
         for number, seed in enumerate(seeds):
             (corpus / str(number)).write_bytes(seed)
-        # Memory and time are watched here; libFuzzer would end at the first finding.
+        # This class checks memory and time, because libFuzzer would end at the first finding.
         options = ["-max_len=20000", "-rss_limit_mb=0", "-timeout=600", "-verbosity=0"]
         options += [f"-max_total_time={int(seconds)}", f"-runs={executions or -1}"]
         atheris.Setup([sys.argv[0], str(corpus), *options], watched)
@@ -161,13 +161,13 @@ def fuzz(name: str, folder: Path, seconds: float, executions: int, guided: bool)
 def campaign(
     names: list[str], folder: Path, seconds: float, executions: int
 ) -> list[dict[str, object]]:
-    """Each entry point in a process of its own; rows of the table, what was found in full.
+    """Fuzzes each entry point in its own process and returns the rows of the table.
 
     Args:
-      names: of entry points.
-      folder: of the findings.
-      seconds: of each; 0: no bound.
-      executions: of each; 0: no bound.
+      names: names of the entry points.
+      folder: folder of the findings.
+      seconds: time of each entry point; 0: no limit.
+      executions: executions of each entry point; 0: no limit.
     """
     from benchmarks.fuzz_targets import COMPILED
 
@@ -210,11 +210,15 @@ def campaign(
 
 
 def main() -> None:
-    """The campaign, or with --inside one entry point of it."""
+    """Fuzzes all entry points, or one in this process with --inside."""
     from_line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    from_line.add_argument("--seconds", type=float, default=600, help="of each entry point")
-    from_line.add_argument("--executions", type=int, default=0, help="of each entry point")
-    from_line.add_argument("--findings", type=Path, default=Path("findings"), help="folder")
+    from_line.add_argument("--seconds", type=float, default=600, help="time of each entry point")
+    from_line.add_argument(
+        "--executions", type=int, default=0, help="executions of each entry point; 0: no limit"
+    )
+    from_line.add_argument(
+        "--findings", type=Path, default=Path("findings"), help="folder of the findings"
+    )
     from_line.add_argument("--only", help="one entry point")
     from_line.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     from_line.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -232,7 +236,7 @@ def main() -> None:
     given.findings.mkdir(parents=True, exist_ok=True)
     rows = campaign(names, given.findings, given.seconds, given.executions)
     report(
-        "Hostile files",
+        "Fuzzing of the readers of files",
         f"python -m benchmarks.fuzz --seconds {given.seconds:g}"
         + (f' --only "{given.only}"' if given.only else ""),
         rows,

@@ -1,12 +1,13 @@
-"""How many images one core decodes, crops and flips in a second, alone and in a real loader.
+"""Measures how many images one core decodes, crops and flips, alone and in a loader.
 
   pip install ".[bench]" && pip install --no-deps timm torchvision==0.28.0
   python -m benchmarks.input
 
-500 x 375 JPEGs (ImageNet's usual size), crops of 224; ours, fast and exact, against torchvision's
-RandomResizedCrop and RandomHorizontalFlip of Pillow images. They take turns. Alone: CPU seconds of
-the transform in one process. Loader: CPU seconds of the whole process tree, batches of 64, one
-worker: grain's, and PyTorch's. The error is that of the fast crop against Pillow's exact one.
+The images are JPEGs of 500 x 375 pixels, ImageNet's usual size, and the crops have 224. This
+project's transform (fast and exact) is compared with torchvision's RandomResizedCrop and
+RandomHorizontalFlip of Pillow images. They take turns. `transform alone` counts the CPU time of one
+process, `loader` that of the whole process tree with batches of 64 and one worker of grain or
+PyTorch. The error is the difference of the fast crop from the exact one in grey levels.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from singer_jax.data.loader import LoaderOptions, train_batches
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN, Subset
 
-# As many images as ImageNet-1k has: how long an order takes to draw depends on it.
+# The number of images of ImageNet-1k, because the time to draw an order depends on it.
 _EPOCH = 1_281_167
 
 FAST, EXACT, THEIRS = "ours, fast", "ours, exact", "torchvision"
 
 
 def cpu_seconds() -> float:
-    """Of this process and its finished children."""
+    """Returns the CPU seconds of this process and its finished children."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def torchvision_transforms() -> Any:
-    """From a Pillow image to uint8 [3, 224, 224]."""
+    """Returns torchvision's transform from a Pillow image to uint8 [3, 224, 224]."""
     import_timm()  # which makes torchvision importable on a machine without a GPU
     from torchvision import transforms
 
@@ -58,7 +59,7 @@ def torchvision_transforms() -> Any:
 
 
 class Torchvision:
-    """A data set of the files of a folder; read, decoded and cropped when asked for."""
+    """A PyTorch data set of a folder; images are read, decoded and cropped on access."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files, self.transform = files, torchvision_transforms()
@@ -71,7 +72,7 @@ class Torchvision:
 
 
 def per_image(one: Callable[[bytes], Any], photos: list[bytes]) -> float:
-    """CPU seconds."""
+    """Returns the CPU seconds of a call."""
     start = time.process_time()
     for stored in photos:
         one(stored)
@@ -79,7 +80,7 @@ def per_image(one: Callable[[bytes], Any], photos: list[bytes]) -> float:
 
 
 def alone(photos: list[bytes]) -> dict[str, Callable[[], float]]:
-    """CPU seconds an image of each pipeline."""
+    """Returns the CPU seconds per image of each pipeline."""
     theirs = torchvision_transforms()
 
     def of_theirs(stored: bytes) -> Any:
@@ -94,7 +95,7 @@ def alone(photos: list[bytes]) -> dict[str, Callable[[], float]]:
 
 
 def their_batches(folder: Path, count: int) -> None:
-    """Takes batches from PyTorch's loader."""
+    """Reads batches from PyTorch's loader."""
     from torch.utils.data import DataLoader
 
     files = sorted(folder.iterdir())
@@ -106,7 +107,7 @@ def their_batches(folder: Path, count: int) -> None:
 
 
 def difference(photos: list[bytes]) -> tuple[float, float]:
-    """Mean and 99th percentile of the fast crop's error, in grey levels of 255."""
+    """Returns the mean and 99th percentile of the fast crop's error, in grey levels of 255."""
     errors = []
     for seed, stored in enumerate(photos):
         fast, exact = (
@@ -118,7 +119,7 @@ def difference(photos: list[bytes]) -> tuple[float, float]:
 
 
 def loaded(folder: Path, batches: int, which: str) -> float:
-    """CPU seconds an image, without what starting and ending the loader takes."""
+    """Returns the CPU seconds per image, without the start and end of the loader."""
 
     def take(count: int) -> float:
         start = cpu_seconds()
@@ -143,7 +144,7 @@ def loaded(folder: Path, batches: int, which: str) -> float:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures all pipelines and reports the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,10 +1,10 @@
-"""Anonymous host memory and time of loading a model's weights.
+"""Measures the anonymous host memory and the time that loading a model's weights takes.
 
   python -m benchmarks.make_inputs weights vit_large_patch16_224 /tmp/vit_large.safetensors
   python -m benchmarks.load vit_large_patch16_224 /tmp/vit_large.safetensors
 
-On the CPU the loaded parameters are host memory themselves. The aim for a model of S bytes is less
-than 1.3 S + 1 GiB at the peak, the process itself included.
+On the CPU, the loaded parameters are part of the host memory. The target for a model of S bytes is
+a peak below 1.3 S + 1 GiB, including the process itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _GIB = 2**30
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process (RssAnon)."""
+    """Returns the anonymous resident memory of this process (RssAnon), in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status).group(1))
 
 
 def main(model: str, path: Path) -> None:
-    """Loads once, sampling the memory every 5 ms."""
+    """Loads the weights once and samples the memory every 5 ms."""
     spec = spec_of_weights(lookup(model), path)
     mesh = parallel.make_mesh()
     peak, done = anonymous_bytes(), threading.Event()

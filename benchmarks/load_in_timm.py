@@ -1,9 +1,9 @@
-"""Loads an exported student with the real timm and compares its features with ours.
+"""Loads an exported student in timm and compares its features with those of this project.
 
   python -m benchmarks.load_in_timm runs/quickstart/singer/student
 
-needs the packages of the extra bench (benchmarks/README.md). Prints the largest absolute
-difference of the last block's raw tokens and of the model's output on random images.
+This requires the packages of the extra `bench` (benchmarks/README.md). The largest absolute
+differences of the last block's raw tokens and of the output on random images are printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from singer_jax.models.weights import from_hub_config, load_model
 
 
 def main(folder: Path) -> None:
-    """Compares on two images."""
+    """Compares both models on two images."""
     import torch
 
     timm = import_timm()

@@ -1,5 +1,6 @@
-"""Writes what the full-size commands need where there is no ImageNet and no hub: random weights in
-timm's layout and a folder of JPEGs.
+"""Writes inputs for full-size runs without ImageNet and without the Hugging Face Hub.
+
+The inputs are random weights in timm's layout and a folder of random JPEGs.
 
   python -m benchmarks.make_inputs weights vit_large_patch16_224 /tmp/vit_large.safetensors
   python -m benchmarks.make_inputs images 64 /tmp/images
@@ -25,14 +26,14 @@ from singer_jax.models.zoo import lookup
 
 
 def write_weights(model: str, path: Path) -> None:
-    """Randomly initialised weights of a timm model as `.safetensors`."""
+    """Writes randomly initialised weights of a timm model as `.safetensors`."""
     network = VisionTransformer(lookup(model).arch, rngs=nnx.Rngs(0))
     tensors = to_timm(nnx.to_pure_dict(nnx.state(network)))
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_blank_weights(path: Path, model: str, **overrides: Any) -> Path:
-    """Zeros for every weight, as a file that takes no space: for what only looks at shapes."""
+    """Writes zeros for every weight into a sparse file, for programs that read only shapes."""
     header, end = {}, 0
     for keys, leaf in leaves(abstract_params(lookup(model, overrides).arch)):
         begin, end = end, end + 4 * leaf.size
@@ -46,7 +47,7 @@ def write_blank_weights(path: Path, model: str, **overrides: Any) -> Path:
 
 
 def write_images(count: int, folder: Path, size: tuple[int, int] = (500, 375)) -> None:
-    """Smooth random JPEGs of ImageNet's usual size (about 50 KiB each)."""
+    """Writes smooth random JPEGs of ImageNet's usual size, about 50 KiB each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(count):

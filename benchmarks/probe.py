@@ -1,10 +1,11 @@
-"""The fast probe against the published way, and what many learning rates cost.
+"""Compares the fast probe with the published one, and one learning rate with sixteen.
 
   python -m benchmarks.probe --model vit_tiny_patch16_224 --images 256 --epochs 10
 
-On random weights and random JPEGs in eight classes: times (extraction included) of the fast probe
-with one rate and with sixteen, in turn; of the published probe, which runs the backbone at every
-epoch; and the images/s of the extraction beside those of the input pipeline alone.
+The model has random weights, and the data are random JPEGs in eight classes. The fast probe with
+one and with sixteen rates and the published probe, which runs the backbone in every epoch, are
+timed in turn, including the extraction of features. The rate of the extraction is compared with
+that of the input pipeline alone.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ RATES = tuple(np.geomspace(0.01, 10, 16).round(4).tolist())
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes."""
+    """Returns the seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measures everything once to warm up, then `rounds` times in turn."""
+    """Measures everything once to warm up and then `rounds` times in turn."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for split, count in (("train", arguments.images), ("val", arguments.images // 4)):

@@ -1,13 +1,14 @@
-"""How near a quantised teacher's features and the losses of a SiNGER step are to the float ones.
+"""Compares the features and losses with a quantised teacher with those in float32.
 
   pip install ".[quantised]"
   python -m benchmarks.quantised --model vit_small_patch14_dinov2 --weights FILE --images FOLDER
 
-Cosines of tokens after four blocks, against float32, of the teacher as it is and of one with
-planted outlier tokens: every 50th patch gets a mark by its position, and a hidden unit of a middle
-block is made to answer to the mark and to write 10 x the last block's median norm into two
-channels, so that norms have two modes, as in large models. The losses are those of one batch, after
-some steps with the float teacher, with the same student and refiner.
+The cosine of each token to the one in float32 is computed after four blocks, for the teacher
+without changes and for one with synthetic outlier tokens: every 50th patch gets a mark in its
+position embedding, and a hidden unit of a middle block reacts to the mark and writes 10 times the
+last block's median norm into two channels. The norms then have two modes, as in large models. The
+losses are those of one batch, with the same student and refiner, after some steps with the teacher
+in float32.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ TERMS = ("loss_kd", "loss_outlier", "loss_info")
 
 
 def read_images(folder: Path, count: int) -> np.ndarray:
-    """Evenly spread over a folder, [count, SIZE, SIZE, 3] uint8."""
+    """Returns images evenly spread over a folder, uint8 [count, SIZE, SIZE, 3]."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
     chosen = [files[index * len(files) // count] for index in range(count)]
     images = [Image.open(file).convert("RGB").resize((SIZE, SIZE)) for file in chosen]
     return np.stack([np.asarray(image) for image in images])
 
 
-def planted(graph: nnx.GraphDef, params: Params, x: jax.Array) -> Params:
-    """The parameters with a mark on some positions, and a hidden unit that answers to it.
+def with_outliers(graph: nnx.GraphDef, params: Params, x: jax.Array) -> Params:
+    """Returns parameters with a mark on some positions and a hidden unit that reacts to it.
 
     Raises:
       ValueError: the unit does not tell the marked tokens of `x` from the others.
@@ -69,7 +70,7 @@ def planted(graph: nnx.GraphDef, params: Params, x: jax.Array) -> Params:
     along = read[:, marked].mean((0, 1)) - others.mean(0)
     low, high = (others @ along).max(), (read[:, marked] @ along).min()
     if low >= high:
-        raise ValueError("the marked tokens cannot be told from the others")
+        raise ValueError("the marked tokens cannot be distinguished from the others")
     answer = 100.0  # of the hidden unit
     gain = 2 * answer / (high - low)
     mlp = block.mlp
@@ -85,19 +86,22 @@ def planted(graph: nnx.GraphDef, params: Params, x: jax.Array) -> Params:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of tokens."""
+    """Returns the cosine of each pair of tokens."""
     a, b = np.float64(a), np.float64(b)
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 def features_rows(arguments: argparse.Namespace, pixels: np.ndarray, layers: list[int]) -> list:
-    """A row for each teacher, number format and layer."""
+    """Returns a row for each teacher, number format and layer."""
     settings = ModelSettings(model=arguments.model, weights=arguments.weights)
     spec, file = resolve_model("teacher", settings, SIZE)
     x = spec.prepare(jnp.asarray(pixels))
     graph, params = load_model(spec, file)
     rows = []
-    for what, own in (("as it is", params), ("planted outliers", planted(graph, params, x))):
+    for what, own in (
+        ("unchanged", params),
+        ("synthetic outliers", with_outliers(graph, params, x)),
+    ):
 
         def features(policy: ComputePolicy, own: Params = own) -> dict[int, np.ndarray]:
             graph, _ = load_model(spec, file, policy)
@@ -131,7 +135,7 @@ def features_rows(arguments: argparse.Namespace, pixels: np.ndarray, layers: lis
 
 
 def losses_rows(arguments: argparse.Namespace, pixels: np.ndarray) -> list[dict[str, str]]:
-    """The three losses by number format, and how far they are from the float ones."""
+    """Returns the three losses by number format, and their differences from those in float32."""
     config = default()
     config.teacher.model, config.teacher.weights = arguments.model, arguments.weights
     config.student.model, config.precision = arguments.student, "float32"
@@ -170,14 +174,16 @@ def losses_rows(arguments: argparse.Namespace, pixels: np.ndarray) -> list[dict[
 
 
 def main() -> None:
-    """Reports both tables."""
+    """Measures features and losses and reports both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="timm name of the teacher")
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--images", required=True, type=Path, help="folder, searched through")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--student", default="vit_tiny_patch16_224")
-    parser.add_argument("--steps", type=int, default=20, help="before the losses are compared")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="training steps before the losses are compared"
+    )
     arguments = parser.parse_args()
     pixels = read_images(arguments.images, arguments.count)
     depth = resolve_model("teacher", ModelSettings(model=arguments.model))[0].arch.depth

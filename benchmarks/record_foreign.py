@@ -2,10 +2,10 @@
 
   python -m benchmarks.record_foreign tests/models/foreign --sources SOURCES
 
-It needs torch, timm, transformers and open_clip, and in the folder SOURCES clones of
+This requires torch, timm, transformers and open_clip, and in the folder SOURCES clones of
 facebookresearch/dinov2, facebookresearch/dinov3, facebookresearch/mae, bytedance/ibot and
 google-research/vision_transformer. `tests/models/test_foreign.py` reads the recordings without
-any of them. A model whose library is not there keeps its old recording.
+any of them. The recording of a model whose library is missing is not changed.
 """
 
 from __future__ import annotations
@@ -383,7 +383,7 @@ def flax_models(recorder: Recorder, sources: Path) -> None:
 
 
 def main() -> None:
-    """Records every model whose library is there."""
+    """Records every model whose library is installed."""
     line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     line.add_argument("folder", type=Path)
     line.add_argument("--sources", type=Path, default=Path("sources"), help="folder of the clones")

@@ -1,10 +1,10 @@
-"""Records what timm computes on small random models, and the input of its published weights.
+"""Records timm's outputs on small random models, and the input statistics of its weights.
 
     python -m benchmarks.record_timm
 
-needs torch, torchvision and timm, and writes the three files that tests/models/test_timm.py reads:
-one model of each kind of block, loaded by timm itself from weights that a seed draws, and the
-statistics of every weights tag. Nothing else reads them.
+This requires torch, torchvision and timm. It writes the three files that tests/models/test_timm.py
+reads: one model of each kind of block, loaded by timm itself from weights that a seed draws, and
+the statistics of every weights tag. Nothing else reads them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SET_OR_NOT = ("init_values", "reg_tokens", "ref_feat_shape", "swiglu_align_to")
 
 
 def kinds() -> Iterator[str]:
-    """A name of each kind: no two of them have the same fields apart from sizes."""
+    """Returns one name of each kind; no two of them have the same fields apart from sizes."""
     known = set()
     for family in FAMILIES:
         for name in family.members():
@@ -50,7 +50,7 @@ def kinds() -> Iterator[str]:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """Name, arguments of timm, and the image size of the weights."""
+    """Returns the name, the arguments of timm, and the image size of the weights."""
     for name in kinds():
         arguments: dict[str, Any] = SMALL | {"num_classes": 5}
         if MODELS[name].arch.num_kv_heads:
@@ -73,7 +73,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def drawn(shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
-    """Weights that depend on their keys and shapes alone (`RandomState` keeps its stream)."""
+    """Returns weights that depend only on keys and shapes (`RandomState` has a fixed stream)."""
     found = {}
     for key, shape in shapes.items():
         random = np.random.RandomState(zlib.crc32(key.encode()))
@@ -86,7 +86,7 @@ def drawn(shapes: Mapping[str, list[int]]) -> dict[str, np.ndarray]:
 
 
 def images(size: Any) -> np.ndarray:
-    """One image [1, height, width, 3], already normalised."""
+    """Returns one normalised image [1, height, width, 3]."""
     height, width = (size, size) if isinstance(size, int) else size
     return np.random.RandomState(0).standard_normal((1, height, width, 3)).astype(np.float32)
 
@@ -126,7 +126,7 @@ def _keep(found: dict[str, np.ndarray], name: str, module: Any, given: Any, outp
 
 
 def _tags() -> dict[str, Any]:
-    """Input statistics of every model and weights tag of timm's plain vision transformers."""
+    """Returns the input statistics of every weights tag of timm's plain vision transformers."""
     from benchmarks.step import import_timm
 
     import_timm()

@@ -1,10 +1,11 @@
-"""How many images a second a folder, prepared records and tar shards give, in one run.
+"""Compares the images per second of a folder, of prepared records and of tar shards.
 
   python -m benchmarks.records [--images 4096] [--keep]
 
-500 x 375 JPEGs. Read: the encoded bytes alone, in random order, in one thread. Loader: batches of
-64 training crops with two decoding processes, without their start. The ways take turns; the files
-are in the page cache, so that disks and networks are not measured.
+The images are JPEGs of 500 x 375 pixels. `read` reads the encoded bytes in random order in one
+thread. `loader` makes batches of 64 training crops with two decoding processes; their start is not
+counted. The formats take turns. All files are in the page cache, so that disks and networks are not
+measured.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def write_shards(images: list[Path], folder: Path) -> None:
 
 
 def prepared(folder: Path, records: Path) -> float:
-    """Makes records and returns how many seconds it took."""
+    """Prepares records and returns the seconds that this took."""
     config: ConfigDict = prepare()
     config.data.source = str(folder)
     start = time.perf_counter()
@@ -61,7 +62,7 @@ def prepared(folder: Path, records: Path) -> float:
 
 
 def read(source: Source, order: np.ndarray) -> float:
-    """Returns images a second of reading encoded bytes."""
+    """Returns the images per second of reading encoded bytes."""
     start = time.perf_counter()
     for index in order:
         stored_bytes(source[int(index)].image)
@@ -69,7 +70,7 @@ def read(source: Source, order: np.ndarray) -> float:
 
 
 def loaded(source: Source) -> float:
-    """Returns images a second of the loader once it runs."""
+    """Returns the images per second of the loader after its start."""
     transform, options = TrainTransform(224, fast=True), LoaderOptions(_WORKERS)
     batches = train_batches(source, transform, batch_size=_BATCH, seed=0, options=options)
     with contextlib.closing(batches):
@@ -82,7 +83,7 @@ def loaded(source: Source) -> float:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures all formats and reports the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)

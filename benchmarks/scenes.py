@@ -1,9 +1,9 @@
-"""How many generated pictures one core draws in a second.
+"""Measures how many generated pictures one core draws per second.
 
   python -m benchmarks.scenes
 
-In one process, the composition of the scene included; the best and the median of several rounds,
-in CPU seconds.
+The pictures are drawn in one process, including the composition of the scene. The best and the
+median of several rounds are reported in CPU time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from singer_jax.data.sources import TRAIN
 
 
 def seconds(size: int, first: int, pictures: int) -> float:
-    """CPU seconds a picture."""
+    """Returns the CPU seconds per picture."""
     source = ScenesSource("scenes", TRAIN, SceneSettings(size=size))
     start = time.process_time()
     for index in range(first, first + pictures):
@@ -27,7 +27,7 @@ def seconds(size: int, first: int, pictures: int) -> float:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures all sizes and reports the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=10)

@@ -1,15 +1,15 @@
-"""Several students of one teacher in one step, against a run for each.
+"""Compares a step of several students of one teacher with the steps of one student each.
 
   pip install ".[dev]"
   python -m benchmarks.students --counted
   python -m benchmarks.students --compiled --topology v5e:2x2
   python -m benchmarks.students --timed
 
-`--counted`: operations of a step of ViT-L's six students (ViT-S and ViT-Ti by three methods) over
-the sum of six steps of one each, and where they are spent. `--compiled`: the same six compiled for
-a TPU without one, 128 images a chip: memory together and one by one over that of the most expensive
-alone. `--timed`: on this machine, 1, 2, 4 and 6 ViT-Ti of a ViT-S: the time of their step over the
-sum of the times of the steps of one each, in turns in one process. The schedule is the default.
+`--counted` counts the operations of a step of six students of a ViT-L (ViT-S and ViT-Ti with three
+methods) by part, and of six steps of one student each. `--compiled` compiles both for a TPU that is
+not attached, with 128 images per chip, and reports the memory of parallel and sequential execution
+and of each student alone. `--timed` times the step of 1, 2, 4 and 6 ViT-Ti of a ViT-S on this
+machine, and the steps of one student each, in turn in one process, with the default execution.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS = ("fitnet", "vitkd", "singer")
 
 
 def six_of_vit_large(images: int, methods: Sequence[str] = METHODS) -> ConfigDict:
-    """Returns a run with ViT-S and ViT-Ti by each method."""
+    """Returns the settings of ViT-S and ViT-Ti with each of the methods."""
     config = default()
     config.teacher.model, config.batch_size = "vit_large_patch16_224", images
     for size in ("small", "tiny"):
@@ -53,7 +53,7 @@ def six_of_vit_large(images: int, methods: Sequence[str] = METHODS) -> ConfigDic
 
 
 def prepare(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> RunSetup:
-    """With a teacher of no content."""
+    """Returns the setup with a teacher whose weights are zeros."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "teacher.safetensors"
         config.teacher.weights = str(write_blank_weights(file, config.teacher.model))
@@ -85,7 +85,7 @@ def counted(methods: Sequence[str]) -> list[dict[str, str]]:
 
 
 def described_batch(run: RunSetup, images: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of a mesh that need not be here."""
+    """Returns an abstract batch for a mesh, which may be of described chips."""
     split = parallel.batch_sharding(run.any.mesh)
     shape = (images, run.image_size, run.image_size, 3)
     return {
@@ -95,12 +95,12 @@ def described_batch(run: RunSetup, images: int) -> dict[str, jax.ShapeDtypeStruc
 
 
 def compiled(topology: str, images: int, only: str) -> Iterator[dict[str, str]]:
-    """Memory of one chip."""
+    """Yields the memory per chip of each program."""
     mesh = tpu_mesh(topology)
     config = six_of_vit_large(images * mesh.size)
     run = prepare(config, mesh)
     batch = described_batch(run, config.batch_size)
-    programs = {"six, one by one": (run, "sequential"), "six, together": (run, "parallel")}
+    programs = {"six, sequential": (run, "sequential"), "six, parallel": (run, "parallel")}
     programs |= {name: (RunSetup({"": own}), "parallel") for name, own in run.each.items()}
     for name, (which, schedule) in programs.items():
         if only and only not in name:
@@ -117,7 +117,7 @@ def compiled(topology: str, images: int, only: str) -> Iterator[dict[str, str]]:
 
 
 def timed(images: int, repeats: int, counts: tuple[int, ...]) -> list[dict[str, str]]:
-    """Medians over steps that take turns; all of them compiled before the first."""
+    """Returns medians over steps that take turns; all are compiled before the first one."""
     config = default()
     config.teacher.model, config.student.model = "vit_small_patch16_224", "vit_tiny_patch16_224"
     config.precision, config.batch_size, config.mesh.data = "float32", images, 1
@@ -182,16 +182,16 @@ def timed(images: int, repeats: int, counts: tuple[int, ...]) -> list[dict[str, 
 
 
 def main() -> None:
-    """Does what the arguments ask for and reports a table each."""
+    """Measures what the arguments select and reports one table for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counted", action="store_true")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="of --counted")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="methods of --counted")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--timed", action="store_true")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--images", type=int, default=128, help="a chip, of --compiled")
-    parser.add_argument("--only", default="", help="programs whose name contains this")
-    parser.add_argument("--batch", type=int, default=16, help="of --timed")
+    parser.add_argument("--images", type=int, default=128, help="images per chip of --compiled")
+    parser.add_argument("--only", default="", help="only programs whose name contains this")
+    parser.add_argument("--batch", type=int, default=16, help="batch size of --timed")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 6])
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Programs compiled for a TPU without one (package libtpu), and what the compiler said of them."""
+"""Programs compiled for TPUs that are not attached (package libtpu), and their statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from singer_jax.platform import chips, hlo, parallel
 
 
 def tpu_mesh(topology: str = "v5e:2x2", fsdp: int = 1) -> Mesh:
-    """`parallel.make_mesh` of described chips."""
+    """Returns the mesh of `parallel.make_mesh` with chips that are not attached."""
     return parallel.make_mesh(fsdp=fsdp, described=chips.described(topology))
 
 
@@ -34,16 +34,16 @@ class Program:
 
     @property
     def temporary_gib(self) -> float:
-        """Memory of one chip beside arguments and results."""
+        """Bytes of memory of one chip besides arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**30
 
     def cost(self, name: str) -> float:
-        """`flops` or `bytes accessed` of one chip; the body of a loop counts once."""
+        """Returns `flops` or `bytes accessed` of one chip; the body of a loop counts once."""
         return self.compiled.cost_analysis().get(name, 0.0)
 
     @property
     def traffic_gb(self) -> float:
-        """To and from the memory of one chip; loops of unknown length count once."""
+        """Bytes moved to and from the memory of one chip; loops of unknown length count once."""
         return hlo.moved(self.compiled.as_text()).traffic / 1e9
 
 

@@ -1,1 +1,1 @@
-"""A campaign of faults on whole runs; see `benchmarks/faults/__main__.py`."""
+"""Injection of faults into whole runs; see `benchmarks/faults/__main__.py`."""

@@ -1,19 +1,19 @@
-"""A campaign of faults on whole runs: nothing lost, nothing silently wrong.
+"""Injects faults into whole runs and checks that each run resumes to the same student.
 
   python -m benchmarks.faults --faults 1000 --workdir /tmp/faults
 
-Each fault meets a tiny run on the CPU in processes of its own. Then the same command is started
-again without it, and must go on after the latest whole checkpoint to the student that a run has
-which nothing disturbed, bit for bit. What comes of a fault:
+Each fault is injected into a tiny run on the CPU in its own processes. Then the same command is
+started again without the fault. It must resume from the latest complete checkpoint and end with the
+same student as an undisturbed run, bit for bit. The outcomes:
 
-  continued   the command ended well in spite of it, or was killed
-  stopped     it ended with status 1, 2 or 75 and one clear line, without a traceback
-  lost        finished checkpoints are gone, or the run cannot go on
+  continued   the command succeeded in spite of the fault, or was killed
+  stopped     it ended with status 1, 2 or 75 and a one-line message, without a traceback
+  lost        finished checkpoints are missing, or the run cannot resume
   wrong       another student, a traceback, a hang, another status, a process or a segment of shared
               memory left behind
 
-`--workdir` keeps one line of each fault in faults.jsonl; the same command goes on after the last.
-Faults of disks need Linux, root and loop devices, and are left out elsewhere.
+One line for each fault is appended to faults.jsonl in `--workdir`; the same command continues after
+the last one. Faults of disks require Linux, root and loop devices, and are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TRIES = 12  # until a command is met before its end
 
 
 def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, object]:
-    """Injects a fault; what came of it, in a row."""
+    """Injects a fault and returns the outcome as a row."""
     begun, used = time.monotonic(), cpu_of_children()
     outcome, message = "wrong", "missed every time"
     for attempt in range(_TRIES):
@@ -79,7 +79,7 @@ def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, obj
 
 
 def read(file: Path) -> list[dict[str, object]]:
-    """The rows of a campaign; one that a kill left half written is none."""
+    """Returns the rows of a campaign without incomplete lines."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -97,14 +97,14 @@ def campaign(
     alone: bool,
     program: tuple[str, ...] = cli.PROGRAM,
 ) -> None:
-    """Injects what is missing of so many faults, each kind in turn."""
+    """Injects the remaining faults of a campaign, each kind in turn."""
     file = folder / "faults.jsonl"
     rows = read(file)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {row["number"] for row in rows}
     kinds = [name for name in FAULTS if any(word in name for word in only)] if only else [*FAULTS]
     if not disks.fit(folder):
-        print("faults of disks are left out: they need root and loop devices", flush=True)
+        print("skipping faults of disks: they require root and loop devices", flush=True)
         kinds = [name for name in kinds if name not in disks.FAULTS]
     jax.config.update("jax_platforms", "cpu")  # a teacher is written; the runs have their own
     bench = Bench(folder / "bench", alone, program)
@@ -119,7 +119,7 @@ def campaign(
 
 
 def table(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Of each kind of fault how often it came to what, and of all."""
+    """Returns the number of each outcome for each kind of fault and in total."""
     kinds: dict[str, collections.Counter[str]] = {}
     for row in rows:
         kinds.setdefault(str(row["fault"]), collections.Counter())[str(row["outcome"])] += 1
@@ -132,7 +132,7 @@ def table(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _confined() -> None:
-    """Starts this again with mounts and shared memory of its own, where the kernel lets it."""
+    """Restarts this command with private mounts and shared memory if the kernel allows it."""
     for more in ([], ["--map-root-user"]):
         enter = ["unshare", "--mount", "--propagation", "private", *more]
         inside = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
@@ -144,18 +144,22 @@ def _confined() -> None:
         ):
             again = [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:], "--alone"]
             os.execvp("unshare", [*enter, "sh", "-c", inside, "sh", *again])
-    print("shared memory is not looked at: it is not this campaign's alone", flush=True)
+    print("shared memory is not checked, because other processes use it", flush=True)
 
 
 def main() -> None:
-    """The campaign, and its table at the end."""
+    """Runs the campaign and reports its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=1000, help="how many")
+    parser.add_argument("--faults", type=int, default=1000, help="number of faults")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the campaign")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and places")
-    parser.add_argument("--only", nargs="*", default=[], help="kinds whose names hold one of these")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and places")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="only kinds whose names contain one of these words"
+    )
     parser.add_argument("--loop", action="store_true", help="runs of tests/loop.py, quicker")
-    parser.add_argument("--table", action="store_true", help="only the table so far")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table without injecting faults"
+    )
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What all trials share, and the runs that nothing disturbs."""
+"""Inputs that all trials share, and undisturbed runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def get_config():
 
 
 class Bench:
-    """What all trials share: configuration, teacher, images, compiled programs, whole runs.
+    """Inputs of all trials: configuration, teacher, images, compiled programs, undisturbed runs.
 
     Args:
       folder: where all of it is kept.
@@ -56,14 +56,14 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every command."""
+        """Environment variables of every command."""
         return cli.environment() | {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def whole(self, *more: str, images: Path | None = None, processes: int = 1) -> Path:
-        """The work directory of a run that nothing disturbed, with all its checkpoints.
+        """Returns the work directory of an undisturbed run with all its checkpoints.
 
         Args:
           *more: arguments.
@@ -89,7 +89,7 @@ class Bench:
 
     @functools.cached_property
     def broken(self) -> Path:
-        """The same images, some of which cannot be read."""
+        """Returns a copy of the images of which some cannot be read."""
         folder = self.folder / "broken"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.images, folder)
@@ -104,7 +104,7 @@ class Bench:
 
     @functools.cached_property
     def seconds(self) -> float:
-        """CPU seconds that a run takes here, once its programs are compiled."""
+        """Returns the CPU seconds of a run whose programs are compiled."""
         self.whole()
         begun, again = cpu_of_children(), self.folder / "again"
         run = cli.start(self.environment, *self.arguments(again), program=self.program)
@@ -115,6 +115,6 @@ class Bench:
 
 
 def cpu_of_children() -> float:
-    """Seconds, of those that have ended."""
+    """Returns the CPU seconds of the child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

@@ -1,4 +1,4 @@
-"""Faults of disks, on a small ext4 that is mounted for each: Linux, root.
+"""Faults of disks, on a small ext4 file system that is mounted for each fault (Linux, root).
 
 Full, read-only after an error of its own, or frozen, it answers as a real one does.
 """
@@ -26,7 +26,7 @@ def _run(*command: object) -> None:
 
 
 class Disk:
-    """A file system of its own in a file.
+    """A file system in a file.
 
     Args:
       folder: where both are made.
@@ -43,38 +43,38 @@ class Disk:
         self.mount()
 
     def mount(self) -> None:
-        """After an error too: what a user does once the disk is well again."""
+        """Mounts the file system, also after an error."""
         subprocess.run(["e2fsck", "-fy", self.image], check=False, capture_output=True)
         _run("mount", "-o", "loop,errors=remount-ro", self.image, self.place)
 
     def unmount(self) -> None:
-        """Once nothing is open."""
+        """Unmounts the file system when no file is open."""
         _run("umount", self.place)
 
     def leave(self) -> None:
-        """Whatever is open."""
+        """Unmounts the file system even if files are open."""
         subprocess.run(["umount", "--lazy", self.place], check=False, capture_output=True)
 
     def fill(self, left: int = 0) -> None:
-        """Until there is no room but for so many blocks."""
+        """Fills the disk except for so many blocks."""
         with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(_BLOCK))
         os.truncate(self.filler, max(0, self.filler.stat().st_size - left * _BLOCK))
 
     def empty(self) -> None:
-        """There is room again."""
+        """Frees the space that `fill` has taken."""
         self.filler.unlink()
 
     def turn_read_only(self) -> None:
-        """By an error that the file system itself reports; what was written before is on disk."""
+        """Makes the file system read-only by an error that it reports itself, after a sync."""
         _run("sync", "-f", self.place)
         device = subprocess.check_output(["findmnt", "-no", "SOURCE", self.place], text=True)
         Path(f"/sys/fs/ext4/{Path(device.strip()).name}/trigger_fs_error").write_text("1")
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Whatever writes hangs."""
+        """Freezes the file system, so that all writes hang."""
         _run("fsfreeze", "--freeze", self.place)
         try:
             yield
@@ -84,7 +84,7 @@ class Disk:
 
 @functools.cache
 def fit(folder: Path) -> bool:
-    """Whether such disks can be made here."""
+    """Returns True if such file systems can be created on this machine."""
     tried = folder / "disks"
     try:
         disk = Disk(tried)

@@ -1,4 +1,4 @@
-"""Faults of files: of the work directory, of the images, of their times."""
+"""Faults of files: in the work directory, among the images, and of the clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests import damage
 
 
 def _damaged(harm: Callable[[Path, random.Random], None]) -> Inject:
-    """The newest of two checkpoints."""
+    """Damages the newest of two checkpoints."""
 
     def inject(trial: Trial) -> None:
         newest = trial.begin(2 * EVERY)
@@ -67,7 +67,7 @@ DAMAGES = {
 
 
 def _cut(name: str) -> Inject:
-    """A file of the work directory ends in the middle of a line."""
+    """Truncates a file of the work directory in the middle of a line."""
 
     def inject(trial: Trial) -> None:
         trial.begin(2 * EVERY)
@@ -129,7 +129,7 @@ time.time_ns = lambda: _time_ns() - {seconds} * 10**9
 
 
 def _hook(trial: Trial, code: str) -> dict[str, str]:
-    """Variables with which the command runs this code before its own."""
+    """Returns environment variables with which the command runs this code first."""
     folder = trial.folder / "hook"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(code)
@@ -159,7 +159,7 @@ def _nan(trial: Trial) -> None:
     trial.note()
 
 
-# Images. With data.fail_on_unreadable one that cannot be read ends a run.
+# Images. With data.fail_on_unreadable, an unreadable image ends a run.
 
 
 def _bad_images(harm: Callable[[Path], None]) -> Inject:

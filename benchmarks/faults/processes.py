@@ -1,4 +1,4 @@
-"""Faults of processes: signals at every moment, workers, several processes, two starts."""
+"""Faults of processes: signals at any moment, workers, several processes, two starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.faults.trial import Inject, Trial, Wrong, session
 
 Command = subprocess.Popen
 
-# Signals. Each moment starts the command and returns when it is there.
+# Signals. Each moment starts the command and returns when it is reached.
 
 
 def _at_any_time(trial: Trial) -> Command:
@@ -67,7 +67,7 @@ SIGNALS = {
 
 
 def _catches(pid: int) -> bool:
-    """Whether a process answers SIGTERM itself: `stopping.handled` is in force."""
+    """Returns True if a process handles SIGTERM itself (`stopping.handled`)."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> signal.SIGTERM - 1 & 1)
 
@@ -101,7 +101,7 @@ def _suspended(trial: Trial) -> None:
 
 
 def _decoding(trial: Trial) -> tuple[subprocess.Popen, int]:
-    """A run between steps, and one of its two workers."""
+    """Starts a run and returns it between steps with one of its two workers."""
     trial.more.append("--config.data.workers=2")
     process = between_steps(trial)
     trial.note()

@@ -1,4 +1,4 @@
-"""One fault and what came of it: a whole run in processes of its own."""
+"""One injected fault and its outcome: a whole run in its own processes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Missed(Exception):
 
 
 class Lost(Exception):
-    """Finished checkpoints are gone, or the run cannot go on."""
+    """Finished checkpoints are missing, or the run cannot resume."""
 
 
 class Wrong(Exception):
-    """Another result, a traceback, a hang, a status without its line, something left behind."""
+    """Another result, a traceback, a hang, a status without a message, or leftover processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a command ended: its status (negative: by that signal) and stderr."""
+    """The status of a command (negative: ended by that signal) and its stderr."""
 
     status: int
     printed: str
@@ -50,7 +50,7 @@ class Ended:
 
 
 class Trial:
-    """A run that a fault is injected into, and that is then to go on to the same bits.
+    """A run with an injected fault, which must then resume to the same bits.
 
     Args:
       bench: what it shares with others.
@@ -78,7 +78,7 @@ class Trial:
         folder.mkdir(parents=True)
 
     def begin(self, step: int) -> Path:
-        """Puts there what a run leaves that was killed after this step."""
+        """Writes the work directory of a run that was killed after this step."""
         whole = self.bench.whole(images=self.images, processes=self.processes)
         shutil.copytree(whole, self.workdir, ignore=lambda *_: ["student"])
         for found in finished(self.workdir):
@@ -90,14 +90,14 @@ class Trial:
         return self.workdir / "checkpoints" / str(step)
 
     def own_images(self) -> Path:
-        """A copy of the images for this trial."""
+        """Returns a copy of the images for this trial."""
         folder = self.folder / "images"
         shutil.copytree(self.bench.images, folder)
         self.more.append(f"--config.data.path={folder}")
         return folder
 
     def start(self, *more: str, **variables: str) -> subprocess.Popen:
-        """The command, in a session of its own; stderr goes into a file."""
+        """Starts the command in its own session; stderr is written to a file."""
         arguments = self.bench.arguments(self.workdir)
         log = self.folder / f"printed.{len(self._started)}"
         with log.open("wb") as printed:
@@ -113,14 +113,14 @@ class Trial:
         return process
 
     def start_all(self, *more: str) -> list[subprocess.Popen]:
-        """All processes of the run."""
+        """Starts all processes of the run."""
         if self.processes == 1:
             return [self.start(*more)]
         flags = cli.joining(self.processes)
         return [self.start(*more, *own) for own in flags]
 
     def until(self, happened: Callable[[], bool], process: subprocess.Popen) -> None:
-        """Waits; raises `Missed` where the command ends before, `Wrong` where neither happens."""
+        """Waits; raises `Missed` if the command ends first, `Wrong` if neither happens in time."""
         deadline = time.monotonic() + _HANGS
         while not happened():
             if process.poll() is not None:
@@ -130,12 +130,12 @@ class Trial:
             time.sleep(0.001)
 
     def wait(self, seconds: float, process: subprocess.Popen) -> None:
-        """A time; raises as `until`."""
+        """Waits for a time; raises the errors of `until`."""
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() >= end, process)
 
     def work(self, seconds: float, process: subprocess.Popen) -> None:
-        """Until it has taken so many CPU seconds; raises as `until`."""
+        """Waits until a process has used so many CPU seconds; raises the errors of `until`."""
         clock = os.sysconf("SC_CLK_TCK")
 
         def taken() -> bool:
@@ -145,23 +145,23 @@ class Trial:
         self.until(taken, process)
 
     def past(self, step: int, process: subprocess.Popen) -> None:
-        """Waits for a row of metrics; raises as `until`."""
+        """Waits for a row of metrics; raises the errors of `until`."""
         self.until(lambda: max(rows(self.workdir), default=0) >= step, process)
 
     def note(self) -> None:
-        """What is finished now must not get lost."""
+        """Records the finished checkpoints, which must not be lost."""
         self.safe = max([self.safe, *finished(self.workdir)])
 
     def end(self, process: subprocess.Popen, *signals: int, timeout: float = _HANGS) -> Ended:
-        """Waits for the end of a command under the fault, and judges it.
+        """Waits for the end of a command with an injected fault and checks it.
 
         Args:
-          process: as `start` gives it.
+          process: returned by `start`.
           *signals: that may have ended it.
           timeout: in seconds.
 
         Raises:
-          Wrong: what is no clear end.
+          Wrong: the end is not one of the allowed outcomes.
         """
         ended = self._end(process, timeout)
         self.ended.append(ended)
@@ -195,21 +195,21 @@ class Trial:
         raise Wrong(f"{len(left)} left behind: {', '.join(left[:3])}")
 
     def go_on(self) -> None:
-        """The same command again, now that the fault is over; raises `Lost` or `Wrong`."""
+        """Starts the same command again without the fault; raises `Lost` or `Wrong`."""
         found = finished(self.workdir)
         if self.safe and max(found, default=0) < self.safe:
-            raise Lost(f"checkpoint {self.safe} is gone")
+            raise Lost(f"checkpoint {self.safe} is missing")
         ended = [self._end(process) for process in self.start_all()]
         for one in ended:
             if one.status != 0:
-                raise Lost(f"does not go on: {one.line}")
+                raise Lost(f"does not resume: {one.line}")
         continued = re.search(r"continuing after step (\d+) ", ended[0].printed)
         if int(continued[1] if continued else 0) < self.safe:
-            raise Lost(f"goes on before checkpoint {self.safe}")
+            raise Lost(f"resumes before checkpoint {self.safe}")
         self.compare(self.workdir)
 
     def compare(self, workdir: Path) -> None:
-        """With the run that nothing disturbed; raises `Wrong`."""
+        """Compares the student with that of the undisturbed run; raises `Wrong`."""
         whole = self.bench.whole(images=self.images, processes=self.processes)
         expected, given = cli.student(whole), cli.student(workdir)
         same = expected.keys() == given.keys() and all(
@@ -237,26 +237,26 @@ class Trial:
 
 
 Inject = Callable[[Trial], None]
-"""Injects a fault: starts the command, does the harm, sees to the end of what it started, and puts
-back what a user would put back."""
+"""Injects a fault: starts the command, injects the fault, waits for the end of what it started, and
+restores what a user would restore."""
 
 
 def finished(workdir: Path) -> list[int]:
-    """Steps of the finished checkpoints, ascending."""
+    """Returns the steps of the finished checkpoints in ascending order."""
     folder = workdir / "checkpoints"
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def rows(workdir: Path) -> list[int]:
-    """Steps of the whole lines of metrics."""
+    """Returns the steps of the complete lines of metrics."""
     file = workdir / "metrics.jsonl"
     text = file.read_text(errors="replace") if file.is_file() else ""
     return [int(found) for found in re.findall(r'^\{"step": (\d+),.*\}$', text, re.MULTILINE)]
 
 
 def session(leader: int) -> list[int]:
-    """The living processes of a session."""
+    """Returns the running processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

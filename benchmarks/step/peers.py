@@ -146,11 +146,11 @@ def rows(arguments: argparse.Namespace, measured: dict[str, Measured]) -> list[d
             "peer": PEERS[name][0],
             "median s/step": f"{one.median:.4g}",
             "min..max": f"{min(one.seconds):.4g}..{max(one.seconds):.4g}",
-            "of PyTorch's fastest": f"{one.median / best:.2f}" if best else "",
+            "time / fastest PyTorch": f"{one.median / best:.2f}" if best else "",
             "images/s": f"{arguments.batch / one.median:.1f}",
-            "of a product's rate": f"{facts['flops'] / one.median / facts['rate']:.0%}",
+            "share of matmul rate": f"{facts['flops'] / one.median / facts['rate']:.0%}",
             "peak GiB": f"{one.peak / 2**30:.2f}",
-            "of PyTorch's least": f"{one.peak / least:.2f}" if least else "",
+            "memory / smallest PyTorch": f"{one.peak / least:.2f}" if least else "",
             "first loss": f"{one.loss:.6f}",
         }
         if chip:
