@@ -35,7 +35,9 @@ def config(teacher_file):
     return config
 
 
-@pytest.mark.parametrize("clean", CLEANERS)
+@pytest.mark.parametrize(
+    "clean", ["registers", pytest.param("shift_average", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys, clean):
     config.teacher.artifact_removal = clean
     assert main.run(config, tmp_path / "whole") == 0
