@@ -23,7 +23,6 @@ from absl import logging as absl_logging
 from etils import epath
 from safetensors.numpy import save_file
 
-from singer_jax import main as command_line
 from singer_jax.errors import InputError, RunError, Stopped
 from singer_jax.io.files import make_workdir, replacing, working_disks
 from singer_jax.platform import hosts, parallel, signals
@@ -32,9 +31,6 @@ from singer_jax.runs.lock import holding
 from singer_jax.runs.metrics import LOG, MetricsWriter, StepMetrics
 from singer_jax.runs.recorder import RecordedSteps, Recorder
 from singer_jax.training.loop import LoopHooks, train
-
-# tensorboardX imports the client of gs:// if there is one; these runs write to disks.
-sys.modules.setdefault("google.cloud.storage", None)
 
 FLAGS = {
     "config.steps": 12,
@@ -169,6 +165,10 @@ def _train(
 
 def main(arguments: list[str]) -> int:
     """Runs as `singer_jax.main`: exit status, one line for an error, log lines on stderr."""
+    from singer_jax import main as command_line  # defines flags; a real run has its own
+
+    # tensorboardX imports the client of gs:// if there is one; these runs write to disks.
+    sys.modules.setdefault("google.cloud.storage", None)
     given = dict(argument.lstrip("-").split("=", 1) for argument in arguments)
     flags = {name: type(value)(given.get(name, value)) for name, value in FLAGS.items()}
     absl_logging.use_absl_handler()

@@ -35,7 +35,9 @@ def config(teacher_file):
     return config
 
 
-@pytest.mark.parametrize("clean", CLEANERS)
+@pytest.mark.parametrize(
+    "clean", ["registers", pytest.param("shift_average", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_keeps_the_neurons_that_it_found(
     config, tmp_path, monkeypatch, capsys, clean
 ):

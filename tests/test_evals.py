@@ -37,7 +37,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def test_unreadable_images_are_left_out_counted_and_named_once(images, tmp_path, mesh, caplog):
-    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), "fitnet")
     config.data.source = str(images)
     config.steps, config.evals.every_steps = 2, 1
     with caplog.at_level(logging.WARNING):
@@ -145,7 +145,7 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
             made.append(self.batch_size)
 
     monkeypatch.setattr(validation, "ValidationLosses", Recorded)
-    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), "fitnet")
     config.steps, config.evals.every_steps, config.grad_accum_steps = 1, 1, 4
     assert main.run(config, tmp_path / "run") == 0
     assert made == [config.batch_size // 4]

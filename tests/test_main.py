@@ -255,7 +255,7 @@ def test_a_start_that_fails_binds_nothing(config, tmp_path, capsys):
 
 def test_another_teacher_is_refused_on_resume(config, tmp_path, capsys):
     weights = tiny.write_teacher(tmp_path / "teacher.safetensors")
-    config.steps, config.teacher.weights = 1, str(weights)
+    config.steps, config.teacher.weights, config.method.name = 1, str(weights), "fitnet"
     assert main.run(config, tmp_path / "run") == 0
     tensors = load_file(weights)
     tensors["blocks.1.mlp.fc1.bias"][3] += 1e-4
@@ -277,7 +277,7 @@ def test_a_checkpoint_that_says_nothing_of_its_teacher_is_continued(config, tmp_
     def save_as_before(self, state, step, meta):
         save(self, state, step, {k: v for k, v in meta.items() if k != "teacher"})
 
-    config.steps = 1
+    config.steps, config.method.name = 1, "fitnet"
     monkeypatch.setattr(Checkpoints, "save", save_as_before)
     assert main.run(config, tmp_path) == 0
     monkeypatch.undo()

@@ -77,10 +77,17 @@ def test_records_are_what_they_were_made_of(tmp_path, kind):
     assert not list((tmp_path / "records").glob("*progress*"))
 
 
-@pytest.mark.parametrize("write", [write_imagenet, write_webdataset, write_parquet])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(write_imagenet, marks=pytest.mark.slow),
+        pytest.param(write_webdataset, marks=pytest.mark.slow),
+        write_parquet,
+    ],
+)
 def test_a_run_on_records_continues_to_the_same_bits(tmp_path, write, caplog):
     assert run(write(tmp_path / "given"), tmp_path / "records") == 0
-    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), "fitnet")
     config.data.source, config.steps = str(tmp_path / "records"), 4
     once, twice = tmp_path / "once", tmp_path / "twice"
     assert main.run(config, once) == 0

@@ -89,15 +89,15 @@ def test_more_steps_continue_a_finished_run(config_file, environment, tmp_path):
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
-    config_file, environment, tmp_path
-):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(config_file, tmp_path):
+    environment = cli.environment(quickly=True)
     arguments = (
         f"--config={config_file}",
         f"--workdir={tmp_path}",
         "--config.checkpoint.every_steps=1",
     )
     blow_up = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd")
+    blow_up += ("--config.method.name=fitnet",)
     status, printed = finish(start(environment, *arguments, *blow_up))
     assert status == 1
     last = printed.splitlines()[-1]

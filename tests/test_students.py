@@ -192,6 +192,7 @@ def test_one_that_goes_wrong_is_named_and_the_others_are_finished(config_file, t
     assert main.run(both, tmp_path / "compared") == 0
 
 
+@pytest.mark.slow
 def test_when_all_go_wrong_the_run_ends_at_once(config_file, tmp_path, capsys):
     config = configuration(config_file)
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 1e30

@@ -101,7 +101,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
     start = time.process_time()
     with pytest.raises(UnreadableImage, match="scans"):
         open_image(stored[:-2] + last * 5000 + stored[-2:])
-    assert time.process_time() - start < 1  # decoded, it would take minutes
+    assert time.process_time() - start < 10  # decoded, it would take minutes
     assert EvalTransform(32)(open_image(stored)).shape == (32, 32, 3)
 
 

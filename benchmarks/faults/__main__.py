@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -61,11 +62,12 @@ def run_trial(bench: Bench, name: str, folder: Path, seed: str) -> dict[str, obj
             trial.go_on()
             stopped = [ended.line for ended in trial.ended if ended.status in STOPPED]
             outcome, message = ("stopped", stopped[0]) if stopped else ("continued", "")
-        except Missed:
+        except (Missed, ProcessLookupError):  # a worker has ended before the fault
             continue
         except (Lost, Wrong) as error:
             outcome, message = type(error).__name__.lower(), str(error)
-            shutil.copytree(folder, f"{folder}.{seed.replace('/', '_')}", dirs_exist_ok=True)
+            with contextlib.suppress(shutil.Error, OSError):  # the command may still write
+                shutil.copytree(folder, f"{folder}.{seed.replace('/', '_')}", dirs_exist_ok=True)
         finally:
             trial.close()
         break

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.bench import EVERY, STEPS
-from benchmarks.faults.trial import Inject, Trial, Wrong, session
+from benchmarks.faults.trial import Inject, Missed, Trial, Wrong, session
 
 Command = subprocess.Popen
 
@@ -107,13 +107,17 @@ def _decoding(trial: Trial) -> tuple[subprocess.Popen, int]:
     trial.note()
     workers = [pid for pid in session(process.pid) if "spawn_main" in _command(pid)]
     if len(workers) != 2:
+        if trial.end(process).status == 0:  # it was ending already
+            raise Missed
         raise Wrong(f"{len(workers)} workers")
     return process, trial.rng.choice(workers)
 
 
 def _command(pid: int) -> str:
-    file = Path(f"/proc/{pid}/cmdline")
-    return file.read_text() if file.exists() else ""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # the process has ended
+        return ""
 
 
 def _worker_killed(trial: Trial) -> None:

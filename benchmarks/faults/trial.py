@@ -232,7 +232,7 @@ class Trial:
         for undo in reversed(self.cleanup):
             undo()
         for left in _SHARED.iterdir() if self.bench.alone else ():
-            left.unlink()
+            left.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

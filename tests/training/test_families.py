@@ -59,14 +59,19 @@ def losses(run: RunSetup, steps: int = 5, size: int = 16) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("model", KINDS)
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(model, marks=() if "sapiens2" in model else pytest.mark.slow) for model in KINDS],
+)
 def test_every_kind_learns_with_singer(tmp_path, model):
     """The run is sharded, so the sharding rules must fit every parameter."""
     found = losses(run_of(tmp_path, model, **{"mesh.data": 1, "mesh.fsdp": 2}), steps=3)
     assert np.all(np.isfinite(found)) and found[-1] < found[0]
 
 
-@pytest.mark.parametrize("method", ["vitkd_official", "singer+logit_kd"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("vitkd_official", marks=pytest.mark.slow), "singer+logit_kd"]
+)
 def test_other_methods_learn(tmp_path, method):
     changes: dict[str, object] = {"method.mimic_layers": (0,)}
     if "+" in method:
@@ -76,7 +81,7 @@ def test_other_methods_learn(tmp_path, method):
     assert np.all(np.isfinite(found)) and found[-1] < found[0]
 
 
-@pytest.mark.parametrize("method", ["singer", "vitkd"])
+@pytest.mark.parametrize("method", ["singer", pytest.param("vitkd", marks=pytest.mark.slow)])
 def test_a_teacher_of_another_family_patch_and_input_size_teaches(tmp_path, method):
     """A DINOv2-like teacher has 24 pixels and 6 x 6 patches, the student 16 pixels and 4 x 4."""
     model = "vit_small_patch14_reg4_dinov2"

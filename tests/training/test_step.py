@@ -1,5 +1,7 @@
 """The training step: sharding, precision, and the guarantee after real steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +44,18 @@ def loss_and_gradients(run: RunSetup) -> tuple[dict, dict]:
     return jax.jit(run.any.distillation.gradients)(state, teacher, batch_of(run))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2)])
+@functools.cache
+def on_one_device(teacher_file: str, method: str) -> tuple[dict, dict]:
+    """Returns the metrics and gradients of a method, which several tests compare with."""
+    changes = {"method.name": method, "method.nullspace.init": "official"}
+    return loss_and_gradients(prepare(teacher_file, **changes))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [pytest.param(8, 1, marks=pytest.mark.slow), (4, 2)])
 @pytest.mark.parametrize("method", ["singer", "fitnet"])
 def test_eight_devices_give_the_loss_and_gradients_of_one(teacher_file, method, data, fsdp):
     changes = {"method.name": method, "method.nullspace.init": "official"}
-    metrics, gradients = loss_and_gradients(prepare(teacher_file, **changes))
+    metrics, gradients = on_one_device(teacher_file, method)
     many = prepare(teacher_file, **changes, **{"mesh.data": data, "mesh.fsdp": fsdp})
     kernel = many.any.state.params["student"]["blocks"][0]["attn"]["qkv"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
@@ -60,7 +69,7 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(teacher_file, method, 
 
 def test_bfloat16_stays_close_and_keeps_the_student_in_float32(teacher_file):
     changes = {"method.nullspace.init": "official"}
-    exact, _ = loss_and_gradients(prepare(teacher_file, **changes))
+    exact, _ = on_one_device(teacher_file, "singer")
     run = prepare(teacher_file, **changes, precision="bfloat16")
     teacher = run.load_teacher()
     assert {leaf.dtype for _, leaf in leaves(teacher)} == {jnp.dtype(jnp.bfloat16)}
@@ -87,7 +96,7 @@ def train(run: RunSetup, steps: int) -> tuple[object, object, list[dict]]:
     ("use", "rule", "threshold"),
     [
         ("project", "quantile", 0.5),
-        ("project", "absolute", 0.05),
+        pytest.param("project", "absolute", 0.05, marks=pytest.mark.slow),
         ("soft", "quantile", 0.5),
     ],
 )
@@ -145,8 +154,7 @@ def test_parameters_without_gradient_are_not_updated(teacher_file):
 
 @pytest.mark.parametrize("method", ["singer", "fitnet", "supervised"])
 def test_every_trained_parameter_has_a_gradient(teacher_file, method):
-    run = prepare(teacher_file, **{"method.name": method, "method.nullspace.init": "official"})
-    _, gradients = loss_and_gradients(run)
+    _, gradients = on_one_device(teacher_file, method)
     for keys, leaf in leaves(gradients):
         if keys[-2:] == ("qkv", "bias"):
             continue  # its key part has no effect on attention

@@ -80,26 +80,37 @@ def train(run: RunSetup, sequential: bool = False) -> tuple[dict, list[dict]]:
 
 
 @functools.cache
-def alone(teacher_file: str, shape: tuple[int, int], grad_accum_steps: int) -> dict:
-    """Returns the state and metrics of a separate run of each student, by name."""
+def alone(
+    teacher_file: str, name: str, shape: tuple[int, int] = (1, 1), grad_accum_steps: int = 1
+) -> tuple[dict, list[dict]]:
+    """Returns the state and metrics of a separate run of a student."""
     config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
-    own_runs = settings_of(config).each()
-    return {
-        name: train(setup_students(own, examples=64, num_classes=10))
-        for name, own in own_runs.items()
-    }
+    own = settings_of(config).each()[name]
+    return train(setup_students(own, examples=64, num_classes=10))
+
+
+ALL = tuple(STUDENTS)
 
 
 @pytest.mark.parametrize(
-    ("shape", "sequential", "grad_accum_steps"),
-    [((1, 1), False, 1), ((1, 1), True, 1), ((2, 2), False, 1), ((2, 2), True, 2)],
+    ("names", "shape", "sequential", "grad_accum_steps"),
+    [
+        (("singer", "vitkd", "coarse"), (1, 1), False, 1),
+        (("singer", "coarse"), (2, 2), True, 2),
+        pytest.param(ALL, (1, 1), False, 1, marks=pytest.mark.slow),
+        pytest.param(ALL, (1, 1), True, 1, marks=pytest.mark.slow),
+        pytest.param(ALL, (2, 2), False, 1, marks=pytest.mark.slow),
+        pytest.param(ALL, (2, 2), True, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_each_student_learns_the_same_as_in_a_separate_run(
-    teacher_file, shape, sequential, grad_accum_steps
+    teacher_file, names, shape, sequential, grad_accum_steps
 ):
-    config = together(teacher_file, STUDENTS, shape, grad_accum_steps)
+    students = {name: STUDENTS[name] for name in names}
+    config = together(teacher_file, students, shape, grad_accum_steps)
     states, history = train(prepare(config), sequential)
-    for name, (own, expected) in alone(teacher_file, shape, grad_accum_steps).items():
+    for name in names:
+        own, expected = alone(teacher_file, name, shape, grad_accum_steps)
         for found, wanted in zip(history, expected, strict=True):
             assert set(found[name]) == set(wanted[""])
             for term, value in wanted[""].items():
@@ -157,7 +168,7 @@ def test_a_non_finite_student_keeps_its_state_and_does_not_affect_the_others(tea
     ):
         assert np.all(np.isfinite(kept)), keys
         np.testing.assert_array_equal(kept, good, err_msg=str(keys))
-    own, _ = alone(teacher_file, (1, 1), 1)["singer"]
+    own, _ = alone(teacher_file, "singer")
     for (keys, one), (_, other) in zip(
         leaves(states["singer"].params), leaves(own[""].params), strict=True
     ):
