@@ -316,11 +316,16 @@ class Singer(TokenMethod):
                 f"refinement can remove little: {_remedy(self.nullspace)}"
             )
         if change is not None and change > removal.LARGEST_CHANGE:
+            instead = "the target is clipped already, so a smaller subspace is enough"
+            if not self.compare.settings.shortens:
+                instead = (
+                    f"method.match.norm_clip_quantile={removal.CLIP_QUANTILE:g} leaves "
+                    f"{metrics['clipped_medians']:.1f} medians in the target and changes no block, "
+                    "nor does target_space=final_norm"
+                )
             warnings.append(
                 f"{name}: removal changes the next block by {change:.0%} (limit "
-                f"{removal.LARGEST_CHANGE:.0%}); method.match.norm_clip_quantile="
-                f"{removal.CLIP_QUANTILE:g} leaves {metrics['clipped_medians']:.1f} medians in the "
-                "target and changes no block, nor does target_space=final_norm"
+                f"{removal.LARGEST_CHANGE:.0%}); {instead}"
             )
         return [(logging.INFO, line), *((logging.WARNING, text) for text in warnings)]
 
