@@ -112,6 +112,14 @@ def moments(teacher: ModelFeatures, layer: int, quantile: float) -> Moments:
     )
 
 
+def linear_map(
+    model: VisionTransformer, layer: int, settings: NullSpaceSettings
+) -> Float[Array, "dim out"]:
+    """Returns the map W of a layer for any `weight_matrix`; that of `calibrated` is `mlp`."""
+    source = settings.weight_matrix
+    return nullspace.linear_map(model, layer, "mlp" if source == "calibrated" else source)
+
+
 def of_layer(
     model: VisionTransformer,
     layer: int,
@@ -136,11 +144,10 @@ def of_layer(
         space = nullspace.of_layer(model, layer, settings.weight_matrix, how)
         return energy(space, statistics, settings.threshold) if by_energy else space
     seen = nullspace.of_layer(model, layer, "mlp", how)
-    linear_map = nullspace.linear_map(model, layer, "mlp")
+    w = linear_map(model, layer, settings)
     if by_energy:
-        limit = settings.threshold
-        return calibrated_by_energy(seen, linear_map, statistics, rank, limit, how)
-    return calibrated(seen, linear_map, statistics.covariance, rank, settings.ridge, how)
+        return calibrated_by_energy(seen, w, statistics, rank, settings.threshold, how)
+    return calibrated(seen, w, statistics.covariance, rank, settings.ridge, how)
 
 
 def energy(space: NullSpace, statistics: OutlierStatistics, limit: float) -> NullSpace:

