@@ -98,5 +98,4 @@ def test_a_plan_for_a_node():
     )
     assert "h100:8: 8 x NVIDIA H100 80GB HBM3; batch 64, 8 images per chip" in printed
     assert "all-reduce" in printed and "images/s, MFU" in printed
-    assert "1 CUDA graphs, 0 launches outside of graphs, 0 waits of the host" in printed
-    assert "modelled time" in printed
+    assert "0 waits of the host" in printed and "modelled time" in printed
