@@ -3,9 +3,9 @@
   bash launch/run.sh
 
 During the teacher's training, a vector of huge norm is added to one patch of every image
-(`models.planted`), because a model this small does not develop high-norm tokens on its own. FitNet
-learns the artifact. After the teacher's final LayerNorm the artifact disappears. SiNGER removes
-most of it from the features.
+(`models.synthetic_outlier`), because a model this small does not develop high-norm tokens on its
+own. FitNet learns the artifact. After the teacher's final LayerNorm the artifact disappears. SiNGER
+removes most of it from the features.
 
 About 100 CPU seconds. Linear top-1 on the 360 held-out digits: teacher 97 %, FitNet 36 %, FitNet
 after the final LayerNorm 94 %, SiNGER 63 %. These are results of one seed, with an artifact much
@@ -52,8 +52,12 @@ def get_config(protocol: str = "recommended") -> ConfigDict:
     config.teacher.epochs = 28
     config.teacher.optimizer.learning_rate = 2e-3
     config.teacher.evals.every_steps = 0
-    planted = {"planted": "background", "planted_after": 2, "planted_length": 60.0}
-    config.teacher.student.overrides.update(planted)
+    outlier = {
+        "synthetic_outlier": "background",
+        "synthetic_outlier_after": 2,
+        "synthetic_outlier_length": 60.0,
+    }
+    config.teacher.student.overrides.update(outlier)
     config.distilled = _run(protocol, embed_dim=48, depth=3)
     config.distilled.teacher.model = config.teacher.student.model
     config.distilled.teacher.overrides = config.teacher.student.overrides.to_dict()

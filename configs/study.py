@@ -41,11 +41,11 @@ class Size(NamedTuple):
       teacher_batch: batch size of the teachers.
       student_batch: batch size of the students.
       rank: rank of SiNGER's refiner.
-      quantile: outlier quantile of SiNGER, at most 1 - (planted + 1) / patches.
-      patches: number of patches with the planted vector.
+      quantile: outlier quantile of SiNGER, at most 1 - (outliers + 1) / patches.
+      patches: number of patches with the synthetic outlier.
       seeds: number of seeds of the main students.
       variant_seeds: number of seeds of the other students.
-      teachers: names as the job takes them; the first planted one also trains the other students.
+      teachers: names as the job takes them; the first one with outliers also trains the others.
     """
 
     image_size: int
@@ -240,15 +240,18 @@ def get_config(size: str = "small") -> ConfigDict:
         )
     arch = lookup(teacher.model, teacher.overrides.to_dict()).arch
     for name in MAIN | VARIANTS:
-        # FitNet's default has one more block, which precedes the planted vector.
+        # FitNet's default has one more block, which precedes the synthetic outlier.
         if students[name].method["name"] == "fitnet" and name != "fitnet_own_blocks":
             students[name].method["layers"] = teacher_layers(None, False, DEPTHS, arch)
     config.patches = chosen.patches
     config.seeds, config.variant_seeds = chosen.seeds, chosen.variant_seeds
     config.main = tuple(MAIN)
     config.variants_on = chosen.teachers[:1]
-    config.cleaners, config.cleaned = ("planted", "shift_average", "registers"), ("fitnet",)
-    if size == "real":  # this teacher has neither a planted vector nor outliers
+    config.cleaners, config.cleaned = (
+        ("synthetic_outlier", "shift_average", "registers"),
+        ("fitnet",),
+    )
+    if size == "real":  # this teacher has neither a synthetic outlier nor outliers
         config.cleaners = ("shift_average",)
     config.distilled.teacher.registers.images, config.distilled.teacher.registers.neurons = 300, 4
     return config

@@ -14,21 +14,21 @@ from singer_jax.platform import parallel
 from singer_jax.training import artifact_removal, flops
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import Setups, setup_students
-from tests import planted, tiny
+from tests import outlier_teacher, tiny
 
 CLEANERS = ("registers", "shift_average")
 
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    return planted.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+    return outlier_teacher.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 @pytest.fixture
 def config(teacher_file):
     """Of steps whose batches are all the same to the teacher: 64 patches of 32 pixels."""
     config = tiny.config(teacher_file)
-    config.teacher.overrides = dict(planted.SIZES)
+    config.teacher.overrides = dict(outlier_teacher.SIZES)
     config.student.overrides.img_size = 32
     config.teacher.registers.images, config.teacher.registers.neurons = 16, 2
     config.steps = 4
@@ -40,7 +40,7 @@ def test_a_run_goes_on_with_what_it_found(config, tmp_path, monkeypatch, capsys,
     config.teacher.artifact_removal = clean
     assert main.run(config, tmp_path / "whole") == 0
     found = json.loads((tmp_path / "whole" / "weights.json").read_text())["teacher"]["clean"]
-    expected = [list(pair) for pair in planted.NEURONS] if clean == "registers" else []
+    expected = [list(pair) for pair in outlier_teacher.NEURONS] if clean == "registers" else []
     assert found["by"] == clean and found["neurons"] == expected
     shift_down = found["layers"]["2"]["before"]["max"] / found["layers"]["2"]["after"]["max"]
     assert shift_down > (30 if clean == "registers" else 1)
@@ -86,7 +86,7 @@ def test_a_step_of_two_students_on_several_devices_with_a_quantised_teacher(conf
     for data, fsdp in ((1, 1), (2, 2)):
         changes = {"mesh.data": data, "mesh.fsdp": fsdp, "teacher.precision": "int8"}
         run = prepare(config, "registers", **changes)
-        teacher = run.load_teacher(planted.NEURONS)
+        teacher = run.load_teacher(outlier_teacher.NEURONS)
         states = run.init_states(teacher)
         step = jit_step(run.students, run.any.mesh, states, teacher)
         metrics[data] = jax.device_get(step(states, teacher, batch_of(run), np.bool_(True))[1])

@@ -26,7 +26,7 @@ def get_config():
     config.distilled.steps, config.images = 2, 40
     config.teachers, config.seeds, config.variant_seeds = ("random-random-20",), 1, 1
     config.main, config.variants_on = ("fitnet", "fitnet_clip", "singer"), config.teachers
-    config.cleaners = ("planted", "registers")
+    config.cleaners = ("synthetic_outlier", "registers")
     for name in set(config.distilled.students) - {*config.main, "execution"}:
         del config.distilled.students[name]
     return config
@@ -59,7 +59,7 @@ def test_two_cells_killed_and_resumed_make_the_same_table(file, tmp_path):
     assert results.read_text().startswith(before)  # what was measured is not measured again
     assert results.read_text() == (whole / "results.jsonl").read_text()
     rows = {study.name_of(row): row for row in map(json.loads, results.read_text().splitlines())}
-    cleaned = "fitnet (planted)", "fitnet (registers)"
+    cleaned = "fitnet (synthetic_outlier)", "fitnet (registers)"
     assert set(rows) == {"", "fitnet", "fitnet_clip", "singer", *cleaned}
     for name in cleaned:  # the neuron that writes the vector is found
         assert rows[name]["removed_share"] == pytest.approx(1, abs=0.05)
@@ -128,7 +128,7 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
 
 
 def test_all_sizes_hold_their_own_rule():
-    """The quantile leaves room for the planted patches, and every configuration is valid."""
+    """The quantile leaves room for the outlier patches, and every configuration is valid."""
     import configs.study
 
     for name, size in configs.study.SIZES.items():

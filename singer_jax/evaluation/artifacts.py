@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from singer_jax.evaluation.patches import PatchTokens
 
 
-def planted_length(medians: Float[np.ndarray, " layers"], ratio: float) -> float:
+def outlier_length(medians: Float[np.ndarray, " layers"], ratio: float) -> float:
     """Returns the length of a vector that makes a patch's norm about `ratio` times the median.
 
     The vector is taken to be orthogonal to a token of median norm. The result is the mean over
@@ -24,24 +24,24 @@ def planted_length(medians: Float[np.ndarray, " layers"], ratio: float) -> float
 def removed_share(
     before: PatchTokens,
     after: PatchTokens,
-    planted: Float[np.ndarray, " dim"],
+    vector: Float[np.ndarray, " dim"],
     marked: Bool[np.ndarray, "images patches"],
 ) -> float:
-    """Returns the share of the planted vector's energy that is removed from the marked patches.
+    """Returns the share of the synthetic outlier's energy that is removed from the marked patches.
 
     The share is 1 - mean |v + d|^2 / |v|^2, where v is the vector and d the change of a patch. Any
     other change of the patch lowers it. It is 0 if nothing changed, and negative if the change
     added energy.
     """
-    left = (after - before)[marked] + planted
-    return float(1 - np.mean(np.sum(np.square(left), axis=-1)) / np.sum(np.square(planted)))
+    left = (after - before)[marked] + vector
+    return float(1 - np.mean(np.sum(np.square(left), axis=-1)) / np.sum(np.square(vector)))
 
 
 def energy_within(
-    planted: Float[np.ndarray, " dim"], projection: Float[np.ndarray, "dim dim"]
+    vector: Float[np.ndarray, " dim"], projection: Float[np.ndarray, "dim dim"]
 ) -> float:
     """Returns the share of the vector's energy in a subspace, given the subspace's projector."""
-    return float(np.sum(np.square(planted @ projection)) / np.sum(np.square(planted)))
+    return float(np.sum(np.square(vector @ projection)) / np.sum(np.square(vector)))
 
 
 def relative_change(before: np.ndarray, after: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from singer_jax.methods.norms import clip_norms
 from singer_jax.methods.singer import Refiner
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
-from singer_jax.models.planted import marked_patches
+from singer_jax.models.synthetic_outlier import marked_patches
 
 _AT_ONCE = 250  # images per pass through a model
 _MAPPED = 500  # number of images to fit the linear map to the teacher's features
@@ -77,7 +77,7 @@ class SceneMeasures:
       teacher: teacher as its students saw it.
       train: scenes to fit probes on.
       test: scenes to evaluate on.
-      layers: distilled blocks; a planted vector is added after the first of them.
+      layers: distilled blocks; a synthetic outlier is added after the first of them.
     """
 
     def __init__(
@@ -88,20 +88,20 @@ class SceneMeasures:
         self.prefix = teacher.arch.num_prefix_tokens
         self.train_marked, self.marked = marked(teacher, train), marked(teacher, test)
         self.vector = np.zeros(teacher.arch.embed_dim, np.float32)
-        if teacher.arch.planted:
+        if teacher.arch.synthetic_outlier:
             self.vector = np.asarray(teacher.params["planted"]["vector"])
         self.features = tokens_of(teacher, test, sorted({self.first, self.last}))
-        clean = _without_planted(teacher)
+        clean = _without_outlier(teacher)
         self.clean, self.clean_fitted = (
             tokens_of(clean, scenes, [self.last], count)[self.last][:, self.prefix :]
             for scenes, count in ((test, None), (train, _MAPPED))
         )
 
     def of_teacher(self) -> dict[str, float]:
-        """Returns the scores of the teacher, and measures of its planted artifact."""
+        """Returns the scores of the teacher, and measures of its synthetic outlier."""
         found = self._scores(self.teacher)
         found["norm_ratio_first"] = norm_ratio(self.features[self.first][:, self.prefix :])
-        if self.teacher.arch.planted:
+        if self.teacher.arch.synthetic_outlier:
             model = self.teacher.network.merge(self.teacher.params)
             space = nullspace.of_layer(model, self.first, "mlp")
             usual = nullspace.NullSpaceSettings()
@@ -194,8 +194,8 @@ def tokens_of(
     return {layer: np.concatenate(values) for layer, values in found.items()}
 
 
-def _without_planted(backbone: Backbone) -> Backbone:
-    """Returns the backbone with its planted vector set to zero."""
+def _without_outlier(backbone: Backbone) -> Backbone:
+    """Returns the backbone with its synthetic outlier set to zero."""
     params = dict(backbone.params)
     if "planted" in params:
         params["planted"] = jax.tree.map(jnp.zeros_like, params["planted"])
@@ -203,9 +203,9 @@ def _without_planted(backbone: Backbone) -> Backbone:
 
 
 def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patches"]:
-    """Returns a mask of the patches with the planted vector; all False if the model has none."""
+    """Returns a mask of the patches with the synthetic outlier; all False if the model has none."""
     spec = backbone.network.spec
-    if not spec.arch.planted:
+    if not spec.arch.synthetic_outlier:
         return np.zeros((len(scenes.pixels), spec.arch.num_patches), bool)
     find = jax.jit(lambda pixels: marked_patches(spec.prepare(pixels), spec.arch))
     return np.concatenate([np.asarray(find(pixels)) for pixels in _parts(scenes.pixels)])

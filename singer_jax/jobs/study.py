@@ -1,9 +1,9 @@
 """Job `study`: compares methods and artifact removal on teachers with synthetic artifacts.
 
 A base teacher is trained on generated scenes. Each teacher of the study is the base, fine-tuned
-with its own kind of artifact (`models.planted`). A cell is one run: all its students learn from one
-teacher, with one seed. The measures of a cell are appended to results.jsonl before the next cell
-starts. The same command resumes after the last finished cell.
+with its own kind of artifact (`models.synthetic_outlier`). A cell is one run: all its students
+learn from one teacher, with one seed. The measures of a cell are appended to results.jsonl before
+the next cell starts. The same command resumes after the last finished cell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from singer_jax.data.checking import readable
 from singer_jax.data.registry import open_source
 from singer_jax.data.sources import TEST, TRAIN, Subset
 from singer_jax.errors import InputError, StudentsStopped, listed
-from singer_jax.evaluation.artifacts import planted_length
+from singer_jax.evaluation.artifacts import outlier_length
 from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
 from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
@@ -52,7 +52,7 @@ _TEACHER = Text(
     "none, given, or direction-place-ratio such as null-background-20",
 )
 
-# Number of training images to measure the norms that scale a planted vector.
+# Number of training images to measure the norms that scale a synthetic outlier.
 _SCALED_ON = 256
 
 Row = dict[str, Any]
@@ -69,13 +69,13 @@ class StudySettings(Settings):
     teachers: tuple[str, ...] = setting(
         ("none",),
         Each(_TEACHER, least=1),
-        "Teachers, each as direction-place-ratio of its planted vector. The direction is random, "
-        "or the most null or most visible one of the first distilled layer. The ratio is the norm "
-        "of an affected patch over the median. `none`: fine-tuned without a vector; `given`: the "
-        "model of the section `given`, not trained.",
+        "Teachers, each as direction-place-ratio of its synthetic outlier. The direction is "
+        "random, or the most null or most visible one of the first distilled layer. The ratio is "
+        "the norm of an affected patch over the median. `none`: fine-tuned without a vector; "
+        "`given`: the model of the section `given`, not trained.",
     )
     given: ModelSettings = section(ModelSettings())
-    patches: int = setting(2, COUNT, "Number of patches per image with the planted vector.")
+    patches: int = setting(2, COUNT, "Number of patches per image with the synthetic outlier.")
     seeds: int = setting(5, COUNT, "Number of seeds of the students in `main`.")
     main: tuple[str, ...] = setting((), Each(NAME), "Names of students that every teacher trains.")
     variant_seeds: int = setting(2, COUNT, "Number of seeds of the other students.")
@@ -190,7 +190,7 @@ def cells(settings: StudySettings) -> list[Cell]:
     if GIVEN in settings.teachers and not settings.given.weights:
         raise InputError("given.weights: missing, but teachers has `given`; give its weights")
     if set(settings.teachers) - {NONE, GIVEN}:
-        _check_planted(settings)
+        _check_outliers(settings)
     variants = tuple(name for name in known if name not in settings.main)
     found = []
     for teacher in settings.teachers:
@@ -208,8 +208,8 @@ def cells(settings: StudySettings) -> list[Cell]:
     return found
 
 
-def _check_planted(settings: StudySettings) -> None:
-    """Raises `InputError` if too many patches are planted, or an outlier quantile is too high."""
+def _check_outliers(settings: StudySettings) -> None:
+    """Raises `InputError` if too many patches are outliers, or an outlier quantile is too high."""
     student = settings.tuned.student
     patches = lookup(student.model, dict(student.overrides)).arch.num_patches
     if settings.patches >= patches:
@@ -220,14 +220,14 @@ def _check_planted(settings: StudySettings) -> None:
         if quantile > most:
             raise InputError(
                 f"distilled.students.{name}.method.outlier_quantile: {quantile:g}; with "
-                f"{settings.patches} of {patches} patches planted, give at most {most:.3g}"
+                f"{settings.patches} of {patches} patches are outliers, give at most {most:.3g}"
             )
 
 
 def _cleans(clean: str, teacher: str, outlier: float) -> bool:
     """Returns True if a cleaner applies; registers need patches above `outlier` medians."""
     if teacher in (NONE, GIVEN):
-        return teacher == GIVEN and clean != "planted"
+        return teacher == GIVEN and clean != "synthetic_outlier"
     return clean != "registers" or float(teacher.split("-")[2]) > outlier
 
 
@@ -285,7 +285,7 @@ def _teacher(
     if teacher == GIVEN:
         return load_teacher(mesh, settings.given)
     _run(settings.base, base)
-    _run(plant(settings, teacher, base, folder / "planted"), folder / "teacher")
+    _run(plant(settings, teacher, base, folder / "outlier"), folder / "teacher")
     return load_backbone(mesh, run=str(folder / "teacher"))
 
 
@@ -306,17 +306,21 @@ def plant(
     direction, place, ratio = teacher.split("-")
     backbone = load_backbone(parallel.make_mesh(1), run=str(base))
     layers = _layers(backbone.arch)
-    fields = {"planted": place, "planted_after": layers[0], "planted_patches": settings.patches}
+    fields = {
+        "synthetic_outlier": place,
+        "synthetic_outlier_after": layers[0],
+        "synthetic_outlier_patches": settings.patches,
+    }
     source = open_source(settings.distilled.data, TRAIN)
     few = readable(Subset(source, np.arange(min(_SCALED_ON, len(source)))))
     of_layers, _ = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
     medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
     unit = _direction(backbone.network.merge(backbone.params), layers[0], direction)
-    vector = unit * planted_length(np.array(medians), float(ratio))
+    vector = unit * outlier_length(np.array(medians), float(ratio))
     spec = backbone.network.spec
-    planted = dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **fields))
+    changed = dataclasses.replace(spec, arch=dataclasses.replace(spec.arch, **fields))
     tensors = to_timm(backbone.params) | {"planted.vector": vector.astype(np.float32)}
-    export_timm(folder, planted, tensors)
+    export_timm(folder, changed, tensors)
     overrides = dict(student.overrides) | fields
     student = dataclasses.replace(student, weights=str(folder), overrides=overrides)
     return dataclasses.replace(settings.tuned, student=student)

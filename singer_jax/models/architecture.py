@@ -31,7 +31,7 @@ ROPES = ("dinov3", "cat", "mixed")
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-CLEANERS = ("registers", "shift_average", "planted")
+CLEANERS = ("registers", "shift_average", "synthetic_outlier")
 PLACES = ("random", "background")
 
 
@@ -173,19 +173,19 @@ class Architecture(Settings):
         "MLP ratio of the attention pooling. None: `mlp_ratio`.",
     )
     eva: bool = setting(False, Flag(), "Use the argument and parameter names of timm's class Eva.")
-    planted: str | None = setting(
+    synthetic_outlier: str | None = setting(
         None,
         optional(OneOf(PLACES)),
         "Choice of the patches that receive a synthetic outlier, the parameter `planted.vector` "
-        "(`models.planted`). None: no synthetic outliers.",
+        "(`models.synthetic_outlier`). None: no synthetic outliers.",
     )
-    planted_after: int = setting(
+    synthetic_outlier_after: int = setting(
         0, Range(0, 1000, whole=True), "Index of the block after which the outlier is added."
     )
-    planted_patches: int = setting(
+    synthetic_outlier_patches: int = setting(
         1, Range(1, 2**14, whole=True), "Number of patches per image that receive the outlier."
     )
-    planted_length: float = setting(
+    synthetic_outlier_length: float = setting(
         0.0,
         NOT_NEGATIVE,
         "Length of the outlier vector, whose direction is random, when weights are random.",
@@ -205,11 +205,14 @@ class Architecture(Settings):
         for reason, wrong in self._contradictions():
             if wrong:
                 raise ValueError(reason)
-        if self.planted and self.planted_after >= self.depth:
-            raise ValueError(f"planted_after {self.planted_after} of {self.depth} blocks")
-        if self.planted and self.planted_patches > self.num_patches:
+        if self.synthetic_outlier and self.synthetic_outlier_after >= self.depth:
             raise ValueError(
-                f"planted_patches {self.planted_patches} of {self.num_patches} patches"
+                f"synthetic_outlier_after {self.synthetic_outlier_after} of {self.depth} blocks"
+            )
+        if self.synthetic_outlier and self.synthetic_outlier_patches > self.num_patches:
+            raise ValueError(
+                f"synthetic_outlier_patches {self.synthetic_outlier_patches} of "
+                f"{self.num_patches} patches"
             )
 
     def _contradictions(self) -> list[tuple[str, bool]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from singer_jax.errors import InputError
 from singer_jax.models.architecture import FIELDS, Architecture
+from singer_jax.settings.renamed import current_field
 
 Stored = TypeVar("Stored")
 
@@ -71,7 +72,7 @@ def changed_arguments(arch: Architecture, base: Architecture) -> dict[str, Any]:
     if kind != "VisionTransformer" and changed & {"global_pool", "fc_norm", "final_norm"}:
         changed |= {"fc_norm", "final_norm"} & set(words)
     for name in sorted(changed - set(words)):
-        if not name.startswith("planted"):
+        if not name.startswith("synthetic_outlier"):
             raise InputError(
                 f"overrides: {name} of timm's class {kind} cannot be changed: it has no such "
                 f"argument and could not load the model; it has {name}={getattr(base, name)}"
@@ -97,6 +98,7 @@ def stated_fields(arguments: Mapping[str, Any], base: Architecture) -> dict[str,
     """
     kind = timm_class(base)
     ours = {word: name for name, word in _ARGUMENTS[kind].items()}
+    arguments = {current_field(name): value for name, value in arguments.items()}
     left = {name: value for name, value in arguments.items() if not _WITHOUT_EFFECT.fullmatch(name)}
     if left.pop("in_chans", 3) != 3:
         raise InputError(f"in_chans {arguments['in_chans']}: images have 3 channels")

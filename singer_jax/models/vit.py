@@ -20,7 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
-from singer_jax.models import planted, registers
+from singer_jax.models import registers, synthetic_outlier
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.layers import (
     AttentionPool,
@@ -96,7 +96,7 @@ class VisionTransformer(nnx.Module):
         blocks = [Block(arch, policy, rngs, index) for index in range(arch.depth)]
         self.blocks = _stack(blocks) if policy.stacked else nnx.List(blocks)
         if policy.artifact_removal == "registers":
-            shape = arch.depth, blocks[0].mlp.fc2.in_features + bool(arch.planted)
+            shape = arch.depth, blocks[0].mlp.fc2.in_features + bool(arch.synthetic_outlier)
             self.register_neurons = registers.RegisterNeurons(jnp.zeros(shape, jnp.uint8))
         final = layer_norm(arch, policy, rngs) if arch.final_norm else identity
         self.norm, self.fc_norm = (identity, final) if arch.fc_norm else (final, identity)
@@ -106,8 +106,10 @@ class VisionTransformer(nnx.Module):
             self.head = linear(dim, arch.num_classes, policy, rngs)
         if arch.num_classes and arch.distilled:
             self.head_dist = linear(dim, arch.num_classes, policy, rngs)
-        if arch.planted:  # last, so that all other parameters are drawn as without it
-            self.planted = planted.Planted(arch, policy.param_dtype, rngs)
+        # It is made last, so that all other parameters are drawn as without it. Saved weights and
+        # checkpoints hold its vector as `planted.vector`.
+        if arch.synthetic_outlier:
+            self.planted = synthetic_outlier.SyntheticOutlier(arch, policy.param_dtype, rngs)
 
     @_exact
     def embed(
@@ -179,7 +181,7 @@ class VisionTransformer(nnx.Module):
         """Returns the hidden layer of the MLP of block `index` for a residual stream.
 
         A synthetic outlier is represented by an additional last neuron. After block
-        `arch.planted_after` its activation is the length of the outlier vector.
+        `arch.synthetic_outlier_after` its activation is the length of the outlier vector.
 
         Args:
           index: index of the block.
@@ -187,10 +189,12 @@ class VisionTransformer(nnx.Module):
           images: images as for `features`.
         """
         hidden = self.block(index).hidden(x.astype(self.policy.dtype), self._rotation(index))
-        if not self.arch.planted:
+        if not self.arch.synthetic_outlier:
             return hidden
         length = jnp.linalg.norm(self.planted.vector[...])
-        fires = jnp.where(index == self.arch.planted_after, length * self._marked(images), 0)
+        fires = jnp.where(
+            index == self.arch.synthetic_outlier_after, length * self._marked(images), 0
+        )
         return jnp.concatenate([hidden, fires.astype(hidden.dtype)], axis=-1)
 
     def _advance(
@@ -199,16 +203,17 @@ class VisionTransformer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         added: Float[Array, "batch tokens dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """Applies block `index` to a stream of `_enter`, and adds the output of `_planted`."""
+        """Applies block `index` to a stream of `_enter`, and adds that of `_outlier_update`."""
         if added is not None:
             x = self._advance(index, x)
-            return x + jnp.where(index == self.arch.planted_after, added, 0).astype(x.dtype)
+            here = index == self.arch.synthetic_outlier_after
+            return x + jnp.where(here, added, 0).astype(x.dtype)
         if not self.num_added_tokens:
             return self._apply(index, x)
         neurons = self.register_neurons[...][index]
         move = functools.partial(
             registers.move,
-            neurons=neurons[:-1] if self.arch.planted else neurons,
+            neurons=neurons[:-1] if self.arch.synthetic_outlier else neurons,
             first_patch=self._first_patch,
         )
         return self._apply(index, x, move)
@@ -258,15 +263,15 @@ class VisionTransformer(nnx.Module):
             return x
         return jnp.pad(x, ((0, 0), (self.num_added_tokens, 0), (0, 0)))
 
-    def _planted(
+    def _outlier_update(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens dim"] | None:
         """Returns the synthetic outliers to add to a stream; None: no outliers."""
-        if not self.arch.planted:
+        if not self.arch.synthetic_outlier:
             return None
         marked = self._marked(images)
         if self.num_added_tokens:
-            neuron = self.register_neurons[...][self.arch.planted_after, -1:]
+            neuron = self.register_neurons[...][self.arch.synthetic_outlier_after, -1:]
             marked = registers.move(marked, neuron, self._first_patch)
         return marked * self.planted.vector[...]
 
@@ -274,13 +279,13 @@ class VisionTransformer(nnx.Module):
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch tokens 1"]:
         """Returns a mask with 1 at the patches that receive the outlier vector."""
-        marked = planted.marked_patches(images, self.arch).astype(jnp.float32)
+        marked = synthetic_outlier.marked_patches(images, self.arch).astype(jnp.float32)
         return jnp.pad(marked, ((0, 0), (self._first_patch, 0)))[..., None]
 
     def _streams(
         self, images: Float[Array, "batch height width 3"], blocks: int
     ) -> tuple[Float[Array, "batch tokens dim"], ...]:
-        x, added = self._enter(images), self._planted(images)
+        x, added = self._enter(images), self._outlier_update(images)
         streams = []
         for index in range(blocks):
             x = self._advance(index, x, added)
@@ -294,7 +299,10 @@ class VisionTransformer(nnx.Module):
         added: Float[Array, "batch tokens dim"] | None,
     ) -> Float[Array, "batch tokens dim"]:
         """Returns the stream after block `index`, minus synthetic outliers if these are removed."""
-        subtracted = self.policy.artifact_removal == "planted" and index >= self.arch.planted_after
+        subtracted = (
+            self.policy.artifact_removal == "synthetic_outlier"
+            and index >= self.arch.synthetic_outlier_after
+        )
         return x - added.astype(x.dtype) if subtracted else x
 
     def _viewed(self, compute: Callable[[Array], Any], images: Array) -> Any:
@@ -345,7 +353,7 @@ class VisionTransformer(nnx.Module):
             streams = self._streams(images, layers[-1] + 1)
             return {layer: jax.lax.stop_gradient(streams[layer]) for layer in layers}
 
-        added = self._planted(images)
+        added = self._outlier_update(images)
 
         def advance(x: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             x = jax.lax.fori_loop(*bounds, lambda index, x: self._advance(index, x, added), x)

@@ -86,7 +86,8 @@ def abstract_params(arch: Architecture) -> Params:
     kinds = [(number,) for number in arch.num_kv_heads or ()] or [None] * arch.depth
     of_kind = {
         kind: abstract_model(
-            dataclasses.replace(arch, depth=1, planted_after=0, num_kv_heads=kind), ComputePolicy()
+            dataclasses.replace(arch, depth=1, synthetic_outlier_after=0, num_kv_heads=kind),
+            ComputePolicy(),
         )[1]
         for kind in dict.fromkeys(kinds)
     }

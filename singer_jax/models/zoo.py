@@ -23,6 +23,7 @@ from singer_jax.models.families import (
 from singer_jax.models.families import IMAGENET_MEAN as IMAGENET_MEAN
 from singer_jax.models.families import IMAGENET_STD as IMAGENET_STD
 from singer_jax.settings import ranges
+from singer_jax.settings.renamed import current_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,8 @@ def lookup(model: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
         raise unknown("model", name, MODELS)
     spec, overrides = dataclasses.replace(MODELS[name], **_tag_input(model)), dict(overrides or {})
     for key, value in overrides.items():
+        if (current := current_field(key)) != key:
+            raise InputError(f"overrides: {key} is now {current}")
         if key not in FIELDS:
             raise unknown(f"architecture field of {name}", key, FIELDS)
         ranges.check(f"{key} of {name}", value, FIELDS[key].allowed)

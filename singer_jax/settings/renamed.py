@@ -10,6 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# Fields of `Architecture`, which a dict of overrides or timm's config.json holds.
+_FIELDS = {
+    "planted": "synthetic_outlier",
+    "planted_after": "synthetic_outlier_after",
+    "planted_patches": "synthetic_outlier_patches",
+    "planted_length": "synthetic_outlier_length",
+}
 _METHOD = {
     "nullspace.use": "nullspace.mode",
     "nullspace.source": "nullspace.weight_matrix",
@@ -38,6 +45,7 @@ _KEYS = {f"method.{old}": f"method.{new}" for old, new in _METHOD.items()} | {
     "probe.token": "probe.pooling",
     "data.strict": "data.fail_on_unreadable",
     "accumulation": "grad_accum_steps",
+    **{f"overrides.{old}": f"overrides.{new}" for old, new in _FIELDS.items()},
 }
 # Settings of single jobs, which are in no section.
 _OF_JOBS = {
@@ -48,7 +56,10 @@ _OF_JOBS = {
     "change": "overrides",
     "stablehlo": "formats",
 }
-_VALUES = {"students.execution": {"together": "parallel", "one_by_one": "sequential"}}
+_VALUES = {
+    "students.execution": {"together": "parallel", "one_by_one": "sequential"},
+    "teacher.artifact_removal": {"planted": "synthetic_outlier"},
+}
 
 # The former key, alone or below the section of a run or a student; a section has keys below it.
 _PATTERNS = [
@@ -66,6 +77,11 @@ def current_key(key: str) -> str:
         if match:
             return f"{match['before']}{new}{match['below']}"
     return key
+
+
+def current_field(name: str) -> str:
+    """Returns the current name of a field of `Architecture`."""
+    return _FIELDS.get(name, name)
 
 
 def current(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def make_teacher(settings: DistillSettings, mesh: Mesh, weights_needed: bool = T
     """
     data = settings.data
     spec, weights = resolve_model("teacher", settings.teacher, data.image_size, data.normalisation)
-    if settings.teacher.artifact_removal == "planted" and not spec.arch.planted:
+    if settings.teacher.artifact_removal == "synthetic_outlier" and not spec.arch.synthetic_outlier:
         raise InputError(
-            f"teacher.artifact_removal: planted, but nothing is planted in {spec.name}"
+            f"teacher.artifact_removal: synthetic_outlier, but there is none in {spec.name}"
         )
     if weights_needed and not weights:
         raise InputError("teacher.weights: empty; give a hub name, a file or a run")

@@ -9,35 +9,35 @@ VECTOR = np.array([3.0, 0.0, 4.0])
 MARKED = np.array([[True, False], [False, True]])
 
 
-def planted(share: float) -> np.ndarray:
+def with_outlier(share: float) -> np.ndarray:
     """Returns two images of two patches, with a share of the vector left in the marked patches."""
     plain = np.arange(12.0).reshape(2, 2, 3)
     return plain + share * MARKED[..., None] * VECTOR
 
 
 @pytest.mark.parametrize(("left", "removed"), [(1, 0), (0, 1), (0.5, 0.75), (-1, 0), (2, -3)])
-def test_the_share_of_the_planted_energy_that_is_removed(left, removed):
-    found = artifacts.removed_share(planted(1), planted(left), VECTOR, MARKED)
+def test_the_share_of_the_outlier_energy_that_is_removed(left, removed):
+    found = artifacts.removed_share(with_outlier(1), with_outlier(left), VECTOR, MARKED)
     assert found == pytest.approx(removed)
 
 
 def test_a_projected_update_removes_the_share_that_is_in_the_subspace():
     onto = np.diag([1.0, 1, 0])
-    after = planted(1) - MARKED[..., None] * (VECTOR @ onto)
-    found = artifacts.removed_share(planted(1), after, VECTOR, MARKED)
+    after = with_outlier(1) - MARKED[..., None] * (VECTOR @ onto)
+    found = artifacts.removed_share(with_outlier(1), after, VECTOR, MARKED)
     assert found == pytest.approx(artifacts.energy_within(VECTOR, onto))
 
 
 def test_what_a_change_does_besides_counts_against_it_in_marked_patches_alone():
-    after = planted(0)
+    after = with_outlier(0)
     after[..., 1] += 2  # at right angles
     after[0, 1] += 5  # not marked
-    found = artifacts.removed_share(planted(1), after, VECTOR, MARKED)
+    found = artifacts.removed_share(with_outlier(1), after, VECTOR, MARKED)
     assert found == pytest.approx(1 - 4 / 25)
 
 
 def test_the_length_makes_the_norm_the_ratio_of_a_median_token():
-    length = artifacts.planted_length(np.array([4.0, 6.0]), 20)
+    length = artifacts.outlier_length(np.array([4.0, 6.0]), 20)
     assert np.hypot(5, length) == pytest.approx(100)
 
 

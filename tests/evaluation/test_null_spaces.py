@@ -12,7 +12,7 @@ from singer_jax import main
 from singer_jax.config import null_spaces
 from singer_jax.evaluation import norm_summary
 from singer_jax.jobs import nullspace as job
-from tests import planted, tiny
+from tests import outlier_teacher, tiny
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_an_unreadable_image_is_left_out_of_the_measures_and_the_pictures(
 def test_the_verdict_says_whether_there_are_artifacts_and_where(tmp_path, capsys, length):
     config = null_spaces()
     config.teacher.model = "vit_tiny_patch16_224"
-    config.teacher.weights = str(planted.write_teacher(tmp_path / "t.safetensors", length))
-    config.teacher.overrides = dict(planted.SIZES)
+    config.teacher.weights = str(outlier_teacher.write_teacher(tmp_path / "t.safetensors", length))
+    config.teacher.overrides = dict(outlier_teacher.SIZES)
     config.data.source, config.data.workers = "digits", 0
     config.mesh.data, config.precision, config.rank, config.images = 1, "float32", 2, 32
     config.layers, config.include_last_layer = (1, 3), False

@@ -90,7 +90,7 @@ def teacher() -> VisionTransformer:
     return VisionTransformer(TEACHER, rngs=nnx.Rngs(0))
 
 
-def planted(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
+def with_outliers(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
     """Returns features with a long vector along one direction added to every fifth patch."""
     features = dict(
         enumerate(teacher.features(jax.random.normal(jax.random.key(2), (6, 16, 16, 3))))
@@ -103,7 +103,7 @@ def planted(teacher: VisionTransformer, direction: np.ndarray) -> ModelFeatures:
 def test_calibration_finds_a_synthetic_artifact(teacher):
     """The artifact's direction is not in the null space of the next block's weights."""
     plain = nullspace.of_layer(teacher, 3, "mlp")
-    seen = planted(teacher, np.asarray(plain.vectors[:, 12]))
+    seen = with_outliers(teacher, np.asarray(plain.vectors[:, 12]))
     own = settings(weight_matrix="calibrated", rank=2)
 
     @jax.jit
@@ -136,7 +136,7 @@ def test_a_smaller_ridge_removes_less_energy_and_perturbs_less(teacher):
 
 
 def test_covariances_of_outliers_are_additive(teacher):
-    seen = planted(teacher, np.ones(24) / np.sqrt(24))
+    seen = with_outliers(teacher, np.ones(24) / np.sqrt(24))
     own = settings(weight_matrix="calibrated")
     patches = np.asarray(seen.features[3], np.float64)[:, 1:]
     expected = np.zeros((24, 24))
@@ -155,7 +155,7 @@ def test_covariances_of_outliers_are_additive(teacher):
 
 
 def test_a_sum_of_methods_passes_measurements_on(teacher):
-    seen = planted(teacher, np.ones(24) / np.sqrt(24))
+    seen = with_outliers(teacher, np.ones(24) / np.sqrt(24))
     alone = settings(weight_matrix="calibrated")
     own = WeightedSumSettings(((1.0, alone), (1.0, settings(name="fitnet"))))
     found = methods.measure(seen, own)

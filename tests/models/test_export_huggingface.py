@@ -42,7 +42,7 @@ def test_every_bit_of_the_weights_is_in_the_export(tmp_path):
         ("vit_small_patch16_dinov3", {"num_classes": 3}, "num_classes"),
         ("vit_tiny_patch16_224", {"pre_norm": True, "init_values": 1e-5}, "pre_norm"),
         ("beit_base_patch16_224", {"num_classes": 0}, "pos_embed"),
-        ("vit_tiny_patch16_224", {"planted": "random"}, "planted"),
+        ("vit_tiny_patch16_224", {"synthetic_outlier": "random"}, "synthetic_outlier"),
         ("vit_tiny_patch16_224", {"reg_tokens": 2}, "reg_tokens"),
         ("vit_tiny_patch16_224", {"num_classes": 3, "global_pool": "avg"}, "global_pool"),
         ("vit_small_patch14_dinov2", {"mlp_ratio": 2.5}, "mlp_ratio"),

@@ -1,4 +1,4 @@
-"""The removal of planted outliers: the neurons that are found, and the effect on features."""
+"""The removal of outliers: the neurons that are found, and the effect on features."""
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,18 @@ from singer_jax.training.artifact_removal import (
     describe_artifact_removal,
     find_register_neurons,
 )
-from tests import planted
+from tests import outlier_teacher
 
-SPEC = lookup("vit_tiny_patch16_224", planted.SIZES | {"num_classes": 0})
+SPEC = lookup("vit_tiny_patch16_224", outlier_teacher.SIZES | {"num_classes": 0})
 IMAGES = evenly(DigitsSource(TRAIN), 20)  # on several devices the last batch is not full
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
+    folder = tmp_path_factory.mktemp("teachers")
     return {
-        "planted": planted.write_teacher(folder / "planted.safetensors"),
-        "clean": planted.write_teacher(folder / "clean.safetensors", 0.0),
+        "outliers": outlier_teacher.write_teacher(folder / "outliers.safetensors"),
+        "clean": outlier_teacher.write_teacher(folder / "clean.safetensors", 0.0),
     }
 
 
@@ -57,9 +57,9 @@ def load(file, mesh, **policy):
 )
 def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, policy):
     mesh = parallel.make_mesh(devices)
-    before, clean = (load(files[name], mesh, **policy) for name in ("planted", "clean"))
+    before, clean = (load(files[name], mesh, **policy) for name in ("outliers", "clean"))
     neurons = find_register_neurons(*before, mesh, IMAGES, RegisterSettings(neurons=2))
-    assert neurons == list(planted.NEURONS)
+    assert neurons == list(outlier_teacher.NEURONS)
 
     graph, abstract = abstract_model(
         SPEC.arch, ComputePolicy(artifact_removal="registers", **policy)
@@ -68,11 +68,11 @@ def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, p
     put = parallel.put(marked, parallel.replicated(mesh))
     after = Network(SPEC, graph), before[1] | {registers.NAME: put}
     layers = range(SPEC.arch.depth)
-    # The same teacher without what was planted says what its class token should be.
+    # The same teacher without outliers says what its class token should be.
     spoilt, found = (
         describe_artifact_removal(clean, which, mesh, IMAGES, layers) for which in (before, after)
     )
-    block = planted.NEURONS[0][0]
+    block = outlier_teacher.NEURONS[0][0]
     for layer in map(str, layers):
         if int(layer) >= block:
             assert spoilt[layer]["after"]["max"] > 30 * spoilt[layer]["after"]["median"]
@@ -89,7 +89,7 @@ def test_registers_take_the_outliers_and_leave_the_class_token(files, devices, p
 def test_norms_and_class_tokens_are_those_of_numpy(files):
     """The effect of shift averaging; the padding of the batch counts nowhere."""
     mesh = parallel.make_mesh(1)
-    before = load(files["planted"], mesh)
+    before = load(files["outliers"], mesh)
     graph, _ = abstract_model(SPEC.arch, ComputePolicy(artifact_removal="shift_average"))
     few = evenly(DigitsSource(TRAIN), 3)
     found = describe_artifact_removal(before, (Network(SPEC, graph), before[1]), mesh, few, (2,))[
@@ -121,4 +121,4 @@ def test_what_cannot_be_found_is_said(files):
         find_register_neurons(*load(files["clean"], mesh), mesh, few, RegisterSettings())
     with pytest.raises(InputError, match=r"neurons: 500, but the blocks that make .* have 192"):
         settings = RegisterSettings(neurons=500)
-        find_register_neurons(*load(files["planted"], mesh), mesh, few, settings)
+        find_register_neurons(*load(files["outliers"], mesh), mesh, few, settings)

@@ -17,7 +17,7 @@ def write_teacher(path: Path, length: float = 10.0, **overrides: object) -> Path
 
     Args:
       path: of the file.
-      length: of what each of the planted neurons writes where it fires with 1; 0: no outliers.
+      length: of what each of the outlier neurons writes where it fires with 1; 0: no outliers.
       **overrides: as for `tiny.write_teacher`.
     """
     tensors = load_file(tiny.write_teacher(path, **SIZES, **overrides))

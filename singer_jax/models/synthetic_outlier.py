@@ -1,8 +1,8 @@
 """Synthetic outliers of known norm, position and direction: a vector added to a few patches.
 
 They are for studies of the effect of distillation and artifact removal on outlier tokens. A teacher
-that is trained with them (`Architecture.planted`) adapts to them, as large transformers adapt to
-their own outliers.
+that is trained with them (`Architecture.synthetic_outlier`) adapts to them, as large transformers
+adapt to their own outliers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from singer_jax.models.architecture import Architecture
 
 
-class Planted(nnx.Module):
+class SyntheticOutlier(nnx.Module):
     """Holds the outlier vector, which no optimiser changes.
 
     Args:
@@ -30,7 +30,7 @@ class Planted(nnx.Module):
 
     def __init__(self, arch: Architecture, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         drawn = jax.random.normal(rngs.params(), (arch.embed_dim,))
-        length = arch.planted_length / jnp.linalg.norm(drawn)
+        length = arch.synthetic_outlier_length / jnp.linalg.norm(drawn)
         self.vector = nnx.Param((length * drawn).astype(dtype))
 
 
@@ -41,11 +41,11 @@ def marked_patches(
 
     Args:
       images: normalised images.
-      arch: architecture, whose `planted` selects the patches. `random` patches are drawn from a sum
-        over the pixels, which is rounded so that it is the same in every program. `background`
-        patches are those whose pixels vary least; of equal ones, the first.
+      arch: architecture, whose `synthetic_outlier` selects the patches. `random` patches are drawn
+        from a sum over the pixels, which is rounded so that it is the same in every program.
+        `background` patches are those whose pixels vary least; of equal ones, the first.
     """
-    if arch.planted == "random":
+    if arch.synthetic_outlier == "random":
         levels = jnp.round(images.astype(jnp.float32) * 32).astype(jnp.int32).astype(jnp.uint32)
         levels = levels.reshape(len(images), -1)
         places = jnp.arange(levels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)
@@ -57,5 +57,5 @@ def marked_patches(
         shape = (len(images), rows, size, columns, size, 3)
         scores = -jnp.var(images.astype(jnp.float32).reshape(shape), axis=(2, 4)).sum(-1)
         scores = scores.reshape(len(images), arch.num_patches)
-    best = jax.lax.top_k(scores, arch.planted_patches)[1]
+    best = jax.lax.top_k(scores, arch.synthetic_outlier_patches)[1]
     return jnp.any(best[:, :, None] == jnp.arange(arch.num_patches), axis=1)
