@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# All that is to be measured where there is one GPU, in one call of under 8 minutes:
+# All that is to be measured where there is one GPU, in parts of at most 100 s each:
 #
-#   bash benchmarks/accelerator.sh                 # prints targets beside measurements
-#   bash benchmarks/accelerator.sh --append        # and keeps them in benchmarks/results
+#   bash benchmarks/accelerator.sh                 # all parts, at most 10 minutes
+#   bash benchmarks/accelerator.sh rates host      # some parts, by name
+#   bash benchmarks/accelerator.sh --append        # also keeps the tables in benchmarks/results
 #   bash benchmarks/accelerator.sh --small         # a try on a CPU
 #
-# Needs jax, flax, optax, safetensors, jaxtyping, etils and lazy_loader; torch and timm for the
-# peers, qwix for int8 and fp8. What is missing is said and left out.
+# Each table is printed when it is measured. The parts are listed by --help. They need jax, flax,
+# optax, safetensors, jaxtyping, etils and lazy_loader; `peers` torch and timm, `quantised` qwix,
+# `job` the whole package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
-exec timeout 480 "${PYTHON:-python3}" -m benchmarks.accelerator "$@"
+exec timeout 600 "${PYTHON:-python3}" -m benchmarks.accelerator "$@"

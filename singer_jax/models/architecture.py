@@ -311,6 +311,8 @@ class ComputePolicy:
         and whose parameters are sharded. None: the compiler decides, and may gather the larger
         activations instead.
       approximate_gelu: True to compute an exact GELU with its tanh approximation.
+      batches: sharding of the batches of a trained model, with which the layout of its residual
+        stream is constrained where the backend needs it (`Choices.row_major`). None: no constraint.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -323,6 +325,7 @@ class ComputePolicy:
     artifact_removal: str | None = dataclasses.field(default=None, repr=False)
     gathered: jax.sharding.NamedSharding | None = dataclasses.field(default=None, repr=False)
     approximate_gelu: bool = dataclasses.field(default=False, repr=False)
+    batches: jax.sharding.NamedSharding | None = dataclasses.field(default=None, repr=False)
 
     @property
     def choices(self) -> backends.Choices:

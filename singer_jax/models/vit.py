@@ -136,9 +136,8 @@ class VisionTransformer(nnx.Module):
         else:
             x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed[...].astype(x.dtype)
         x = self.norm_pre(x) if arch.pre_norm else x
-        if not self.policy.choices.row_major:
-            return x
-        return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+        batches = self.policy.batches
+        return _row_major(x, batches) if batches and self.policy.choices.row_major else x
 
     def block(self, index: int | Int[Array, ""]) -> Block:
         """Returns block `index`; a traced index needs stacked parameters."""
@@ -394,6 +393,24 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "batch classes"] | Float[Array, "batch dim"]:
         """Returns the output of timm's `model(images)`."""
         return self.head_output(self.features(images)[-1])
+
+
+def _row_major(
+    x: Float[Array, "batch tokens dim"], batches: jax.sharding.NamedSharding
+) -> Float[Array, "batch tokens dim"]:
+    """Returns `x` in the memory order of its axes, on every device its own images."""
+    mesh = batches.mesh
+
+    def constrained(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+
+    if mesh.size == 1:
+        return constrained(x)
+    if x.shape[0] % mesh.size:
+        return x
+    # The compiler would gather all images on each device to constrain the layout of the whole.
+    apart = jax.shard_map(constrained, mesh=mesh, in_specs=batches.spec, out_specs=batches.spec)
+    return apart(x)
 
 
 def _stack(blocks: Sequence[Block]) -> Block:

@@ -33,8 +33,8 @@ class Choices:
         three is written, read and written again with another tiling. A ViT-L block moves 1.7 GB
         instead of 2.1 in the forward pass, and 7.6 instead of 9.3 with the gradient of its input.
         For small models there is no difference.
-      row_major: Constrains the layout of the residual stream before the first block to the order
-        batch, tokens, channels. Without it a GPU's compiler lets the gradient of the position
+      row_major: Constrains the layout of a student's residual stream before the first block to the
+        order batch, tokens, channels. Without it a GPU's compiler lets the gradient of the position
         embedding, a sum over the batch, decide the layout of the whole stream, and transposes the
         input and output of each matrix product.
       slice_frozen: Computes query, key and value of a frozen model in bfloat16 as three products

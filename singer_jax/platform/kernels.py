@@ -2,7 +2,7 @@
 
 Kernels, bytes, operations and graphs are read from the program. Times are a model: no constant
 below was measured kernel by kernel. `HOST_PER_ARRAY` is fitted to the only measurement, 60.8 ms for
-a step on an H200 (benchmarks/RESULTS.md).
+a step on an H200 (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -243,7 +243,13 @@ def _student(
         spec = dataclasses.replace(spec, arch=arch)
     _check_heads(needs, spec, teacher, num_classes)
     dtype, backend = PRECISIONS[settings.precision], parallel.platform(mesh)
-    policy = ComputePolicy(dtype, jnp.float32, settings.student.remat, backend)
+    policy = ComputePolicy(
+        dtype,
+        jnp.float32,
+        settings.student.remat,
+        backend,
+        batches=parallel.batch_sharding(mesh),
+    )
     place = functools.partial(parallel.tree_shardings, mesh)
     graph, abstract_student = abstract_model(spec.arch, policy)
     draw_student = _drawing(spec.arch, policy, mesh)
