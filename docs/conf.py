@@ -44,7 +44,6 @@ html_copy_source = html_show_sourcelink = False
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4  # anchors as on GitHub
-suppress_warnings = ["misc.highlighting_failure"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
