@@ -38,8 +38,6 @@ def test_the_citation_has_the_released_version():
     assert citation["date-released"] == date
     paper = citation["preferred-citation"]
     assert paper["authors"] and paper["title"].startswith("SiNGER")
-        "\n", " "
-    )
 
 
 def test_issue_templates_have_a_name_and_a_description():

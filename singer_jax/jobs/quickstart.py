@@ -104,7 +104,7 @@ def _run_all(settings: QuickstartSettings, workdir: epath.Path) -> None:
             name,
             pixels,
             np.linalg.norm(tokens[:_SHOWN], axis=-1).reshape(shape),
-            cosine[:_SHOWN].reshape(shape),
+            None if name == "teacher" else cosine[:_SHOWN].reshape(shape),
         )
     write_text(results_file(workdir), json.dumps(results, indent=2) + "\n")
     columns = {name: _columns(row) for name, row in results.items()}

@@ -47,15 +47,15 @@ def marked_patches(
     """
     if arch.synthetic_outlier == "random":
         levels = jnp.round(images.astype(jnp.float32) * 32).astype(jnp.int32).astype(jnp.uint32)
-        levels = levels.reshape(len(images), -1)
+        levels = levels.reshape(images.shape[0], -1)
         places = jnp.arange(levels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)
         seeds = jnp.sum(levels * places, axis=1, dtype=jnp.uint32)  # wraps; exact in any order
         draw = jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed), arch.num_patches))
         scores = draw(seeds)
     else:
         (rows, columns), size = arch.grid, arch.patch_size
-        shape = (len(images), rows, size, columns, size, 3)
+        shape = (images.shape[0], rows, size, columns, size, 3)
         scores = -jnp.var(images.astype(jnp.float32).reshape(shape), axis=(2, 4)).sum(-1)
-        scores = scores.reshape(len(images), arch.num_patches)
+        scores = scores.reshape(images.shape[0], arch.num_patches)
     best = jax.lax.top_k(scores, arch.synthetic_outlier_patches)[1]
     return jnp.any(best[:, :, None] == jnp.arange(arch.num_patches), axis=1)

@@ -26,6 +26,7 @@ from singer_jax.evaluation.patches import cosine_to_teacher, linear_map, patch_t
 from singer_jax.io import limits
 from singer_jax.methods.singer import Singer, refine
 from singer_jax.methods.weighted_sum import WeightedSum
+from singer_jax.models.network import ModelSettings
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints
@@ -86,6 +87,7 @@ class Report:
       layers: patch norms of the distilled layers, for methods with refiners.
       results: numbers by row and column name, including published ones.
       note: note below the results.
+      summary: what was run: models, method and data, as the user named them.
     """
 
     title: str
@@ -96,6 +98,7 @@ class Report:
     layers: list[LayerNorms]
     results: dict[str, dict[str, float | None]]
     note: str = ""
+    summary: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def restore(
@@ -254,17 +257,40 @@ def collect(
         for name, singer in singers.items()
         for layer in singer.teacher_layers
     ]
-    learners = [own.distillation.student.spec.name for own in prepared.each.values()]
+    students_models = {
+        name: own.distillation.student.spec.name for name, own in prepared.each.items()
+    }
     return Report(
-        f"{settings.method_name}: {network.spec.name} to "
-        f"{', '.join(dict.fromkeys(learners))}, step {step}",
+        f"{run.name}, step {step}",
         to_dict(settings),
         read_metrics(run),
         _pixels(few, prepared.image_size),
         models,
         norms,
         results={},
+        summary=summary(settings, network.spec.name, students_models),
     )
+
+
+def summary(settings: DistillSettings, teacher: str, students: Mapping[str, str]) -> dict[str, str]:
+    """Returns the models, methods and data of a run, as the user named them.
+
+    Args:
+      settings: settings of the run.
+      teacher: model of the teacher, if the user named only its weights.
+      students: the same for each student.
+    """
+
+    def model(given: ModelSettings, found: str) -> str:
+        return (given.model or found) + (f", weights {given.weights}" if given.weights else "")
+
+    rows = {"teacher": model(settings.teacher, teacher)}
+    for name, own in settings.each().items():
+        label = f"student, {name}" if name else "student"
+        rows[label] = f"{model(own.student, students[name])}; method: {own.method_name}"
+    size = settings.data.image_size
+    rows["training images"] = settings.data.source + (f", {size} pixels" if size else "")
+    return rows
 
 
 def _test_or_train(settings: DistillSettings, train: Source) -> Source:

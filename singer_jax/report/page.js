@@ -13,11 +13,16 @@
       model[kind] = model[kind] === null ? null : bytes(model[kind]);
     }
   }
+  // Label, explanation, colour map, and the ends of its scale.
   const quantities = {
-    norm: ["patch norm", `0 to ${data.largest.toFixed(2)} x the model's median norm`],
-    cosine: ["cosine to the teacher", "0 to 1, the student's tokens mapped linearly"],
-    similarity: ["similarity to the chosen patch", "cosine 0 to 1, the chosen patch is framed"],
-    pca: ["principal components", "first three, as red, green and blue"],
+    norm: ["patch norm", "Norms are divided by the model's median, so that one scale fits all models.",
+      "viridis", "0", `${data.largest.toFixed(1)} x median`],
+    cosine: ["cosine to the teacher", "Cosine similarity to the teacher's token of the same patch. " +
+      "The student's tokens are mapped to the teacher's by a linear map.", "magma", "0", "1"],
+    similarity: ["similarity to the chosen patch", "Cosine similarity to the chosen patch, which is " +
+      "framed in the input.", "magma", "0", "1"],
+    pca: ["principal components", "The first three principal components of the tokens of all shown " +
+      "images, as red, green and blue.", null, "", ""],
   };
   // The chosen patch is a point of the image, because grids may differ.
   const state = { image: 0, quantity: "norm", point: [0.5, 0.5] };
@@ -46,9 +51,7 @@
       return colours.magma.subarray(3 * value, 3 * value + 3);
     }
     const values = model[state.quantity];
-    if (values === null) return [128, 128, 128];
-    const map = state.quantity === "norm" ? colours.viridis : colours.magma;
-    return map.subarray(3 * values[index], 3 * values[index] + 3);
+    return colours[quantities[state.quantity][2]].subarray(3 * values[index], 3 * values[index] + 3);
   };
 
   const figure = (name, rows, columns) => {
@@ -97,7 +100,17 @@
     for (const [kind, [label]] of Object.entries(quantities)) {
       button(choices, label, kind === state.quantity, () => { state.quantity = kind; draw(); });
     }
-    document.getElementById("scale").textContent = quantities[state.quantity][1];
+    const [, explanation, map, low, high] = quantities[state.quantity];
+    document.getElementById("explanation").textContent = explanation;
+    const scale = document.getElementById("scale");
+    scale.hidden = map === null;
+    if (map !== null) {
+      const stops = Array.from({ length: 17 }, (_, stop) => Math.min(255, 16 * stop))
+        .map((value) => `rgb(${colours[map].subarray(3 * value, 3 * value + 3).join(",")})`);
+      scale.children[0].textContent = low;
+      scale.children[1].style.background = `linear-gradient(to right, ${stops.join(",")})`;
+      scale.children[2].textContent = high;
+    }
 
     const picture = pictures[state.image];
     const show = () => {
@@ -115,6 +128,10 @@
     if (picture.complete) show(); else picture.addEventListener("load", show, { once: true });
 
     data.models.forEach((model, which) => {
+      // The teacher has no cosine to itself; neither has a student with another grid of patches.
+      const drawn = state.quantity !== "cosine" || model.cosine !== null;
+      contexts[which].canvas.parentElement.hidden = !drawn;
+      if (!drawn) return;
       const [rows, columns] = model.grid;
       const pixels = contexts[which].createImageData(columns, rows);
       for (let patch = 0; patch < model.patches; patch += 1) {

@@ -53,10 +53,13 @@ def write_page(file: epath.Path, report: Report) -> None:
       report: contents of the page.
     """
     sections = [
+        _summary(report.summary),
         _section("Results", _table(report.results) + _paragraph(report.note)),
         _section("Patches", _maps()) if report.models else "",
         _section("Training", _training(report.rows)) if report.rows else "",
-        _section("Norms before and after refinement", _histograms(report)) if report.layers else "",
+        _section("Patch norms before and after refinement", _histograms(report))
+        if report.layers
+        else "",
         _section("Null space", _spectra(report)) if report.layers else "",
         _section("Configuration", _config(report.config)),
     ]
@@ -78,15 +81,22 @@ def write_comparison(
     names = column_order([row for of_run in curves.values() for row in of_run])
     shown = ["train/loss", *(name for name in names if name.startswith("eval/"))]
 
+    lines = {
+        metric: {
+            name: points
+            for name, of_run in curves.items()
+            if len(points := _points(of_run, metric)) > 1
+        }
+        for metric in shown
+    }
+
     def panel(axis: Axes, metric: str) -> None:
-        for name, of_run in curves.items():
-            points = [(row["step"], row[metric]) for row in of_run if metric in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=_plain(name.split(" (")[0]))
+        for name, points in lines[metric].items():
+            axis.plot(*zip(*points, strict=True), label=_plain(name.split(" (")[0]))
         axis.set(title=_plain(metric), xlabel="step")
         axis.legend(fontsize=6)
 
-    plots = _plots([functools.partial(panel, metric=metric) for metric in shown])
+    plots = _plots([functools.partial(panel, metric=metric) for metric in shown if lines[metric]])
     sections = [_section("Results", _table(rows)), _section("Training", plots)]
     _write(file, "Comparison of runs", sections, {})
 
@@ -144,6 +154,19 @@ def _table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
+def _summary(rows: Mapping[str, str]) -> str:
+    """Returns the models, methods and data of the run as a list; empty without any."""
+    items = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in rows.items()
+    )
+    return f"<dl>{items}</dl>" if items else ""
+
+
+def _points(rows: Sequence[Mapping[str, float]], metric: str) -> list[tuple[float, float]]:
+    """Returns the steps and values of a metric."""
+    return [(row["step"], row[metric]) for row in rows if metric in row]
+
+
 def _maps() -> str:
     """Returns the containers that page.js fills from the data."""
     return (
@@ -151,7 +174,8 @@ def _maps() -> str:
         "Patch norms are divided by each model's median, so that one scale fits all.</p>"
         '<div id="images" role="group" aria-label="image"></div>'
         '<div id="quantities" role="group" aria-label="quantity"></div>'
-        '<div id="maps"></div><p id="scale" class="note"></p>'
+        '<div id="scale"><span></span><div></div><span></span></div>'
+        '<p id="explanation" class="note"></p><div id="maps"></div>'
     )
 
 
@@ -192,17 +216,34 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
         elif metric == "learning_rate":
             panels.setdefault((metric, "linear"), {})[student or metric] = name
 
+    points = {name: _points(rows, name) for of in panels.values() for name in of.values()}
+    single = {
+        f"{student} {metric}" if student and student != metric else metric: points[name][0]
+        for (metric, _), of in panels.items()
+        for student, name in of.items()
+        if len(points[name]) == 1
+    }
+    panels = {
+        which: lines
+        for which, of in panels.items()
+        if (lines := {label: name for label, name in of.items() if len(points[name]) > 1})
+    }
+
     def panel(axis: Axes, which: tuple[str, str], columns: Mapping[str, str]) -> None:
         title, scale = which
         for label, name in columns.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            marker = "o" if len(points) < 20 else ""
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_plain(label))
-        axis.set(yscale=scale, xlabel="step", title="" if title in columns else _plain(title))
-        axis.legend()
+            marker = "o" if len(points[name]) < 20 else ""
+            line = zip(*points[name], strict=True)
+            axis.plot(*line, marker=marker, markersize=3, label=_plain(label))
+        axis.set(yscale=scale, xlabel="step", title=_plain(title or "loss terms"))
+        if set(columns) != {title}:
+            axis.legend()
 
-    drawn = panels.items()
-    return _plots([functools.partial(panel, which=which, columns=of) for which, of in drawn])
+    plots = _plots(
+        [functools.partial(panel, which=which, columns=of) for which, of in panels.items()]
+    )
+    once = {name: {"step": step, "value": value} for name, (step, value) in single.items()}
+    return plots + (_paragraph("Recorded once:") + _table(once) if once else "")
 
 
 def _histograms(report: Report) -> str:
@@ -210,10 +251,24 @@ def _histograms(report: Report) -> str:
         bins = np.linspace(0, max(layer.before.max(), layer.after.max()), 60)
         for values, label in ((layer.before, "teacher"), (layer.after, "refined")):
             axis.hist(values, bins, histtype="step", label=label)
-        axis.set(yscale="log", xlabel="patch norm", title=_plain(layer.name))
+        axis.set(yscale="log", xlabel="patch norm", ylabel="patches", title=_plain(layer.name))
         axis.legend()
 
-    return _plots([functools.partial(panel, layer=layer) for layer in report.layers])
+    def ratio(norms: Float[np.ndarray, " patches"]) -> float:
+        return float(np.quantile(norms, 0.99) / np.median(norms))
+
+    table = {
+        layer.name: {
+            "median, teacher": float(np.median(layer.before)),
+            "median, refined": float(np.median(layer.after)),
+            "p99/median, teacher": ratio(layer.before),
+            "p99/median, refined": ratio(layer.after),
+        }
+        for layer in report.layers
+    }
+    return _plots([functools.partial(panel, layer=layer) for layer in report.layers]) + _table(
+        table
+    )
 
 
 def _spectra(report: Report) -> str:
@@ -222,13 +277,17 @@ def _spectra(report: Report) -> str:
         axis.axhline(layer.threshold, linestyle="--", color=_INK)
         axis.set(xlabel="index", ylabel="singular value", title=_plain(layer.name))
 
-    lines = [
-        f"{layer.name.capitalize()}: {layer.null_dim} of {len(layer.singular_values)} singular "
-        f"values lie below the threshold {layer.threshold:.3g}."
+    table = {
+        layer.name: {
+            "threshold": layer.threshold,
+            "singular values below it": layer.null_dim,
+            "of": len(layer.singular_values),
+        }
         for layer in report.layers
-    ]
+    }
+    note = "The dashed line is the threshold. The null space is spanned by the directions below it."
     plots = _plots([functools.partial(panel, layer=layer) for layer in report.layers])
-    return plots + _paragraph(" ".join(lines))
+    return plots + _paragraph(note) + _table(table)
 
 
 def _config(config: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ def save_patch_maps(
     title: str,
     images: UInt8[np.ndarray, "images height width 3"],
     norms: Float[np.ndarray, "images rows columns"],
-    cosine: Float[np.ndarray, "images rows columns"],
+    cosine: Float[np.ndarray, "images rows columns"] | None,
 ) -> None:
     """Draws input, patch norms and cosine similarity to the teacher, one column per image.
 
@@ -27,16 +27,18 @@ def save_patch_maps(
       title: name of the model.
       images: pixels as the model saw them.
       norms: norms of the last block's patch tokens.
-      cosine: cosine similarity of the same tokens to the teacher's, -1 to 1.
+      cosine: cosine similarity of the same tokens to the teacher's, -1 to 1; None for the teacher.
     """
-    figure = Figure(figsize=(1.5 * len(images) + 1.2, 4.9), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(3, len(images), squeeze=False)
-    rows = (
+    rows = [
         ("input", images, {}),
         ("patch norm", norms, {"vmin": float(norms.min()), "vmax": float(norms.max())}),
-        ("cosine to teacher", cosine, {"vmin": 0.0, "vmax": 1.0, "cmap": "magma"}),
-    )
+    ]
+    if cosine is not None:
+        rows.append(("cosine to teacher", cosine, {"vmin": 0.0, "vmax": 1.0, "cmap": "magma"}))
+    size = (1.5 * len(images) + 1.2, 1.5 * len(rows) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
     for row, (label, values, options) in zip(axes, rows, strict=True):
         for axis, value in zip(row, values, strict=True):
             shown = axis.imshow(value, **options)
