@@ -105,7 +105,7 @@ How to read the tables:
 
 - `float in (0, 1]` excludes 0 and includes 1. An `int` without an upper bound is below 2**31.
 - The default is that of the protocol `recommended`. If the protocol `paper`, which is chosen with
-  `--config=configs/NAME.py:paper`, has another default, it follows.
+  `--config=configs/singer_vitl_vitt.py:paper`, has another default, it follows.
 - `job`, the name of the command, is set by the file and is left out.
 - The jobs `quickstart` and `study` contain whole distillations: `teacher` and `distilled` of
   `quickstart`, and `base`, `tuned` and `distilled` of `study`, have the keys of `distill`. The
