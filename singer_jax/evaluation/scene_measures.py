@@ -1,4 +1,4 @@
-"""Measures of a study on generated scenes, for a teacher and its students."""
+"""Measures of a study for a teacher and its students."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from singer_jax.data.dense import DepthTransform, SegmentationTransform
-from singer_jax.data.images import open_image
+from singer_jax.data.images import EvalTransform, open_image
 from singer_jax.data.registry import DataSettings, open_source
 from singer_jax.data.scenes import label_of
+from singer_jax.data.sources import evenly
 from singer_jax.evaluation import artifacts, linear
 from singer_jax.evaluation.backbone import Backbone, Examples
 from singer_jax.evaluation.knn import knn_top1
@@ -33,24 +34,50 @@ Tokens = dict[int, Float[np.ndarray, "images tokens dim"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes:
-    """Split of generated scenes in memory.
+class LabelledImages:
+    """Images of a split in memory, with their labels.
 
     Attributes:
       pixels: images [images, size, size, 3].
       classes: class of each image.
-      masks: class of each pixel, from 0, [images, size, size].
-      depth: depth of each pixel in metres, 0 if there is none, [images, size, size].
+      masks: class of each pixel, from 0, [images, size, size]; None if the source has none.
+      depth: depth of each pixel in metres, 0 if there is none, [images, size, size]; None if the
+        source has none.
     """
 
     pixels: UInt8[np.ndarray, "images size size 3"]
     classes: Int[np.ndarray, " images"]
-    masks: Int[np.ndarray, "images size size"]
-    depth: Float[np.ndarray, "images size size"]
+    masks: Int[np.ndarray, "images size size"] | None = None
+    depth: Float[np.ndarray, "images size size"] | None = None
 
     @classmethod
-    def draw(cls, data: DataSettings, size: int, split: str, count: int | None = None) -> Scenes:
-        """Returns the first `count` images of a split, or all of them, at a size in pixels."""
+    def read(
+        cls, data: DataSettings, size: int, split: str, count: int | None = None
+    ) -> LabelledImages:
+        """Returns images of a split at a size in pixels.
+
+        Generated scenes also have masks and depth.
+
+        Args:
+          data: settings of the source.
+          size: side of the images in pixels.
+          split: `train` or `test`.
+          count: number of images; None: all. They are the first scenes, or evenly spaced images of
+            another source in random order, because a folder is sorted by class.
+        """
+        if data.source == "scenes":
+            return cls._draw(data, size, split, count)
+        source = open_source(data, split)
+        if count is not None:
+            source = evenly(source, count)
+        order = np.random.default_rng(0).permutation(len(source))
+        records = [source[int(index)] for index in order]
+        transform = EvalTransform(size)
+        pixels = np.stack([transform(open_image(one.image)) for one in records])
+        return cls(pixels, np.array([one.label for one in records]))
+
+    @classmethod
+    def _draw(cls, data: DataSettings, size: int, split: str, count: int | None) -> LabelledImages:
         transforms = {
             "scenes_masks": SegmentationTransform(size, train=False),
             "scenes_depth": DepthTransform(size, train=False),
@@ -67,21 +94,22 @@ class Scenes:
         return cls(arrays["pixels"], classes, arrays["scenes_masks"], arrays["scenes_depth"])
 
 
-class SceneMeasures:
+class StudyMeasures:
     """Measures of the students of one teacher.
 
-    Dense tasks exclude the patches in which the teacher has an artifact, in training and testing.
-    If artifacts depend on the image, those that a student kept would reveal the label.
+    Images without masks have no dense tasks. Dense tasks exclude the patches in which the teacher
+    has an artifact, in training and testing. If artifacts depend on the image, those that a student
+    kept would reveal the label.
 
     Args:
       teacher: teacher as its students saw it.
-      train: scenes to fit probes on.
-      test: scenes to evaluate on.
+      train: images to fit probes on.
+      test: images to evaluate on.
       layers: distilled blocks; a synthetic outlier is added after the first of them.
     """
 
     def __init__(
-        self, teacher: Backbone, train: Scenes, test: Scenes, layers: Sequence[int]
+        self, teacher: Backbone, train: LabelledImages, test: LabelledImages, layers: Sequence[int]
     ) -> None:
         self.teacher, self.train, self.test = teacher, train, test
         self.first, self.last = layers[0], layers[-1]
@@ -91,15 +119,19 @@ class SceneMeasures:
         if teacher.arch.synthetic_outlier:
             self.vector = np.asarray(teacher.params["planted"]["vector"])
         self.features = tokens_of(teacher, test, sorted({self.first, self.last}))
-        clean = _without_outlier(teacher)
-        self.clean, self.clean_fitted = (
-            tokens_of(clean, scenes, [self.last], count)[self.last][:, self.prefix :]
-            for scenes, count in ((test, None), (train, _MAPPED))
-        )
+        self.train_tokens = tokens_of(teacher, train, [self.last])[self.last]
+        of_test, of_train = self.features[self.last], self.train_tokens[:_MAPPED]
+        if teacher.arch.synthetic_outlier:
+            clean = _without_outlier(teacher)
+            of_test, of_train = (
+                tokens_of(clean, images, [self.last], count)[self.last]
+                for images, count in ((test, None), (train, _MAPPED))
+            )
+        self.clean, self.clean_fitted = (x[:, self.prefix :] for x in (of_test, of_train))
 
     def of_teacher(self) -> dict[str, float]:
         """Returns the scores of the teacher, and measures of its synthetic outlier."""
-        found = self._scores(self.teacher)
+        found = self._scores(self.teacher, self.train_tokens, self.features[self.last])
         found["norm_ratio_first"] = norm_ratio(self.features[self.first][:, self.prefix :])
         if self.teacher.arch.synthetic_outlier:
             model = self.teacher.network.merge(self.teacher.params)
@@ -107,38 +139,48 @@ class SceneMeasures:
             usual = nullspace.NullSpaceSettings()
             tau = nullspace.threshold_value(space, usual.threshold_type, usual.threshold)
             projection = np.asarray(nullspace.projector(space, tau, 1))
-            found["planted_in_null_space"] = artifacts.energy_within(self.vector, projection)
-            found["planted_length"] = float(np.linalg.norm(self.vector))
+            found["outlier_in_null_space"] = artifacts.energy_within(self.vector, projection)
+            found["outlier_length"] = float(np.linalg.norm(self.vector))
         return found
 
-    def of_student(self, student: Backbone) -> dict[str, float | None]:
+    def of_student(self, student: Backbone) -> dict[str, float]:
         """Returns the scores of a student, and its similarity to the artifact-free teacher."""
         last, prefix = student.arch.depth - 1, student.arch.num_prefix_tokens
-        fitted = tokens_of(student, self.train, [last], _MAPPED)[last][:, prefix:]
-        own = tokens_of(student, self.test, [last])[last][:, prefix:]
-        cosine = cosine_to_teacher(own, self.clean, linear_map(fitted, self.clean_fitted))
-        of_marked = cosine[self.marked]
-        return self._scores(student) | {
-            "cosine_to_clean": float(cosine.mean()),
-            "cosine_to_clean_marked": float(of_marked.mean()) if of_marked.size else None,
-        }
+        train, test = (tokens_of(student, one, [last])[last] for one in (self.train, self.test))
+        mapping = linear_map(train[:_MAPPED, prefix:], self.clean_fitted)
+        cosine = cosine_to_teacher(test[:, prefix:], self.clean, mapping)
+        found = {"cosine_to_clean": float(cosine.mean())}
+        if self.marked.any():
+            found["cosine_to_clean_marked"] = float(cosine[self.marked].mean())
+            found["cosine_to_clean_others"] = float(cosine[~self.marked].mean())
+        return self._scores(student, train, test) | found
 
     def of_target(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> dict[str, float]:
         """Returns measures of a distillation target: the refined or cleaned first distilled block.
 
-        The effect on the next block is the change of the block's update to the residual stream.
+        `outlier_medians` is the mean norm of the marked patches in median norms. The effect on the
+        next block is the change of the block's update to the residual stream.
 
         Args:
           cleaned: target features, in place of the teacher's own.
         """
         own = self.features[self.first]
-        before, after = (x[:, self.prefix :] for x in (own, cleaned))
+        after = cleaned[:, self.prefix :]
         found = {"target_norm_ratio": norm_ratio(after)}
         if self.marked.any():
-            given = (before, after, self.vector, self.marked)
-            found["removed_share"] = artifacts.removed_share(*given)
+            found["removed_share"] = self.removed_share(cleaned)
+            norms = np.linalg.norm(after, axis=-1)
+            found["outlier_medians"] = float(norms[self.marked].mean() / np.median(norms))
         seen = (self._next_block(x) for x in (own, cleaned))
         return found | {"next_block_changed": artifacts.relative_change(*seen)}
+
+    def removed_share(self, cleaned: Float[np.ndarray, "images tokens dim"]) -> float | None:
+        """Returns the share of the outlier's energy that a target lacks; None without outlier."""
+        if not self.marked.any():
+            return None
+        own = self.features[self.first]
+        before, after = (x[:, self.prefix :] for x in (own, cleaned))
+        return artifacts.removed_share(before, after, self.vector, self.marked)
 
     def refined(self, refiner: Refiner) -> Float[np.ndarray, "images tokens dim"]:
         """Returns the first distilled block's features with a refiner's update."""
@@ -159,11 +201,11 @@ class SceneMeasures:
         found = [_next_block(network, self.first, params, part) for part in _parts(features)]
         return np.concatenate([np.asarray(part) for part in found]) - features
 
-    def _scores(self, backbone: Backbone) -> dict[str, float]:
-        last, prefix = backbone.arch.depth - 1, backbone.arch.num_prefix_tokens
-        train, test = (tokens_of(backbone, one, [last])[last] for one in (self.train, self.test))
+    def _scores(self, backbone: Backbone, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
+        """Returns the scores of a model from all tokens of its last block."""
+        prefix = backbone.arch.num_prefix_tokens
         labels, tested = self.train.classes, self.test.classes
-        classes, surfaces = int(labels.max()) + 1, int(self.train.masks.max()) + 1
+        classes = int(labels.max()) + 1
         near = Examples(train[:, 0], labels), Examples(test[:, 0], tested)
         left_out = self.train_marked, self.marked
 
@@ -173,21 +215,23 @@ class SceneMeasures:
             )
             return train[:, prefix:], of_train, test[:, prefix:], of_test
 
-        return {
+        found = {
             "linear_top1": linear.top1(train[:, 0], labels, test[:, 0], tested, classes),
             "knn_top1": 100 * knn_top1(*near, classes=classes),
-            "miou": linear.mean_iou(*dense("masks"), surfaces, *left_out),
-            "depth_rmse": linear.depth_rmse(*dense("depth"), *left_out),
-            "norm_ratio": norm_ratio(test[:, prefix:]),
         }
+        if self.train.masks is not None:
+            surfaces = int(self.train.masks.max()) + 1
+            found["miou"] = linear.mean_iou(*dense("masks"), surfaces, *left_out)
+            found["depth_rmse"] = linear.depth_rmse(*dense("depth"), *left_out)
+        return found | {"norm_ratio": norm_ratio(test[:, prefix:])}
 
 
 def tokens_of(
-    backbone: Backbone, scenes: Scenes, layers: Sequence[int], count: int | None = None
+    backbone: Backbone, images: LabelledImages, layers: Sequence[int], count: int | None = None
 ) -> Tokens:
-    """Returns all tokens after some blocks, for the first `count` scenes or for all."""
+    """Returns all tokens after some blocks, for the first `count` images or for all."""
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for pixels in _parts(scenes.pixels[:count]):
+    for pixels in _parts(images.pixels[:count]):
         of_part = _features(backbone.network, tuple(layers), backbone.params, pixels)
         for layer, value in of_part.items():
             found[layer].append(np.asarray(value))
@@ -202,13 +246,13 @@ def _without_outlier(backbone: Backbone) -> Backbone:
     return dataclasses.replace(backbone, params=params)
 
 
-def marked(backbone: Backbone, scenes: Scenes) -> Bool[np.ndarray, "images patches"]:
+def marked(backbone: Backbone, images: LabelledImages) -> Bool[np.ndarray, "images patches"]:
     """Returns a mask of the patches with the synthetic outlier; all False if the model has none."""
     spec = backbone.network.spec
     if not spec.arch.synthetic_outlier:
-        return np.zeros((len(scenes.pixels), spec.arch.num_patches), bool)
+        return np.zeros((len(images.pixels), spec.arch.num_patches), bool)
     find = jax.jit(lambda pixels: marked_patches(spec.prepare(pixels), spec.arch))
-    return np.concatenate([np.asarray(find(pixels)) for pixels in _parts(scenes.pixels)])
+    return np.concatenate([np.asarray(find(pixels)) for pixels in _parts(images.pixels)])
 
 
 def _by_patch(

@@ -1,14 +1,17 @@
 """Job `study`: compares methods and artifact removal on teachers with synthetic artifacts.
 
-A base teacher is trained on generated scenes. Each teacher of the study is the base, fine-tuned
-with its own kind of artifact (`models.synthetic_outlier`). A cell is one run: all its students
-learn from one teacher, with one seed. The measures of a cell are appended to results.jsonl before
-the next cell starts. The same command resumes after the last finished cell.
+A base teacher is trained. Each teacher of the study is the base, fine-tuned with its own kind of
+artifact (`models.synthetic_outlier`), or the model of the section `given`. A cell is one run: all
+its students learn from one teacher, with one seed. All teachers have their first seed before any
+has its second. The measures of a cell are appended to results.jsonl before the next cell starts.
+The same command resumes after the last finished cell.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from singer_jax.errors import InputError, StudentsStopped, listed
 from singer_jax.evaluation.artifacts import outlier_length
 from singer_jax.evaluation.backbone import Backbone, load_backbone, load_teacher
 from singer_jax.evaluation.null_spaces import collect_patches
-from singer_jax.evaluation.scene_measures import SceneMeasures, Scenes, tokens_of
+from singer_jax.evaluation.scene_measures import LabelledImages, StudyMeasures, tokens_of
 from singer_jax.io.files import make_workdir, write_text
 from singer_jax.io.limits import read_object, read_text
 from singer_jax.jobs.distill import distill
@@ -38,16 +41,20 @@ from singer_jax.models.weights import to_timm
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.report.collect import restore, trained_singers
+from singer_jax.runs.checkpoints import Checkpoints
 from singer_jax.runs.lock import holding
 from singer_jax.runs.metrics import LOG
 from singer_jax.runs.workdir import export_folder
-from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text
+from singer_jax.settings.ranges import COUNT, NAME, Each, OneOf, Text, optional
 from singer_jax.settings.settings import Settings, flatten, section, setting, to_dict
+from singer_jax.training.restore import restore_states
 from singer_jax.training.settings import DistillSettings, StudentsSettings
+from singer_jax.training.setup import Setups
 
+UNTRAINED = "untrained"  # name of the student before its first step in the results
 DIRECTIONS = ("random", "null", "visible")
 NONE, GIVEN = "none", "given"  # teachers without a synthetic artifact
-_TEACHER = Text(
+TEACHER = Text(
     f"{NONE}|{GIVEN}|({'|'.join(DIRECTIONS)})-({'|'.join(PLACES)})-[1-9][0-9]*(\\.[0-9]+)?",
     "none, given, or direction-place-ratio such as null-background-20",
 )
@@ -68,7 +75,7 @@ class StudySettings(Settings):
     distilled: DistillSettings = section(DistillSettings())
     teachers: tuple[str, ...] = setting(
         ("none",),
-        Each(_TEACHER, least=1),
+        Each(TEACHER, least=1),
         "Teachers, each as direction-place-ratio of its synthetic outlier. The direction is "
         "random, or the most null or most visible one of the first distilled layer. The ratio is "
         "the norm of an affected patch over the median. `none`: fine-tuned without a vector; "
@@ -89,6 +96,9 @@ class StudySettings(Settings):
     )
     cleaned: tuple[str, ...] = setting((), Each(NAME), "Students of runs with artifact removal.")
     images: int = setting(2000, COUNT, "Number of training images to fit the measures on.")
+    tested: int | None = setting(
+        None, optional(COUNT), "Number of test images, evenly spaced. None: all."
+    )
 
 
 class Cell(NamedTuple):
@@ -120,8 +130,8 @@ def study(settings: StudySettings, workdir: epath.Path) -> None:
       workdir: folder for one subfolder per run, and results.jsonl.
 
     Raises:
-      InputError: a student or teacher is unknown, images are no scenes, several processes run, or
-        the folder holds results of other settings; also as `distill`.
+      InputError: a student or teacher is unknown, several processes run, or the folder holds
+        results of other settings; also as `distill`.
     """
     left = cells(settings)
     make_workdir(workdir)
@@ -132,35 +142,44 @@ def study(settings: StudySettings, workdir: epath.Path) -> None:
 def _run_cells(settings: StudySettings, workdir: epath.Path, left: Sequence[Cell]) -> None:
     _check_same_study(settings, workdir)
     results = Results(workdir / "results.jsonl")
-    scenes: dict[int, tuple[Scenes, Scenes]] = {}
-    for teacher in settings.teachers:
-        todo = [cell for cell in left if cell.teacher == teacher and not results.holds(cell)]
-        if not todo:
+    images: dict[int, tuple[LabelledImages, LabelledImages]] = {}
+    of_teacher: dict[str, StudyMeasures] = {}
+    for cell in left:
+        if results.holds(cell):
             continue
-        folder = workdir / teacher
-        backbone = _teacher(settings, teacher, workdir / "base", folder)
-        size = backbone.image_size
-        if size not in scenes:
-            drawn = settings.distilled.data, size
-            train = Scenes.draw(*drawn, TRAIN, settings.images)
-            scenes = {size: (train, Scenes.draw(*drawn, TEST))}
-        measures = SceneMeasures(backbone, *scenes[size], _layers(backbone.arch))
-        for cell in todo:
-            known = {"teacher": teacher, "clean": cell.clean, "seed": cell.seed}
-            if not cell.students:
-                results.add([known | {"student": ""} | measures.of_teacher()])
-                continue
-            run = distillation(settings, cell, folder / "teacher")
-            lost: Mapping[str, str] = {}
-            try:
-                _run(run, folder / cell.name)
-            except StudentsStopped as error:
-                lost = error.students
-            rows = {name: {"stopped": why} for name, why in lost.items()}
-            if done := [name for name in cell.students if name not in lost]:
-                rows |= measured(measures, run, folder / cell.name, done)
-            results.add([known | {"student": name} | rows[name] for name in cell.students])
+        teacher, folder = cell.teacher, workdir / cell.teacher
+        if teacher not in of_teacher:
+            backbone = _teacher(settings, teacher, workdir / "base", folder)
+            size = backbone.image_size
+            if size not in images:
+                images[size] = _images(settings, size)
+            of_teacher[teacher] = StudyMeasures(
+                backbone, *images[size], singer_layers(backbone.arch)
+            )
+        measures = of_teacher[teacher]
+        known = {"teacher": teacher, "clean": cell.clean, "seed": cell.seed}
+        if not cell.students:
+            results.add([known | {"student": ""} | measures.of_teacher()])
+            continue
+        run = distillation(settings, cell, folder / "teacher")
+        lost: Mapping[str, str] = {}
+        try:
+            _run(run, folder / cell.name)
+        except StudentsStopped as error:
+            lost = error.students
+        rows = {name: {"stopped": why} for name, why in lost.items()}
+        done = [name for name in cell.students if name not in lost]
+        if done:
+            rows |= measured(measures, run, folder / cell.name, done)
+        results.add([known | {"student": name} | row for name, row in rows.items()])
     print(f"{workdir / 'results.jsonl'}: {len(results.rows)} rows")
+
+
+def _images(settings: StudySettings, size: int) -> tuple[LabelledImages, LabelledImages]:
+    """Returns the training and test images of the measures, at a size in pixels."""
+    data = settings.distilled.data
+    train = LabelledImages.read(data, size, TRAIN, settings.images)
+    return train, LabelledImages.read(data, size, TEST, settings.tested)
 
 
 def cells(settings: StudySettings) -> list[Cell]:
@@ -180,10 +199,9 @@ def cells(settings: StudySettings) -> list[Cell]:
         for name in names:
             if name not in allowed:
                 raise InputError(f"{key}: unknown name {name!r}; allowed: {listed(allowed)}")
-    for part in ("base", "tuned", "distilled"):
-        data = getattr(settings, part).data
-        if data.source != "scenes":
-            raise InputError(f"{part}.data.source: {data.source}, but a study needs scenes; set it")
+    for name in known:
+        if name == UNTRAINED:
+            raise InputError(f"distilled.students.{name}: the name of the untrained student")
     for teacher in settings.teachers:
         if teacher not in (NONE, GIVEN) and float(teacher.split("-")[2]) <= 1:
             raise InputError(f"teachers: {teacher} has a ratio of at most 1; give one above 1")
@@ -192,19 +210,18 @@ def cells(settings: StudySettings) -> list[Cell]:
     if set(settings.teachers) - {NONE, GIVEN}:
         _check_outliers(settings)
     variants = tuple(name for name in known if name not in settings.main)
-    found = []
-    for teacher in settings.teachers:
-        found.append(Cell(teacher, "", 0, ()))
-        for seed in range(settings.seeds):
-            further = seed < settings.variant_seeds and teacher in settings.variants_on
-            students = settings.main + variants * further
-            found += [Cell(teacher, "", seed, students)] if students else []
-        if not settings.cleaned or teacher not in settings.variants_on:
-            continue
-        for clean in settings.cleaners:
-            if _cleans(clean, teacher, settings.distilled.teacher.registers.outlier):
-                seeds = range(settings.seeds)
-                found += [Cell(teacher, clean, seed, settings.cleaned) for seed in seeds]
+    outlier = settings.distilled.teacher.registers.outlier
+    found = [Cell(teacher, "", 0, ()) for teacher in settings.teachers]
+    for seed, teacher in itertools.product(range(settings.seeds), settings.teachers):
+        varied = teacher in settings.variants_on
+        students = settings.main + variants * (varied and seed < settings.variant_seeds)
+        found += [Cell(teacher, "", seed, students)] if students else []
+        if settings.cleaned and varied:
+            found += [
+                Cell(teacher, clean, seed, settings.cleaned)
+                for clean in settings.cleaners
+                if _cleans(clean, teacher, outlier)
+            ]
     return found
 
 
@@ -285,33 +302,35 @@ def _teacher(
     if teacher == GIVEN:
         return load_teacher(mesh, settings.given)
     _run(settings.base, base)
-    _run(plant(settings, teacher, base, folder / "outlier"), folder / "teacher")
+    tuned = with_outlier(settings.tuned, settings.patches, teacher, base, folder / "outlier")
+    _run(tuned, folder / "teacher")
     return load_backbone(mesh, run=str(folder / "teacher"))
 
 
-def plant(
-    settings: StudySettings, teacher: str, base: epath.Path, folder: epath.Path
+def with_outlier(
+    run: DistillSettings, patches: int, teacher: str, base: epath.Path, folder: epath.Path
 ) -> DistillSettings:
-    """Writes the base's weights with a teacher's vector, and returns the fine-tuning run.
+    """Writes a base's weights with a teacher's synthetic outlier, and returns the fine-tuning run.
 
     Args:
-      settings: settings of the study.
+      run: settings of the fine-tuning, whose model and weights are replaced.
+      patches: number of patches per image with the synthetic outlier.
       teacher: name of the teacher, which states the artifact.
       base: work directory of the base.
       folder: folder for the weights.
     """
-    student = dataclasses.replace(settings.tuned.student, weights=str(base))
+    student = dataclasses.replace(run.student, weights=str(base))
     if teacher == NONE:
-        return dataclasses.replace(settings.tuned, student=student)
+        return dataclasses.replace(run, student=student)
     direction, place, ratio = teacher.split("-")
     backbone = load_backbone(parallel.make_mesh(1), run=str(base))
-    layers = _layers(backbone.arch)
+    layers = singer_layers(backbone.arch)
     fields = {
         "synthetic_outlier": place,
         "synthetic_outlier_after": layers[0],
-        "synthetic_outlier_patches": settings.patches,
+        "synthetic_outlier_patches": patches,
     }
-    source = open_source(settings.distilled.data, TRAIN)
+    source = open_source(run.data, TRAIN)
     few = readable(Subset(source, np.arange(min(_SCALED_ON, len(source)))))
     of_layers, _ = collect_patches(backbone.network, backbone.params, backbone.mesh, few, layers)
     medians = [np.median(np.linalg.norm(tokens, axis=-1)) for tokens in of_layers.values()]
@@ -323,7 +342,7 @@ def plant(
     export_timm(folder, changed, tensors)
     overrides = dict(student.overrides) | fields
     student = dataclasses.replace(student, weights=str(folder), overrides=overrides)
-    return dataclasses.replace(settings.tuned, student=student)
+    return dataclasses.replace(run, student=student)
 
 
 def _direction(model: Any, layer: int, name: str) -> np.ndarray:
@@ -358,9 +377,12 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
 
 
 def measured(
-    measures: SceneMeasures, run: DistillSettings, folder: epath.Path, students: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Returns the measures of students of a run, by student.
+    measures: StudyMeasures, run: DistillSettings, folder: epath.Path, students: Sequence[str]
+) -> dict[str, Row]:
+    """Returns the measures of students of a run, and of the untrained student, by name.
+
+    `removed_over_steps` of a refiner lists the steps of the checkpoints, and the share of the
+    synthetic outlier's energy that it removes at each.
 
     Args:
       measures: measures of the run's teacher before artifact removal.
@@ -375,6 +397,10 @@ def measured(
         cleaner = Backbone(prepared.teacher_model.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows, each = {}, run.each()
+    if cleaned is None:
+        student = prepared.any
+        untrained = Backbone(student.distillation.student, student.init_student(), student.mesh)
+        rows[UNTRAINED] = measures.of_student(untrained)
     for name in students:
         student = load_backbone(teacher.mesh, weights=str(export_folder(folder, name)))
         rows[name] = measures.of_student(student)
@@ -387,10 +413,28 @@ def measured(
             rows[name] |= measures.of_target(measures.refined(singers[name].refiner[str(layer)]))
         elif clip < 1:
             rows[name] |= measures.of_target(measures.clipped(clip))
+    if singers and cleaned is None and measures.marked.any():
+        for name, shares in _removed_over_steps(measures, prepared, folder).items():
+            if name in rows:
+                rows[name]["removed_over_steps"] = shares
     return rows
 
 
-def _layers(teacher: Architecture) -> tuple[int, ...]:
+def _removed_over_steps(
+    measures: StudyMeasures, prepared: Setups, folder: epath.Path
+) -> dict[str, list[tuple[int, float | None]]]:
+    """Returns each refiner's removed share at the steps of the checkpoints, by student."""
+    found: dict[str, list[tuple[int, float | None]]] = {}
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        for step in sorted(checkpoints.manager.all_steps()):
+            states = restore_states(checkpoints, step, prepared.states)
+            for name, singer in trained_singers(prepared, states).items():
+                refined = measures.refined(singer.refiner[str(measures.first)])
+                found.setdefault(name, []).append((step, measures.removed_share(refined)))
+    return found
+
+
+def singer_layers(teacher: Architecture) -> tuple[int, ...]:
     """Returns the distilled blocks that SiNGER chooses by default."""
     return teacher_layers(None, True, DEPTHS, teacher)
 
