@@ -228,7 +228,7 @@ def _run(size: Size, sizes: tuple[int, int, int]) -> ConfigDict:
     return config
 
 
-def get_config(size: str = "small") -> ConfigDict:
+def get_config(size: str = "digits") -> ConfigDict:
     """Returns the configuration of a size: `digits`, `scenes`, `photos` or `full`.
 
     Raises:

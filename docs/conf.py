@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the API pages import the package
 
 from flax import nnx  # noqa: E402
+from sphinx.domains.python import PyObject  # noqa: E402
 from sphinx.util.inspect import stringify_signature  # noqa: E402
 
 import singer_jax  # noqa: E402
@@ -37,14 +38,13 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax",
 exclude_patterns = ["_build", "jupyter_execute"]  # both are written by a build
 html_theme = "sphinx_book_theme"
 html_title = "singer_jax"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 html_copy_source = html_show_sourcelink = False
 
 # The notebook is stored with its outputs; a test executes it (tests/test_site.py).
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4  # anchors as on GitHub
-suppress_warnings = ["misc.highlighting_failure"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -128,9 +128,15 @@ def _shorten(app: Any, what: str, name: str, thing: Any, options: Any, *rest: An
 def _literals(app: Any, what: str, name: str, thing: Any, *rest: Any) -> None:
     """Turns Markdown's `code`, which the docstrings use, into literals of reStructuredText."""
     lines = rest[-1]
+    # Several attributes with one description; napoleon would take the first for a type.
+    text = re.sub(r"^( +\w+)((?:, \w+)+: )", _joined, "\n".join(lines), flags=re.MULTILINE)
     # Code in single backticks, perhaps with a letter behind it; or a bar, which means nothing here.
-    text = re.sub(r"(?<!`)`([^`]+)`(?!`)(\w?)|\|", _literal, "\n".join(lines))
+    text = re.sub(r"(?<!`)`([^`]+)`(?!`)(\w?)|\|", _literal, text)
     lines[:] = text.split("\n")
+
+
+def _joined(found: re.Match[str]) -> str:
+    return found[1] + found[2].rstrip().replace(" ", "") + " "
 
 
 def _literal(found: re.Match[str]) -> str:
@@ -140,7 +146,10 @@ def _literal(found: re.Match[str]) -> str:
 
 
 def setup(app: Any) -> None:
-    """Connects the functions above."""
+    """Connects the functions above, and names the attributes of a class as its docstring does."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("source-read", _read_source)
     app.connect("autodoc-process-signature", _shorten)
     app.connect("autodoc-process-docstring", _describe_settings, priority=300)

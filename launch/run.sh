@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs the quickstart on the embedded digits (about 150 CPU seconds). With
+# Sets up .venv, then runs the quickstart on the embedded digits (at most 150 CPU seconds). With
 # arguments, it runs singer_jax.main with them:
 #
 #   bash launch/run.sh

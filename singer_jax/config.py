@@ -58,6 +58,12 @@ _PAPER["quickstart"] = {
     for key, value in _PAPER["distill"].items()
 }
 
+# Sections of a job that hold the settings of a whole distillation.
+_RUNS = {
+    "quickstart": ("base", "teacher", "distilled"),
+    "study": ("base", "tuned", "distilled"),
+}
+
 # Keys in one table of docs/configuration.md; longer lists have a table for each section.
 _LONG = 20
 
@@ -107,9 +113,8 @@ How to read the tables:
 - The default is that of the protocol `recommended`. If the protocol `paper`, which is chosen with
   `--config=configs/singer_vitl_vitt.py:paper`, has another default, it follows.
 - `job`, the name of the command, is set by the file and is left out.
-- The jobs `quickstart` and `study` contain whole distillations: `teacher` and `distilled` of
-  `quickstart`, and `base`, `tuned` and `distilled` of `study`, have the keys of `distill`. The
-  section `probe` of `quickstart` has the keys of that of `evaluate`.
+- The jobs `quickstart` and `study` contain whole distillations: `base`, `teacher` and `distilled`
+  of `quickstart`, and `base`, `tuned` and `distilled` of `study`, have the keys of `distill`.
 
 Several students of one run are dicts. The keys of a student are those of `student`, and `seed`,
 `method` and `optimizer`; a key that a student does not set has the value of the run
@@ -223,12 +228,8 @@ def documentation() -> str:
     """Returns the text of docs/configuration.md."""
     lines = [_INTRODUCTION]
     for job in JOBS:
-        if job == "quickstart":
-            continue
-        known = _keys(job)
-        if job == "study":
-            runs = ("base.", "tuned.", "distilled.")
-            known = {key: one for key, one in known.items() if not key.startswith(runs)}
+        runs = tuple(f"{run}." for run in _RUNS.get(job, ()))
+        known = {key: one for key, one in _keys(job).items() if not key.startswith(runs)}
         shown = {
             key: setting
             for key, setting in known.items()

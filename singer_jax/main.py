@@ -167,8 +167,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         ]
         try:
             return flags.FLAGS(argv)
-        except (AttributeError, KeyError):
-            # The command line overrides a key that the configuration does not have.
+        except (AttributeError, KeyError, flags.IllegalFlagValueError) as error:
+            # The command line overrides a key that the configuration does not have, or a section.
+            if isinstance(error, flags.Error) and "as a ConfigDict" not in str(error):
+                raise
             known = flatten(flags.FLAGS["config"].parser.parse(files[-1]), empty=True)
             keys = [s.removeprefix("config.").split("=")[0] for s in settings if "config." in s]
             raise _unknown_key([key for key in keys if key not in known], known) from None

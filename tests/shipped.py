@@ -40,7 +40,7 @@ def distillations() -> dict[str, ConfigDict]:
 
 def variants(name: str) -> tuple[str, ...]:
     """What may stand behind the colon of a shipped configuration."""
-    return ("small", "full") if name == "study" else PROTOCOLS
+    return ("digits", "scenes", "photos", "full") if name == "study" else PROTOCOLS
 
 
 def load(name: str) -> ModuleType:

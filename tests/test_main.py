@@ -54,6 +54,10 @@ def command(*arguments: str) -> tuple[int, str]:
             ["unknown configuration key 'methd.rank'", "closest: method.rank"],
         ),
         (
+            ["--config=configs/singer_vitl_vitt.py", "--workdir=x", "--config.method=fitnet"],
+            ["method: is a section, not a key; set one of its keys, such as method."],
+        ),
+        (
             [
                 "--config=configs/singer_vitl_vitt.py",
                 "--workdir=x",

@@ -123,7 +123,7 @@ def test_what_it_asks_for_is_checked_before_any_work(tmp_path):
         cells(settings_of(config))
     config.patches = 2
     config.main = ("fitnet", "fitnett")
-    with pytest.raises(InputError, match="main: unknown name 'fitnett'; allowed: fitnet, "):
+    with pytest.raises(InputError, match="main: unknown name 'fitnett'; allowed: calibrated, "):
         cells(settings_of(config))
     assert main.run(config, tmp_path / "study") == 2
     config.main, config.teachers, config.variants_on = ("fitnet",), ("null-random-1.0",), ()

@@ -3,8 +3,9 @@
 A base teacher is trained. Each teacher of the study is the base, fine-tuned with its own kind of
 artifact (`models.synthetic_outlier`), or the model of the section `given`. A cell is one run: all
 its students learn from one teacher, with one seed. All teachers have their first seed before any
-has its second. The measures of a cell are appended to results.jsonl before the next cell starts.
-The same command resumes after the last finished cell.
+has its second; the variants and the runs with artifact removal follow. The measures of a cell are
+appended to results.jsonl before the next cell starts. The same command resumes after the last
+finished cell.
 """
 
 from __future__ import annotations
@@ -109,17 +110,19 @@ class Cell(NamedTuple):
       clean: artifact removal applied to the teacher; empty: none.
       seed: seed of the run.
       students: names of the students; if empty, the teacher itself is evaluated.
+      variants: True if these are the students that are not in `main`.
     """
 
     teacher: str
     clean: str
     seed: int
     students: tuple[str, ...]
+    variants: bool = False
 
     @property
     def name(self) -> str:
         """Name of the cell's folder."""
-        return f"{self.clean or 'plain'}_{self.seed}"
+        return f"{'variants' if self.variants else self.clean or 'plain'}_{self.seed}"
 
 
 def study(settings: StudySettings, workdir: epath.Path) -> None:
@@ -170,7 +173,8 @@ def _run_cells(settings: StudySettings, workdir: epath.Path, left: Sequence[Cell
         rows = {name: {"stopped": why} for name, why in lost.items()}
         done = [name for name in cell.students if name not in lost]
         if done:
-            rows |= measured(measures, run, folder / cell.name, done)
+            untrained = not (cell.clean or cell.variants)
+            rows |= measured(measures, run, folder / cell.name, done, untrained)
         results.add([known | {"student": name} | row for name, row in rows.items()])
     print(f"{workdir / 'results.jsonl'}: {len(results.rows)} rows")
 
@@ -211,12 +215,14 @@ def cells(settings: StudySettings) -> list[Cell]:
         _check_outliers(settings)
     variants = tuple(name for name in known if name not in settings.main)
     outlier = settings.distilled.teacher.registers.outlier
-    found = [Cell(teacher, "", 0, ()) for teacher in settings.teachers]
+    found = []
     for seed, teacher in itertools.product(range(settings.seeds), settings.teachers):
-        varied = teacher in settings.variants_on
-        students = settings.main + variants * (varied and seed < settings.variant_seeds)
-        found += [Cell(teacher, "", seed, students)] if students else []
-        if settings.cleaned and varied:
+        found += [Cell(teacher, "", 0, ())] if not seed else []
+        found += [Cell(teacher, "", seed, settings.main)] if settings.main else []
+    for seed, teacher in itertools.product(range(settings.seeds), settings.variants_on):
+        if variants and seed < settings.variant_seeds:
+            found.append(Cell(teacher, "", seed, variants, variants=True))
+        if settings.cleaned:
             found += [
                 Cell(teacher, clean, seed, settings.cleaned)
                 for clean in settings.cleaners
@@ -377,9 +383,13 @@ def distillation(settings: StudySettings, cell: Cell, teacher: epath.Path) -> Di
 
 
 def measured(
-    measures: StudyMeasures, run: DistillSettings, folder: epath.Path, students: Sequence[str]
+    measures: StudyMeasures,
+    run: DistillSettings,
+    folder: epath.Path,
+    students: Sequence[str],
+    untrained: bool = True,
 ) -> dict[str, Row]:
-    """Returns the measures of students of a run, and of the untrained student, by name.
+    """Returns the measures of students of a run by name.
 
     `removed_over_steps` of a refiner lists the steps of the checkpoints, and the share of the
     synthetic outlier's energy that it removes at each.
@@ -389,6 +399,7 @@ def measured(
       run: settings of the run.
       folder: work directory of the finished run.
       students: names of the students.
+      untrained: True to measure the student before its first step, too.
     """
     teacher, layer = measures.teacher, measures.first
     prepared, states, taught, _ = restore(folder, run)
@@ -397,10 +408,10 @@ def measured(
         cleaner = Backbone(prepared.teacher_model.network, taught, prepared.any.mesh)
         cleaned = tokens_of(cleaner, measures.test, [layer])[layer]
     rows, each = {}, run.each()
-    if cleaned is None:
+    if untrained:
         student = prepared.any
-        untrained = Backbone(student.distillation.student, student.init_student(), student.mesh)
-        rows[UNTRAINED] = measures.of_student(untrained)
+        first = Backbone(student.distillation.student, student.init_student(), student.mesh)
+        rows[UNTRAINED] = measures.of_student(first)
     for name in students:
         student = load_backbone(
             teacher.mesh, ModelSelection(weights=str(export_folder(folder, name)))

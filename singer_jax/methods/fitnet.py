@@ -44,8 +44,7 @@ class FitNetWeights(Settings):
 class FitNetSettings(LayerSettings):
     """Settings of FitNet."""
 
-    # 1 is FitNet as published. The default 0.9 is based on the synthetic outliers of
-    # benchmarks/STUDY.md.
+    # 1 is FitNet as published. The default 0.9 is based on the synthetic outliers of docs/study.md.
     match: MatchSettings = section(MatchSettings(norm_clip_quantile=0.9))
     loss_weights: FitNetWeights = section(FitNetWeights())
 

@@ -241,14 +241,14 @@ class Singer(TokenMethod):
         bfloat16 `rounding_over_update`, for a projected update `outlier_energy_share`, and the
         measures of `methods.removal`:
 
-          outlier_medians: Length of the outliers beside their image's mean patch.
-          left_at_best_medians: The part of it outside the subspace (mode `project`).
-          left_of_outlier_medians: Length of the refined outliers, their image's mean included.
-          clipped_medians: Norm to which `removal.CLIP_QUANTILE` would clip them.
-          next_block_change: Change of what the next block adds to ordinary patches by the refined
-            features; for all layers but the last.
-          removal_change: The same for the removal of all that the subspace holds of the outliers'
-            length beside their image's mean patch (mode `project`).
+        - outlier_medians: Length of the outliers beside their image's mean patch.
+        - left_at_best_medians: The part of it outside the subspace (mode `project`).
+        - left_of_outlier_medians: Length of the refined outliers, their image's mean included.
+        - clipped_medians: Norm to which `removal.CLIP_QUANTILE` would clip them.
+        - next_block_change: Change of what the next block adds to ordinary patches by the refined
+          features; for all layers but the last.
+        - removal_change: The same for the removal of all that the subspace holds of the outliers'
+          length beside their image's mean patch (mode `project`).
         """
         return {
             f"layer_{layer}/{name}": value

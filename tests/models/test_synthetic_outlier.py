@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,3 +128,13 @@ def test_former_field_names_are_read_from_files_and_refused_from_users():
         "teacher.overrides.synthetic_outlier": "random",
         "teacher.artifact_removal": "synthetic_outlier",
     }
+
+
+@pytest.mark.parametrize("place", ["random", "background"])
+def test_patches_are_marked_in_a_batch_of_any_size(place):
+    """As in an export, whose number of images is symbolic."""
+    arch = dataclasses.replace(ARCH, synthetic_outlier=place)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *IMAGES.shape[1:]), jnp.float32)
+    program = jax.export.export(jax.jit(lambda x: marked_patches(x, arch)))(images)
+    np.testing.assert_array_equal(program.call(IMAGES), marked_patches(IMAGES, arch))
