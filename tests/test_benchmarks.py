@@ -24,6 +24,12 @@ def test_every_data_file_is_on_the_page_and_has_a_benchmark():
             assert results.benchmark(row.command) in (file.stem, "jobs"), row
 
 
+def test_no_benchmark_names_the_former_log():
+    folder = report.PAGE.parent
+    files = [file for kind in ("py", "sh", "md") for file in folder.rglob(f"*.{kind}")]
+    assert [file for file in files if "RESULTS.md" in file.read_text()] == []
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_each_row_has_its_machine_and_versions(file):
     for line in file.read_text().splitlines():

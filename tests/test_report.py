@@ -85,7 +85,7 @@ def page(runs) -> Path:
 def test_the_page_needs_nothing_else(page):
     text = page.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "") and "src=" not in text
-    for heading in ("Results", "Patches", "Training", "Norms", "Null space", "Configuration"):
+    for heading in ("Results", "Patches", "Training", "Patch norms", "Null space", "Configuration"):
         assert f"<h2>{heading}" in text
     assert "digits top1" in text and "val/loss" in text
     assert len(text) < 2_000_000

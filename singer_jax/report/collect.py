@@ -277,8 +277,9 @@ def summary(settings: DistillSettings, teacher: str, students: Mapping[str, str]
     for name, own in settings.each().items():
         label = f"student, {name}" if name else "student"
         rows[label] = f"{model(own.student, students[name])}; method: {own.method_name}"
-    size = settings.data.image_size
-    rows["training images"] = settings.data.source + (f", {size} pixels" if size else "")
+    data = settings.data
+    images = data.source + (f" in {data.path}" if data.path else "")
+    rows["training images"] = images + (f", {data.image_size} pixels" if data.image_size else "")
     return rows
 
 
