@@ -183,9 +183,12 @@ def test_what_is_measured_of_the_first_batches(tmp_path, chips, compiles: Compil
     compiles(120, calibration.jit_add(run), totals, run.teacher, batch_of(run))
 
 
-def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile):
+@pytest.mark.parametrize("threshold_type", ["quantile", "energy"])
+def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile, threshold_type):
     run = prepare(tmp_path, chips, teacher=SMALL)
-    settings = nullspace.NullSpaceSettings(weight_matrix="calibrated")
+    settings = nullspace.NullSpaceSettings(
+        weight_matrix="calibrated", threshold_type=threshold_type
+    )
 
     def space(teacher, statistics):
         model = run.any.distillation.teacher.merge(teacher)
