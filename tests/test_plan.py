@@ -231,7 +231,7 @@ def test_without_the_compiler(monkeypatch):
 
 def test_what_a_gpu_does_not_hold_does_not_fit(monkeypatch):
     """The GPU compiler accepts programs of any size."""
-    taken = program.Program(None, 10**12, "")
+    taken = program.Program(None, None, 10**12, "")
     monkeypatch.setattr(roofline, "compile_step", lambda *arguments: taken)
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["NVIDIA H100"])
     with pytest.raises(DoesNotFit, match="16 images a chip, which does not fit into its memory"):
