@@ -43,6 +43,7 @@ def test_it_trains_measures_and_draws_and_does_nothing_twice(tmp_path, capsys):
 def test_the_table_follows_from_the_kept_rows_and_all_seeds_have_the_same_order():
     rows = [json.loads(line) for line in quickstart.KEPT.read_text().splitlines()]
     assert quickstart.page(rows) == quickstart.PAGE.read_text()
-    score = {(row["seed"], row["model"]): row["knn_top1"] for row in rows}
+    score = {(row["seed"], row["model"]): row["linear_top1"] for row in rows}
     for seed in quickstart.SEEDS:
-        assert score[seed, "fitnet"] + 10 < min(score[seed, "fitnet_clip"], score[seed, "singer"])
+        kept = min(score[seed, "fitnet_clip"], score[seed, "singer"])
+        assert score[seed, "fitnet"] < score[seed, "untrained"] < kept

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-ARTIFACT = 3.0
-"""Ratio to the median of the image above which a patch is an artifact (DINOv2's reach about 10)."""
+from singer_jax.methods.norms import ARTIFACT
+
 LEAST_SHARE = 0.001
 """Smallest share of artifacts among the patches of a layer that has artifacts."""
 
@@ -38,6 +39,20 @@ class NormSummary:
     def has_artifacts(self) -> bool:
         """True if at least one patch in a thousand is an artifact."""
         return self.above_3 >= LEAST_SHARE
+
+
+class Removal(NamedTuple):
+    """The artifacts of one layer and what a refinement can remove of them.
+
+    Attributes:
+      share: Share of their energy that lies in the null space.
+      left: Length that is left of an artifact at best, in median patch norms.
+      length: Its whole length beside the image's mean patch.
+    """
+
+    share: float
+    left: float
+    length: float
 
 
 def over_median(norms: Float[np.ndarray, "*axes patches"]) -> Float[np.ndarray, "*axes patches"]:
@@ -86,7 +101,7 @@ def table(summaries: Sequence[NormSummary]) -> str:
 def verdict(
     summaries: Sequence[NormSummary],
     distilled: Sequence[int],
-    held: Sequence[float],
+    held: Sequence[Removal],
     null_space: str,
 ) -> str:
     """Returns a recommendation of a method, given the norms, in one line.
@@ -94,8 +109,8 @@ def verdict(
     Args:
       summaries: summary of every layer.
       distilled: indices of the layers to distil.
-      held: for each distilled layer with artifacts, the share of the artifacts' energy that lies in
-        the null space.
+      held: for each distilled layer with artifacts, what the null space holds of them. The verdict
+        gives the means of the shares and of the lengths.
       null_space: name of the null space.
     """
     layers = [one.layer for one in summaries if one.has_artifacts]
@@ -111,13 +126,20 @@ def verdict(
             f"{found}, none of which is distilled ({_layers(distilled)} will be): use FitNet "
             "(method.name=fitnet), or set method.layers"
         )
-    share = float(np.mean(held))
-    advice = (
-        "SiNGER can remove them (method.name=singer); compare it with FitNet, which clips them"
-        if share >= 0.5
-        else "SiNGER removes little of them: use FitNet, which clips them (method.name=fitnet)"
+    share, left, length = np.mean(held, axis=0)
+    if left <= ARTIFACT:
+        advice = "SiNGER can remove them (method.name=singer); compare it with FitNet, which clips"
+    elif share >= 0.5:
+        advice = (
+            "SiNGER can shorten them: clip the rest (method.match.norm_clip_quantile=0.9) or "
+            "choose what is left (method.nullspace.threshold_type=energy)"
+        )
+    else:
+        advice = "SiNGER removes little of them: use FitNet, which clips them (method.name=fitnet)"
+    return (
+        f"{found}, of which the null space ({null_space}) holds {share:.0%} (left of an outlier at "
+        f"best: {left:.1f} medians of {length:.1f}): {advice}"
     )
-    return f"{found}, of which the null space ({null_space}) holds {share:.0%}: {advice}"
 
 
 def _layers(layers: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,8 @@ from singer_jax.data.images import EvalTransform
 from singer_jax.data.loader import eval_batches
 from singer_jax.data.sources import Source
 from singer_jax.evaluation.singular_defects import median_angle, singular_defect
-from singer_jax.methods import calibration, nullspace
-from singer_jax.methods.norms import token_norms
+from singer_jax.methods import calibration, nullspace, removal
+from singer_jax.methods.norms import image_medians, token_norms
 from singer_jax.models.network import Network
 from singer_jax.models.params import Params
 from singer_jax.models.vit import VisionTransformer
@@ -78,41 +79,62 @@ def collect_patches(
     return by_layer, np.concatenate(norms, axis=1)[:, :count]
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredSpaces:
+    """The null spaces that are measured in each layer.
+
+    Attributes:
+      sources: Linear maps (`nullspace.linear_map`), or `calibrated`, which finds its directions in
+        every second image and is measured on the others.
+      thresholds: Threshold types and thresholds (`nullspace.threshold_value`).
+      ridge: Ridge of `calibrated` (`calibration.calibrated`).
+      rank: Smallest number of directions of a projector, and number of calibrated directions.
+    """
+
+    sources: Sequence[str]
+    thresholds: Sequence[tuple[str, float]]
+    ridge: float
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPatches:
+    """Patch tokens after a block, from `collect_patches`.
+
+    Attributes:
+      layer: Index of the block.
+      tokens: Tokens [images, patches, dim].
+      outliers: Mask of the outlier patches, bool [images, patches].
+    """
+
+    layer: int
+    tokens: np.ndarray
+    outliers: np.ndarray
+
+
 def describe_layer(
-    network: Network,
-    params: Params,
-    mesh: Mesh,
-    layer: int,
-    patches: np.ndarray,
-    *,
-    sources: Sequence[str],
-    epsilon: float,
-    thresholds: Sequence[tuple[str, float]],
-    rank: int,
-    outliers: np.ndarray,
+    network: Network, params: Params, mesh: Mesh, seen: LayerPatches, spaces: MeasuredSpaces
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Measures a layer's null spaces: their size and their share of the outlier energy.
 
     Args:
-      network: the teacher.
-      params: its parameters on `mesh`.
-      mesh: devices to run on.
-      layer: index of a block.
-      patches: patch tokens after the block, from `collect_patches`.
-      sources: linear maps (`nullspace.linear_map`), or `calibrated`, which finds its directions in
-        every second image and is measured on the others.
-      epsilon: ridge of `calibrated` (`calibration.calibrated`).
-      thresholds: rules and numbers (`nullspace.threshold_value`).
-      rank: smallest number of directions of a projector, and number of calibrated directions.
-      outliers: mask of the outlier patches, bool [images, patches].
+      network: The teacher.
+      params: Its parameters on `mesh`.
+      mesh: Devices to run on.
+      seen: The layer's patches.
+      spaces: The null spaces to measure.
 
     Returns:
-      a row for each source and threshold, with the layer's `defect_angle` in degrees
-      (`singular_defects.median_angle`), and the singular values of each source.
+      A row for each source and threshold, and the singular values of each source. A row holds the
+      lengths `outlier_medians` and `left_medians` (`methods.removal`) of an outlier beside its
+      image's mean patch: whole, and outside the subspace of mode `project`; and the layer's
+      `defect_angle` in degrees (`singular_defects.median_angle`).
     """
-    tokens = jnp.asarray(patches)
-    half = calibration.outlier_statistics(tokens[::2], outliers[::2])
-    half = jax.tree.map(np.asarray, half)
+    tokens, outliers, layer = jnp.asarray(seen.tokens), jnp.asarray(seen.outliers), seen.layer
+
+    def statistics(which: slice) -> calibration.OutlierStatistics:
+        found = calibration.outlier_statistics(tokens[which], outliers[which])
+        return jax.tree.map(np.asarray, found)
 
     def on_every_device(compute: Callable[[VisionTransformer], Any]) -> Any:
         found = jax.jit(
@@ -121,26 +143,34 @@ def describe_layer(
         # The rest needs no communication between processes.
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)
 
+    def space_of(chosen_on: calibration.OutlierStatistics, **keys: Any) -> nullspace.NullSpace:
+        own = nullspace.NullSpaceSettings(ridge=spaces.ridge, **keys)
+        return on_every_device(
+            lambda model: calibration.of_layer(model, layer, own, spaces.rank, chosen_on)
+        )
+
     defect = on_every_device(lambda model: singular_defect(model, layer))
     angle = median_angle(tokens, outliers, defect)
     rows, spectra = [], {}
-    for source in sources:
-        own = nullspace.NullSpaceSettings(weight_matrix=source, ridge=epsilon)
-        space = on_every_device(
-            lambda model, own=own: calibration.of_layer(model, layer, own, rank, half)
+    for source in spaces.sources:
+        halves = source == "calibrated"
+        chosen_on = statistics(slice(None, None, 2) if halves else slice(None))
+        measured_on = [x[1::2] if halves else x for x in (tokens, outliers)]
+        whole = removal.length(
+            nullspace.deviations(*measured_on), measured_on[1], image_medians(measured_on[0])
         )
-        seen = [x[1::2] if source == "calibrated" else x for x in (tokens, outliers)]
-        spectra[source] = np.asarray(space.values)
-        for rule, threshold in thresholds:
+
+        plain = space_of(chosen_on, weight_matrix=source)
+        spectra[source] = np.asarray(plain.values)
+        for rule, threshold in spaces.thresholds:
+            space = plain
+            if rule == "energy":
+                chosen = {"threshold_type": rule, "threshold": threshold}
+                space = space_of(chosen_on, weight_matrix=source, **chosen)
             tau = nullspace.threshold_value(space, rule, threshold)
-            filters = {
-                "project": nullspace.projector(space, tau, rank),
-                "soft": nullspace.soft_filter(space, tau),
-            }
-            shares = {
-                f"share_{use}": float(nullspace.energy_share(q, *seen))
-                for use, q in filters.items()
-            }
+            projection = nullspace.projector(space, tau, spaces.rank)
+            share = float(nullspace.energy_share(projection, *measured_on))
+            soft = nullspace.soft_filter(space, tau)
             rows.append(
                 {
                     "layer": layer,
@@ -153,7 +183,10 @@ def describe_layer(
                     "null_dim": int(nullspace.null_dim(space, tau)),
                     "dim": len(space.values),
                     "defect_angle": angle,
+                    "share_project": share,
+                    "share_soft": float(nullspace.energy_share(soft, *measured_on)),
+                    "outlier_medians": float(whole),
+                    "left_medians": float(whole) * max(1 - share, 0) ** 0.5,
                 }
-                | shares
             )
     return rows, spectra

@@ -19,7 +19,12 @@ from singer_jax.data.registry import SizedDataSettings, open_source
 from singer_jax.data.sources import TRAIN, Source, evenly
 from singer_jax.errors import InputError
 from singer_jax.evaluation import norm_summary
-from singer_jax.evaluation.null_spaces import collect_patches, describe_layer
+from singer_jax.evaluation.null_spaces import (
+    LayerPatches,
+    MeasuredSpaces,
+    collect_patches,
+    describe_layer,
+)
 from singer_jax.io.files import make_workdir, write_text
 from singer_jax.methods import nullspace as spaces
 from singer_jax.methods.base import teacher_layers
@@ -49,7 +54,7 @@ _PICTURED = 4  # number of images in norms.png
 _NUMBER = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _THRESHOLD = Text(
     f"({'|'.join(spaces.RULES)})={_NUMBER}",
-    "rule=number with the rule quantile, absolute, relative or rank",
+    "rule=number with the rule quantile, absolute, relative, rank or energy",
 )
 
 
@@ -97,7 +102,8 @@ class NullspaceSettings(Settings):
     thresholds: tuple[str, ...] = setting(
         ("absolute=0.05", "quantile=0.25", "quantile=0.5", "relative=0.1"),
         Each(_THRESHOLD, least=1),
-        "Thresholds below which a singular value counts as null.",
+        "Thresholds below which a singular value counts as null; for `energy` the length of an "
+        "outlier that is left, in median patch norms.",
     )
     data: SizedDataSettings = section(SizedDataSettings())
     mesh: parallel.MeshSettings = section(parallel.MeshSettings())
@@ -145,6 +151,7 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
     patches, norms = collect_patches(network, params, mesh, few, layers, workers)
     summaries = norm_summary.summarise(norms)
 
+    measured = MeasuredSpaces(settings.weight_matrices, thresholds, settings.ridge, settings.rank)
     rows: list[dict[str, Any]] = []
     curves: dict[int, dict[str, Any]] = {}
     for layer in layers:
@@ -152,18 +159,8 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
         seen = outliers[::2].any() and outliers[1::2].any()  # both halves have outliers
         if not (summaries[layer].has_artifacts and seen):
             outliers = np.asarray(is_outlier(jnp.asarray(norms[layer]), settings.outlier_quantile))
-        found, curves[layer] = describe_layer(
-            network,
-            params,
-            mesh,
-            layer,
-            patches[layer],
-            sources=settings.weight_matrices,
-            epsilon=settings.ridge,
-            thresholds=thresholds,
-            rank=settings.rank,
-            outliers=outliers,
-        )
+        seen_patches = LayerPatches(layer, patches[layer], outliers)
+        found, curves[layer] = describe_layer(network, params, mesh, seen_patches, measured)
         rows += found
     if jax.process_index() > 0:
         return
@@ -191,16 +188,13 @@ def nullspace(settings: NullspaceSettings, workdir: epath.Path) -> None:
 def _verdict(
     summaries: list[norm_summary.NormSummary], layers: Sequence[int], rows: list[dict[str, Any]]
 ) -> str:
-    """Returns the verdict for the first source, preferably at `distill`'s default threshold.
-
-    The share is the mean over distilled layers with artifacts.
-    """
+    """Returns the verdict for the first source, preferably at `distill`'s default threshold."""
     source = rows[0]["source"]
     thresholds = [row["threshold"] for row in rows if row["source"] == source]
     usual = "quantile=0.5"
     threshold = usual if usual in thresholds else thresholds[0]
     held = [
-        row["share_project"]
+        norm_summary.Removal(row["share_project"], row["left_medians"], row["outlier_medians"])
         for row in rows
         if (row["source"], row["threshold"]) == (source, threshold)
         and summaries[row["layer"]].has_artifacts
@@ -233,19 +227,20 @@ def _parse(text: str) -> tuple[str, float]:
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{'layer':>5}  {'source':11}{'threshold':15}{'tau':>9}{'null dim':>12}"
-        f"{'smallest':>10}{'median':>10}{'largest':>10}{'project':>9}{'soft':>7}"
+        f"{'smallest':>10}{'median':>10}{'largest':>10}{'project':>9}{'left':>7}{'soft':>7}"
         f"{'angle':>7}"
     ]
     for row in rows:
         lines.append(
             f"{row['layer']:>5}  {row['source']:11}{row['threshold']:15}{row['tau']:>9.3g}"
             f"{row['null_dim']:>7}/{row['dim']:<4}{row['smallest']:>10.3g}{row['median']:>10.3g}"
-            f"{row['largest']:>10.3g}{row['share_project']:>9.2f}{row['share_soft']:>7.2f}"
-            f"{row['defect_angle']:>7.1f}"
+            f"{row['largest']:>10.3g}{row['share_project']:>9.2f}{row['left_medians']:>7.2f}"
+            f"{row['share_soft']:>7.2f}{row['defect_angle']:>7.1f}"
         )
     lines.append(
         "project, soft: share of the outlier tokens' energy that the refinement could remove "
         "(calibrated: measured on held-out images)\n"
+        "left: length of an outlier outside the subspace of project, in median patch norms\n"
         "angle: degrees between outlier tokens and the singular defect of the preceding blocks"
     )
     return "\n".join(lines)

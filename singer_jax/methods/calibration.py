@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import ModelFeatures
-from singer_jax.methods.norms import image_medians, is_outlier, token_norms
+from singer_jax.methods.norms import image_medians, is_ordinary, is_outlier, token_norms
 from singer_jax.methods.nullspace import NullSpace, NullSpaceSettings
 from singer_jax.models.vit import VisionTransformer
 
@@ -38,8 +38,9 @@ class Moments(NamedTuple):
     """Sums for `methods.fitted` over all images.
 
     Attributes:
-      outlier, ordinary: Sums of x^T x over the outlier patches and over all other patches x.
-      added: Sum of the squares of what the next block adds to the other patches; after the last
+      outlier, ordinary: Sums of x^T x over the patches x that `norms.is_outlier` and
+        `norms.is_ordinary` select.
+      added: Sum of the squares of what the next block adds to ordinary patches; after the last
         block, of these patches themselves.
     """
 
@@ -93,20 +94,30 @@ def outlier_statistics(
 
 
 def moments(teacher: ModelFeatures, layer: int, quantile: float) -> Moments:
-    """Returns the moments of a batch after a block; `quantile` is that of `is_outlier`."""
+    """Returns the moments of a batch after a block; `quantile` is that of the masks."""
     prefix, last = teacher.model.arch.num_prefix_tokens, teacher.model.arch.depth - 1
     patches = teacher.features[layer][:, prefix:].astype(jnp.float32)
-    outliers = is_outlier(token_norms(patches), quantile)[..., None]
-    ordinary = jnp.where(outliers, 0, patches).reshape(-1, patches.shape[-1])
-    held = jnp.where(outliers, patches, 0).reshape(-1, patches.shape[-1])
+    norms = token_norms(patches)
+    masks = (is_outlier(norms, quantile), is_ordinary(norms, quantile))
+    outliers, ordinary = (
+        jnp.where(mask[..., None], patches, 0).reshape(-1, patches.shape[-1]) for mask in masks
+    )
     added = patches
     if layer < last:
         added = teacher.features[layer + 1][:, prefix:].astype(jnp.float32) - patches
     return Moments(
-        _product(held.T, held),
+        _product(outliers.T, outliers),
         _product(ordinary.T, ordinary),
-        jnp.sum(jnp.square(jnp.where(outliers, 0, added))),
+        jnp.sum(jnp.square(jnp.where(masks[1][..., None], added, 0))),
     )
+
+
+def linear_map(
+    model: VisionTransformer, layer: int, settings: NullSpaceSettings
+) -> Float[Array, "dim out"]:
+    """Returns the map W of a layer for any `weight_matrix`; that of `calibrated` is `mlp`."""
+    source = settings.weight_matrix
+    return nullspace.linear_map(model, layer, "mlp" if source == "calibrated" else source)
 
 
 def of_layer(
@@ -133,11 +144,10 @@ def of_layer(
         space = nullspace.of_layer(model, layer, settings.weight_matrix, how)
         return energy(space, statistics, settings.threshold) if by_energy else space
     seen = nullspace.of_layer(model, layer, "mlp", how)
-    linear_map = nullspace.linear_map(model, layer, "mlp")
+    w = linear_map(model, layer, settings)
     if by_energy:
-        limit = settings.threshold
-        return calibrated_by_energy(seen, linear_map, statistics, rank, limit, how)
-    return calibrated(seen, linear_map, statistics.covariance, rank, settings.ridge, how)
+        return calibrated_by_energy(seen, w, statistics, rank, settings.threshold, how)
+    return calibrated(seen, w, statistics.covariance, rank, settings.ridge, how)
 
 
 def energy(space: NullSpace, statistics: OutlierStatistics, limit: float) -> NullSpace:

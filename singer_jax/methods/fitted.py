@@ -4,23 +4,23 @@ The update x -> x + x M of a patch token x may have any matrix M whose rows lie 
 orthonormal directions u_1 .. u_r: x M = sum_j (x . m_j) u_j^T, with one column m_j of A for each
 row u_j^T of B. Over the first batches it minimises
 
-  sum over outlier patches |x + x M|^2 + sum over the other patches |x M J|^2 + ridge
+  sum over outlier patches |x + x M|^2 + sum over ordinary patches |x M J|^2 + rho |M J|^2
 
 where J = [I, k W] is the linearised next block: its output is the stream, which the update changes
 by x M, plus what the block adds, which it changes by about k x M W. W is the linear map whose
 decomposition gave the null space. The factor k gives k x W the mean square of what the block adds
-to the other patches (after the last block, that of the patches themselves), because the norm before
+to ordinary patches (after the last block, that of the patches themselves), because the norm before
 the block, its activation and LayerScale, which W ignores, change its scale. Every token counts
 once: the weights of the losses do not enter. The information loss of training is also taken over
 the outliers, but there it only keeps what the first term removes.
 
 Choose the u_j such that u_i^T W W^T u_j = 0 for i != j, and let g_j = 1 + k^2 |u_j^T W|^2. With the
-sums C of x^T x over the outliers and D over the other patches, the objective is
+sums C of x^T x over the outliers and D over the ordinary patches, the objective is
 
   const + sum_j (u_j + m_j)^T C (u_j + m_j) + g_j m_j^T (D + rho I) m_j
 
-because the u_j are orthonormal and their images under J orthogonal; the ridge is rho g_j |m_j|^2.
-Each m_j appears in one term, which is convex. Its gradient vanishes at
+because the u_j are orthonormal and their images under J orthogonal. Each m_j appears in one term,
+which is convex. Its gradient vanishes at
 
   m_j = -(C + g_j (D + rho I))^-1 C u_j.
 

@@ -61,6 +61,11 @@ class MatchSettings(SpaceSettings, LossSettings):
         "1: no clipping.",
     )
 
+    @property
+    def shortens(self) -> bool:
+        """True if the target's patches have no excess length, whatever the teacher's have."""
+        return self.norm_clip_quantile < 1 or self.target_space in ("final_norm", "l2")
+
 
 class Statistics(nnx.Module):
     """Mean and variance of each channel of the teacher's tokens over the first batches.

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+ARTIFACT = 3.0
+"""Ratio to the median of the image above which a patch is an artifact (DINOv2's reach about 10)."""
+
 
 def token_norms(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes"]:
     """Returns the L2 norm of each token in float32, with a zero gradient at zero."""
@@ -61,6 +64,16 @@ def is_outlier(
 ) -> Bool[Array, "batch patches"]:
     """Returns True for each token that is an outlier of its image."""
     return norms > outlier_threshold(norms, quantile)
+
+
+def is_ordinary(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Bool[Array, "batch patches"]:
+    """Returns True for each token that is no outlier and at most `ARTIFACT` medians long.
+
+    An image may have more artifacts than the share of outliers that the quantile leaves.
+    """
+    return ~is_outlier(norms, quantile) & (norms <= ARTIFACT * outlier_threshold(norms, 0.5))
 
 
 def batch_quantile(values: Float[Array, "*axes"], quantile: float) -> Float[Array, ""]:

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from singer_jax.errors import InputError
-from singer_jax.methods import calibration, fitted, nullspace, removal
+from singer_jax.methods import calibration, nullspace, removal
 from singer_jax.methods.base import (
     Batch,
-    FrozenVariable,
     LayerSettings,
     MethodRequirements,
     ModelFeatures,
@@ -35,11 +33,13 @@ from singer_jax.methods.norms import (
     batch_quantile,
     cosine_similarity_matrix,
     image_medians,
+    is_ordinary,
     is_outlier,
     outlier_threshold,
     token_norms,
 )
 from singer_jax.methods.nullspace import NullSpaceSettings
+from singer_jax.methods.refiner import Refiner, refine
 from singer_jax.methods.tokens import match_tokens
 from singer_jax.models.architecture import Architecture
 from singer_jax.models.vit import VisionTransformer
@@ -97,70 +97,6 @@ class SingerSettings(LayerSettings):
     match: MatchSettings = section(MatchSettings())
     loss_weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
-
-
-class Refiner(nnx.Module):
-    """A low-rank update of the patch tokens: F + F A B Q (paper section 3.1).
-
-    Args:
-      space: Null space of the layer.
-      rank: Rank of the update.
-      settings: Settings of the use of the null space.
-      rngs: Random streams; `params` is used for random directions.
-
-    Attributes:
-      down, up: A [dim, rank] and B [rank, dim].
-      projection: Q [dim, dim] for the modes `project` and `soft`; absent otherwise.
-      singular_values, threshold, null_dim: Singular values [directions], tau, and the number of
-        values below tau, for reports.
-      left, ridge: `NullSpace.left` and `NullSpace.ridge`; absent if they are None.
-    """
-
-    def __init__(
-        self, space: nullspace.NullSpace, rank: int, settings: NullSpaceSettings, rngs: nnx.Rngs
-    ) -> None:
-        tau = nullspace.threshold_value(space, settings.threshold_type, settings.threshold)
-        self.singular_values = FrozenVariable(space.values)
-        self.threshold = FrozenVariable(tau)
-        self.null_dim = FrozenVariable(nullspace.null_dim(space, tau))
-        self.projected = settings.mode in ("project", "soft")
-        dim = space.vectors.shape[0]
-        if self.projected:
-            rows = space.vectors.T[::-1][:rank]
-            soft = settings.mode == "soft"
-            self.projection = FrozenVariable(
-                nullspace.soft_filter(space, tau) if soft else nullspace.projector(space, tau, rank)
-            )
-        elif settings.mode == "init":
-            rows = nullspace.directions(space, tau, rank, settings.direction_order, rngs.params())
-        else:
-            rows = nullspace.random_directions(rngs.params(), rank, dim)
-        start = settings.init or ("identity" if self.projected else "official")
-        if space.left is not None:
-            self.left = FrozenVariable(space.left)
-        if space.ridge is not None:
-            self.ridge = FrozenVariable(space.ridge)
-        self.down = nnx.Param(rows.T)
-        self.up = nnx.Param(rows if start == "official" else jnp.zeros_like(rows))
-
-    def update(
-        self, patches: Float[Array, "batch patches dim"]
-    ) -> Float[Array, "batch patches dim"]:
-        """Returns F A B Q in float32, which lies in the null space up to float32 rounding."""
-        up = self.up[...]
-        if self.projected:
-            up = jnp.matmul(up, self.projection[...], precision=Precision.HIGHEST)
-        inner = patches.astype(jnp.float32) @ self.down[...]
-        return jnp.matmul(inner, up, precision=Precision.HIGHEST)
-
-
-def refine(
-    refiner: Refiner, features: Float[Array, "batch tokens dim"], num_prefix_tokens: int
-) -> Float[Array, "batch tokens dim"]:
-    """Returns the features F^ with refined patches and unchanged prefix tokens, in float32."""
-    update = refiner.update(features[:, num_prefix_tokens:])
-    update = jnp.pad(update, ((0, 0), (num_prefix_tokens, 0), (0, 0)))
-    return features.astype(jnp.float32) + update
 
 
 def relative_info_loss(
@@ -248,7 +184,8 @@ class Singer(TokenMethod):
             space = calibration.of_layer(teacher, layer, settings.nullspace, settings.rank, seen)
             refiner = Refiner(space, settings.rank, settings.nullspace, rngs)
             if settings.nullspace.init == "fitted":
-                self._fit(refiner, space, teacher, layer, seen.moments)
+                linear_map = calibration.linear_map(teacher, layer, settings.nullspace)
+                refiner.fit(space, linear_map, seen.moments, settings.nullspace.decomposition)
             self.refiner[str(layer)] = refiner
             self.adapter[str(student_layer)] = linear_adapter(
                 student.embed_dim, teacher.arch.embed_dim, rngs
@@ -339,7 +276,7 @@ class Singer(TokenMethod):
         count, share = int(refiner.null_dim[...]), metrics.get("outlier_energy_share")
         limit = self.nullspace.threshold
         extent = f"smallest {values[-1]:.3g}, largest {values[0]:.3g}"
-        ran = nullspace.decomposition_on(_platform(refiner), self.nullspace.decomposition)
+        ran = nullspace.decomposition_on(refiner.platform, self.nullspace.decomposition)
         if hasattr(refiner, "left"):
             left = float(refiner.left[...])
             line = f"{name}: {count} of {len(values)} directions ({ran}) leave {left:.2f} medians"
@@ -379,41 +316,26 @@ class Singer(TokenMethod):
                 f"refinement can remove little: {_remedy(self.nullspace)}"
             )
         if change is not None and change > removal.LARGEST_CHANGE:
+            instead = "the target is clipped already, so a smaller subspace is enough"
+            if not self.compare.settings.shortens:
+                instead = (
+                    f"method.match.norm_clip_quantile={removal.CLIP_QUANTILE:g} leaves "
+                    f"{metrics['clipped_medians']:.1f} medians in the target and changes no block, "
+                    "nor does target_space=final_norm"
+                )
             warnings.append(
                 f"{name}: removal changes the next block by {change:.0%} (limit "
-                f"{removal.LARGEST_CHANGE:.0%}); method.match.norm_clip_quantile="
-                f"{removal.CLIP_QUANTILE:g} leaves {metrics['clipped_medians']:.1f} medians in the "
-                "target and changes no block, nor does target_space=final_norm"
+                f"{removal.LARGEST_CHANGE:.0%}); {instead}"
             )
         return [(logging.INFO, line), *((logging.WARNING, text) for text in warnings)]
-
-    def _fit(
-        self,
-        refiner: Refiner,
-        space: nullspace.NullSpace,
-        teacher: VisionTransformer,
-        layer: int,
-        moments: calibration.Moments,
-    ) -> None:
-        """Sets a refiner to its update in closed form; unused components start as `identity`."""
-        own, rank = self.nullspace, refiner.up.shape[0]
-        source = "mlp" if own.weight_matrix == "calibrated" else own.weight_matrix
-        selected = nullspace.selected(space, refiner.threshold[...], rank)
-        linear_map = nullspace.linear_map(teacher, layer, source)
-        down, up = fitted.fitted_update(
-            space, selected, linear_map, moments, rank, own.decomposition
-        )
-        used = jnp.any(up != 0, axis=1)
-        refiner.down[...] = jnp.where(used, down, refiner.down[...])
-        refiner.up[...] = up
 
     def _diagnose(self, layer: int, teacher: ModelFeatures) -> Scalars:
         refiner, prefix = self.refiner[str(layer)], teacher.model.arch.num_prefix_tokens
         features = teacher.features[layer]
         patches = features[:, prefix:]
         wide = patches.astype(jnp.float32)
-        update = refiner.update(patches)
-        refined = wide + update
+        everything = refine(refiner, features, prefix)
+        refined = everything[:, prefix:]
         norms = token_norms(wide)
         outliers, medians = is_outlier(norms, self.quantile), image_medians(wide)
         metrics = {}
@@ -423,13 +345,13 @@ class Singer(TokenMethod):
         if patches.dtype != jnp.float32:
             # The rounding error of the student's dtype, which leaves the null space.
             rounding = jnp.linalg.norm(refined - refined.astype(patches.dtype).astype(jnp.float32))
-            size = jnp.linalg.norm(update)
+            size = jnp.linalg.norm(refiner.update(patches))
             metrics["rounding_over_update"] = jnp.where(size > 0, rounding / size, 0.0)
         deviations = nullspace.deviations(patches, outliers)
         metrics["outlier_medians"] = removal.length(deviations, outliers, medians)
         metrics["left_of_outlier_medians"] = removal.length(refined, outliers, medians)
         metrics["clipped_medians"] = removal.clipped_length(wide)
-        replacements = {"next_block_change": jnp.concatenate([features[:, :prefix], refined], 1)}
+        replacements = {"next_block_change": everything}
         if refiner.projected:
             projection = refiner.projection[...]
             share = nullspace.energy_share(projection, patches, outliers)
@@ -441,18 +363,10 @@ class Singer(TokenMethod):
                 replacements["removal_change"] = cleaned
         if layer < self.last:
             values = removal.next_block_changes(
-                teacher, layer, tuple(replacements.values()), ~outliers
+                teacher, layer, tuple(replacements.values()), is_ordinary(norms, self.quantile)
             )
             metrics |= dict(zip(replacements, values, strict=True))
         return metrics
-
-
-def _platform(refiner: Refiner) -> str:
-    """Returns the platform of the devices that hold a refiner."""
-    values = refiner.singular_values[...]
-    if isinstance(values, jax.Array) and not isinstance(values, jax.core.Tracer):
-        return next(iter(values.devices())).platform
-    return jax.default_backend()
 
 
 def check(

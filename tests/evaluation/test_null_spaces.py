@@ -1,6 +1,7 @@
 """Tests that the analysis before training prints the numbers that training would find."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -35,6 +36,8 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
     assert len(found["rows"]) == 2 * 4 * 3
     for row in found["rows"]:
         assert 0 <= row["share_soft"] <= 1.0001 and 0 <= row["defect_angle"] <= 90
+        left = row["outlier_medians"] * max(1 - row["share_project"], 0) ** 0.5
+        assert row["left_medians"] == pytest.approx(left)
         values = found["singular_values"][str(row["layer"])][row["source"]]
         assert values == sorted(values, reverse=True) and values[-1] == row["smallest"]
         if row["source"] == "calibrated":  # `rank` directions, all of which `project` takes
@@ -50,7 +53,7 @@ def test_each_layer_source_and_threshold_is_a_row(config, tmp_path, capsys):
             np.testing.assert_allclose(row["share_project"], 1, atol=1e-4)
     printed = capsys.readouterr().out
     # The norms of three layers and the verdict stand before the details.
-    assert len(printed.splitlines()) == 1 + 3 + 1 + 1 + 24 + 2 and "project, soft:" in printed
+    assert len(printed.splitlines()) == 1 + 3 + 1 + 1 + 24 + 3 and "project, soft:" in printed
     assert printed.splitlines()[4].startswith("verdict: ")
     assert min(Image.open(tmp_path / "out" / "nullspace.png").size) > 300
 
@@ -123,7 +126,8 @@ def test_the_verdict_says_whether_there_are_artifacts_and_where(tmp_path, capsys
             if (row["source"], row["threshold"]) == ("mlp", "quantile=0.5")
         ]
         assert f"artifacts in layers 1 to 3 (up to {max(shares):.2%}" in found["verdict"]
-        assert f"holds {np.mean(held):.0%}" in found["verdict"]
+        assert f"holds {np.mean(held):.0%} (left of an outlier at best: " in found["verdict"]
+        assert re.search(r"best: \d+\.\d medians of \d+\.\d\)", found["verdict"])
         assert len(held) == 2
     else:
         assert max(shares) < 0.001
@@ -141,3 +145,39 @@ def test_a_norm_is_compared_with_the_median_of_its_own_image():
     assert norm_summary.artifacts(norms).sum() == 4
     verdict = norm_summary.verdict([clean, dirty], [0], [], "mlp")
     assert "artifacts in layer 1 (up to 0.20%" in verdict and "none of which" in verdict
+
+
+def test_energy_chooses_what_is_left(config, tmp_path):
+    """Each row states its own limit; `calibrated` is chosen on other images than it is measured."""
+    config.thresholds, config.weight_matrices = ("energy=0.5", "energy=1"), ("mlp", "calibrated")
+    config.rank = 16
+    assert main.run(config, tmp_path / "out") == 0
+    rows = json.loads((tmp_path / "out" / "nullspace.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2
+    dims = {(row["layer"], row["source"], row["threshold"]): row["null_dim"] for row in rows}
+    for layer in {row["layer"] for row in rows}:
+        for source in config.weight_matrices:
+            smaller, larger = (dims[layer, source, f"energy={k}"] for k in ("1", "0.5"))
+            assert smaller >= 1 and (source == "calibrated" or smaller <= larger)
+    for row in rows:
+        limit = float(row["threshold"].partition("=")[2])
+        if row["source"] == "mlp":
+            assert row["left_medians"] <= 1.01 * limit
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (norm_summary.Removal(0.99, 1.2, 13), "holds 99% (left of an outlier at best: 1.2 medians"),
+        (norm_summary.Removal(0.99, 1.2, 13), "SiNGER can remove them"),
+        (
+            norm_summary.Removal(0.89, 4.3, 13),
+            "clip the rest (method.match.norm_clip_quantile=0.9)",
+        ),
+        (norm_summary.Removal(0.2, 11.6, 13), "SiNGER removes little of them: use FitNet"),
+    ],
+)
+def test_the_verdict_depends_on_the_length_that_is_left(held, words):
+    norms = np.ones((1, 1, 1000))
+    norms[0, 0, :4] = 13
+    assert words in norm_summary.verdict(norm_summary.summarise(norms), [0], [held], "mlp")
