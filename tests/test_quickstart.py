@@ -47,3 +47,13 @@ def test_the_table_follows_from_the_kept_rows_and_all_seeds_have_the_same_order(
     for seed in quickstart.SEEDS:
         kept = min(score[seed, "fitnet_clip"], score[seed, "singer"])
         assert score[seed, "fitnet"] < score[seed, "untrained"] < kept
+
+
+def test_the_readme_shows_the_table_of_the_kept_results():
+    root = Path(__file__).parents[1]
+    table = [
+        line
+        for line in (root / "benchmarks" / "quickstart.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert "\n".join(table) in (root / "README.md").read_text()
