@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks.make_inputs import write_blank_weights
@@ -76,7 +75,7 @@ def describe(config: ConfigDict) -> str:
 
 def _layers(run: StudentSetup) -> str:
     state = run.state
-    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
+    method = run.method_of(state)
     pairs = zip(method.teacher_layers, method.student_layers, strict=True)
     return ", ".join(f"{own} <- {layer}" for layer, own in pairs)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from singer_jax.evaluation import store
+from singer_jax.evaluation import feature_store
 from singer_jax.io import files
 
 
@@ -68,7 +68,7 @@ def test_partial_files_of_killed_processes_are_removed_after_a_day(tmp_path):
 
 def test_the_disk_space_of_a_memory_map_is_reserved_before_it_is_written(tmp_path):
     """A write to a hole in the file on a full disk would end the process with SIGBUS."""
-    array = store.reserved(tmp_path / "features.npy", np.dtype(np.float16), (1000, 384))
+    array = feature_store.reserved(tmp_path / "features.npy", np.dtype(np.float16), (1000, 384))
     found = os.stat(tmp_path / "features.npy")
     assert found.st_blocks * 512 >= found.st_size > array.nbytes
     array[:] = 3
@@ -83,5 +83,5 @@ def test_a_memory_map_on_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypat
     monkeypatch.setattr(os, "posix_fallocate", full)
     file = tmp_path / "features.npy"
     with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
-        store.reserved(file, np.dtype(np.float16), (1000, 384))
+        feature_store.reserved(file, np.dtype(np.float16), (1000, 384))
     assert not file.exists()

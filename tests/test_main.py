@@ -167,16 +167,19 @@ def _empty_folder(config, folder) -> None:
                 "known: student.overrides.",
             ],
         ),
-        (_break("grad_accum_steps", 0), ["grad_accum_steps: 0", "at least 1"]),
-        (_break("checkpoint.every_steps", 0), ["checkpoint.every_steps: 0", "at least 1"]),
-        (_break("student.overrides", {"num_heads": 0}), ["student.overrides.num_heads: 0; give a"]),
+        (_break("grad_accum_steps", 0), ["grad_accum_steps: 0", ">= 1"]),
+        (_break("checkpoint.every_steps", 0), ["checkpoint.every_steps: 0", ">= 1"]),
+        (
+            _break("student.overrides", {"num_heads": 0}),
+            ["student.overrides.num_heads: 0; give an"],
+        ),
         (
             _break("student.overrides", {"depth": "2"}),
-            ["student.overrides.depth: '2'; give a whole"],
+            ["student.overrides.depth: '2'; give an integer"],
         ),
         (
             _break("student.overrides", {"mlp_ratio": 0}),
-            ["student.overrides.mlp_ratio: 0", "above 0"],
+            ["student.overrides.mlp_ratio: 0", "> 0"],
         ),
         (
             _break("student.overrides", {"mlp_ratio": 0.001}),

@@ -76,7 +76,6 @@ def jax_step(
     It writes the student and the parts of the method, from which the peers start.
     """
     import jax
-    from flax import nnx
     from safetensors.numpy import save_file
 
     from singer_jax.models.params import join
@@ -98,7 +97,7 @@ def jax_step(
         to_timm(join(state.params["student"], state.constants["student"])),
         shared / "student.safetensors",
     )
-    method = nnx.merge(run.distillation.method, state.params["method"], state.constants["method"])
+    method = run.method_of(state)
     parts = {}
     for layer, own in zip(method.teacher_layers, method.student_layers, strict=True):
         refiner, adapter = method.refiner[str(layer)], method.adapter[str(own)]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from singer_jax.evaluation.backbone import Examples
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
-from singer_jax.platform.spread import spread
+from singer_jax.platform.sharded_rows import spread
 
 
 def knn_top1(

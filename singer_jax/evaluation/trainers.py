@@ -28,7 +28,7 @@ from singer_jax.evaluation.scoring import padded
 from singer_jax.models.params import Params
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
-from singer_jax.platform.spread import pick, spread
+from singer_jax.platform.sharded_rows import pick, spread
 from singer_jax.runs.schedules import cosine_schedule
 
 FINAL_LEARNING_RATE = 1e-8

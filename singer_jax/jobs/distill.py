@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from clu import parameter_overview
 from etils import epath
-from flax import nnx
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from singer_jax.data.registry import open_source
@@ -39,7 +38,7 @@ from singer_jax.settings.settings import to_dict
 from singer_jax.training.artifact_removal import load_teacher
 from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
-from singer_jax.training.capture import capture
+from singer_jax.training.failed_step import capture
 from singer_jax.training.flops import step_flops
 from singer_jax.training.loop import LoopHooks, train
 from singer_jax.training.program import compile_step
@@ -267,9 +266,7 @@ def _hooks(job: _Job, validation: Validation | None) -> LoopHooks:
 def _report_start(run: RunSetup, states: Mapping[str, TrainState], metrics: StepMetrics) -> None:
     """Logs the reports of the methods after the first step."""
     for name, own in run.each.items():
-        params, constants = states[name].params["method"], states[name].constants["method"]
-        method = nnx.merge(own.distillation.method, params, constants)
-        for level, line in method.report(metrics[name]):
+        for level, line in own.method_of(states[name]).report(metrics[name]):
             LOG.log(level, f"{name}: {line}" if name else line)
 
 

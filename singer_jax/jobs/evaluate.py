@@ -253,11 +253,8 @@ class _Evaluation:
 
     def _probe(self, task: str, group: dict[str, tuple[_Unfinished, Examples]]) -> None:
         """Trains and tests the probes of a task for some models."""
-        benchmark, split, probe = (
-            self.data.benchmarks[task],
-            self.data.splits[task],
-            self.settings.probe,
-        )
+        benchmark, split = self.data.benchmarks[task], self.data.splits[task]
+        probe = self.settings.probe
         if probe.epochs is None:
             probe = dataclasses.replace(probe, epochs=benchmark.epochs)
         models = {}

@@ -29,7 +29,7 @@ from singer_jax.settings.settings import Settings, setting
 from singer_jax.training.artifact_removal import load_teacher
 from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
-from singer_jax.training.capture import Captured, read
+from singer_jax.training.failed_step import Captured, read
 from singer_jax.training.program import jit_step
 from singer_jax.training.restore import restore_states
 from singer_jax.training.setup import RunSetup, setup_students

@@ -70,8 +70,8 @@ class ModelFeatures:
         """Applies the block after `layer` to `x`, which replaces the feature of `layer`.
 
         A register token that was added to the feature is passed along. If features are means over
-        views (`models.views`), the next feature differs from the result: the mean of a block's
-        outputs is not the block's output for the mean.
+        views (`models.shift_average`), the next feature differs from the result: the mean of a
+        block's outputs is not the block's output for the mean.
         """
         return self.model.apply_block(layer + 1, x, self.registers.get(layer))
 

@@ -305,8 +305,8 @@ class ComputePolicy:
         `dtype`. A LayerNorm bounds their input. Matmuls that write into the residual stream,
         which has outlier tokens, are not quantised.
       artifact_removal: method that removes outlier tokens from the features, one of `CLEANERS`
-        (`models.registers`, `models.views`, or the subtraction of synthetic outliers); None: no
-        removal.
+        (`models.registers`, `models.shift_average`, or the subtraction of synthetic outliers);
+        None: no removal.
       gathered: sharding of a block's parameters while it computes, for a model that is not trained
         and whose parameters are sharded. None: the compiler decides, and may gather the larger
         activations instead.

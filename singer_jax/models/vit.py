@@ -31,7 +31,7 @@ from singer_jax.models.layers import (
     linear,
 )
 from singer_jax.models.positions import MixedFrequencies, Rotation, fixed_rotation
-from singer_jax.models.views import averaged
+from singer_jax.models.shift_average import averaged
 from singer_jax.models.zoo import ModelSpec
 
 

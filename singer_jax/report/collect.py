@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jaxtyping import Float, UInt8
 
 from singer_jax.data.checking import readable
@@ -295,8 +294,7 @@ def trained_singers(prepared: RunSetup, states: Mapping[str, TrainState]) -> dic
     """Returns the method of each student that is trained with SiNGER."""
     found = {}
     for name, own in prepared.each.items():
-        params, constants = states[name].params["method"], states[name].constants["method"]
-        method = nnx.merge(own.distillation.method, params, constants)
+        method = own.method_of(states[name])
         if isinstance(method, WeightedSum):
             method = method.methods.get("singer")
         if isinstance(method, Singer):

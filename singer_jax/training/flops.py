@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from singer_jax.models.shift_average import views
 from singer_jax.models.summary import features_flops
-from singer_jax.models.views import views
 from singer_jax.platform.hlo import part_of
 from singer_jax.training.step import PARTS, Students, TrainState
 

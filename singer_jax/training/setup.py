@@ -66,6 +66,11 @@ class StudentSetup:
     measure: Callable[[ModelFeatures], Any]
     make_method: Callable[[VisionTransformer | None, Any], Method]
 
+    def method_of(self, state: TrainState) -> Method:
+        """Returns the student's method with its parameters in a state."""
+        parts = state.params["method"], state.constants["method"]
+        return nnx.merge(self.distillation.method, *parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSetup:

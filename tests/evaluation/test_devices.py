@@ -16,7 +16,7 @@ from singer_jax.evaluation.scoring import count, score
 from singer_jax.evaluation.segmentation import Segmentation
 from singer_jax.evaluation.trainers import CropBatches, CropTrainer, FeatureTrainer
 from singer_jax.platform import memory, parallel
-from singer_jax.platform.spread import pick, spread
+from singer_jax.platform.sharded_rows import pick, spread
 from tests import tiny
 
 IMAGES, RATES = 40, (0.1, 1.0)

@@ -10,7 +10,7 @@ from singer_jax.methods import ModelFeatures
 from singer_jax.models import registers
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.layers import Block
-from singer_jax.models.views import averaged, views
+from singer_jax.models.shift_average import averaged, views
 from singer_jax.models.vit import VisionTransformer
 from singer_jax.models.zoo import lookup
 from tests import tiny

@@ -21,7 +21,7 @@ from singer_jax.jobs import replay
 from singer_jax.platform import parallel
 from singer_jax.runs import manifests, verify
 from singer_jax.runs.checkpoints import Checkpoints, checksum
-from singer_jax.training.capture import Captured
+from singer_jax.training.failed_step import Captured
 from tests.damage import files, flip, largest, warned
 
 META = {"config": {"learning_rate": 1e-3, "layers": (1, 2)}, "data": "abc"}
