@@ -201,6 +201,15 @@ def _plain(text: str) -> str:
     return shown(text[:_LONGEST_NAME]).replace("$", r"\$")
 
 
+def _label_logarithmic(axis: Axes) -> None:
+    """Labels a logarithmic axis with plain numbers, also between two powers of ten if few fit."""
+    low, high = np.log10(axis.get_ylim())
+    few = np.floor(high) - np.ceil(low) < 2
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
+
+
 def _training(rows: Sequence[Mapping[str, float]]) -> str:
     """Returns plots of loss terms, learning rate and evaluation metrics over the steps."""
     panels: dict[tuple[str, str], dict[str, str]] = {}  # by (title, scale): column names by label
@@ -238,11 +247,7 @@ def _training(rows: Sequence[Mapping[str, float]]) -> str:
             axis.plot(*line, marker=marker, markersize=3, label=_plain(label))
         axis.set(yscale=scale, xlabel="step", title=_plain(title or "loss terms"))
         if scale == "log":
-            low, high = np.log10(axis.get_ylim())
-            few = np.floor(high) - np.ceil(low) < 2  # powers of ten on the axis, less one
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
+            _label_logarithmic(axis)
         if set(columns) != {title}:
             axis.legend()
 
@@ -282,6 +287,7 @@ def _spectra(report: Report) -> str:
     def panel(axis: Axes, layer: LayerNorms) -> None:
         axis.semilogy(layer.singular_values)
         axis.axhline(layer.threshold, linestyle="--", color=_INK)
+        _label_logarithmic(axis)
         axis.set(xlabel="index", ylabel="singular value", title=_plain(layer.name))
 
     table = {

@@ -45,7 +45,7 @@ def save_patch_maps(
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(label)
         if options:
-            figure.colorbar(shown, ax=row.tolist(), fraction=0.02)
+            figure.colorbar(shown, ax=row.tolist(), fraction=0.02, pad=0.01)
     with replacing(path) as file:
         figure.savefig(file, dpi=110)
 
@@ -77,7 +77,7 @@ def save_norm_maps(
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("input", *ratios), strict=True):
         axis.set_title(name.replace(", ", "\n", 1), fontsize=8)
-    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), fraction=0.02)
+    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), fraction=0.02, pad=0.02)
     bar.set_label("patch norm / median", fontsize=8)
     with replacing(path) as file:
         figure.savefig(file, dpi=110)
