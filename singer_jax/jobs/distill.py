@@ -215,8 +215,8 @@ def _compile(
     execution = job.settings.students.execution
     program = compile_step(job.run.students, job.run.any.mesh, states, teacher, batch, execution)
     LOG.info("%s: compiled in %.0f s", job.workdir, time.perf_counter() - began)
-    if program.told:
-        LOG.info("%s: %s", job.workdir, program.told)
+    if program.description:
+        LOG.info("%s: %s", job.workdir, program.description)
     return program.step
 
 

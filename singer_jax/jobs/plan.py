@@ -116,7 +116,7 @@ def as_text(found: Cost, settings: PlanSettings) -> str:
         f"{found.images / found.count:g} images per chip",
         f"compiled in {found.compile_seconds:.0f} s ({found.compile_cpu_seconds:.0f} CPU s)",
     ]
-    lines += [found.told] if found.told else []
+    lines += [found.description] if found.description else []
     lines += ["", "per step and chip"]
     for name, amount, time in rows:
         shown = f"{1e3 * time:9.2f} ms" if time != "" else ""

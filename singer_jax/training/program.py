@@ -47,13 +47,13 @@ class Program(NamedTuple):
       step: The step, a function with the arguments of `Students.step`.
       compiled: The compiled program of a step without diagnostics, or with a branch for them.
       peak: Peak memory on a device in bytes.
-      told: Description of the execution of several students for logs; empty for one student.
+      description: Description of the execution of several students for logs; empty for one student.
     """
 
     step: Callable
     compiled: jax.stages.Compiled
     peak: int
-    told: str
+    description: str
 
 
 def compile_step(
@@ -86,7 +86,7 @@ def compile_step(
         return Program(run, step, peak, line)
 
     if len(students.each) == 1:
-        return compiled("parallel")._replace(told="")
+        return compiled("parallel")._replace(description="")
     if execution or backends.choices(parallel.platform(mesh)).sequential:
         return compiled(execution or "sequential")
     memory = parallel.device_memory(mesh)

@@ -50,7 +50,7 @@ class Cost:
       collectives: Number of runs and bytes of each kind, without the diagnostics of logged steps.
       parts: Operations and traffic of each part of the step.
       compile_seconds, compile_cpu_seconds: Compile time: wall clock, and CPU time of all threads.
-      told: Description of the execution of several students for logs.
+      description: Description of the execution of several students for logs.
       kernels: Kernels of a GPU's program; None for other chips.
       launches: Launches of a GPU's program; None for other chips.
     """
@@ -68,7 +68,7 @@ class Cost:
     parts: Mapping[str, tuple[float, float]]
     compile_seconds: float
     compile_cpu_seconds: float
-    told: str = ""
+    description: str = ""
     kernels: Kernels | None = None
     launches: Launches | None = None
 
@@ -189,7 +189,7 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
         },
         compile_seconds=seconds,
         compile_cpu_seconds=cpu,
-        told=program.told,
+        description=program.description,
         kernels=kernels.read(text, chips.chip(kind), PARTS) if gpu else None,
         launches=launched if gpu else None,
     )

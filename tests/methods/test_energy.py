@@ -132,8 +132,8 @@ def test_a_limit_that_no_subspace_reaches_is_a_warning(teacher):
     own = settings(threshold_type="energy", threshold=0.1, weight_matrix="calibrated", rank=2)
     method = Singer(teacher, STUDENT, own, nnx.Rngs(0), Singer.measure(seen, own))
     metrics = {name: float(x) for name, x in method.diagnose(seen).items()}
-    told = [text for level, text in method.report(metrics) if level > 20]
-    assert any("no subspace leaves at most 0.1 medians, 2 directions leave" in x for x in told)
+    warnings = [text for level, text in method.report(metrics) if level > 20]
+    assert any("no subspace leaves at most 0.1 medians, 2 directions leave" in x for x in warnings)
 
 
 def test_the_price_is_the_change_of_the_next_block(teacher):
@@ -169,9 +169,9 @@ def test_the_price_is_the_change_of_the_next_block(teacher):
     assert float(metrics["layer_2/left_of_outlier_medians"]) == pytest.approx(
         np.sqrt(np.mean(norms[outliers] ** 2)) / medians, rel=1e-4
     )
-    told = [text for level, text in method.report(metrics) if level > 20]
+    warnings = [text for level, text in method.report(metrics) if level > 20]
     dear = [layer for layer in (2,) if float(metrics[f"layer_{layer}/removal_change"]) > 0.1]
-    assert len([x for x in told if "norm_clip_quantile=0.9 leaves" in x]) == len(dear)
+    assert len([x for x in warnings if "norm_clip_quantile=0.9 leaves" in x]) == len(dear)
 
 
 def test_a_dear_removal_is_a_warning_that_names_clipping(teacher):
@@ -180,13 +180,13 @@ def test_a_dear_removal_is_a_warning_that_names_clipping(teacher):
     seen = forward(teacher, jax.random.normal(jax.random.key(2), (3, 16, 16, 3)))
     metrics = {name: float(x) for name, x in method.diagnose(seen).items()}
     metrics |= {"layer_2/removal_change": removal.LARGEST_CHANGE + 0.05}
-    told = [text for level, text in method.report(metrics) if level > 20]
-    assert any("by 15% (limit 10%)" in x and "target_space=final_norm" in x for x in told)
-    assert all(len(text) <= 200 for text in told)
+    warnings = [text for level, text in method.report(metrics) if level > 20]
+    assert any("by 15% (limit 10%)" in x and "target_space=final_norm" in x for x in warnings)
+    assert all(len(text) <= 200 for text in warnings)
     clipping = dataclasses.replace(own.match, norm_clip_quantile=0.9)
     method = Singer(teacher, STUDENT, dataclasses.replace(own, match=clipping), nnx.Rngs(0))
-    told = [text for level, text in method.report(metrics) if level > 20]
-    assert any("by 15% (limit 10%); the target is clipped already" in x for x in told)
+    warnings = [text for level, text in method.report(metrics) if level > 20]
+    assert any("by 15% (limit 10%); the target is clipped already" in x for x in warnings)
 
 
 def scaled(seen: methods.ModelFeatures, factor: float) -> methods.ModelFeatures:

@@ -192,10 +192,10 @@ def test_the_execution_suits_the_device_and_is_logged(
     run = prepare(together(teacher_file, {"a": {}, "b": {"seed": 1}}))
     teacher, batch = run.teacher, batch_of(run, 0)
     program = compile_step(run.students, run.any.mesh, run.states, teacher, batch)
-    assert re.match(words, program.told), program.told
+    assert re.match(words, program.description), program.description
     alone = RunSetup({"": run.each["a"]})
     program = compile_step(alone.students, run.any.mesh, alone.states, teacher, batch)
-    assert not program.told
+    assert not program.description
 
 
 def test_sequential_execution_takes_less_memory(teacher_file):
