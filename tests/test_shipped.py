@@ -41,13 +41,13 @@ assert set(TRAINED) >= FEW
 )
 def test_it_trains_when_it_is_shrunk(name, tmp_path):
     config = CONFIGS[name].copy_and_resolve_references()
-    size = tiny.TEACHER | {"depth": 4}
+    size = tiny.TEACHER | {"depth": 6}
     teacher = tiny.write_teacher(
         tmp_path / "t.safetensors", config.teacher.model, **size, num_classes=10
     )
     config.teacher.weights = str(teacher)
     config.teacher.overrides = size
-    config.student.overrides = tiny.STUDENT | {"depth": 3}
+    config.student.overrides = tiny.STUDENT | {"depth": 4}
     config.method.rank = 4
     config.batch_size, config.steps, config.mesh.data = 8, 2, 1
     config.data.source, config.data.workers, config.log.every_steps = "digits", 0, 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singer_jax.methods import nullspace
@@ -157,6 +157,7 @@ THRESHOLDS = [("absolute", 0.5), ("quantile", 0.3), ("relative", 0.2), ("rank", 
 
 @pytest.mark.parametrize(("rule", "threshold"), THRESHOLDS)
 @pytest.mark.parametrize("mlp", MLPS)
+@settings(max_examples=5)  # of 12 and 36 cases each
 @given(st.integers(0, 10_000))
 def test_an_update_in_the_block_space_is_bounded_for_every_input_map(mlp, rule, threshold, seed):
     """Bound: ||(F^ - F) W_k|| for the input map of attention and for each of the MLP."""
@@ -176,6 +177,7 @@ def test_an_update_in_the_block_space_is_bounded_for_every_input_map(mlp, rule, 
 @pytest.mark.parametrize(("rule", "threshold"), THRESHOLDS)
 @pytest.mark.parametrize("source", ("mlp", "mlp_norm", "block"))
 @pytest.mark.parametrize("mlp", MLPS)
+@settings(max_examples=5)  # of 12 and 36 cases each
 @given(st.integers(0, 10_000))
 def test_every_source_and_rule_keeps_its_guarantee(mlp, source, rule, threshold, seed):
     w = nullspace.linear_map(plain(mlp), 0, source)
