@@ -18,7 +18,7 @@ from singer_jax.config import settings_of
 from singer_jax.data.registry import make_source
 from singer_jax.data.sources import TRAIN
 from singer_jax.methods import calibration as directions
-from singer_jax.methods import nullspace
+from singer_jax.methods import fitted, nullspace
 from singer_jax.platform import parallel
 from singer_jax.runs import checkpoints
 from singer_jax.training import calibration
@@ -200,6 +200,19 @@ def test_a_calibrated_null_space(tmp_path, chips, compiles: Compile, threshold_t
         *(jax.ShapeDtypeStruct(x, jnp.float32, sharding=everywhere) for x in statistics[:4])
     )
     compiles(120, jax.jit(space, out_shardings=everywhere), run.teacher, statistics)
+
+
+def test_a_fitted_refiner(chips, compiles: Compile):
+    def shaped(*shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated(chips))
+
+    square = shaped(384, 384)
+    space, moments = (
+        nullspace.NullSpace(square, shaped(384)),
+        directions.Moments(square, square, shaped()),
+    )
+    update = jax.jit(fitted.fitted_update, static_argnums=4)
+    compiles(120, update, space, shaped(384, dtype=jnp.bool_), square, moments, 64)
 
 
 def test_the_checksums_of_a_checkpoint(tmp_path, chips, compiles: Compile):
