@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,7 +26,6 @@ from singer_jax.training.roofline import Cost, cost
 from singer_jax.training.settings import DistillSettings
 from singer_jax.training.setup import setup_students
 
-FILE = Path(__file__).with_name("levers.jsonl")
 TRITON = ("xla_gpu_enable_triton_gemm", False)
 MERGER = ("xla_gpu_dot_merger_threshold_mb", 0)
 
@@ -90,14 +86,14 @@ def row(name: str, found: Cost) -> dict[str, Any]:
     return {
         "lever": name,
         "kernels": kernels.count,
-        "traffic_gb": round(kernels.traffic / 1e9, 2),
+        "GB": round(kernels.traffic / 1e9, 2),
         "graphs": launches.graphs,
-        "launches_outside": launches.others,
-        "host_waits": kernels.waits,
+        "launches outside": launches.others,
+        "host waits": kernels.waits,
         "arrays": kernels.arrays,
-        "modelled_device_ms": round(1e3 * kernels.device_seconds, 2),
-        "modelled_ms": round(1e3 * kernels.seconds, 2),
-        "peak_gib": round(found.peak / 2**30, 2),
+        "modelled ms, device": round(1e3 * kernels.device_seconds, 2),
+        "with the host": round(1e3 * kernels.seconds, 2),
+        "peak GiB": round(found.peak / 2**30, 2),
     }
 
 
@@ -111,17 +107,10 @@ def main() -> None:
     parser.add_argument("--topology", default="h200:1")
     parser.add_argument("--depth", type=int, default=0, help="of both models; 0: the whole depth")
     parser.add_argument("--rows", type=int, nargs="+", default=range(len(LEVERS)))
-    parser.add_argument("--append", action="store_true", help=f"to {FILE.name}")
+    parser.add_argument("--append", action="store_true", help="append to benchmarks/results")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    described = {
-        "topology": arguments.topology,
-        "step": f"{arguments.teacher} -> {arguments.student}",
-        "batch": arguments.batch,
-        "precision": arguments.precision,
-        "jax": version("jax"),
-    }
     choices, given, rows = backends.choices("gpu"), {}, []
     for number, (name, own, settings) in enumerate(LEVERS):
         choices, given = dataclasses.replace(choices, **own), given | settings
@@ -129,11 +118,11 @@ def main() -> None:
             continue
         rows.append(row(name, compiled(arguments, choices, given)))
         print(rows[-1], flush=True)
-        if arguments.append:
-            with FILE.open("a") as file:
-                file.write(json.dumps(rows[-1] | described) + "\n")
-    title = f"Levers, {described['step']}, batch {arguments.batch}, {arguments.topology}"
-    report(title, "python -m benchmarks.levers", rows, "", ["jax"], keep=False)
+    title = (
+        f"{arguments.teacher} -> {arguments.student}, {arguments.batch} images, "
+        f"{arguments.precision}, {arguments.topology}"
+    )
+    report(title, "python -m benchmarks.levers", rows, "", ["jax"], keep=arguments.append)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,10 @@ def test_the_roofline():
     quantised = dataclasses.replace(found, fast_flops=197e12)  # at 394 TFLOP a second
     assert quantised.seconds["operations"] == pytest.approx(1.5)
     assert quantised.mfu == pytest.approx(2 / quantised.step_seconds)
+    # A TPU computes a float32 product from six bfloat16 products; an H100 has its own rate.
+    assert dataclasses.replace(found, float32=True).seconds["operations"] == pytest.approx(12)
+    exact = dataclasses.replace(found, kind="NVIDIA H100 80GB HBM3", flops=67e12, float32=True)
+    assert exact.seconds["operations"] == pytest.approx(1)
     alone = dataclasses.replace(found, count=1)
     assert alone.seconds["collectives"] == 0
     text = as_text(found, PlanSettings(plan="singer_vitl_vitt", overrides="steps=3600"))

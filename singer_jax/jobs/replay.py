@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
 
 from singer_jax.data.registry import open_source
@@ -30,7 +29,7 @@ from singer_jax.training.artifact_removal import load_teacher
 from singer_jax.training.batches import device_batches
 from singer_jax.training.calibration import measure_first_batches
 from singer_jax.training.failed_step import Captured, read
-from singer_jax.training.program import jit_step
+from singer_jax.training.program import jit_step, unlogged
 from singer_jax.training.restore import restore_states
 from singer_jax.training.setup import RunSetup, setup_students
 from singer_jax.training.step import Students, TrainState
@@ -82,11 +81,11 @@ def _replay(folder: epath.Path, captured: Captured) -> None:
     program = jit_step(students, mesh, states, teacher)
     with contextlib.closing(device_batches(run_settings, run, source, done)) as batches:
         for _ in range(done + 1, step):
-            states, _ = program(states, teacher, next(batches)[0], np.bool_(False))
+            states, _ = program(states, teacher, next(batches)[0], unlogged(mesh))
         batch, _ = next(batches)
     with _checked_operations(captured):
         # Nothing is donated, because JAX repeats a non-finite program operation by operation.
-        _, metrics = jax.jit(students.step)(states, teacher, batch, np.bool_(False))
+        _, metrics = jax.jit(students.step)(states, teacher, batch, unlogged(mesh))
     raise RunError(_outcome(step, {key: float(value) for key, value in metrics[name].items()}))
 
 

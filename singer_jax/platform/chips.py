@@ -24,6 +24,8 @@ class Chip:
         second.
       cores: CPU cores of the host per chip in Google Cloud; 0 if they vary.
       fp8: True if the chip multiplies fp8 as fast as int8; otherwise fp8 runs at the bf16 rate.
+      fp32: Dense float32 operations per second, without TF32; 0 for a TPU, which computes a float32
+        product from six bfloat16 products.
     """
 
     bf16: float
@@ -33,14 +35,20 @@ class Chip:
     network: float
     cores: int = 0
     fp8: bool = False
+    fp32: float = 0
+
+    @property
+    def float32(self) -> float:
+        """Dense operations per second of float32 products."""
+        return self.fp32 or self.bf16 / 6
 
 
 # Keys are prefixes of `device_kind`.
 CHIPS = {
-    "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9, fp8=True),
-    "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9, fp8=True),
-    "NVIDIA A100": Chip(312e12, 624e12, 80e9, 2.0e12, 300e9),
-    "NVIDIA L4": Chip(121e12, 242e12, 24e9, 0.3e12, 32e9, fp8=True),
+    "NVIDIA H200": Chip(989e12, 1979e12, 141e9, 4.8e12, 450e9, fp8=True, fp32=67e12),
+    "NVIDIA H100": Chip(989e12, 1979e12, 80e9, 3.35e12, 450e9, fp8=True, fp32=67e12),
+    "NVIDIA A100": Chip(312e12, 624e12, 80e9, 2.0e12, 300e9, fp32=19.5e12),
+    "NVIDIA L4": Chip(121e12, 242e12, 24e9, 0.3e12, 32e9, fp8=True, fp32=30.3e12),
     "TPU v4": Chip(275e12, 275e12, 32 * 2**30, 1.2e12, 150e9, 60),
     "TPU v5 lite": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),
     "TPU v5e": Chip(197e12, 394e12, 16 * 2**30, 0.82e12, 100e9, 28),

@@ -77,9 +77,8 @@ def compile_step(
     def compiled(execution: str, why: str = "") -> Program:
         which = dataclasses.replace(students, sequential=execution == "sequential")
         separate = backends.choices(parallel.platform(mesh)).separate_diagnostics
-        logged = None if separate else np.bool_(True)
         step = jit_step(which, mesh, states, teacher)
-        step = step.lower(states, teacher, batch, logged).compile()
+        step = step.lower(states, teacher, batch, unlogged(mesh)).compile()
         peak = peak_memory(step)
         line = f"{len(students.each)} students, {execution}, peak memory {_gib(peak)}{why}"
         run = _with_diagnostics(step, which, mesh) if separate else step
@@ -103,6 +102,11 @@ def compile_step(
     return compiled(
         "sequential", f"; parallel execution needs {needed} of {_gib(memory)} per device"
     )
+
+
+def unlogged(mesh: Mesh) -> np.bool_ | None:
+    """Returns the argument `logged` of `jit_step` for steps without diagnostics."""
+    return None if backends.choices(parallel.platform(mesh)).separate_diagnostics else np.False_
 
 
 def _with_diagnostics(step: jax.stages.Compiled, students: Students, mesh: Mesh) -> Callable:

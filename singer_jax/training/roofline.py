@@ -53,6 +53,7 @@ class Cost:
       description: Description of the execution of several students for logs.
       kernels: Kernels of a GPU's program; None for other chips.
       launches: Launches of a GPU's program; None for other chips.
+      float32: True if matrix products are computed in float32 (`parallel.computing`).
     """
 
     kind: str
@@ -71,11 +72,17 @@ class Cost:
     description: str = ""
     kernels: Kernels | None = None
     launches: Launches | None = None
+    float32: bool = False
 
     @property
     def chip(self) -> chips.Chip:
         """Data sheet of the chip."""
         return chips.chip(self.kind)
+
+    @property
+    def rate(self) -> float:
+        """The chip's operations per second in the precision of the step."""
+        return self.chip.float32 if self.float32 else self.chip.bf16
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -89,7 +96,7 @@ class Cost:
         hops = 4 * math.isqrt(self.count)
         network = sent / self.chip.network + started * hops * _HOP if self.count > 1 else 0.0
         return {
-            "operations": (self.flops - self.fast_flops) / self.chip.bf16
+            "operations": (self.flops - self.fast_flops) / self.rate
             + self.fast_flops / self.chip.int8,
             "memory traffic": self.traffic / self.chip.bandwidth,
             "collectives": network,
@@ -192,6 +199,7 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
         description=program.description,
         kernels=kernels.read(text, chips.chip(kind), PARTS) if gpu else None,
         launches=launched if gpu else None,
+        float32=jax.config.jax_default_matmul_precision == "highest",
     )
 
 
