@@ -5,7 +5,7 @@
 
 Each row adds a change to the row before it. Kernels, launches and bytes are read from the program;
 times are the model of `singer_jax.platform.kernels`, not measurements. `--append` writes the rows
-to levers.jsonl beside this file.
+to benchmarks/results.
 """
 
 from __future__ import annotations
