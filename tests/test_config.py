@@ -276,6 +276,17 @@ def test_a_run_older_than_a_default_is_as_it_was():
         ).method.match.norm_clip_quantile
         == 0.8
     )
+    # SiNGER clips by default since 0.2.0, where its section has `loss_scale`.
+    assert SingerSettings().match.norm_clip_quantile == 0.9
+    for saved, clip in (
+        ({"match": {"norm_clip_quantile": None}}, 1),
+        ({"match": {"norm_clip_quantile": 0.8}}, 0.8),
+        ({"match": {"norm_clip_quantile": None}, "loss_scale": "absolute"}, 0.9),
+    ):
+        method = {"name": "singer", **saved}
+        assert of_saved({"method": method}).method.match.norm_clip_quantile == clip
+        student = of_saved({"students": {"a": {"method": method}}}).each()["a"]
+        assert student.method.match.norm_clip_quantile == clip
 
 
 def test_settings_check_themselves():

@@ -92,9 +92,10 @@ class SingerSettings(LayerSettings):
         "Scale of the outlier and information losses. `absolute`: squares of the teacher's "
         "features, as published. `relative`: norms are divided by the image's median patch norm, "
         "and the information loss by the mean square of what the next block adds, so that the "
-        "weights do not depend on the teacher's scale.",
+        "weights do not depend on the teacher's scale. `relative` needs a larger "
+        "`loss_weights.outlier`, since the default is the published one of `absolute`.",
     )
-    match: MatchSettings = section(MatchSettings())
+    match: MatchSettings = section(MatchSettings(norm_clip_quantile=0.9))
     loss_weights: SingerWeights = section(SingerWeights())
     nullspace: NullSpaceSettings = section(NullSpaceSettings())
 

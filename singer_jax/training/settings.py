@@ -198,4 +198,25 @@ _FORMER = {"method.match.norm_clip_quantile": 1.0}
 
 def of_saved(config: Mapping[str, Any]) -> DistillSettings:
     """Returns the settings of a saved run; keys newer than the run get their former behaviour."""
-    return from_flat(DistillSettings(), _FORMER | current(flatten(config)))
+    flat = _FORMER | current(flatten(config))
+    return from_flat(DistillSettings(), flat | _former_clipping(flat))
+
+
+def _former_clipping(flat: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the norm clipping of SiNGER in runs from before 0.2.0, which did not clip by default.
+
+    Such a run has no `loss_scale`. In a sum with FitNet, whose default is 0.9, the key is left.
+    """
+    found = {}
+    for key, name in flat.items():
+        section = key.removesuffix("name")
+        if not key.endswith("method.name") or f"{section}loss_scale" in flat:
+            continue
+        weights = {
+            one: flat.get(f"{section}method_weights.{one}", 0) for one in ("singer", "fitnet")
+        }
+        singer = name == "singer" or weights["singer"] > 0
+        clip = f"{section}match.norm_clip_quantile"
+        if singer and not weights["fitnet"] and flat.get(clip) is None:
+            found[clip] = 1.0
+    return found
