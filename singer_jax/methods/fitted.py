@@ -70,13 +70,16 @@ def fitted_update(
       decomposition: Algorithm of the decompositions.
     """
     rows, response = _directions(space, selected, moments, rank, decomposition)
-    scale = moments.added / _positive(jnp.sum(_product(moments.ordinary, linear_map) * linear_map))
+    response_of_ordinary = jnp.sum(_product(moments.ordinary, linear_map) * linear_map)
+    scale = jnp.where(response_of_ordinary > 0, moments.added / _positive(response_of_ordinary), 0)
     weights = 1 + scale * response
 
     # With D + rho I = H^T H and H^-T C H^-1 = V diag(t) V^T, m_j is a sum over V's columns.
     kept = nullspace.decompose(moments.ordinary, decomposition)
-    roots = jnp.sqrt(_positive(kept.values + RIDGE * jnp.mean(kept.values)))
     held = nullspace.decompose(moments.outlier, decomposition)
+    # The outliers' floor matters only if all ordinary patches are zero.
+    floor = RIDGE * jnp.mean(kept.values) + 1e-12 * jnp.mean(held.values)
+    roots = jnp.sqrt(_positive(kept.values + floor))
     # Singular vectors of the root of C keep half of the digits that those of C would lose.
     half = _product(kept.vectors.T, held.vectors * jnp.sqrt(held.values)) / roots[:, None]
     turned = nullspace.decompose(half, decomposition)

@@ -23,6 +23,14 @@ def unit(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
     return tokens.astype(jnp.float32) / token_norms(tokens)[..., None]
 
 
+def clip_threshold(
+    norms: Float[Array, "batch patches"], quantile: float
+) -> Float[Array, "batch 1"]:
+    """Returns the norm to which `clip_norms` shortens the patches of each image."""
+    above = norms.shape[1] - math.floor(quantile * (norms.shape[1] - 1))
+    return jax.lax.top_k(jax.lax.stop_gradient(norms), above)[0][:, -1:]
+
+
 def clip_norms(
     patches: Float[Array, "batch patches dim"], quantile: float
 ) -> Float[Array, "batch patches dim"]:
@@ -32,8 +40,7 @@ def clip_norms(
     clipping twice equals clipping once. No gradient flows through the quantile.
     """
     norms = token_norms(patches)
-    above = patches.shape[1] - math.floor(quantile * (patches.shape[1] - 1))
-    threshold = jax.lax.top_k(jax.lax.stop_gradient(norms), above)[0][:, -1:]
+    threshold = clip_threshold(norms, quantile)
     return patches.astype(jnp.float32) * jnp.minimum(1.0, threshold / norms)[..., None]
 
 

@@ -234,6 +234,10 @@ def check_threshold(rule: str, threshold: float, dim: int) -> None:
             f"method.nullspace.threshold: {threshold} is not in 0..{limit}, the range of "
             f"threshold_type {rule}"
         )
+    if rule == "rank" and (threshold < 1 or threshold != int(threshold)):
+        raise InputError(
+            f"method.nullspace.threshold: {threshold}; threshold_type rank needs an integer >= 1"
+        )
 
 
 def null_dim(space: NullSpace, tau: Float[Array, ""]) -> Int[Array, ""]:
@@ -313,5 +317,5 @@ def energy_share(
     it cannot remove much if the share is small.
     """
     difference = deviations(patches, outliers)
-    kept = jnp.sum(jnp.square(difference @ projection))
+    kept = jnp.sum(jnp.square(jnp.matmul(difference, projection, precision=Precision.HIGHEST)))
     return kept / jnp.maximum(jnp.sum(jnp.square(difference)), jnp.finfo(jnp.float32).tiny)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
 from singer_jax.methods import nullspace
 from singer_jax.methods.base import ModelFeatures
-from singer_jax.methods.norms import image_medians, outlier_threshold, token_norms
+from singer_jax.methods.norms import clip_threshold, image_medians, token_norms
 
 LARGEST_CHANGE = 0.1
 """Relative change of what the next block adds above which a run warns."""
@@ -34,7 +35,7 @@ def length(
 
 def clipped_length(patches: Float[Array, "batch patches dim"]) -> Float[Array, ""]:
     """Returns the norm to which clipping at `CLIP_QUANTILE` shortens outliers, in medians."""
-    threshold = outlier_threshold(token_norms(patches), CLIP_QUANTILE)
+    threshold = clip_threshold(token_norms(patches), CLIP_QUANTILE)
     return jnp.mean(threshold) / jnp.mean(image_medians(patches))
 
 
@@ -45,7 +46,8 @@ def without_outliers(
 ) -> Float[Array, "batch tokens dim"]:
     """Returns features whose outliers have, inside the subspace, their image's mean patch."""
     prefix = features.shape[1] - outliers.shape[1]
-    removed = nullspace.deviations(features[:, prefix:], outliers) @ projection
+    deviations = nullspace.deviations(features[:, prefix:], outliers)
+    removed = jnp.matmul(deviations, projection, precision=Precision.HIGHEST)
     return features.astype(jnp.float32) - jnp.pad(removed, ((0, 0), (prefix, 0), (0, 0)))
 
 
@@ -70,7 +72,10 @@ def next_block_changes(
     own = teacher.features[layer].astype(jnp.float32)
 
     def added(features: Array) -> Array:
-        after = teacher.next_block(layer, features).astype(jnp.float32) - features
+        # The block reads its input in the dtype of the features, which rounds it.
+        features = features.astype(teacher.features[layer].dtype)
+        after = teacher.next_block(layer, features).astype(jnp.float32)
+        after -= features.astype(jnp.float32)
         return jnp.where(ordinary[..., None], after[:, prefix:], 0)
 
     def change(reference: Array, features: Array) -> tuple[Array, Array]:

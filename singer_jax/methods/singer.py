@@ -114,7 +114,9 @@ def relative_info_loss(
     wide = following.astype(jnp.float32)
     changed = jnp.mean(jnp.square(seen.astype(jnp.float32) - wide), axis=(1, 2))
     added = jnp.mean(jnp.square(wide - features.astype(jnp.float32)), axis=(1, 2))
-    added = jnp.maximum(jax.lax.stop_gradient(added), jnp.finfo(jnp.float32).tiny)
+    # A block that adds nothing would make any change infinitely large.
+    smallest = 1e-6 * jnp.mean(jnp.square(wide), axis=(1, 2)) + jnp.finfo(jnp.float32).tiny
+    added = jnp.maximum(jax.lax.stop_gradient(added), jax.lax.stop_gradient(smallest))
     return jnp.mean(changed / added)
 
 
@@ -311,7 +313,8 @@ class Singer(TokenMethod):
                 f"{name}: no subspace leaves at most {limit:g} medians, {count} directions leave "
                 f"{left:.2f}; raise method.nullspace.threshold or method.rank"
             )
-        if share is not None and share < SMALL_SHARE:
+        reached = hasattr(refiner, "left") and left <= limit
+        if share is not None and share < SMALL_SHARE and not reached:
             warnings.append(
                 f"{name}: the subspace holds only {share:.0%} of the outliers' energy, so "
                 f"refinement can remove little: {_remedy(self.nullspace)}"
@@ -386,10 +389,14 @@ def check(
     nullspace.check_threshold(own.threshold_type, own.threshold, teacher.embed_dim)
     if own.init == "fitted" and own.mode != "project":
         raise InputError(f"method.nullspace.init: fitted needs mode project, not {own.mode}")
+    if own.threshold_type == "energy" and own.mode != "project":
+        raise InputError(
+            f"method.nullspace.threshold_type: energy needs mode project, not {own.mode}"
+        )
     if measured is None and measured_for(settings):
         raise InputError(
             f"method.nullspace.{measured_for(settings)} needs `measured`, the sum over a few "
-            "batches of `Singer.measure(teacher, settings)`"
+            "batches of `Singer.measure(ModelFeatures.of(teacher, images), settings)`"
         )
 
 

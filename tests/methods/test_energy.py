@@ -14,6 +14,7 @@ from singer_jax import methods
 from singer_jax.errors import InputError
 from singer_jax.methods import calibration, nullspace, removal, singer
 from singer_jax.methods.calibration import OutlierStatistics
+from singer_jax.methods.norms import clip_norms
 from singer_jax.methods.singer import Singer
 from singer_jax.models.vit import VisionTransformer
 from tests.methods.test_calibration import DIM, RANK, covariances, maps, with_outliers
@@ -47,6 +48,12 @@ def left_by(basis: np.ndarray, covariance: np.ndarray) -> float:
     """Returns r_n of the span of orthonormal columns, from its definition, in float64."""
     outside = np.eye(DIM) - product(basis, basis.T)
     return np.sqrt(max(np.trace(outside @ covariance), 0) / 20) / 2
+
+
+def unclipped(own: singer.SingerSettings) -> singer.SingerSettings:
+    """Returns the settings without clipping of the target."""
+    match = dataclasses.replace(own.match, norm_clip_quantile=1.0)
+    return dataclasses.replace(own, match=match)
 
 
 limits = st.floats(0.02, 1.2)  # relative to the length of an outlier
@@ -136,9 +143,19 @@ def test_a_limit_that_no_subspace_reaches_is_a_warning(teacher):
     assert any("no subspace leaves at most 0.1 medians, 2 directions leave" in x for x in warnings)
 
 
+def test_a_small_subspace_that_reaches_the_limit_is_no_warning(teacher):
+    """Without artifacts, few directions are enough, which hold little of the outliers' energy."""
+    seen = forward(teacher, jax.random.normal(jax.random.key(2), (3, 16, 16, 3)))
+    own = settings(threshold_type="energy", threshold=2.0)
+    method = Singer(teacher, STUDENT, own, nnx.Rngs(0), Singer.measure(seen, own))
+    metrics = {name: float(x) for name, x in method.diagnose(seen).items()}
+    assert metrics["layer_2/outlier_energy_share"] < singer.SMALL_SHARE
+    assert not any("holds only" in text for _, text in method.report(metrics))
+
+
 def test_the_price_is_the_change_of_the_next_block(teacher):
     seen = with_outliers(teacher, np.ones(24, np.float32) / np.sqrt(24))
-    own = settings(threshold_type="rank", threshold=24)  # the whole space
+    own = unclipped(settings(threshold_type="rank", threshold=24))  # the whole space
     method = Singer(teacher, STUDENT, own, nnx.Rngs(0))
     metrics = method.diagnose(seen)
     # The refiner starts at the identity.
@@ -172,10 +189,13 @@ def test_the_price_is_the_change_of_the_next_block(teacher):
     warnings = [text for level, text in method.report(metrics) if level > 20]
     dear = [layer for layer in (2,) if float(metrics[f"layer_{layer}/removal_change"]) > 0.1]
     assert len([x for x in warnings if "norm_clip_quantile=0.9 leaves" in x]) == len(dear)
+    clipped = clip_norms(jnp.asarray(patches), removal.CLIP_QUANTILE)
+    longest = np.linalg.norm(clipped, axis=2).max(1).mean()
+    assert float(metrics["layer_2/clipped_medians"]) == pytest.approx(longest / medians, rel=1e-4)
 
 
 def test_a_dear_removal_is_a_warning_that_names_clipping(teacher):
-    own = settings()
+    own = unclipped(settings())
     method = Singer(teacher, STUDENT, own, nnx.Rngs(0))
     seen = forward(teacher, jax.random.normal(jax.random.key(2), (3, 16, 16, 3)))
     metrics = {name: float(x) for name, x in method.diagnose(seen).items()}
@@ -257,5 +277,17 @@ def test_auto_is_what_runs_on_the_platform():
 )
 def test_settings_without_what_they_need_are_one_line(teacher, keys, message):
     assert methods.needs(settings(**keys)).measured
+    with pytest.raises(InputError, match=message):
+        Singer(teacher, STUDENT, settings(**keys), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"threshold_type": "energy", "mode": "soft"}, "energy needs mode project, not soft"),
+        ({"threshold_type": "rank"}, "threshold_type rank needs an integer >= 1"),
+    ],
+)
+def test_contradictory_settings_are_one_line(teacher, keys, message):
     with pytest.raises(InputError, match=message):
         Singer(teacher, STUDENT, settings(**keys), nnx.Rngs(0))

@@ -143,3 +143,12 @@ def test_a_fitted_refiner_removes_outliers_before_the_first_step(source):
     np.testing.assert_allclose(up @ q, up, atol=1e-4)
     alive = np.linalg.norm(up, axis=1) + np.linalg.norm(refiner.down[...], axis=0)
     assert np.all(alive > 0.1)  # no component is without gradient
+
+
+def test_a_teacher_without_response_or_ordinary_patches_gives_finite_updates():
+    space, chosen = nullspace.decompose(jnp.asarray(random_map(DIM, 0, 0.5))), jnp.ones(DIM, bool)
+    outliers = np.random.default_rng(0).standard_normal((6, DIM))
+    for w, ordinary in ((np.zeros((DIM, DIM)), outliers), (np.eye(DIM), np.zeros((6, DIM)))):
+        moments = Problem(w, outliers, ordinary).moments
+        update = fitted.fitted_update(space, chosen, jnp.asarray(w, jnp.float32), moments, 4)
+        assert all(np.isfinite(part).all() for part in update)
