@@ -78,10 +78,8 @@ def next_block_changes(
         after -= features.astype(jnp.float32)
         return jnp.where(ordinary[..., None], after[:, prefix:], 0)
 
-    def change(reference: Array, features: Array) -> tuple[Array, Array]:
-        return reference, jnp.linalg.norm(added(features) - reference)
-
-    # A scan compiles the block once for all replacements.
+    # No scan: XLA's CPU backend may run the collectives of a loop's body and those beside the loop in
+    # another order in each process, which then wait for each other.
     reference = added(own)
-    _, changes = jax.lax.scan(change, reference, jnp.stack(list(replacements)))
+    changes = jnp.stack([jnp.linalg.norm(added(features) - reference) for features in replacements])
     return changes / jnp.maximum(jnp.linalg.norm(reference), jnp.finfo(jnp.float32).tiny)
