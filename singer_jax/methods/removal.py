@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
@@ -78,8 +77,8 @@ def next_block_changes(
         after -= features.astype(jnp.float32)
         return jnp.where(ordinary[..., None], after[:, prefix:], 0)
 
-    # No scan: XLA's CPU backend may run the collectives of a loop's body and those beside the loop in
-    # another order in each process, which then wait for each other.
+    # Not a scan: XLA's CPU backend can run the collectives inside a loop and those beside it in a
+    # different order in each process, and the processes then wait for each other.
     reference = added(own)
     changes = jnp.stack([jnp.linalg.norm(added(features) - reference) for features in replacements])
     return changes / jnp.maximum(jnp.linalg.norm(reference), jnp.finfo(jnp.float32).tiny)
