@@ -23,12 +23,26 @@ def unit(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
     return tokens.astype(jnp.float32) / token_norms(tokens)[..., None]
 
 
+def _largest(norms: Float[Array, "batch patches"], count: int) -> Float[Array, "batch count"]:
+    """Returns the `count` largest norms of each image in descending order, without a gradient.
+
+    On a CPU it sorts. XLA's `top_k` would gather the images of all processes there, and several
+    processes may run this gather and the reductions of a loop in different orders, which blocks
+    them forever.
+    """
+    return jax.lax.platform_dependent(
+        jax.lax.stop_gradient(norms),
+        cpu=lambda x: -jnp.sort(-x, axis=1)[:, :count],
+        default=lambda x: jax.lax.top_k(x, count)[0],
+    )
+
+
 def clip_threshold(
     norms: Float[Array, "batch patches"], quantile: float
 ) -> Float[Array, "batch 1"]:
     """Returns the norm to which `clip_norms` shortens the patches of each image."""
     above = norms.shape[1] - math.floor(quantile * (norms.shape[1] - 1))
-    return jax.lax.top_k(jax.lax.stop_gradient(norms), above)[0][:, -1:]
+    return _largest(norms, above)[:, -1:]
 
 
 def clip_norms(
@@ -55,7 +69,7 @@ def outlier_threshold(
     position = quantile * (norms.shape[1] - 1)
     below = math.floor(position)
     upper_weight = position - below
-    largest, _ = jax.lax.top_k(jax.lax.stop_gradient(norms), norms.shape[1] - below)
+    largest = _largest(norms, norms.shape[1] - below)
     lower, upper = largest[:, -1:], largest[:, max(largest.shape[1] - 2, 0), None]
     return (1 - upper_weight) * lower + upper_weight * upper
 
