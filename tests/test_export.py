@@ -110,7 +110,7 @@ def test_the_end_of_a_run_says_how_images_are_prepared_and_where_it_comes_from(r
     # As data.images.EvalTransform resizes the shorter side.
     assert int(size / stated["crop_pct"]) == int(size * 256 / 224) == 18
     card = (student / "README.md").read_text()
-    assert "`singer`" in card and "`digits`, 32 in batches of 8" in card
+    assert "`singer`" in card and "32 seen (4 steps of 8), from `digits`" in card
     assert str(student.parent.parent) not in card
 
 
