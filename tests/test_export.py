@@ -13,6 +13,7 @@ from singer_jax import main
 from singer_jax.config import export
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import ModelSelection, load_backbone
+from singer_jax.library import load_model
 from singer_jax.models import zoo
 from singer_jax.models.export_timm import to_hub_config
 from singer_jax.models.program import check_program, features_program, largest_difference
@@ -83,6 +84,21 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
     tokens = model.features(backbone.network.spec.prepare(images))[-1]
     np.testing.assert_allclose(found["tokens"], tokens, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["pooled"], model.pooled(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_variant_of_a_timm_model_keeps_its_name(tmp_path, caplog):
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.student.model, config.steps = "deit3_tiny_patch16_224", 1
+    assert main.run(config, tmp_path / "run") == 0
+    config = export()
+    config.formats = ("timm",)
+    with caplog.at_level("INFO", "singer_jax"):
+        assert main.run(config, tmp_path / "run") == 0
+    assert "deit3_tiny_patch16_224 exported to" in caplog.text
+    student = tmp_path / "run" / "student"
+    assert "# deit3_tiny_patch16_224\n" in (student / "README.md").read_text()
+    for folder in (tmp_path / "run", student):
+        assert load_model(folder).spec.name == "deit3_tiny_patch16_224"
 
 
 def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
