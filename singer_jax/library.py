@@ -61,6 +61,7 @@ def load_model(
     step: int | None = None,
     precision: str = "float32",
     weights_key: str = "",
+    image_size: int | None = None,
 ) -> VisionTransformer:
     """Loads a pretrained or distilled model.
 
@@ -76,10 +77,12 @@ def load_model(
       step: step of the work directory's checkpoint; None: the newest one without corruption.
       precision: dtype of the activations, `float32` or `bfloat16`.
       weights_key: part of the weights file, such as `state_dict`; empty: averaged weights first.
+      image_size: side length of the input in pixels, to which the position embedding is resampled;
+        None: the model's own. Not for a work directory.
 
     Raises:
-      InputError: nothing was found, the weights are of another architecture, or the precision is
-        unknown.
+      InputError: nothing was found, the weights are of another architecture, the image size does
+        not fit, or the precision is unknown.
     """
     given = os.fspath(name)
     of_run = checkpoints_folder(as_path(given)).is_dir()
@@ -94,6 +97,7 @@ def load_model(
             weights_key=weights_key,
         ),
         _numerics(precision),
+        image_size,
     )
     loaded = backbone.network.merge(backbone.params)
     loaded.spec = backbone.network.spec

@@ -39,6 +39,8 @@ def test_all_unreadable_images_are_listed_and_the_status_says_so(tmp_path, capsy
         tiny.write_images(folder, 12)
     assert main.run(config_of(root), tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob("*.txt"))
+    without_test = f"{root} test: none (needed by `evaluate` only)" in capsys.readouterr().out
+    assert without_test == (layout == "flat")
     bad = set().union(*map(damage, folders))
     assert main.run(config_of(root), tmp_path / "out") == 1
     printed = capsys.readouterr()

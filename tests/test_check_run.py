@@ -95,6 +95,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert status == 2 and "not the work directory of a run" in error
 
 
+def test_a_missing_run_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.run(check_run(), "") == 2
+    assert capsys.readouterr().err == "singer_jax: run: empty; give --config.run=DIR\n"
+
+
 def test_a_damaged_run_resumes_bit_exact_from_the_previous_checkpoint(
     finished, run, caplog, capsys
 ):

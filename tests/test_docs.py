@@ -11,8 +11,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import singer_jax
 from singer_jax.config import settings_of
 from singer_jax.io.files import config_file
+from singer_jax.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"))
@@ -103,6 +105,17 @@ def test_quoted_messages_exist_in_the_code():
     for message in quoted:
         pattern = re.compile(".*".join(map(re.escape, message.split("…"))), re.S)
         assert any(pattern.search(text) for text in known), message
+
+
+def test_every_method_is_described():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \|", page.split("## Notation")[0], flags=re.M))
+    assert listed == set(METHODS)
+    settings = (ROOT / "docs" / "api" / "settings.md").read_text()
+    for method in METHODS.values():
+        for name in (method.__name__, method.Settings.__name__):
+            assert name in singer_jax.__all__, name
+        assert f".. autoclass:: {method.Settings.__name__}\n" in settings
 
 
 def test_the_readme_is_short_and_leads_to_every_page():

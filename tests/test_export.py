@@ -13,6 +13,7 @@ from singer_jax import main
 from singer_jax.config import export
 from singer_jax.errors import RunError
 from singer_jax.evaluation.backbone import ModelSelection, load_backbone
+from singer_jax.library import load_model
 from singer_jax.models import zoo
 from singer_jax.models.export_timm import to_hub_config
 from singer_jax.models.program import check_program, features_program, largest_difference
@@ -85,6 +86,21 @@ def test_the_program_runs_without_this_package(run, mesh, tmp_path):
     np.testing.assert_allclose(found["pooled"], model.pooled(tokens), rtol=1e-4, atol=1e-5)
 
 
+def test_a_variant_of_a_timm_model_keeps_its_name(tmp_path, caplog):
+    config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"))
+    config.student.model, config.steps = "deit3_tiny_patch16_224", 1
+    assert main.run(config, tmp_path / "run") == 0
+    config = export()
+    config.formats = ("timm",)
+    with caplog.at_level("INFO", "singer_jax"):
+        assert main.run(config, tmp_path / "run") == 0
+    assert "deit3_tiny_patch16_224 exported to" in caplog.text
+    student = tmp_path / "run" / "student"
+    assert "# deit3_tiny_patch16_224\n" in (student / "README.md").read_text()
+    for folder in (tmp_path / "run", student):
+        assert load_model(folder).spec.name == "deit3_tiny_patch16_224"
+
+
 def test_an_earlier_checkpoint_can_be_exported(run, tmp_path, capsys):
     config = export()
     config.run, config.step, config.formats = str(run), 2, ("timm",)
@@ -110,7 +126,7 @@ def test_the_end_of_a_run_says_how_images_are_prepared_and_where_it_comes_from(r
     # As data.images.EvalTransform resizes the shorter side.
     assert int(size / stated["crop_pct"]) == int(size * 256 / 224) == 18
     card = (student / "README.md").read_text()
-    assert "`singer`" in card and "`digits`, 32 in batches of 8" in card
+    assert "`singer`" in card and "32 seen (4 steps of 8), from `digits`" in card
     assert str(student.parent.parent) not in card
 
 

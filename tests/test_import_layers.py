@@ -35,6 +35,7 @@ MOST_PARAMETERS = 6
 LONG_SIGNATURES = {
     "_rebuild_tensor": "the signature of torch._utils._rebuild_tensor_v2",
     "_rebuild_typed_tensor": "the signature of torch._utils._rebuild_tensor_v3",
+    "load_model": "options of `singer_jax.load_model`, each a keyword",
 }
 INIT = PACKAGE / "__init__.py"
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {INIT})

@@ -19,6 +19,8 @@ import singer_jax
 from singer_jax import library, main
 from singer_jax.config import settings_of
 from singer_jax.errors import InputError, RunError
+from singer_jax.models.network import resolve_model
+from singer_jax.models.weights import load_model as load_weights
 from singer_jax.models.weights import to_timm
 from tests import cli, tiny
 from tests.models.test_weights import fake_hub
@@ -103,6 +105,24 @@ def test_a_student_module_of_your_own_has_a_finite_loss(hub, tmp_path, monkeypat
     assert np.isfinite(value)
     for leaf in (gradients.embed.kernel, gradients.blocks[0].kernel, gradients.blocks[1].kernel):
         assert np.any(leaf[...] != 0) and np.all(np.isfinite(leaf[...]))
+
+
+def test_a_loaded_model_reads_the_size_that_the_user_gives(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    model = singer_jax.load_model(WEIGHTS, image_size=64)
+    assert model.arch.img_size == (64, 64)
+    assert model.spec.prepare(np.zeros((1, 224, 224, 3), np.uint8)).shape == (1, 64, 64, 3)
+    expected = singer_jax.TeacherSettings(weights=WEIGHTS, overrides={"img_size": 64})
+    spec, file = resolve_model("teacher", expected)
+    params = to_timm(load_weights(spec, file)[1])
+    loaded = to_timm(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert loaded["pos_embed"].shape == (1, 17, 192)
+    np.testing.assert_array_equal(loaded["pos_embed"], params["pos_embed"])
+    with pytest.raises(InputError, match="img_size"):
+        singer_jax.load_model(WEIGHTS, image_size=50)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"image_size: .* keeps its size; load .*run/student"):
+        singer_jax.load_model(tmp_path / "run", image_size=64)
 
 
 def test_a_null_space(hub, tmp_path, monkeypatch, capsys):

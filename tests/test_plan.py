@@ -99,6 +99,7 @@ class TestCommand:
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
+        assert "compiling for v5e:2x2, batch 64 (takes minutes)" in done.stderr
         return done.stdout
 
     def test_it_says_all(self, printed):

@@ -35,7 +35,7 @@ from singer_jax.models.zoo import ModelSpec
 from singer_jax.platform import parallel
 from singer_jax.platform.memory import fitting
 from singer_jax.runs.checkpoints import Checkpoints, checksum
-from singer_jax.runs.workdir import checkpoints_folder
+from singer_jax.runs.workdir import checkpoints_folder, export_folder
 from singer_jax.settings.ranges import COUNT, TEXT, optional
 from singer_jax.settings.settings import Settings, setting
 
@@ -266,25 +266,29 @@ class ModelSelection(Settings):
 
 
 def resolve_weights(
-    weights: str, model: str = "", weights_key: str = ""
+    weights: str, model: str = "", weights_key: str = "", image_size: int | None = None
 ) -> tuple[ModelSpec, WeightsFile]:
     """Returns what the model of weights is, and its file, without reading a tensor.
 
     Args:
       weights, model, weights_key: as in `ModelSelection`.
+      image_size: as for `models.network.resolve_model`.
 
     Raises:
       InputError: nothing there, or weights of another architecture.
     """
     if not model and "architecture" not in read_hub_config(find_weights(weights).parent):
         model = weights
-    spec, file = resolve_model("model", ModelSettings(model, weights, {}, weights_key))
+    spec, file = resolve_model("model", ModelSettings(model, weights, {}, weights_key), image_size)
     assert file is not None  # since weights are given
     return spec, file
 
 
 def load_backbone(
-    mesh: Mesh, selected: ModelSelection, policy: ComputePolicy = ComputePolicy()
+    mesh: Mesh,
+    selected: ModelSelection,
+    policy: ComputePolicy = ComputePolicy(),
+    image_size: int | None = None,
 ) -> Backbone:
     """Loads a model for evaluation, from either a run or weights.
 
@@ -292,13 +296,17 @@ def load_backbone(
       mesh: devices that hold the model.
       selected: the model; `weights` is used if `run` is empty.
       policy: dtypes of the model.
+      image_size: as for `models.network.resolve_model`; a run's student keeps its own.
 
     Raises:
-      InputError: neither `run` nor `weights` is given, nothing was found, or the weights are of
-        another architecture.
+      InputError: neither `run` nor `weights` is given, nothing was found, the weights are of
+        another architecture, or an image size is given for a run.
       RunError: every checkpoint of the run is corrupt.
     """
     if selected.run:
+        if image_size is not None:
+            exported = export_folder(as_path(selected.run), selected.student)
+            raise InputError(f"image_size: a run's student keeps its size; load {exported}")
         return _of_run(mesh, selected, policy)
     if selected.step is not None:
         raise InputError(
@@ -308,7 +316,7 @@ def load_backbone(
         raise InputError(
             "nothing to evaluate: give --config.run=DIR or --config.weights=NAME_OR_FILE"
         )
-    spec, file = resolve_weights(selected.weights, selected.model, selected.weights_key)
+    spec, file = resolve_weights(selected.weights, selected.model, selected.weights_key, image_size)
     graph, params = load_model(
         spec, file, policy, lambda abstract: parallel.tree_shardings(mesh, abstract)
     )

@@ -117,7 +117,7 @@ def verdict(
     most = max(one.above_3 for one in summaries)
     if not layers:
         return (
-            f"no artifacts: in no layer are more than {most:.2%} of the patches above 3 medians; "
+            f"no artifacts: at most {most:.2%} of a layer's patches are above 3 medians; "
             "use FitNet (method.name=fitnet)"
         )
     found = f"artifacts in {_layers(layers)} (up to {most:.2%} of the patches)"

@@ -92,7 +92,8 @@ def _check_all(
                 print(f"{name}: not installed: {error}")
                 break
             except NoSplit as error:
-                print(f"{name}: {error}")
+                only = "none (needed by `evaluate` only)"
+                print(f"{name} {split}: {only}" if split == TEST else f"{name}: {error}")
                 continue
             except InputError as error:
                 wrong.append(f"{name} {split}: {error}")

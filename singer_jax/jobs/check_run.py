@@ -60,6 +60,8 @@ def check_run(settings: CheckRunSettings, workdir: epath.Path) -> None:
     if jax.process_index() > 0:
         return
     if not any(path(run).exists() for path in (config_file, checkpoints_folder)):
+        if not settings.run and run == as_path(""):  # no --workdir either
+            raise InputError("run: empty; give --config.run=DIR")
         raise InputError(f"run: {run} is not the work directory of a run; give one that is")
     damaged = []
     for name, text, wrong in _findings(run):

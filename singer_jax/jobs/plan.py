@@ -17,6 +17,7 @@ from etils import epath
 from singer_jax.errors import InputError
 from singer_jax.io.files import config_file
 from singer_jax.platform import chips, parallel
+from singer_jax.runs.metrics import LOG
 from singer_jax.settings import settings as settings_lib
 from singer_jax.settings.ranges import COUNT, FROM_ZERO, POSITIVE, TEXT, OneOf, Text, optional
 from singer_jax.settings.settings import Settings, setting
@@ -39,9 +40,15 @@ class PlanSettings(Settings):
     overrides: str = setting(
         "",
         TEXT,
-        "Settings of the distillation to change, as `key=value key=value`, such as `mesh.fsdp=8`.",
+        "Settings of the distillation to change, as `key=value key=value`, such as `mesh.fsdp=8` "
+        "or `student.overrides.depth=3`.",
     )
-    topology: str = setting("v5e:4x4", TEXT, "TPU generation and slice shape, such as v5p:4x4x4.")
+    topology: str = setting(
+        "v5e:4x4",
+        TEXT,
+        "TPU generation and slice shape, such as v5p:4x4x4, or kind and number of GPUs of one "
+        "node, such as h100:8.",
+    )
     batch_size: str = setting(
         "",
         Text(r"max|[1-9]\d{0,8}|", "a number of images or max"),
@@ -170,6 +177,7 @@ def _cost(settings: PlanSettings, devices: Any, batch_size: int) -> Cost:
     run = dataclasses.replace(settings.distillation, batch_size=batch_size)
     mesh = parallel.make_mesh(run.mesh.data, run.mesh.fsdp, devices)
     prepared = setup_students(run, settings.images, settings.classes, mesh, weights_needed=False)
+    LOG.info("compiling for %s, batch %d (takes minutes)", settings.topology, batch_size)
     return cost(prepared, batch_size, run.students.execution)
 
 

@@ -30,15 +30,18 @@ def to_hub_config(spec: ModelSpec) -> dict[str, Any]:
     """Returns timm's `config.json` for a model: its timm base model and the differences.
 
     `pretrained_cfg` describes the preprocessing of images, so that `timm.data.resolve_data_config`
-    of the loaded model returns the right input transform.
+    of the loaded model returns the right input transform. timm does not read `variant`, the name
+    of a model that timm does not have.
 
     Raises:
       InputError: timm's model has no argument for a difference.
     """
     arch = spec.arch
     changed = changed_arguments(arch, MODELS[spec.timm_name].arch)
+    variant = {"variant": spec.name} if spec.name != spec.timm_name else {}
     return {
         "architecture": spec.timm_name,
+        **variant,
         "num_classes": arch.num_classes,
         "num_features": arch.embed_dim,
         "global_pool": arch.global_pool,

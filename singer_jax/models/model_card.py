@@ -171,7 +171,8 @@ def _training(made_from: Mapping[str, Any]) -> str:
     lines.append(f"- steps: {steps:,}")
     if data:
         size = data["batch_size"]
-        lines.append(f"- images: {_code(data['source'])}, {steps * size:,} in batches of {size:,}")
+        seen = f"{steps * size:,} seen ({steps:,} steps of {size:,})"
+        lines.append(f"- images: {seen}, from {_code(data['source'])}")
     return "Distilled with singer_jax.\n\n" + "\n".join(lines) + "\n"
 
 

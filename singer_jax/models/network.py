@@ -44,7 +44,10 @@ class ModelSettings(Settings):
     """Settings that select a model and its weights."""
 
     model: str = setting(
-        "", TEXT, "timm name of the model. Empty: the model named by the weights' config.json."
+        "",
+        TEXT,
+        "timm name, or a name that `--config=configs/models.py` lists. Empty: the model named by "
+        "the weights' config.json.",
     )
     weights: str = setting(
         "", TEXT, "Weights: Hub repository, file or work directory. Empty: random initialisation."

@@ -26,6 +26,7 @@ from singer_jax.errors import InputError, listed
 from singer_jax.io import limits
 from singer_jax.models import foreign
 from singer_jax.models.architecture import Architecture, ComputePolicy
+from singer_jax.models.families import VARIANTS
 from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.positions import resample_relative_positions
@@ -472,7 +473,8 @@ def stated_model(
     where = f"{spec.name} with the settings of its config.json"
     limits.check(where, spec.arch.depth, _MOST_BLOCKS, "blocks")
     limits.check(where, spec.arch.num_patches, _MOST_PATCHES, "patches")
-    return spec
+    variant = str(config.get("variant", ""))  # the file may hold anything there
+    return dataclasses.replace(spec, name=variant) if VARIANTS.get(variant) == spec.name else spec
 
 
 # Fields that no parameter shows: with another value, weights load and compute something else.

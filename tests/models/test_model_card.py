@@ -36,7 +36,12 @@ def test_a_card_names_bases_method_and_data_and_leaves_the_licence():
     assert found["base_model"] == ["timm/vit_large.augreg"]
     assert (found["library_name"], found["pipeline_tag"]) == ("timm", "image-feature-extraction")
     assert "license" not in found and "# license: choose one" in card
-    for part in ("`singer`", "20,000", "`imagenet2012`, 20,480,000 in batches of 1,024", "random"):
+    for part in (
+        "`singer`",
+        "20,000",
+        "20,480,000 seen (20,000 steps of 1,024), from `imagenet2012`",
+        "random",
+    ):
         assert part in card
     for part in ('"local-dir:PATH", pretrained=True', "model.onnx", "features.stablehlo"):
         assert part in card

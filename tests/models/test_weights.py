@@ -66,6 +66,9 @@ def test_a_variant_is_exported_as_the_timm_model_it_derives_from():
     assert stated["architecture"] == "deit3_small_patch16_224"
     assert stated["model_args"] == {"embed_dim": 192, "num_heads": 3}
     assert from_hub_config(stated).arch == model.arch
+    assert stated["variant"] == from_hub_config(stated).name == "deit3_tiny_patch16_224"
+    for invalid in ("vit_large_patch16_224", "deit3_tiny", ["deit3_tiny_patch16_224"], None):
+        assert from_hub_config(stated | {"variant": invalid}).name == "deit3_small_patch16_224"
 
 
 @pytest.mark.parametrize("wrapped", ["", "model", "state_dict"])
