@@ -112,15 +112,15 @@ also measure how fast a method learns. They have no rows for the later settings.
 }
 NAMES = """\
 `clip` is `method.match.norm_clip_quantile=0.9`, `final_norm` is `method.match.target_space`.
-`singer` is SiNGER with its defaults and without clipping; `calibrated` is
+`singer` is SiNGER without clipping, as published; `calibrated` is
 `nullspace.weight_matrix`; `energy` is `nullspace.threshold_type` with two medians left; `relative`
 is `method.loss_scale`; `fitted` is `nullspace.init`.
 
 ## Results
 
 Linear top-1 in percent on the test images (ridge regression on the class token), mean over seeds
-with its 95 % interval (Student's t). The number of seeds is in brackets. The last four columns are
-measures of the teacher"""
+with its 95 % interval (Student's t), and behind the stroke the mean kNN top-1. The number of seeds
+is in brackets. The last four columns are measures of the teacher"""
 MEASURED = """\
 the share of the synthetic outlier's energy that the target lacks, the change of what the next block
 adds to the residual stream, and the cosine of the student's patches to the teacher without the
@@ -185,10 +185,12 @@ def table(rows: Sequence[Row]) -> list[str]:
     header += [heading for _, heading, _ in MEASURES]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     teachers = {(row["study"], row.get("teacher")): row for row in rows if row["student"] == ""}
-    scores = [f"{teachers[column[:2]]['linear_top1']:.1f}" for column in columns]
+    scores = [
+        " / ".join(f"{teachers[column[:2]][score]:.1f}" for score in SCORES) for column in columns
+    ]
     lines.append("| " + " | ".join(["teacher", *scores, *[""] * len(MEASURES)]) + " |")
     for name in ROWS:
-        cells = [_cell(groups[column[:2]].get(name), "linear_top1", 1) for column in columns]
+        cells = [_scores(groups[column[:2]].get(name)) for column in columns]
         cells += [_cell(first.get(name), key, digits) for key, _, digits in MEASURES]
         if any(cells):
             lines.append("| " + " | ".join([name, *cells]) + " |")
@@ -198,6 +200,14 @@ def table(rows: Sequence[Row]) -> list[str]:
 def measured_column(rows: Sequence[Row]) -> tuple[str, str, str]:
     """Returns the first column with rows, of which the table shows all measures."""
     return next(column for column in COLUMNS if groups_of(rows, *column[:2]))
+
+
+def _scores(group: Group | None) -> str:
+    """Returns linear top-1 with its interval, and kNN top-1."""
+    linear = _cell(group, "linear_top1", 1)
+    return (
+        f"{linear} / {np.mean([row['knn_top1'] for row in group.values()]):.1f}" if linear else ""
+    )
 
 
 def _cell(group: Group | None, key: str, digits: int) -> str:
@@ -251,16 +261,20 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"{len(found)} differences between runs of the same seed are tested (paired t-tests).",
         f"{len(known)} are established at a false discovery rate of 5 % (Benjamini and Hochberg).",
-        "Points of linear top-1:",
+        "Points of linear top-1, and of kNN top-1 behind the semicolon:",
         "",
     ]
     for (study, teacher, title), against in itertools.product(COLUMNS, AGAINST):
         where = (study, teacher, against)
         if not any(one[:3] == where for one in found):
             continue
-        own = [one for one in known if one[:3] == where and one.score == "linear_top1"]
-        parts = [f"{one.student} {one.mean:+.1f}" for one in own]
-        lines.append(f"- {title}, against {against}: {', '.join(parts) or 'none differs'}.")
+        own = [one for one in known if one[:3] == where]
+        by_score = (
+            ", ".join(f"{one.student} {one.mean:+.1f}" for one in own if one.score == score)
+            for score in SCORES
+        )
+        parts = "; ".join(part or "none" for part in by_score) if own else "none differs"
+        lines.append(f"- {title}, against {against}: {parts}.")
     return lines
 
 
