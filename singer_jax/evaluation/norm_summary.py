@@ -131,8 +131,8 @@ def verdict(
         advice = "SiNGER can remove them (method.name=singer); compare it with FitNet, which clips"
     elif share >= 0.5:
         advice = (
-            "SiNGER can shorten them: clip the rest (method.match.norm_clip_quantile=0.9) or "
-            "choose what is left (method.nullspace.threshold_type=energy)"
+            "SiNGER can shorten them and clips the rest (method.name=singer); "
+            "method.nullspace.threshold_type=energy chooses what is left"
         )
     else:
         advice = "SiNGER removes little of them: use FitNet, which clips them (method.name=fitnet)"

@@ -170,10 +170,7 @@ def test_energy_chooses_what_is_left(config, tmp_path):
     [
         (norm_summary.Removal(0.99, 1.2, 13), "holds 99% (left of an outlier at best: 1.2 medians"),
         (norm_summary.Removal(0.99, 1.2, 13), "SiNGER can remove them"),
-        (
-            norm_summary.Removal(0.89, 4.3, 13),
-            "clip the rest (method.match.norm_clip_quantile=0.9)",
-        ),
+        (norm_summary.Removal(0.89, 4.3, 13), "clips the rest (method.name=singer)"),
         (norm_summary.Removal(0.2, 11.6, 13), "SiNGER removes little of them: use FitNet"),
     ],
 )
