@@ -107,8 +107,9 @@ The columns without a data set are of scikit-learn's digits: 24 x 24 pixels, 6 x
 CIFAR-10 at 84 pixels. It has no outlier tokens, so its column says what a setting costs.""",
     SCENES: """\
 The columns `scenes` are runs of the same job on generated scenes: 48 x 48 pixels, 6 x 6 patches,
-600 steps of 32 images. Their students reach little more than half of the teacher's score, so they
-also measure how fast a method learns. They have no rows for the later settings.""",
+600 steps of 32 images, with the defaults of version 0.1. Their students reach little more than half
+of the teacher's score, so they also measure how fast a method learns. They have no rows for the
+later settings.""",
 }
 NAMES = """\
 `clip` is `method.match.norm_clip_quantile=0.9`, `final_norm` is `method.match.target_space`.
@@ -119,10 +120,11 @@ is `method.loss_scale`; `fitted` is `nullspace.init`.
 ## Results
 
 Linear top-1 in percent on the test images (ridge regression on the class token), mean over seeds
-with its 95 % interval (Student's t), and behind the stroke the mean kNN top-1. The number of seeds
+with its 95 % interval (Student's t), and after the slash the mean kNN top-1. The number of seeds
 is in brackets. The last four columns are measures of the teacher"""
 MEASURED = """\
-the share of the synthetic outlier's energy that the target lacks, the change of what the next block
+the share of the synthetic outlier's energy that the target lacks (for SiNGER: that the refined
+features lack, before clipping), the change of what the next block
 adds to the residual stream, and the cosine of the student's patches to the teacher without the
 vector, on the marked patches and on the others."""
 
@@ -261,7 +263,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"{len(found)} differences between runs of the same seed are tested (paired t-tests).",
         f"{len(known)} are established at a false discovery rate of 5 % (Benjamini and Hochberg).",
-        "Points of linear top-1, and of kNN top-1 behind the semicolon:",
+        "Points of linear top-1, and of kNN top-1 after the semicolon:",
         "",
     ]
     for (study, teacher, title), against in itertools.product(COLUMNS, AGAINST):

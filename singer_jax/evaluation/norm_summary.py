@@ -128,7 +128,9 @@ def verdict(
         )
     share, left, length = np.mean(held, axis=0)
     if left <= ARTIFACT:
-        advice = "SiNGER can remove them (method.name=singer); compare it with FitNet, which clips"
+        advice = (
+            "SiNGER can remove them (method.name=singer); compare it with FitNet, which only clips"
+        )
     elif share >= 0.5:
         advice = (
             "SiNGER can shorten them and clips the rest (method.name=singer); "
