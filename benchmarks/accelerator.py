@@ -1,4 +1,4 @@
-"""What is only predicted without an accelerator, measured on one GPU in parts: see accelerator.sh.
+"""Measures on one GPU, in parts, the numbers that are otherwise predicted: see accelerator.sh.
 
 Each part runs in a process of its own for at most 100 s and writes each table at once, so that what
 a part measured stays where it fails or takes too long. The parts run in the order of `PARTS`.

@@ -54,7 +54,7 @@ class FeatureBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SgdOptions:
-    """What all steps of a probe share.
+    """The inputs that all steps of a probe share.
 
     Attributes:
       steps: number of steps of the whole probe.

@@ -113,7 +113,7 @@ class Kernels:
 
 
 class Launches(NamedTuple):
-    """What the host launches in each run of a program.
+    """The launches of the host in each run of a program.
 
     Attributes:
       graphs: Number of CUDA graphs.

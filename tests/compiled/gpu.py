@@ -34,7 +34,7 @@ def lowered(run: Setups, images: int, logged: Any = None) -> jax.stages.Lowered:
 
 
 def counted(**changes: object) -> dict[str, float]:
-    """What the step on one GPU launches, reads and writes."""
+    """The launches and the memory traffic of the step on one GPU."""
     run = prepared("h200:1", batch_size=IMAGES, **changes)
     with kernels.launches() as launches, parallel.computing("bfloat16"):
         text = lowered(run, IMAGES).compile(chips.WITHOUT_A_GPU).as_text()
