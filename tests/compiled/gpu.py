@@ -13,21 +13,21 @@ import numpy as np
 
 from singer_jax.platform import chips, kernels, parallel
 from singer_jax.training.program import jit_step
-from singer_jax.training.setup import Setups
+from singer_jax.training.setup import RunSetup
 from singer_jax.training.step import PARTS
 from tests.compiled.test_tpu import batch_of, prepare
 
 IMAGES = 128  # of the step on one GPU, whose kernels are counted
 
 
-def prepared(topology: str, **changes: object) -> Setups:
+def prepared(topology: str, **changes: object) -> RunSetup:
     """SiNGER at ViT-L's width on described GPUs."""
     mesh = parallel.make_mesh(described=chips.described(topology))
     with tempfile.TemporaryDirectory() as folder:
         return prepare(Path(folder), mesh, **changes)
 
 
-def lowered(run: Setups, images: int, logged: Any = None) -> jax.stages.Lowered:
+def lowered(run: RunSetup, images: int, logged: Any = None) -> jax.stages.Lowered:
     """The step of all students."""
     step = jit_step(run.students, run.any.mesh, run.states, run.teacher)
     return step.lower(run.states, run.teacher, batch_of(run, images), logged)

@@ -73,12 +73,9 @@ def heads_of(chips: Mesh, task: Task, arch: object, rates: int) -> dict[str, jax
 @pytest.mark.parametrize("kind", TASKS)
 def test_feature_extraction_and_scores(chips, model, compiles: Compile, kind):
     task = TASKS[kind]
-    compiles(
-        120, backbone._examples, model.network, task, chips, model.params, batch_of(chips, kind)
-    )
-    features = jax.eval_shape(
-        lambda p, i: model.features(p, i, task), model.params, batch_of(chips, kind)["image"]
-    )
+    images = batch_of(chips, kind)["image"]
+    compiles(120, backbone._features, model.network, task, chips, model.params, images)
+    features = jax.eval_shape(lambda p, i: model.features(p, i, task), model.params, images)
     batch = batch_of(chips, kind)
     features = abstract(features, parallel.batch_sharding(chips))
     heads = heads_of(chips, task, model.arch, 3)
