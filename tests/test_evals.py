@@ -154,6 +154,6 @@ def test_held_out_batches_are_those_of_a_micro_batch(tmp_path, monkeypatch):
 def test_unreadable_images_of_every_process_are_counted(monkeypatch):
     own = validation.Validation.__new__(validation.Validation)
     own.test = own.bank = types.SimpleNamespace(num_classes=0)
-    own.held_out, own.stopped, own.unreadable = lambda states, teacher: {}, {}, {"a", "b"}
+    own.losses, own.stopped, own.unreadable = lambda states, teacher: {}, {}, {"a", "b"}
     monkeypatch.setattr(parallel, "of_each_process", lambda found: [found, {"b", "c"}])
     assert own({}, None) == {"eval/images/unreadable": 3}

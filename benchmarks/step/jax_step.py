@@ -31,6 +31,7 @@ def changes(arguments: argparse.Namespace, weights: str, quantised: str | None) 
         "method.rank": RANK,
         "method.outlier_quantile": QUANTILE,
         "method.nullspace.init": "official",
+        "method.match.norm_clip_quantile": 1.0,  # the peers do not clip
         "optimizer.learning_rate": LEARNING_RATE,
         "optimizer.weight_decay": WEIGHT_DECAY,
         "schedule.name": "multistep",
