@@ -26,9 +26,9 @@ def unit(tokens: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
 def _largest(norms: Float[Array, "batch patches"], count: int) -> Float[Array, "batch count"]:
     """Returns the `count` largest norms of each image in descending order, without a gradient.
 
-    On a CPU it sorts. XLA's `top_k` would gather the images of all processes there, and several
-    processes may run this gather and the reductions of a loop in different orders, which blocks
-    them forever.
+    On a CPU it sorts. XLA's `top_k` gathers the images of all processes there, and two processes
+    with several such gathers were seen to block each other: one waited in a gather, the other in a
+    reduction inside a loop.
     """
     return jax.lax.platform_dependent(
         jax.lax.stop_gradient(norms),

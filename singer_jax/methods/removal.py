@@ -77,8 +77,7 @@ def next_block_changes(
         after -= features.astype(jnp.float32)
         return jnp.where(ordinary[..., None], after[:, prefix:], 0)
 
-    # Not a scan: XLA's CPU backend can run the collectives inside a loop and those beside it in a
-    # different order in each process, and the processes then wait for each other.
+    # Not a scan, so that no sum over the batch lies inside a loop. `norms._largest` says why.
     reference = added(own)
     changes = jnp.stack([jnp.linalg.norm(added(features) - reference) for features in replacements])
     return changes / jnp.maximum(jnp.linalg.norm(reference), jnp.finfo(jnp.float32).tiny)

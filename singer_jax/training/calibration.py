@@ -31,7 +31,7 @@ def measure_first_batches(
 
     Args:
       settings: Settings of the run.
-      run: RunSetup of the students.
+      run: Setup of the students.
       source: The training images.
       teacher: Parameters of the teacher.
 
@@ -49,7 +49,7 @@ def measure(run: RunSetup, teacher: Params, batches: Iterable[Any]) -> dict[str,
     """Measures the teacher for the method of each student that needs it.
 
     Args:
-      run: RunSetup of the students.
+      run: Setup of the students.
       teacher: Parameters of the teacher.
       batches: Batches on the devices, as the step takes them.
 

@@ -138,7 +138,7 @@ def cost(run: RunSetup, batch_size: int, schedule: str | None = None) -> Cost:
     """Compiles the step of a run for its devices, and computes its cost from the program.
 
     Args:
-      run: RunSetup of the run, as `setup_students` returns them.
+      run: Setup of the run, as `setup_students` returns them.
       batch_size: Global batch size.
       schedule: Execution of several students, as for `compile_step`.
 
