@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +115,7 @@ def _quieten_libraries() -> None:
         return not record.exc_info and not re.search("read.only=", record.getMessage())
 
     absl_logging.get_absl_handler().addFilter(is_news)
-    raised, in_thread, ignored = sys.excepthook, threading.excepthook, sys.unraisablehook
+    raised, ignored = sys.excepthook, sys.unraisablehook
 
     def closed(error: BaseException | None) -> bool:
         return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
@@ -125,18 +124,11 @@ def _quieten_libraries() -> None:
         if not closed(error):
             raised(kind, error, where)
 
-    def on_raised_in_thread(given: Any) -> None:
-        if isinstance(given.exc_value, OSError):  # TensorBoard's writer thread, if the disk is full
-            logging.getLogger("singer_jax").error("background thread failed: %s", given.exc_value)
-        else:
-            in_thread(given)
-
     def on_ignored(given: Any) -> None:
         if not closed(given.exc_value):
             ignored(given)
 
-    sys.excepthook, threading.excepthook = on_raised, on_raised_in_thread
-    sys.unraisablehook = on_ignored
+    sys.excepthook, sys.unraisablehook = on_raised, on_ignored
 
 
 def _refuse(message: str) -> int:

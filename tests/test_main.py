@@ -353,21 +353,3 @@ def test_every_configuration_loads_and_says_how_to_run_it(file, protocol):
             lookup(own.student.model)
         assert (config.method.layer_mapping == "official") == (protocol == "paper")
         assert (config.data.normalisation == "imagenet") == (protocol == "paper")
-
-
-FULL = """
-import logging, threading
-from singer_jax import main
-logging.basicConfig(format="%(message)s")
-main._quieten_libraries()
-def write():
-    raise OSError(28, "No space left on device", "events")
-thread = threading.Thread(target=write)
-thread.start()
-thread.join()
-"""
-
-
-def test_a_disk_that_fails_in_a_library_s_thread_is_one_line():
-    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
-    assert done.stderr == "background thread failed: [Errno 28] No space left on device: 'events'\n"

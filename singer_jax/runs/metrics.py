@@ -6,10 +6,12 @@ Weights & Biases. Only the first process writes. `singer_jax.runs.recorder` deci
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -113,15 +115,12 @@ class MetricsWriter:
         self.active = jax.process_index() == 0
         if not self.active:
             return
-        from tensorboardX import SummaryWriter
-
         self.mirror = Mirror(folder, continued=[METRICS_FILE])
         self.pushed = time.monotonic()
         path = metrics_file(self.mirror.local)
         _drop_rows_after(path, step)
         self.file = path.open("a")
-        events = str(tensorboard_folder(self.mirror.local))
-        self.tensorboard = SummaryWriter(events, purge_step=step + 1)
+        self.tensorboard = _EventFile(tensorboard_folder(self.mirror.local), step + 1)
         self.wandb = None
         if wandb is not None:
             import wandb as package
@@ -136,8 +135,7 @@ class MetricsWriter:
         row = {"step": step, "time": time.time()} | metrics
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.write(step, metrics)
         if self.wandb:
             self.wandb.log(metrics, step=step)
         if time.monotonic() - self.pushed > self.PUSH_EVERY:
@@ -156,12 +154,54 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes everything; raises as `flush`."""
-        if self.active:
-            self.file.close()
-            self.tensorboard.close()
-            self.mirror.close()
+        if not self.active:
+            return
+        with contextlib.ExitStack() as stack:  # each is closed even if an earlier one fails
             if self.wandb:
-                self.wandb.finish()
+                stack.callback(self.wandb.finish)
+            stack.callback(self.mirror.close)
+            stack.callback(self.tensorboard.close)
+            stack.callback(self.file.close)
+
+
+class _EventFile:
+    """A file of events for TensorBoard that is written by the calling thread.
+
+    The thread of tensorboardX's `SummaryWriter` ends if the disk is full, and then the training
+    waits forever to add an event.
+
+    Args:
+      folder: folder of the event files; it is made.
+      step: first step of this file, from which TensorBoard drops the steps of earlier files.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self.records = RecordWriter(str(folder / name))
+        self._add(file_version="brain.Event:2")
+        self._add(step=step, session_log={"status": "START"})
+        self.flush()
+
+    def _add(self, **event: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends the scalars of a step, which `flush` stores."""
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self._add(step=step, summary={"value": values})
+
+    def flush(self) -> None:
+        """Stores everything on disk."""
+        self.records.flush()
+
+    def close(self) -> None:
+        """Stores everything and closes the file."""
+        self.records.close()
 
 
 def _wandb_id(folder: epath.Path) -> str:

@@ -117,9 +117,9 @@ def test_nearest_neighbours(chips, compiles: Compile):
     bank = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=split)
     labels = jax.ShapeDtypeStruct((4096,), jnp.int32, sharding=split)
     queries = jax.ShapeDtypeStruct((256, 1024), jnp.float32, sharding=whole)
-    settings = {"images": 4000, "classes": 1000, "k": 20, "temperature": 0.07}
+    vote = knn._Vote(images=4000, classes=1000, k=20, temperature=0.07)
     compiles(120, knn._unit, bank)
-    compiles(120, knn._predict, chips, bank, labels, queries, **settings)
+    compiles(120, knn._predict, chips, vote, bank, labels, queries)
 
 
 def test_the_exported_program(chips, model, compiles: Compile):

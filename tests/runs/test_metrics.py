@@ -1,18 +1,31 @@
 """The metrics that a run writes, and the files that hold them."""
 
 import json
+import os
+import struct
 import sys
 import types
 from pathlib import Path
 
+import pytest
 from etils import epath
-from tensorboardX import event_file_writer  # noqa: F401 - the writer's package is installed
+from tensorboardX.proto.event_pb2 import Event
 
 from singer_jax.runs.metrics import MetricsWriter
 
 
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(file: Path) -> list[Event]:
+    """Reads a file of length-prefixed records with two checksums of 4 bytes each."""
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("Q", data[:8])
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
 
 
 def test_rows_after_the_restored_step_are_dropped(tmp_path, caplog):
@@ -32,8 +45,36 @@ def test_rows_after_the_restored_step_are_dropped(tmp_path, caplog):
         (6, 60.0),
     ]
     assert all(row["time"] > 0 for row in rows(tmp_path))
-    assert list((tmp_path / "tensorboard").iterdir())
     assert "4 lines are not rows and are left out" in caplog.text
+
+
+def test_tensorboard_gets_the_scalars_and_drops_what_a_run_writes_again(tmp_path):
+    writer = MetricsWriter(tmp_path, step=4)
+    writer.write(6, {"train/loss": 60.0, "train/lr": 0.5})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    version, start, row = events(file)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, start.session_log.START)
+    assert row.step == 6
+    assert [(v.tag, v.simple_value) for v in row.summary.value] == [
+        ("train/loss", 60.0),
+        ("train/lr", 0.5),
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_of_the_event_file_is_an_error_and_no_hang(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, writer.tensorboard.records._writer.fileno())
+    os.close(full)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(2000):  # more than a buffer, and than any queue
+            writer.write(step, {"train/loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer.file.closed
 
 
 def test_a_continued_run_is_one_run_at_weights_and_biases(tmp_path, monkeypatch):
