@@ -34,9 +34,11 @@ def mesh() -> jax.sharding.Mesh:
 def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most tests take the compiler's time; its optimisations are for programs that run longer.
 
-    Commands in processes of their own, and modules marked `optimized`, compile as users do.
+    Commands in processes of their own compile as users do, and so do modules marked `optimized`
+    with `--all`.
     """
-    quickly = request.node.get_closest_marker("optimized") is None
+    as_users_do = request.node.get_closest_marker("optimized") and request.config.getoption("--all")
+    quickly = not as_users_do
     if not quickly:
         jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", quickly)

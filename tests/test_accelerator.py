@@ -17,7 +17,7 @@ from singer_jax.platform import backends, chips
 from tests import tiny
 
 
-@pytest.fixture(params=["gpu", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.fixture(params=["gpu", "tpu"])
 def accelerator(request, monkeypatch):
     """The CPU as PJRT's C interface shows a GPU or TPU.
 
@@ -62,6 +62,7 @@ def done(config: ConfigDict, workdir: Path) -> None:
     assert jax.config.jax_default_matmul_precision is None  # nothing is left behind
 
 
+@pytest.mark.slow
 def test_every_job_runs(accelerator, teacher, on_the_cpu, tmp_path, capsys):
     run = tmp_path / "run"
     done(run_config(teacher, 2), run)

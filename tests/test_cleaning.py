@@ -35,9 +35,8 @@ def config(teacher_file):
     return config
 
 
-@pytest.mark.parametrize(
-    "clean", ["registers", pytest.param("shift_average", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("clean", ["registers", "shift_average"])
 def test_a_resumed_run_keeps_the_neurons_that_it_found(
     config, tmp_path, monkeypatch, capsys, clean
 ):
@@ -81,6 +80,7 @@ def batch_of(run: RunSetup) -> dict:
     return parallel.put_batch(batch, parallel.batch_sharding(run.any.mesh))
 
 
+@pytest.mark.slow
 def test_a_step_of_two_students_on_several_devices_with_a_quantised_teacher(config):
     """Where a refiner changes nothing, as it starts, the info loss of registers is 0."""
     config.method.layers, config.method.include_last_layer = (1,), False

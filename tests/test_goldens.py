@@ -56,13 +56,22 @@ METHODS = {
 FAMILIES = {"vit": "vit_tiny_patch16_224", "deit3": "deit3_tiny_patch16_224"}
 
 
+# Variants of the methods' other cases, which run with `--all`.
+SLOW = {
+    f"distill_{name}"
+    for name in ("fitnet_ce", "singer_deit3", "singer_no_null_space", "singer_padded")
+} | {"distill_vitkd_official"}
+
+
 def cases(kind: str) -> list:
     """The cases of a kind, found by listing the folder."""
     found = []
     for file in sorted(FOLDER.glob("*/case.json")):
         case = json.loads(file.read_text())
         if case["kind"] == kind:
-            found.append(pytest.param(file.parent, case, id=file.parent.name))
+            name = file.parent.name
+            marks = pytest.mark.slow if name in SLOW else ()
+            found.append(pytest.param(file.parent, case, id=name, marks=marks))
     return found
 
 

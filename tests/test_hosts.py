@@ -77,6 +77,7 @@ def end_of(processes: list[subprocess.Popen], status: int, *words: str) -> None:
         assert last.startswith("singer_jax: ") and all(word in last for word in words), printed
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(config_file, environment, tmp_path, reference):
     processes = cli.start_together(environment, 2, *arguments(config_file, tmp_path, 2))
     for status, printed in finish_all(processes):

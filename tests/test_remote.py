@@ -90,6 +90,7 @@ def run(distil) -> epath.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_a_store_ends_with_the_bits_of_a_local_run(run, distil, tmp_path):
     finish(distil(tmp_path))
     files = {"config.json", "weights.json", "metrics.jsonl"}

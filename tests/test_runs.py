@@ -62,9 +62,8 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert set(steps(uninterrupted)) <= set(steps(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_says_so_and_continues(
     config_file, environment, tmp_path, uninterrupted, number
 ):

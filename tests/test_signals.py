@@ -218,6 +218,40 @@ def test_signals_until_the_end_do_not_change_the_status(program, ends):
     assert (process.returncode, len(process.stderr.read().splitlines())) in ends
 
 
+ENDING = """
+import os, signal, sys
+from singer_jax.platform import signals
+
+class Interrupting(SystemExit):
+    @property
+    def code(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+def hook(*error):
+    print("another hook", file=sys.stderr)
+
+sys.excepthook = hook
+with signals.handled():
+    raise {raised}
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        ("Interrupting()", 75, "singer_jax: stopped by SIGINT; run the same command to continue"),
+        ("ValueError()", 1, "another hook"),
+    ],
+)
+def test_a_signal_while_the_command_is_ending_is_one_line(raised, status, line):
+    """Between the end of the work and that of the process; other errors are not touched."""
+    program = ENDING.format(raised=raised)
+    done = subprocess.run([sys.executable, "-c", program], **PIPES, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
+
+
 PROGRAM = """
 import sys, threading
 from singer_jax.platform import signals

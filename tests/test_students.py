@@ -218,6 +218,7 @@ def evaluated(whole) -> Path:
     return whole / "evaluation"
 
 
+@pytest.mark.slow
 def test_all_are_measured_on_images_that_are_cropped_once(whole, evaluated, tmp_path, monkeypatch):
     assert {path.name for path in evaluated.iterdir()} == WITH_TEACHER
     cropped = collections.Counter()

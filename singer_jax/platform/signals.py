@@ -32,6 +32,7 @@ _shielding = threading.Event()
 _held: list[int] = []
 _leaving: list[Callable[[int, str], NoReturn]] = []
 _ignored: list[Callable[[Any], object]] = []  # hooks for other exceptions in finalisers
+_uncaught: list[Callable[..., object]] = []  # hooks for other exceptions that end the command
 
 
 class Interrupted(BaseException):
@@ -62,7 +63,8 @@ def handled() -> Iterator[None]:
     signal.set_wakeup_fd(writer)
     _take()
     _ignored.append(sys.unraisablehook)
-    sys.unraisablehook = _ask_again
+    _uncaught.append(sys.excepthook)
+    sys.unraisablehook, sys.excepthook = _ask_again, _end_if_interrupted
     # The resource tracker cleans up after a process that ends at once; its warning is not useful.
     words = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
     os.environ["PYTHONWARNINGS"] = ",".join(words)
@@ -70,8 +72,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        say(str(error))
-        _end(error.status)
+        _end_if_interrupted(type(error), error, None)
     except SystemExit as error:
         if not isinstance(error.code, int):
             raise
@@ -153,6 +154,15 @@ def _ask_again(given: Any) -> None:
     again = threading.Timer(0.01, os.kill, (os.getpid(), given.exc_value.number))
     again.daemon = True
     again.start()
+
+
+def _end_if_interrupted(kind: Any, error: BaseException, where: Any) -> None:
+    """Ends the process after `Interrupted`, also if it was raised while `handled` was ending."""
+    if not isinstance(error, Interrupted):
+        _uncaught[-1](kind, error, where)
+        return
+    say(str(error))
+    _end(error.status)
 
 
 def _stopped_by(number: int) -> str:

@@ -66,6 +66,7 @@ def assert_same(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
         assert found[name][1] == metrics
 
 
+@pytest.mark.slow
 def test_each_batch_is_decoded_once_for_all_models(backbones, split, alone, monkeypatch):
     decoded = []
     opened = trainers.train_batches

@@ -87,7 +87,9 @@ def test_an_added_token_has_no_relative_position(images):
     assert model.features(images)[-1].shape == plain.features(images)[-1].shape
 
 
-@pytest.mark.parametrize("clean", ["registers", "shift_average"])
+@pytest.mark.parametrize(
+    "clean", [pytest.param("registers", marks=pytest.mark.slow), "shift_average"]
+)
 def test_every_way_to_compute_gives_the_same_features(images, clean):
     expected = jax.jit(lambda: build(clean, backend="cpu").features(images))()
     for policy in ({"backend": "tpu", "stacked": True}, {"backend": "gpu"}):

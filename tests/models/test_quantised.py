@@ -75,7 +75,12 @@ def cosines(a: jax.Array, b: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "family", ["vit_small_patch16_224", "vit_small_patch16_dinov3", "vit_giant_patch14_reg4_dinov2"]
+    "family",
+    [
+        "vit_small_patch16_224",
+        pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow),
+        pytest.param("vit_giant_patch14_reg4_dinov2", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("format", FORMATS)
 def test_features_of_a_model_with_outlier_tokens(family, format):
@@ -112,6 +117,7 @@ def settings(tmp_path):
     return of
 
 
+@pytest.mark.slow
 def test_a_run_differs_in_the_teacher_s_features_alone(settings):
     """Null spaces and student are unchanged, losses are close, and 8-bit operations are counted."""
     batch = {

@@ -45,6 +45,7 @@ def after_two_steps(run: RunSetup) -> dict:
     return states
 
 
+@pytest.mark.slow
 def test_micro_batches_devices_and_students_measure_what_one_does(teacher_file):
     """There are two students, one with a sum of methods, four devices and two micro-batches."""
     students = {
@@ -73,6 +74,7 @@ def test_nothing_is_measured_where_no_statistics_are_asked_for(teacher_file):
     assert not run.any.state.constants["method"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(teacher_file, tmp_path):
     config = tiny.config(teacher_file, "singer")
     config.update_from_flattened_dict(STANDARDISED)

@@ -50,6 +50,7 @@ def separate(train) -> tuple[list[dict], dict]:
     return train(True, (True, False, True))
 
 
+@pytest.mark.slow
 def test_the_metrics_are_those_of_a_program_with_a_branch(train, separate):
     expected, _ = train(False, (True, False, True))
     for row, wanted in zip(separate[0], expected, strict=True):

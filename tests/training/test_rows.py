@@ -56,9 +56,8 @@ def expected(teacher_file) -> dict:
     return gradients(teacher_file, 1, (1, 1))
 
 
-@pytest.mark.parametrize(
-    ("grad_accum_steps", "shape"), [pytest.param(4, (1, 1), marks=pytest.mark.slow), (2, (2, 2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("grad_accum_steps", "shape"), [(4, (1, 1)), (2, (2, 2))])
 def test_micro_batches_and_devices_change_no_gradient_of_any_method(
     teacher_file, expected, grad_accum_steps, shape
 ):
@@ -100,6 +99,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_processes_read_the_rows_of_one_batch_in_its_order():
     def started(*flags: str) -> subprocess.Popen:
         return subprocess.Popen(

@@ -95,8 +95,8 @@ ALL = tuple(STUDENTS)
 @pytest.mark.parametrize(
     ("names", "shape", "sequential", "grad_accum_steps"),
     [
-        (("singer", "vitkd", "coarse"), (1, 1), False, 1),
         (("singer", "coarse"), (2, 2), True, 2),
+        pytest.param(("singer", "vitkd", "coarse"), (1, 1), False, 1, marks=pytest.mark.slow),
         pytest.param(ALL, (1, 1), False, 1, marks=pytest.mark.slow),
         pytest.param(ALL, (1, 1), True, 1, marks=pytest.mark.slow),
         pytest.param(ALL, (2, 2), False, 1, marks=pytest.mark.slow),
@@ -198,6 +198,7 @@ def test_the_execution_suits_the_device_and_is_logged(
     assert not program.description
 
 
+@pytest.mark.slow
 def test_sequential_execution_takes_less_memory(teacher_file):
     same = {name: {"method": {"name": "fitnet"}, "seed": seed} for seed, name in enumerate("abcd")}
     run = prepare(together(teacher_file, same))
