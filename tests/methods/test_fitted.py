@@ -122,7 +122,7 @@ def test_more_directions_than_the_rank_keep_those_with_most_outlier_energy():
     assert norm(leading - leading @ up.T @ up) < 1e-2
 
 
-@pytest.mark.parametrize("source", ["mlp", "calibrated"])
+@pytest.mark.parametrize("source", ["mlp", pytest.param("calibrated", marks=pytest.mark.slow)])
 def test_a_fitted_refiner_removes_outliers_before_the_first_step(source):
     """The outliers lie along a direction that no other patch has."""
     teacher = VisionTransformer(TEACHER, rngs=nnx.Rngs(0))

@@ -96,7 +96,8 @@ def test_pooled_compares_the_inputs_of_the_heads(pool, loss):
     np.testing.assert_allclose(terms["kd"], expected[loss], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("relational", marks=pytest.mark.slow), "pooled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["relational", "pooled"])
 def test_a_whole_run(tmp_path, name):
     config = tiny.config(tiny.write_teacher(tmp_path / "teacher.safetensors"), name)
     config.optimizer.learning_rate = 1e-2
