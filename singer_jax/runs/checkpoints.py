@@ -8,6 +8,7 @@ verifies the files.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import logging
@@ -94,6 +95,31 @@ def _reason(error: Exception) -> str | None:
     return lines[0] if lines else repr(found)
 
 
+class _StepNames:
+    """Orbax's standard names of checkpoints, without the times of the finished ones.
+
+    Orbax reads the times from `_CHECKPOINT_METADATA` and raises a ValueError for some damages of
+    that file. Nothing here depends on the times, and the arrays may be whole.
+    """
+
+    def __init__(self) -> None:
+        self.standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self.standard.build_name(step)
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[_Step]:
+        return (_Step(found.step, found.path) for found in self.standard.find_all(base_path))
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> _Step:
+        found = self.standard.find_step(base_path, step)
+        return _Step(found.step, found.path)
+
+
+class _Step(ocp.path.step.Metadata):
+    commit_timestamp = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -110,11 +136,15 @@ class Checkpoints:
         self, folder: epath.Path, keep: int | None = None, *, read_only: bool = False
     ) -> None:
         check_takes_checkpoints(folder)
+        names = _StepNames()
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, step_name_format=names)
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                step_name_format=names,
             )
         self.manager = ocp.CheckpointManager(
             checkpoints_folder(as_path(folder)),
@@ -285,7 +315,8 @@ class Checkpoints:
 
     def _saved_leaves(self, step: int) -> dict[str, Any]:
         with self._reading(step):
-            return by_name(self.manager.item_metadata(step).state.tree)
+            folder = self.manager.directory / str(step) / "state"
+            return by_name(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

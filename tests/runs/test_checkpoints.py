@@ -118,6 +118,24 @@ def test_a_half_written_file_is_detected(saved, run):
         checkpoints.restore(3, run.any.state)
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"htem_handlers": {}, "metrics": {}, "x": 0, "custom_metadata": {}}', b"[]", b""]
+)
+def test_damaged_times_of_a_checkpoint_change_nothing(saved, run, content):
+    """Orbax's file of times may be damaged in any way; hypothesis found two unknown keys."""
+    folder, state = saved
+    (folder / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_bytes(content)
+    for options in ({"keep": 2}, {"read_only": True}):
+        with contextlib.closing(Checkpoints(folder, **options)) as checkpoints:
+            assert checkpoints.newest_whole() == 3
+            assert_same(checkpoints.restore(3, run.any.state), state)
+    with contextlib.closing(Checkpoints(folder, 2)) as checkpoints:
+        checkpoints.save(state, 5, {"data": "abc"})
+        checkpoints.save(state, 7, {"data": "abc"})
+        checkpoints.wait()
+        assert list(checkpoints.manager.all_steps()) == [5, 7]  # the oldest is removed
+
+
 def test_one_without_checksums_is_refused(saved, run):
     folder, _ = saved
     file = folder / "checkpoints" / "3" / "meta" / "metadata"
