@@ -185,6 +185,29 @@ def test_a_signal_in_a_finaliser_which_raises_nothing_is_not_lost():
     assert len(process.stderr.splitlines()) == 1
 
 
+# Sends the signal again while the hook is still running, as on a busy machine.
+EAGER = """
+import threading
+class Eager(threading.Timer):
+    left = 2
+    def start(self):
+        if self.interval < 1 and Eager.left:
+            Eager.left -= 1
+            self.function(*self.args)
+        else:
+            super().start()
+threading.Timer = Eager
+"""
+
+
+def test_a_signal_in_a_hook_which_raises_nothing_is_not_lost():
+    program = EAGER + SWALLOWED
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 75 and process.stdout == "", process.stderr
+    assert process.stderr.startswith("singer_jax: stopped by SIGTERM; "), process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
 WAITING = """
 import time
 import jax.numpy  # whose interpreter takes a while to end

@@ -141,6 +141,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if _shielding.is_set():
         _held.append(number)
     elif not _deferring.is_set() and not requested():
+        if _in_ask_again(frame):  # a hook cannot raise either
+            _send_later(number)
+            return
         _asked.set()
         raise Interrupted(number)
 
@@ -151,7 +154,17 @@ def _ask_again(given: Any) -> None:
         _ignored[-1](given)
         return
     _asked.clear()
-    again = threading.Timer(0.01, os.kill, (os.getpid(), given.exc_value.number))
+    _send_later(given.exc_value.number)
+
+
+def _in_ask_again(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not _ask_again.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_later(number: int) -> None:
+    again = threading.Timer(0.01, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
 
