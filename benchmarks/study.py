@@ -312,7 +312,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         change, score, time = figure.subplots(1, 3)
         for (matrix, names), marker in zip(FRONTIER.items(), "os", strict=True):
             own = {name: groups[name] for name in names if name in groups}
-            for axis, key in ((change, "next_block_changed"), (score, "linear_top1")):
+            for axis, key in ((change, "next_block_changed"), (score, "knn_top1")):
                 x, y = (
                     [np.mean([row[of] for row in group.values()]) for group in own.values()]
                     for of in ("removed_share", key)
@@ -321,7 +321,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 for name, *point in zip(own, x, y, strict=True):
                     axis.annotate(name.removeprefix(f"{matrix}_"), point, fontsize=5)
         change.set(xlabel="energy removed", ylabel="change of what the next block adds")
-        score.set(xlabel="energy removed", ylabel="linear top-1 of the student, %")
+        score.set(xlabel="energy removed", ylabel="kNN top-1 of the student, %")
         change.legend()
         for name, shares in over_steps(rows).items():
             time.plot([0, *shares], [0, *shares.values()], label=name, linewidth=0.8)
@@ -344,8 +344,9 @@ def page(rows: Sequence[Row]) -> str:
         lines += [
             "### Frontier",
             "",
-            f"The points are SiNGER without clipping on the teacher `{title}`. The right panel",
-            "shows how fast the refiners move.",
+            f"The points are SiNGER without clipping on the teacher `{title}`: `singer` of the",
+            "table, and settings of `VARIANTS` in `configs/study.py` with two seeds each, of which",
+            "only large differences mean something. The right panel shows how refiners move.",
             "",
             f"![Energy removed against the next block's change and the score]({PLOT.name})",
             "",
