@@ -101,9 +101,9 @@ without labels; all students of a seed learn in one run.
 DESIGNS = {
     DIGITS: """\
 The columns without a data set are of scikit-learn's digits: 24 x 24 pixels, 6 x 6 patches. Of the
-360 test images, one is 0.28 points. Seeds 3 and 4, and seed 2 of `none`, were run on another
-machine, on which the training of the teachers takes another course: they learn from a second
-teacher of each kind. The row `teacher` is the mean of both.""",
+360 test images, one is 0.28 points. Seeds 3 and 4, seed 2 of `none` and the variants of the
+frontier were run on another machine, on which the training of the teachers takes another course:
+they learn from a second teacher of each kind. The row `teacher` is the mean of both.""",
     PHOTOS: """\
 `ViT-S, photos` is a trained ViT-S/14 of DINOv2's architecture, fine-tuned for saliency, with
 CIFAR-10 at 84 pixels. It has no outlier tokens, so its column says what a setting costs.""",
@@ -347,6 +347,7 @@ def page(rows: Sequence[Row]) -> str:
             f"The points are SiNGER without clipping on the teacher `{title}`: `singer` of the",
             "table, and settings of `VARIANTS` in `configs/study.py` with two seeds each, of which",
             "only large differences mean something. The right panel shows how refiners move.",
+            frontier_in_words(rows),
             "",
             f"![Energy removed against the next block's change and the score]({PLOT.name})",
             "",
@@ -359,6 +360,21 @@ def page(rows: Sequence[Row]) -> str:
     lost = [row for row in rows if "stopped" in row]
     lines += [f"- Stopped: {row['teacher']}, seed {row['seed']}, {name_of(row)}." for row in lost]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def frontier_in_words(rows: Sequence[Row]) -> str:
+    """Returns the ranges of the frontier in a sentence."""
+    groups = groups_of(rows, *COLUMNS[0][:2])
+    own = [groups[name] for names in FRONTIER.values() for name in names if name in groups]
+    removed, score = (
+        [100 * scale * float(np.mean([row[key] for row in one.values()])) for one in own]
+        for key, scale in (("removed_share", 1), ("knn_top1", 0.01))
+    )
+    return (
+        f"They remove {min(removed):.0f} to {max(removed):.0f} % of the energy, with "
+        f"{min(score):.1f} to {max(score):.1f} % kNN top-1 (correlation "
+        f"{np.corrcoef(removed, score)[0, 1]:+.2f})."
+    )
 
 
 def in_words(rows: Sequence[Row]) -> list[str]:
