@@ -36,10 +36,8 @@ def jaxpr(function, *args) -> str:
     return str(jax.make_jaxpr(function)(*args))
 
 
-@pytest.mark.parametrize(
-    "students",
-    [pytest.param(False, id="one"), pytest.param(True, id="several", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("students", [False, True], ids=["one", "several"])
 def test_it_is_the_trainer_s_step(tmp_path, monkeypatch, students):
     """The programs of the jobs `distill` and `plan` have equal jaxprs."""
     file = cli.write_config(tmp_path)

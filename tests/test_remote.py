@@ -112,6 +112,7 @@ def test_a_run_killed_on_a_store_ends_with_the_bits_of_a_local_run(run, distil, 
     assert not Path("gs:").exists()
 
 
+@pytest.mark.slow
 def test_everything_that_reads_a_run_reads_it_from_a_store(run, tmp_path, capsys):
     measure = evaluation()
     measure.run, measure.data.source, measure.data.workers = str(run), "digits", 0
@@ -144,6 +145,7 @@ def test_everything_that_reads_a_run_reads_it_from_a_store(run, tmp_path, capsys
     assert f"run: gs://{BUCKET}/nothing is not the work directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_on_a_store_are_those_of_now(run, mesh):
     """An older copy in the cache is not used in place of the current file."""
     copied = epath.Path(f"gs://{BUCKET}/copied")

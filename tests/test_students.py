@@ -84,9 +84,8 @@ def test_each_student_has_its_metrics_and_its_export(whole):
     assert described["model_args"]["depth"] == 3
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_run_ends_with_the_same_bits(config_file, whole, tmp_path, number):
     arguments = (f"--config={config_file}", f"--workdir={tmp_path}")
     process = cli.start(cli.held(ENVIRONMENT, 5), *arguments)
@@ -244,6 +243,7 @@ def test_a_student_that_is_not_there_is_named(whole, tmp_path, capsys):
     assert "student: 'vitkd', but" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_page_shows_all_students_side_by_side(whole, evaluated):
     config = report()
     config.images = 3

@@ -90,6 +90,7 @@ def test_each_batch_is_decoded_once_for_all_models(backbones, split, alone, monk
     assert not np.array_equal(*heads)
 
 
+@pytest.mark.slow
 def test_stopped_together_and_at_different_steps_they_end_with_the_same_bits(
     backbones, split, alone, tmp_path
 ):

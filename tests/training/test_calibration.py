@@ -80,6 +80,7 @@ def test_without_measurements_it_does_not_start(teacher_file):
         run.init_states(run.load_teacher())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits_and_measures_once(
     teacher_file, tmp_path, monkeypatch
 ):

@@ -59,10 +59,8 @@ def losses(run: RunSetup, steps: int = 5, size: int = 16) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(
-    "model",
-    [pytest.param(model, marks=() if "sapiens2" in model else pytest.mark.slow) for model in KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", KINDS)
 def test_every_kind_learns_with_singer(tmp_path, model):
     """The run is sharded, so the sharding rules must fit every parameter."""
     found = losses(run_of(tmp_path, model, **{"mesh.data": 1, "mesh.fsdp": 2}), steps=3)
