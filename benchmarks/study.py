@@ -369,11 +369,11 @@ def frontier_in_words(rows: Sequence[Row]) -> str:
     groups = groups_of(rows, *COLUMNS[0][:2])
     own = [groups[name] for names in FRONTIER.values() for name in names if name in groups]
     removed, score = (
-        [100 * scale * float(np.mean([row[key] for row in one.values()])) for one in own]
-        for key, scale in (("removed_share", 1), ("knn_top1", 0.01))
+        [float(np.mean([row[key] for row in one.values()])) for one in own]
+        for key in ("removed_share", "knn_top1")
     )
     return (
-        f"They remove {min(removed):.0f} to {max(removed):.0f} % of the energy, with "
+        f"They remove {100 * min(removed):.0f} to {100 * max(removed):.0f} % of the energy, with "
         f"{min(score):.1f} to {max(score):.1f} % kNN top-1 (correlation "
         f"{np.corrcoef(removed, score)[0, 1]:+.2f})."
     )

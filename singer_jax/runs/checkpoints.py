@@ -117,6 +117,8 @@ class _StepNames:
 
 
 class _Step(ocp.path.step.Metadata):
+    """A finished checkpoint whose time is not read."""
+
     commit_timestamp = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 
 

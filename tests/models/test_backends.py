@@ -26,7 +26,7 @@ FAMILIES = {
     "vit_giant_patch14_reg4_dinov2": {"init_values": 0.5},
     "eva02_base_patch16_clip_224": {},
 }
-# Relative positions, rotary ones with registers, and norms inside a gated MLP.
+# Relative positions, and rotary ones with registers.
 FEW = {"beit_base_patch16_224", "vit_small_patch16_dinov3"}
 assert set(FAMILIES) >= FEW
 
