@@ -96,6 +96,9 @@ def main(argv: list[str]) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    from singer_jax.platform import allocator
+
+    allocator.keep_freed_memory()
     return run(
         _CONFIG.value,
         _WORKDIR.value,

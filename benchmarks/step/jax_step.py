@@ -85,10 +85,11 @@ def jax_step(
 
     from singer_jax.models.params import join
     from singer_jax.models.weights import to_timm
-    from singer_jax.platform import parallel
+    from singer_jax.platform import allocator, parallel
     from singer_jax.training.flops import step_flops
     from singer_jax.training.program import compile_step
 
+    allocator.keep_freed_memory()  # as the command does
     parallel.start()
     if arguments.precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -35,18 +35,19 @@ def attend(
     """
     if fused and query.dtype != jnp.float32 and bias is None:
         return _attend_by_cudnn(query, key, value)
-    query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    # With the heads as a batch axis of all products, the CPU transposes no product.
+    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum(
-        "bhqk,bkhd->bqhd",
+        "bhqk,bhkd->bhqd",
         weights.astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
     )
-    return (mixed / weights.sum(-1)[..., None].swapaxes(1, 2)).astype(value.dtype)
+    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
 
 
 @jax.custom_vjp
