@@ -56,6 +56,7 @@ LEVERS: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = (
         {"fused_gelu": True},
         {"teacher.approximate_gelu": True},
     ),
+    ("teacher.precision=fp8", {}, {"teacher.precision": "fp8"}),
 )
 
 

@@ -29,7 +29,7 @@ from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.network import ModelSettings, resolve_model
 from singer_jax.models.params import Params
 from singer_jax.models.quantised import FORMATS
-from singer_jax.models.weights import load_model
+from singer_jax.models.weights import abstract_model, load_model, with_scales
 from singer_jax.platform import parallel
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup_students
@@ -104,8 +104,9 @@ def features_rows(arguments: argparse.Namespace, pixels: np.ndarray, layers: lis
     ):
 
         def features(policy: ComputePolicy, own: Params = own) -> dict[int, np.ndarray]:
-            graph, _ = load_model(spec, file, policy)
+            graph, abstract = abstract_model(spec.arch, policy)
             own = jax.tree.map(lambda leaf: leaf.astype(policy.param_dtype), own)
+            own = with_scales(own, abstract)
             found = jax.jit(lambda p, x: nnx.merge(graph, p).features_at(x, layers))(own, x)
             return jax.device_get(found)
 

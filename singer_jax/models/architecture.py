@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from singer_jax.models import quantised
 from singer_jax.platform import backends
 from singer_jax.settings.ranges import (
     NOT_NEGATIVE,
@@ -336,11 +335,6 @@ class ComputePolicy:
     def frozen(self) -> bool:
         """Returns True if parameters are stored in less than float32, as no trained model's are."""
         return jnp.dtype(self.param_dtype) != jnp.float32
-
-    @property
-    def product(self) -> quantised.Product:
-        """Returns the function for the matmul of normalised tokens and a kernel."""
-        return quantised.product(self.quantised) if self.quantised else jax.lax.dot_general
 
 
 # The settings that can be overridden, by field.

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,45 @@ from singer_jax.models.positions import Rotation, relative_positions, rotate
 NUM_CLASS_DISTANCES = 3
 
 
-class _FlatLinear(nnx.Linear):
-    """`nnx.Linear` on flattened tokens (`backends.Choices.flat_linear`)."""
+class Linear(nnx.Linear):
+    """`nnx.Linear` whose matmul can also be applied to a part of its kernel."""
+
+    def product(
+        self, x: Float[Array, "*axes in"], kernel: Float[Array, "in ..."]
+    ) -> Float[Array, "*axes ..."]:
+        """Returns the matmul of tokens and (a part of) the kernel."""
+        return self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+class _FlatLinear(Linear):
+    """`Linear` on flattened tokens (`backends.Choices.flat_linear`)."""
 
     def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
         flat = super().__call__(x.reshape(-1, x.shape[-1]))
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+class _Fp8Linear(Linear):
+    """`Linear` with a matmul in fp8 (`quantised.fp8_product`).
+
+    Attributes:
+      scales: Scales of input and kernel; `models.weights.load_model` computes them.
+    """
+
+    def __init__(self, *args: Any, flat: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.flat = flat
+        self.scales = nnx.Param(jnp.full(2, 2.0**-3))  # fit random parameters
+
+    def product(self, x: Array, kernel: Array) -> Array:
+        dimension_numbers = (((x.ndim - 1,), (0,)), ((), ()))
+        return quantised.fp8_product(x, kernel, self.scales[...], dimension_numbers)
+
+    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
+        rows = x.reshape(-1, x.shape[-1]) if self.flat else x
+        y = self.product(rows, self.kernel[...].astype(x.dtype))
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def linear(
@@ -40,10 +74,13 @@ def linear(
     policy: ComputePolicy,
     rngs: nnx.Rngs,
     use_bias: bool = True,
-    product: quantised.Product = jax.lax.dot_general,
-) -> nnx.Linear:
-    """Returns a linear map with timm's initialisation and `product` as its matmul."""
-    kind = _FlatLinear if policy.choices.flat_linear else nnx.Linear
+    format: str | None = None,
+) -> Linear:
+    """Returns a linear map with timm's initialisation and a matmul in `quantised.FORMATS`."""
+    flat = policy.choices.flat_linear
+    kind: Callable[..., Linear] = _FlatLinear if flat else Linear
+    if format == "fp8":
+        kind = functools.partial(_Fp8Linear, flat=flat)
     return kind(
         in_features,
         out_features,
@@ -51,7 +88,7 @@ def linear(
         kernel_init=initializers.truncated_normal(0.02),
         dtype=policy.dtype,
         param_dtype=policy.param_dtype,
-        dot_general=product,
+        dot_general=quantised.int8_product if format == "int8" else jax.lax.dot_general,
         rngs=rngs,
     )
 
@@ -79,9 +116,9 @@ def identity(x: Array) -> Array:
     return x
 
 
-def _input_product(arch: Architecture, policy: ComputePolicy) -> quantised.Product:
-    """Returns the matmul for the input of a block, quantised only if a norm bounds the input."""
-    return jax.lax.dot_general if arch.post_norm else policy.product
+def _input_format(arch: Architecture, policy: ComputePolicy) -> str | None:
+    """Returns the format of the matmuls that read a block's input, if a norm bounds it."""
+    return None if arch.post_norm else policy.quantised
 
 
 class PatchEmbed(nnx.Module):
@@ -144,16 +181,16 @@ class Attention(nnx.Module):
     ) -> None:
         dim = arch.embed_dim
         self.num_heads, self.num_kv_heads = arch.num_heads, num_kv_heads
-        product = _input_product(arch, policy)
+        format = _input_format(arch, policy)
         if arch.qkv_fused:
             bias = arch.qkv_bias and arch.k_bias
-            self.qkv = linear(dim, 3 * dim, policy, rngs, bias, product)
+            self.qkv = linear(dim, 3 * dim, policy, rngs, bias, format)
         else:
             width = dim // arch.num_heads * num_kv_heads
             bias = arch.qkv_bias
-            self.q_proj = linear(dim, dim, policy, rngs, bias, product)
-            self.k_proj = linear(dim, width, policy, rngs, bias and arch.k_bias, product)
-            self.v_proj = linear(dim, width, policy, rngs, bias, product)
+            self.q_proj = linear(dim, dim, policy, rngs, bias, format)
+            self.k_proj = linear(dim, width, policy, rngs, bias and arch.k_bias, format)
+            self.v_proj = linear(dim, width, policy, rngs, bias, format)
         self.separate_bias = arch.qkv_bias and not arch.k_bias and arch.qkv_fused
         if self.separate_bias:
             self.q_bias = nnx.Param(jnp.zeros(dim, policy.param_dtype))
@@ -240,8 +277,8 @@ class Attention(nnx.Module):
             return _split_heads(qkv, 3, self.num_heads)
         kernel = self.qkv.kernel[...].astype(x.dtype)
         kernel = kernel.reshape(x.shape[-1], 3, self.num_heads, -1)
-        over_dim = (((2,), (0,)), ((), ()))  # batch, tokens, heads, channels
-        parts = [self.qkv.dot_general(x, kernel[:, part], over_dim) for part in range(3)]
+        # Axes: batch, tokens, heads, channels.
+        parts = [self.qkv.product(x, kernel[:, part]) for part in range(3)]
         if bias is None:
             return parts
         biases = bias.astype(x.dtype).reshape(3, self.num_heads, -1)
@@ -256,7 +293,7 @@ class Attention(nnx.Module):
         for part in range(3):
             own = slice(part * x.shape[-1], (part + 1) * x.shape[-1])
             kernel = self.qkv.kernel[:, own].astype(x.dtype)
-            found = self.qkv.dot_general(flat, kernel, (((1,), (0,)), ((), ())))
+            found = self.qkv.product(flat, kernel)
             parts.append(found if bias is None else found + bias[own].astype(x.dtype))
         return [part.reshape(shape) for part in parts]
 
@@ -332,8 +369,8 @@ class Mlp(_Mlp):
         if policy.approximate_gelu and arch.act_layer == "gelu":
             in_product = policy.choices.fused_gelu and policy.frozen
             self.activation = _gelu_of_product if in_product else _gelu_tanh
-        product = _input_product(arch, policy)
-        self.fc1 = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
+        format = _input_format(arch, policy)
+        self.fc1 = linear(dim, hidden, policy, rngs, arch.proj_bias, format)
         self.norm = _hidden_norm(arch, policy, rngs, hidden)
         self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 
@@ -353,8 +390,8 @@ class SwiGLUPacked(_Mlp):
 
     def __init__(self, arch: Architecture, policy: ComputePolicy, rngs: nnx.Rngs) -> None:
         dim, hidden = arch.embed_dim, arch.hidden_dim if arch.eva else arch.hidden_dim // 2
-        product = _input_product(arch, policy)
-        self.fc1 = linear(dim, 2 * hidden, policy, rngs, arch.proj_bias, product)
+        format = _input_format(arch, policy)
+        self.fc1 = linear(dim, 2 * hidden, policy, rngs, arch.proj_bias, format)
         self.norm = _hidden_norm(arch, policy, rngs, hidden)
         self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 
@@ -374,9 +411,9 @@ class SwiGLU(_Mlp):
         dim, hidden = arch.embed_dim, arch.hidden_dim
         if arch.swiglu_align_to:
             hidden += -hidden % arch.swiglu_align_to
-        product = _input_product(arch, policy)
-        self.fc1_g = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
-        self.fc1_x = linear(dim, hidden, policy, rngs, arch.proj_bias, product)
+        format = _input_format(arch, policy)
+        self.fc1_g = linear(dim, hidden, policy, rngs, arch.proj_bias, format)
+        self.fc1_x = linear(dim, hidden, policy, rngs, arch.proj_bias, format)
         self.norm = _hidden_norm(arch, policy, rngs, hidden)
         self.fc2 = linear(hidden, dim, policy, rngs, arch.proj_bias)
 

@@ -67,7 +67,7 @@ class FrozenSettings(ModelSettings):
 
     precision: str | None = setting(
         None,
-        optional(OneOf(tuple(quantised.FORMATS))),
+        optional(OneOf(quantised.FORMATS)),
         "Quantised format of the query, key, value and first MLP matmuls. None: `precision`.",
     )
 

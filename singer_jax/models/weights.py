@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from singer_jax.errors import InputError, listed
 from singer_jax.io import limits
@@ -30,6 +31,7 @@ from singer_jax.models.families import VARIANTS
 from singer_jax.models.layers import NUM_CLASS_DISTANCES
 from singer_jax.models.params import Keys, Params, from_leaves, leaves
 from singer_jax.models.positions import resample_relative_positions
+from singer_jax.models.quantised import fp8_scales
 from singer_jax.models.state_dict import StateDict
 from singer_jax.models.timm_arguments import current_names, stated_fields
 from singer_jax.models.vit import VisionTransformer
@@ -48,6 +50,7 @@ _LOG = logging.getLogger("singer_jax")
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
 _MOST_NAMED = 5  # keys named in a message
 _LONGEST_MESSAGE = 200  # characters of a message, without the folder of the file
+_SCALES = "scales"  # name of the leaves that are computed, not read
 _MOST_MISSING_BLOCKS = 24  # number of keys up to which all are named
 
 
@@ -208,7 +211,38 @@ def load_model(
         # device_put would compare the values across processes.
         return jax.make_array_from_callback(leaf.shape, placement[keys], part_of, leaf.dtype)
 
-    return graph, from_leaves({keys: load(keys, leaf) for keys, leaf in leaves(abstract)})
+    stored = {keys: leaf for keys, leaf in leaves(abstract) if keys[-1] != _SCALES}
+    params = from_leaves({keys: load(keys, leaf) for keys, leaf in stored.items()})
+    return graph, with_scales(params, abstract, placement)
+
+
+def with_scales(
+    params: Params, abstract: Params, placement: Mapping[Keys, jax.sharding.Sharding] = {}
+) -> Params:
+    """Returns parameters with the scales of fp8 matmuls.
+
+    Args:
+      params: parameters of a model, with or without scales.
+      abstract: abstract parameters of the model (`abstract_model`). A model without fp8 matmuls
+        has no scales.
+      placement: shardings by path; default: one device.
+    """
+    places = [keys for keys, _ in leaves(abstract) if keys[-1] == _SCALES]
+    if not places:
+        return params
+
+    def computed(stored: dict[Keys, Array]) -> list[Array]:
+        found = []
+        for *block, branch, linear, _ in places:
+            norm = (*block, "norm1" if branch == "attn" else "norm2")
+            kernel = stored[*block, branch, linear, "kernel"]
+            found.append(fp8_scales(kernel, stored[*norm, "scale"], stored.get((*norm, "bias"))))
+        return found
+
+    stored = dict(leaves(params))
+    shardings = [placement[keys] for keys in places] if placement else None
+    scales = jax.jit(computed, out_shardings=shardings)(stored)
+    return from_leaves(stored | dict(zip(places, scales, strict=True)))
 
 
 def _check_finite(path: Path, keys: Keys, array: np.ndarray) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from singer_jax.models.quantised import FP8_PRODUCT
 from singer_jax.models.shift_average import views
 from singer_jax.models.summary import features_flops
 from singer_jax.platform.hlo import part_of
@@ -107,6 +108,8 @@ def _of_jaxpr(jaxpr: Any, quantised: bool = False) -> collections.Counter[str]:
 
 def _of_equation(equation: Any, quantised: bool) -> Mapping[str, int]:
     name, params = equation.primitive.name, equation.params
+    if quantised and params.get("name") == FP8_PRODUCT:  # an ordinary product of rounded numbers
+        quantised = False
     product = name in ("dot_general", "conv_general_dilated")
     if quantised and product and max(x.aval.dtype.itemsize for x in equation.invars) > 1:
         return {}

@@ -15,6 +15,7 @@ from singer_jax.errors import InputError
 from singer_jax.models import quantised
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.vit import VisionTransformer
+from singer_jax.models.weights import abstract_model, with_scales
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
 from singer_jax.training.flops import parts_flops
@@ -23,7 +24,7 @@ from singer_jax.training.setup import setup_students
 from tests import tiny
 
 OVER_LAST = (((1,), (0,)), ((), ()))
-FORMATS = tuple(quantised.FORMATS)
+FORMATS = quantised.FORMATS
 # The largest error of one rounding, as a share of the largest value (int8) or of the value (fp8).
 ROUNDING = {"int8": 0.5 / 127.5, "fp8": 2.0**-4}
 
@@ -38,6 +39,18 @@ def operands(seed: int, tokens: int, dim: int, outlier: float) -> tuple[jax.Arra
     return x.at[0].mul(outlier), kernel
 
 
+def norm(dim: int) -> tuple[jax.Array, jax.Array]:
+    """Scale and bias of a norm that gives every value its largest size."""
+    return jnp.full(dim, 3.0), jnp.full(dim, -0.5)
+
+
+def matmul(format: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if format == "int8":
+        return quantised.int8_product(x, kernel, OVER_LAST)
+    scales = quantised.fp8_scales(kernel, *norm(x.shape[-1]))
+    return quantised.fp8_product(x, kernel, scales, OVER_LAST)
+
+
 @hypothesis.settings(deadline=None, max_examples=20)
 @hypothesis.given(
     st.integers(0, 1000), st.integers(1, 9), st.integers(1, 33), st.floats(1, 1e4), st.data()
@@ -46,16 +59,21 @@ def test_errors_are_those_of_rounding(seed, tokens, dim, outlier, data):
     """An outlier token does not change the error of other tokens."""
     format = data.draw(st.sampled_from(FORMATS))
     x, kernel = operands(seed, tokens, dim, outlier)
-    found = quantised.product(format)(x, kernel, OVER_LAST)
+    if format == "fp8":  # its input comes from a norm
+        x = nnx.RMSNorm(dim, rngs=nnx.Rngs(0))(x) * norm(dim)[0] + norm(dim)[1]
+    found = matmul(format, x, kernel)
     wide, exact = np.abs(np.float64(x)), np.float64(x) @ np.float64(kernel)
     thick = np.abs(np.float64(kernel))
     share = ROUNDING[format]
     if format == "int8":
         of_x = share * wide.max(1, keepdims=True) * np.ones_like(wide)
         of_kernel = share * thick.max(0) * np.ones_like(thick)
-    else:  # below the smallest normal number, 2^-6 of a largest one of 448, steps are even
-        of_x = share * np.maximum(wide, wide.max(1, keepdims=True) * 2.0**-6 / 448)
-        of_kernel = share * np.maximum(thick, thick.max(0) * 2.0**-6 / 448)
+    else:  # below the smallest normal number, 2^-6, steps are even
+        scales = np.float64(quantised.fp8_scales(kernel, *norm(dim)))
+        of_x, of_kernel = (
+            share * np.maximum(each, scale * 2.0**-6)
+            for each, scale in zip((wide, thick), scales, strict=True)
+        )
     bound = of_x @ thick + wide @ of_kernel + of_x @ of_kernel
     assert np.all(np.abs(np.float64(found) - exact) <= 1.01 * bound + 1e-6 * wide @ thick)
 
@@ -64,9 +82,24 @@ def test_errors_are_those_of_rounding(seed, tokens, dim, outlier, data):
 def test_the_gradient_is_the_float_product_s(format):
     x, kernel = operands(0, 4, 8, 1.0)
     weights = jax.random.normal(jax.random.key(1), (4, 5))
-    for product in (quantised.product(format), jax.lax.dot_general):
-        gradient = jax.grad(lambda x, f=product: jnp.sum(weights * f(x, kernel, OVER_LAST)))(x)
-        np.testing.assert_allclose(gradient, weights @ kernel.T, rtol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(weights * matmul(format, x, kernel)))(x)
+    np.testing.assert_allclose(gradient, weights @ kernel.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_no_input_of_an_fp8_product_is_larger_than_its_largest_number(norm):
+    """The largest value after a norm is that of a token with a single channel."""
+    dim = 64
+    made = nnx.LayerNorm if norm == "layernorm" else nnx.RMSNorm
+    layer = made(dim, epsilon=0.0, use_fast_variance=False, rngs=nnx.Rngs(0))
+    layer.scale[...] = jax.random.normal(jax.random.key(0), dim)
+    bias = getattr(layer, "bias", None)
+    kernel = jax.random.normal(jax.random.key(1), (dim, 7))
+    scales = quantised.fp8_scales(kernel, layer.scale[...], None if bias is None else bias[...])
+    read = np.float64(layer(jnp.eye(dim)))
+    limit = 448.0
+    assert 0.4 * limit < np.abs(read / scales[0]).max() <= limit
+    assert 0.4 * limit < np.abs(kernel / scales[1]).max() <= limit
 
 
 def cosines(a: jax.Array, b: jax.Array) -> np.ndarray:
@@ -91,9 +124,9 @@ def test_features_of_a_model_with_outlier_tokens(family, format):
     images = images.at[:, :4, 4:16].mul(100)
 
     def features(**policy):
-        graph, params = nnx.split(
-            VisionTransformer(arch, ComputePolicy(**policy), rngs=nnx.Rngs(0))
-        )
+        policy = ComputePolicy(**policy)
+        graph, params = nnx.split(VisionTransformer(arch, policy, rngs=nnx.Rngs(0)))
+        params = with_scales(nnx.to_pure_dict(params), abstract_model(arch, policy)[1])
         return jax.jit(lambda: nnx.merge(graph, params).features_at(images, (1, 3)))()
 
     exact = features()
