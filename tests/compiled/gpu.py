@@ -50,6 +50,7 @@ def counted(**changes: object) -> dict[str, float]:
         "waits": found.waits,
         "epilogues": sum(count for kind, count in libraries.items() if "BIAS" in kind),
         "gelu epilogues": sum(count for kind, count in libraries.items() if "GELU" in kind),
+        "fp8 products": text.count('custom_call_target="__cublas$lt$matmul$f8"'),
     }
 
 
@@ -70,6 +71,7 @@ def main() -> None:
     texts["counts"] = {
         "exact": counted(),
         "approximate": counted(**{"teacher.approximate_gelu": True}),
+        "fp8": counted(**{"teacher.approximate_gelu": True, "teacher.precision": "fp8"}),
     }
     print(json.dumps(texts))
 
