@@ -52,6 +52,18 @@ def test_devices_share_sums_and_not_images(programs):
     assert "all-gather" not in step and "all-to-all" not in step
 
 
+def test_sums_of_the_devices_run_beside_products(programs):
+    lines = programs["step"][programs["step"].index("\nENTRY ") :].splitlines()
+    assert not any(" all-reduce(" in line for line in lines)  # one that waits for its end
+    started = [index for index, line in enumerate(lines) if " all-reduce-start(" in line]
+    assert 1 <= len(started) <= 3  # one for each data type
+    for start in started:
+        name = lines[start].split(" = ")[0].strip()
+        done = next(i for i in range(start, len(lines)) if f"all-reduce-done({name})" in lines[i])
+        between = lines[start + 1 : done]
+        assert any('custom_call_target="__cublas' in line for line in between), lines[start]
+
+
 def test_null_spaces_are_decomposed_on_the_device(programs):
     assert "cusolver" in programs["states"]
 
