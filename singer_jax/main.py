@@ -53,6 +53,7 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_TRAINING = ("distill", "quickstart", "study")
 _WITHOUT_WORKDIR = ("models", "plan", "check_run", "replay")
 
 
@@ -96,9 +97,10 @@ def main(argv: list[str]) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    from singer_jax.platform import allocator
+    if _CONFIG.value.get("job") in _TRAINING:
+        from singer_jax.platform import allocator
 
-    allocator.keep_freed_memory()
+        allocator.keep_freed_memory()
     return run(
         _CONFIG.value,
         _WORKDIR.value,

@@ -107,7 +107,7 @@ def shares(events: Iterator[tuple[float, str]]) -> collections.Counter[str]:
 
     XLA runs independent instructions at the same time; their time is divided evenly among them.
     """
-    ordered = sorted(events)
+    ordered = sorted(events, key=lambda event: (event[0], event[1].startswith(DONE)))
     done = {name.removeprefix(DONE) for _, name in ordered if name.startswith(DONE)}
     found, running, last = collections.Counter(), collections.Counter(), 0.0
     for now, name in ordered:

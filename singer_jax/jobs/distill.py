@@ -27,7 +27,7 @@ from singer_jax.models.export_timm import export_timm, to_hub_config, trained_he
 from singer_jax.models.model_card import write_card
 from singer_jax.models.params import Params
 from singer_jax.models.provenance import describe
-from singer_jax.models.weights import to_timm
+from singer_jax.models.weights import to_timm, without_scales
 from singer_jax.platform import parallel
 from singer_jax.runs.checkpoints import Checkpoints, fingerprint
 from singer_jax.runs.lock import RunLock, holding
@@ -164,7 +164,8 @@ def _train(job: _Job, start: int) -> Mapping[str, TrainState]:
     teacher = load_teacher(run.teacher_model, settings, source, layers, job.meta["weights"])
     if teacher is not None:
         stacked = run.teacher_model.policy.stacked
-        job = dataclasses.replace(job, meta=job.meta | {"teacher": fingerprint(teacher, stacked)})
+        digest = fingerprint(without_scales(teacher), stacked)
+        job = dataclasses.replace(job, meta=job.meta | {"teacher": digest})
     states = _first_states(job, teacher, start)
     validation = None
     if settings.evals.every_steps:
@@ -195,7 +196,8 @@ def _first_states(job: _Job, teacher: Params | None, start: int) -> Mapping[str,
 def _sizes(states: Mapping[str, TrainState], teacher: Params | None) -> str:
     """Returns a line with the numbers of parameters."""
     count = parameter_overview.count_parameters
-    of_file = {name: part for name, part in (teacher or {}).items() if name != registers.NAME}
+    of_file = without_scales(teacher or {})
+    of_file.pop(registers.NAME, None)
     counts = {"teacher": count(of_file)}
     for name, state in states.items():
         before = f"{name}: " if name else ""

@@ -21,6 +21,7 @@ def attend(
     value: Float[Array, "batch tokens heads head_dim"],
     fused: bool = False,
     bias: Float[Array, "heads queries tokens"] | None = None,
+    heads_first: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Computes scaled dot-product attention, normalising after the product with `value`.
 
@@ -32,22 +33,27 @@ def attend(
       fused: use cuDNN's kernel, which does not store that matrix. It supports neither float32 nor a
         bias.
       bias: bias that is added to the logits.
+      heads_first: transpose the inputs and the result instead of the products
+        (`backends.Choices.heads_first`).
     """
     if fused and query.dtype != jnp.float32 and bias is None:
         return _attend_by_cudnn(query, key, value)
-    # With the heads as a batch axis of all products, the CPU transposes no product.
-    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    query = query * query.shape[-1] ** -0.5
+    products = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
+    if heads_first:
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        products = "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"
+    logits = jnp.einsum(products[0], query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     mixed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
+        products[1], weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
+    sums = weights.sum(-1, keepdims=True)
+    if heads_first:
+        return (mixed / sums).astype(value.dtype).swapaxes(1, 2)
+    return (mixed / sums.swapaxes(1, 2)).astype(value.dtype)
 
 
 @jax.custom_vjp

@@ -28,7 +28,22 @@ NUM_CLASS_DISTANCES = 3
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose matmul can also be applied to a part of its kernel."""
+    """`nnx.Linear` whose matmul can also be applied to a part of its kernel.
+
+    Args:
+      flat: flatten the tokens (`backends.Choices.flat_linear`).
+      **others: arguments of `nnx.Linear`.
+    """
+
+    def __init__(self, *args: Any, flat: bool, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.flat = flat
+
+    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
+        rows = x.reshape(-1, x.shape[-1]) if self.flat else x
+        y = self.product(rows.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def product(
         self, x: Float[Array, "*axes in"], kernel: Float[Array, "in ..."]
@@ -37,35 +52,20 @@ class Linear(nnx.Linear):
         return self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-class _FlatLinear(Linear):
-    """`Linear` on flattened tokens (`backends.Choices.flat_linear`)."""
-
-    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
-        flat = super().__call__(x.reshape(-1, x.shape[-1]))
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
-
-
 class _Fp8Linear(Linear):
     """`Linear` with a matmul in fp8 (`quantised.fp8_product`).
 
     Attributes:
-      scales: Scales of input and kernel; `models.weights.load_model` computes them.
+      scales: Scales of input and kernel, which `models.weights.with_scales` computes.
     """
 
-    def __init__(self, *args: Any, flat: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.flat = flat
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
         self.scales = nnx.Param(jnp.full(2, 2.0**-3))  # fit random parameters
 
     def product(self, x: Array, kernel: Array) -> Array:
         dimension_numbers = (((x.ndim - 1,), (0,)), ((), ()))
         return quantised.fp8_product(x, kernel, self.scales[...], dimension_numbers)
-
-    def __call__(self, x: Float[Array, "*axes in"]) -> Float[Array, "*axes out"]:
-        rows = x.reshape(-1, x.shape[-1]) if self.flat else x
-        y = self.product(rows, self.kernel[...].astype(x.dtype))
-        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def linear(
@@ -77,13 +77,11 @@ def linear(
     format: str | None = None,
 ) -> Linear:
     """Returns a linear map with timm's initialisation and a matmul in `quantised.FORMATS`."""
-    flat = policy.choices.flat_linear
-    kind: Callable[..., Linear] = _FlatLinear if flat else Linear
-    if format == "fp8":
-        kind = functools.partial(_Fp8Linear, flat=flat)
+    kind = _Fp8Linear if format == "fp8" else Linear
     return kind(
         in_features,
         out_features,
+        flat=policy.choices.flat_linear,
         use_bias=use_bias,
         kernel_init=initializers.truncated_normal(0.02),
         dtype=policy.dtype,
@@ -210,6 +208,7 @@ class Attention(nnx.Module):
         self.project_heads = policy.choices.project_apart and not arch.scale_attn_norm
         self.half_turns = arch.rope_type == "dinov3"
         self.fused = policy.choices.fused_attention and has_fused_attention()
+        self.heads_first = policy.choices.heads_first
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], by: Rotation | None = None
@@ -221,7 +220,8 @@ class Attention(nnx.Module):
         if self.num_kv_heads != self.num_heads:
             served = self.num_heads // self.num_kv_heads
             key, value = (jnp.repeat(part, served, axis=2) for part in (key, value))
-        mixed = attend(query, key, value, self.fused, self._bias(x.shape[1]))
+        bias = self._bias(x.shape[1])
+        mixed = attend(query, key, value, self.fused, bias, self.heads_first)
         if not self.project_heads:
             return self.proj(self.norm(mixed.reshape(x.shape)))
         kernel = self.proj.kernel[...].astype(x.dtype)
@@ -537,7 +537,8 @@ class AttentionPool(nnx.Module):
         self.norm = layer_norm(arch, policy, rngs)
         plain = {"mlp_ratio": arch.attn_pool_mlp_ratio or arch.mlp_ratio, "mlp_layer": "mlp"}
         plain |= {"scale_mlp_norm": False, "proj_bias": True}
-        self.mlp = Mlp(dataclasses.replace(arch, **plain), policy, rngs)
+        unquantised = dataclasses.replace(policy, quantised=None)
+        self.mlp = Mlp(dataclasses.replace(arch, **plain), unquantised, rngs)
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch dim"]:
         latent = jnp.broadcast_to(self.latent[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ from jaxtyping import Array, Float
 from singer_jax.errors import InputError
 
 FORMATS = ("int8", "fp8")
-"""Number formats by the name in settings; fp8 has 4 exponent bits and 3 mantissa bits."""
+"""Number formats; fp8 has 4 exponent bits and 3 mantissa bits."""
 
 _FP8 = jnp.float8_e4m3fn
+_LARGEST_FP8 = float(jnp.finfo(_FP8).max)
 
 
 def check_installed(format: str) -> None:
@@ -47,7 +49,7 @@ def int8_product(
     kernel (a straight-through estimate); the kernel has no gradient.
     """
     del precision, out_sharding  # `precision` is for float32 matmuls; `out_sharding` is not used
-    return _product(x, kernel, None, dimension_numbers)
+    return _quantised(_int8_product, x, kernel, None, dimension_numbers)
 
 
 def fp8_product(
@@ -61,10 +63,11 @@ def fp8_product(
     Args:
       x: tokens.
       kernel: kernel, or a part of it.
-      scales: scales of tokens and kernel from `fp8_scales`.
+      scales: scales of tokens and kernel from `fp8_scales`. Larger values than they allow are
+        replaced by the largest number of the format.
       dimension_numbers: axes as for `jax.lax.dot_general`, without batch dimensions.
     """
-    return _product(x, kernel, scales, dimension_numbers)
+    return _quantised(_fp8_product, x, kernel, scales, dimension_numbers)
 
 
 def fp8_scales(
@@ -85,15 +88,18 @@ def fp8_scales(
     if bias is not None:
         bound += jnp.abs(bias.astype(jnp.float32))
     largest = bound.max(-1), jnp.abs(kernel.astype(jnp.float32)).max((-2, -1))
-    limit = float(jnp.finfo(_FP8).max)
-    exponents = [jnp.ceil(jnp.log2(jnp.maximum(one, 1e-30) / limit)) for one in largest]
-    return jnp.exp2(jnp.stack(exponents, axis=-1))
+    exponents = jnp.frexp(jnp.stack(largest, axis=-1) / _LARGEST_FP8)[1]
+    return jnp.ldexp(jnp.float32(1), exponents)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x: Array, kernel: Array, scales: Array | None, dimension_numbers: Any) -> Array:
-    if scales is not None:
-        return _fp8_product(x, kernel, scales, dimension_numbers)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _quantised(
+    product: Callable[..., Array], x: Array, kernel: Array, scales: Array | None, dims: Any
+) -> Array:
+    return product(x, kernel, scales, dims)
+
+
+def _int8_product(x: Array, kernel: Array, scales: None, dimension_numbers: Any) -> Array:
     import qwix
 
     def quantised(value: Array, summed: tuple[int, ...]) -> qwix.QArray:
@@ -108,9 +114,9 @@ def _product(x: Array, kernel: Array, scales: Array | None, dimension_numbers: A
 @functools.partial(jax.jit, static_argnums=3)
 def _fp8_product(x: Array, kernel: Array, scales: Array, dimension_numbers: Any) -> Array:
     def rounded(value: Array, scale: Array) -> Array:
-        # XLA replaces the conversions around a product by a product in fp8.
-        quantised = (value.astype(jnp.float32) / scale).astype(_FP8)
-        return quantised.astype(value.dtype) * scale.astype(value.dtype)
+        # On a GPU XLA replaces the product and the conversions before it by a product in fp8.
+        scaled = jnp.clip(value.astype(jnp.float32) / scale, -_LARGEST_FP8, _LARGEST_FP8)
+        return scaled.astype(_FP8).astype(value.dtype) * scale.astype(value.dtype)
 
     operands = (rounded(value, scale) for value, scale in zip((x, kernel), scales, strict=True))
     return jax.lax.dot_general(*operands, dimension_numbers)
@@ -120,12 +126,14 @@ FP8_PRODUCT = _fp8_product.__name__
 """Name of the function in a traced program whose matmul is computed in fp8."""
 
 
-def _forward(x: Array, kernel: Array, scales: Array | None, dims: Any) -> tuple[Array, Any]:
-    return _product(x, kernel, scales, dims), (x, kernel, scales)
+def _forward(
+    product: Callable[..., Array], x: Array, kernel: Array, scales: Array | None, dims: Any
+) -> tuple[Array, Any]:
+    return product(x, kernel, scales, dims), (x, kernel, scales)
 
 
 def _backward(
-    dims: Any, kept: tuple[Array, Array, Array | None], gradient: Array
+    product: Callable[..., Array], dims: Any, kept: tuple[Any, ...], gradient: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, scales = kept
 
@@ -136,4 +144,4 @@ def _backward(
     return of_x, jnp.zeros_like(kernel), None if scales is None else jnp.zeros_like(scales)
 
 
-_product.defvjp(_forward, _backward)
+_quantised.defvjp(_forward, _backward)

@@ -29,7 +29,7 @@ from singer_jax.models import foreign
 from singer_jax.models.architecture import Architecture, ComputePolicy
 from singer_jax.models.families import VARIANTS
 from singer_jax.models.layers import NUM_CLASS_DISTANCES
-from singer_jax.models.params import Keys, Params, from_leaves, leaves
+from singer_jax.models.params import Keys, Params, from_leaves, leaves, split
 from singer_jax.models.positions import resample_relative_positions
 from singer_jax.models.quantised import fp8_scales
 from singer_jax.models.state_dict import StateDict
@@ -216,6 +216,11 @@ def load_model(
     return graph, with_scales(params, abstract, placement)
 
 
+def without_scales(params: Params) -> Params:
+    """Returns parameters without the scales of fp8 matmuls."""
+    return split(params, lambda keys: keys[-1] != _SCALES)[0]
+
+
 def with_scales(
     params: Params, abstract: Params, placement: Mapping[Keys, jax.sharding.Sharding] = {}
 ) -> Params:
@@ -233,9 +238,9 @@ def with_scales(
 
     def computed(stored: dict[Keys, Array]) -> list[Array]:
         found = []
-        for *block, branch, linear, _ in places:
+        for *block, branch, name, _ in places:
             norm = (*block, "norm1" if branch == "attn" else "norm2")
-            kernel = stored[*block, branch, linear, "kernel"]
+            kernel = stored[*block, branch, name, "kernel"]
             found.append(fp8_scales(kernel, stored[*norm, "scale"], stored.get((*norm, "bias"))))
         return found
 

@@ -44,10 +44,14 @@ class Choices:
       fused_attention: Uses cuDNN's kernel if it is available (`models.attention`). A TPU's compiler
         fuses the softmax with its products itself and writes 0.2 GB of attention weights per block
         in bfloat16.
+      heads_first: Transposes the inputs and the result of attention, so that the heads are a
+        leading axis of its products. The CPU otherwise transposes the products: 8 % of the time of
+        a ViT-S's forward pass, 2 % of a ViT-Ti's forward and backward pass. On a TPU the transposed
+        inputs are 3 % more memory traffic with the gradient.
       sequential: Executes several students of a step sequentially even if all fit into memory. The
-        CPU allocates its temporaries anew in each step, and the operating system clears them.
-        Relative to four separate runs, four students took 0.91 of the time in parallel and 0.66
-        sequentially (benchmarks/README.md).
+        CPU allocates its temporaries anew in each step. Relative to four separate runs, four
+        students took 0.91 of the time in parallel and 0.66 sequentially (benchmarks/README.md;
+        measured before `platform.allocator`).
       separate_diagnostics: Computes the diagnostics of logged steps in a program of their own. In
         the program of the step they would be a branch, for which a GPU waits in the middle of each
         step, and which cuts its CUDA graph in two. The own program runs the teacher once more.
@@ -68,6 +72,7 @@ class Choices:
     slice_frozen: bool = False
     fused_gelu: bool = False
     fused_attention: bool = False
+    heads_first: bool = False
     sequential: bool = False
     separate_diagnostics: bool = False
     compiler_options: tuple[tuple[str, str | int | bool], ...] = ()
@@ -77,6 +82,7 @@ _CHOICES = {
     "cpu": Choices(
         flat_linear=True,
         keep_residual=True,
+        heads_first=True,
         sequential=True,
         compiler_options=(
             ("xla_disable_hlo_passes", "cse_barrier_expander"),

@@ -23,7 +23,8 @@ class Chip:
       network: Bandwidth to other chips in one direction, of all links together, in bytes per
         second.
       cores: CPU cores of the host per chip in Google Cloud; 0 if they vary.
-      fp8: True if the chip multiplies fp8 as fast as int8; otherwise fp8 runs at the bf16 rate.
+      fp8: True if a quantised teacher's fp8 products run as fast as int8; otherwise, also on a TPU,
+        they run at the bf16 rate.
       fp32: Dense float32 operations per second, without TF32; 0 for a TPU, which computes a float32
         product from six bfloat16 products.
     """
@@ -55,7 +56,7 @@ CHIPS = {
     "TPU v5": Chip(459e12, 918e12, 95 * 2**30, 2.765e12, 300e9, 52),
     "TPU v6 lite": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
     "TPU v6e": Chip(918e12, 1836e12, 32 * 2**30, 1.64e12, 200e9, 45),
-    "TPU7x": Chip(2307e12, 4614e12, 192 * 2**30, 7.37e12, 600e9, fp8=True),
+    "TPU7x": Chip(2307e12, 4614e12, 192 * 2**30, 7.37e12, 600e9),
 }
 
 

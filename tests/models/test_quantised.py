@@ -113,6 +113,7 @@ def cosines(a: jax.Array, b: jax.Array) -> np.ndarray:
         "vit_small_patch16_224",
         pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow),
         pytest.param("vit_giant_patch14_reg4_dinov2", marks=pytest.mark.slow),
+        pytest.param("vit_base_patch16_siglip_224", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
