@@ -15,9 +15,10 @@ from singer_jax.errors import InputError
 from singer_jax.models import quantised
 from singer_jax.models.architecture import ComputePolicy
 from singer_jax.models.vit import VisionTransformer
-from singer_jax.models.weights import abstract_model, with_scales
+from singer_jax.models.weights import abstract_model, with_scales, without_scales
 from singer_jax.models.zoo import lookup
 from singer_jax.platform import parallel
+from singer_jax.runs.checkpoints import fingerprint
 from singer_jax.training.flops import parts_flops
 from singer_jax.training.program import jit_step
 from singer_jax.training.setup import setup_students
@@ -153,15 +154,19 @@ def settings(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_differs_in_the_teacher_s_features_alone(settings):
-    """Null spaces and student are unchanged, losses are close, and 8-bit operations are counted."""
+    """Null spaces and student are unchanged, losses are close, and 8-bit operations are counted.
+
+    The teacher's fingerprint is that of its file, so that a run of an older version resumes.
+    """
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8),
         "label": np.zeros(8, np.int32),
     }
-    started, losses, counted = {}, {}, {}
+    started, losses, counted, digests = {}, {}, {}, set()
     for precision in (None, *FORMATS):
         runs = setup_students(settings(precision), 64, 10)
         run, teacher = runs.any, runs.load_teacher()
+        digests.add(fingerprint(without_scales(teacher)))
         state = runs.init_states(teacher)[""]
         started[precision] = jax.device_get(state)
         arguments = runs.students, runs.states, runs.teacher, 8
@@ -172,6 +177,7 @@ def test_a_run_differs_in_the_teacher_s_features_alone(settings):
             state, metrics = step(state, teacher, on_devices, np.bool_(True))
         losses[precision] = jax.device_get(metrics)
     assert not sum(counted[None][0].values())
+    assert len(digests) == 1
     for precision in FORMATS:
         jax.tree.map(np.testing.assert_array_equal, started[precision], started[None])
         for term in ("loss_kd", "loss_outlier", "loss_info"):
