@@ -107,8 +107,8 @@ they learn from a second teacher of each kind. The row `teacher` is the mean of 
     PHOTOS: """\
 `ViT-S, photos` is a trained ViT-S/14 of DINOv2's architecture, fine-tuned for saliency, with
 CIFAR-10 at 84 pixels, 1,000 test images. It has no outlier tokens, so its column says what a
-setting costs. After 300 steps of 32 images the students are still far from their teacher: the
-column measures how fast a method learns, not where it ends.""",
+setting costs. The students see almost every training image once (1,500 steps of 32 images) and stay
+behind their teacher, so the column also measures how fast a method learns.""",
     SCENES: """\
 The columns `scenes` are runs of the same job on generated scenes: 48 x 48 pixels, 6 x 6 patches,
 600 steps of 32 images, with the defaults of version 0.1. Their students reach little more than half
