@@ -101,7 +101,7 @@ def test_the_approximate_gelu_is_computed_by_the_product(programs):
 
 
 def test_an_fp8_teacher_multiplies_in_fp8_with_its_epilogues(programs):
-    """Of each of the teacher's four blocks: query, key, value and the first map of the MLP."""
+    """Each of four blocks has four such products: query, key, value and the MLP's first map."""
     found = programs["counts"]["fp8"]
     assert found["fp8 products"] >= 16
     assert found["epilogues"] >= 46 and found["gelu epilogues"] >= 4
