@@ -38,17 +38,15 @@ def int8_product(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
     dimension_numbers: Any,
-    precision: Any = None,
-    out_sharding: Any = None,
 ) -> Float[Array, "..."]:
-    """Computes the matmul of tokens and a kernel in int8, like `jax.lax.dot_general`.
+    """Computes the matmul of tokens and a kernel in int8.
 
     The quantisation is symmetric with scales from the largest absolute value. Each token and each
     output channel of the kernel has its own scale, so that an outlier token does not reduce the
     precision of other tokens. Sums are exact. The gradient of the tokens uses the unquantised
-    kernel (a straight-through estimate); the kernel has no gradient.
+    kernel (a straight-through estimate); the kernel has no gradient. Arguments are those of
+    `jax.lax.dot_general`, without batch dimensions.
     """
-    del precision, out_sharding  # `precision` is for float32 matmuls; `out_sharding` is not used
     return _quantised(_int8_product, x, kernel, None, dimension_numbers)
 
 

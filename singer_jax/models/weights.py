@@ -50,8 +50,9 @@ _LOG = logging.getLogger("singer_jax")
 _MOST_BLOCKS, _MOST_PATCHES = 100, 2**14
 _MOST_NAMED = 5  # keys named in a message
 _LONGEST_MESSAGE = 200  # characters of a message, without the folder of the file
-_SCALES = "scales"  # name of the leaves that are computed, not read
 _MOST_MISSING_BLOCKS = 24  # number of keys up to which all are named
+
+_SCALES = "scales"  # name of the leaves that are computed, not read
 
 
 def abstract_model(arch: Architecture, policy: ComputePolicy) -> tuple[nnx.GraphDef, Params]:
